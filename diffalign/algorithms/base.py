@@ -1,0 +1,51 @@
+"""What an algorithm is: the networks it trains, how batches become training tuples, whose loss is stepped in which order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from diffalign.types import Key, Metrics
+
+
+class Turn(NamedTuple):
+    """One optimizer step: whose, and the loss of a micro-batch -> (scalar, detached values to log)."""
+
+    player: str
+    loss: Callable[[Any], tuple[Tensor, Metrics]]
+
+
+class Algorithm(ABC):
+    """An alignment method. It knows no optimizer, logger, config or checkpoint.
+
+    players: the trainable networks by name, as prepared by accelerate.
+    """
+
+    players: Mapping[str, nn.Module]
+
+    def batches(self, loader: Iterator[Any]) -> Iterator[Any]:
+        """Endless training tuples from the loader's micro-batches. Online methods roll out here."""
+        return loader
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        """The optimizer steps of training step `step`, in order."""
+        return (Turn("policy", self.loss),)
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
+        """A micro-batch -> (scalar loss, values to log: scalars or one value a sample)."""
+
+    def keys(self, batch: Any) -> Sequence[Key]:
+        """The sample keys of a micro-batch, for error messages."""
+        return batch.keys
+
+    def describe(self) -> list[str]:
+        """Lines printed before training: what the settings mean."""
+        return []
+
+    def verdict(self, recent: Mapping[str, float]) -> str:
+        """One line printed after training, from the mean of each metric over the last tenth of the steps."""
+        return ""

@@ -1,0 +1,112 @@
+"""Model families. `load_backbone` picks the family from the pipeline folder's `model_index.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline
+
+from diffalign.backbones.base import Backbone, Denoiser
+from diffalign.backbones.sd import SDBackbone
+from diffalign.lora import add_lora
+from diffalign.playground import BASE
+
+__all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
+
+FAMILIES: dict[str, type[SDBackbone]] = {"StableDiffusionPipeline": SDBackbone}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def load_backbone(
+    device: torch.device,
+    *,
+    path: str,
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    lora_targets: tuple[str, ...] = ATTENTION_LINEARS,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    attention: Literal["sdpa", "xformers"] = "sdpa",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    seed: int = 0,
+) -> Backbone:
+    """Load a pretrained pipeline for training.
+
+    Args:
+        path: pipeline folder, hub id, or the word `playground` for the shipped small model
+        lora_rank: train a LoRA of this rank; 0 trains the whole network
+        lora_alpha: LoRA scale times rank; the rank when left out
+        lora_targets: names of the linear layers that get a LoRA
+        dtype: of the weights that do not train; what trains is always float32
+        attention: implementation of attention
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
+        compile: torch.compile the denoiser
+        seed: of the LoRA's initial weights
+
+    Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
+    """
+    folder = find_pipeline(path)
+    family = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    if family not in FAMILIES:
+        raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
+    backbone = FAMILIES[family](folder, encoder_fingerprint(folder), device, DTYPES[dtype])
+    network = backbone.denoiser.network
+    if lora_rank:
+        network.to(DTYPES[dtype])
+        add_lora(network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
+    if attention == "xformers":
+        network.enable_xformers_memory_efficient_attention()
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # diffusers checkpoints with use_reentrant=False
+    if compile:
+        backbone.denoiser.compile()
+    return backbone
+
+
+def check_backbone(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `backbone` section, one line each."""
+    problems = []
+    if cfg["attention"] == "xformers" and (importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()):
+        problems.append(
+            "'backbone.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a CUDA "
+            "GPU; use sdpa, which is as fast on recent GPUs"
+        )
+    if cfg["lora_rank"] < 0:
+        problems.append(f"'backbone.lora_rank' = {cfg['lora_rank']} must be 0 (train everything) or more")
+    if cfg["lora_rank"] and not cfg["lora_targets"]:
+        problems.append("'backbone.lora_targets' is empty; name at least one layer, such as to_q")
+    if not cfg["lora_rank"] and cfg["lora_alpha"] is not None:
+        problems.append("'backbone.lora_alpha' has no effect while 'backbone.lora_rank' is 0; set a rank or leave it out")
+    return problems
+
+
+def find_pipeline(path: str) -> Path:
+    """The folder of a pipeline: itself, the shipped playground, or a hub id's files (downloaded when missing)."""
+    if path == "playground":
+        return BASE
+    folder = Path(path).expanduser()
+    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        folder = Path(DiffusionPipeline.download(path))
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(f"no diffusers pipeline at '{path}': there is no model_index.json in it")
+    return folder
+
+
+def encoder_fingerprint(folder: Path) -> str:
+    """A hash of the files that decide latents and text embeddings, so that a cache never outlives its encoder."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in ENCODERS:
+        for file in sorted((folder / part).glob("*")):
+            if file.suffix in (".safetensors", ".json", ".txt", ".bin"):
+                digest.update(f"{part}/{file.name}".encode())
+                with file.open("rb") as stream:
+                    while chunk := stream.read(1 << 24):
+                        digest.update(chunk)
+    return digest.hexdigest()

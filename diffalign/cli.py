@@ -1,0 +1,148 @@
+"""The `diffalign` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffalign import launch
+
+DESCRIPTION = """Align text-to-image diffusion models with human preference, and prove that it worked.
+
+  diffalign demo                                        the whole story in a few minutes, on a CPU
+  diffalign recipes                                     what can be trained and evaluated
+  diffalign train diffusion_dpo --config sd15_lora data.path=pairs.jsonl
+  diffalign eval generate --pipeline playground --prompts prompts.txt --out images
+  reward-score images --scorer diffalign.playground:Judge --out scores.csv
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # What follows the recipe's name belongs to the recipe, --help included.
+    split = len(arguments)
+    if arguments[:1] in (["train"], ["eval"]):
+        named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.recipes(arguments[0])]
+        split = named[0] + 1 if named else len(arguments)
+    args = parser.parse_args(arguments[:split])
+    args.rest = arguments[split:]
+    try:
+        return args.run(args)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"diffalign: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="diffalign", description=DESCRIPTION, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for kind, what in (("train", "launch a training recipe with accelerate"), ("eval", "run an evaluation recipe")):
+        p = commands.add_parser(kind, help=what, epilog=_listing(kind), formatter_class=raw)
+        p.add_argument("--num-processes", type=int, help="processes to launch; default: one a GPU, or one on the CPU")
+        p.add_argument("--accelerate-config", help="accelerate config file, or cpu, one_gpu, eight_gpus")
+        p.add_argument("name", metavar="RECIPE", help="followed by the recipe's own arguments (--help among them)")
+        p.set_defaults(run=_recipe, kind=kind)
+    p = commands.add_parser("recipes", help="list recipes and their configs")
+    p.set_defaults(run=lambda args: print(_listing("train") + "\n" + _listing("eval")) or 0)
+    p = commands.add_parser("demo", help="pairs, alignment, win rate and report from the shipped model; CPU, minutes")
+    p.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything the demo makes")
+    p.set_defaults(run=_demo)
+    _playground(commands.add_parser("playground", help="the small world behind the demo and the tests"))
+    return parser
+
+
+def _playground(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    p = commands.add_parser("prompts", help="write captions of the playground world as JSONL")
+    p.add_argument("--n", type=int, default=256)
+    p.add_argument("--held-out", action="store_true", help="combinations that the shipped model never saw")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True)
+    p.set_defaults(run=_prompts)
+    p = commands.add_parser("label", help="let simulated annotators compare the samples of each prompt in a folder")
+    p.add_argument("folder", type=Path, help="written by `diffalign eval generate --samples-per-prompt 2`")
+    p.add_argument("--annotators", default="common", help="comma-separated: common, vivid, muted, tidy, bold, modest")
+    p.add_argument("--temperature", type=float, default=0.35, help="noise of the choices, in points of the judge")
+    p.add_argument("--min-margin", type=float, default=0.3, help="leave out pairs closer than this many points")
+    p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
+    p.set_defaults(run=_label)
+    p = commands.add_parser("build", help="train the shipped weights again from nothing (hours on a CPU)")
+    p.add_argument("--out", type=Path, required=True, help="folder of the new pipeline")
+    p.add_argument("--work", type=Path, required=True, help="checkpoints; a killed build resumes from here")
+    p.add_argument("--autoencoder-steps", type=int, default=4000)
+    p.add_argument("--unet-steps", type=int, default=16000)
+    p.add_argument("--images", type=int, default=40000, help="rendered images whose latents are cached")
+    p.set_defaults(run=_build)
+
+
+def _listing(kind: str) -> str:
+    lines = [f"{kind} recipes:"]
+    for name, path in launch.recipes(kind).items():
+        shipped = ", ".join(p.stem for p in launch.configs(name)) if kind == "train" else ""
+        lines.append(f"  {name:<16} {launch.title(path)}" + (f"  [--config {shipped}]" if shipped else ""))
+    return "\n".join(lines)
+
+
+def _recipe(args: argparse.Namespace) -> int:
+    recipe = launch.find(args.kind, args.name)
+    if args.kind == "eval" and args.num_processes is None and args.accelerate_config is None:
+        command = [sys.executable, str(recipe), *args.rest]
+    else:
+        command = launch.accelerate_command(
+            recipe, args.rest, processes=args.num_processes, config=args.accelerate_config
+        )
+    return subprocess.run(command, check=False).returncode
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from diffalign.demo import demo
+
+    return demo(args.out)
+
+
+def _prompts(args: argparse.Namespace) -> int:
+    from diffalign.playground.world import captions
+
+    lines = [
+        json.dumps({"prompt": c, "prompt_id": f"{i:04d}"})
+        for i, c in enumerate(captions(args.n, held_out=args.held_out, seed=args.seed))
+    ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text("\n".join(lines) + "\n")
+    print(f"{len(lines)} prompts in '{args.out}'")
+    return 0
+
+
+def _label(args: argparse.Namespace) -> int:
+    from diffalign.playground.annotators import label
+
+    kept, compared = label(
+        args.folder,
+        args.out,
+        annotators=args.annotators.split(","),
+        temperature=args.temperature,
+        min_margin=args.min_margin,
+        labels=args.labels,
+        seed=args.seed,
+    )
+    print(f"{kept} pairs in '{args.out}' ({compared} compared, the others closer than {args.min_margin} points)")
+    return 0
+
+
+def _build(args: argparse.Namespace) -> int:
+    from diffalign.playground.build import build
+
+    card = build(
+        args.out, args.work, autoencoder_steps=args.autoencoder_steps, unet_steps=args.unet_steps, images=args.images
+    )
+    print(json.dumps(card, indent=2))
+    return 0

@@ -1,0 +1,216 @@
+"""Configuration: keyword-only constructor parameters are the schema; YAML plus `section.key=value` fill it in.
+
+Everything that is wrong is reported in one message, before anything loads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Section = Callable[..., Any]
+Check = Callable[[dict[str, Any]], list[str]]
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one problem a line."""
+
+
+class Config:
+    """The resolved configuration: one dict a section, as attributes (`cfg.optimizer["lr"]`)."""
+
+    def __init__(self, sections: dict[str, dict[str, Any]]):
+        self.sections = sections
+
+    def __getattr__(self, name: str) -> dict[str, Any]:
+        try:
+            return self.__dict__["sections"][name]
+        except KeyError:
+            raise AttributeError(f"no section '{name}'; sections: {', '.join(self.sections)}") from None
+
+    def yaml(self) -> str:
+        return OmegaConf.to_yaml(OmegaConf.create(self.sections))
+
+
+def parse(
+    argv: Sequence[str] | None, recipe: str, *, checks: Mapping[str, Check] | None = None, **sections: Section
+) -> Config:
+    """Command line -> configuration; exits with status 2 and one message when anything is wrong.
+
+    recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
+    checks maps a section to a function that lists the impossible combinations of its values.
+    """
+    file = Path(recipe)
+    folder = file.resolve().parent.parent / "configs" / file.stem
+    parser = argparse.ArgumentParser(
+        prog=file.name,
+        description=inspect.cleandoc(_docstring(file)),
+        epilog=_keys(sections),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+    parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
+    args = parser.parse_args(argv)
+    try:
+        return resolve(read(args.config, folder), args.overrides, sections, checks or {})
+    except ConfigError as error:
+        print(f"{file.name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def read(name: str | None, folder: Path) -> dict[str, Any]:
+    """The content of a YAML file, given by path or by the name of one in `folder`."""
+    if name is None:
+        return {}
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{name}.yaml"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
+        raise ConfigError(f"no config '{name}': give a .yaml file or the name of a shipped one ({known})")
+    try:
+        content = OmegaConf.load(path)
+    except Exception as error:  # noqa: BLE001 - whatever YAML raises is the user's file being wrong
+        raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
+    if not OmegaConf.is_dict(content):
+        raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")
+    return content  # type: ignore[return-value]
+
+
+def resolve(
+    content: Any, overrides: Sequence[str], sections: Mapping[str, Section], checks: Mapping[str, Check]
+) -> Config:
+    """Merge, fill in defaults and check. Raises ConfigError with every problem found."""
+    bad = [x for x in overrides if "=" not in x or "." not in x.split("=")[0]]
+    if bad:
+        raise ConfigError(f"expected section.key=value, got {', '.join(bad)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(content), OmegaConf.from_dotlist(list(overrides)))
+        given = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    assert isinstance(given, dict)
+    problems = [_unknown("section", str(s), sections) for s in given if s not in sections]
+    resolved = {}
+    for name, factory in sections.items():
+        values, wrong = _section(name, factory, given.get(name) or {})
+        if not wrong and name in checks:
+            wrong = checks[name](values)
+        resolved[name] = values
+        problems += wrong
+    if problems:
+        count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
+        raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
+    return Config(resolved)
+
+
+def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], list[str]]:
+    if not isinstance(given, dict):
+        return {}, [f"section '{name}' must hold keys, got {given!r}"]
+    schema = parameters(factory)
+    problems = [_unknown("key", f"{name}.{k}", [f"{name}.{s}" for s in schema]) for k in given if k not in schema]
+    values: dict[str, Any] = {}
+    for key, (hint, default) in schema.items():
+        if key not in given or given[key] == "???":  # OmegaConf's mark of a value still to be given
+            if default is inspect.Parameter.empty:
+                problems.append(f"'{name}.{key}' is missing; it must be {_words(hint)}")
+            values[key] = default
+            continue
+        try:
+            values[key] = _typed(given[key], hint)
+        except TypeError:
+            problems.append(f"'{name}.{key}' must be {_words(hint)}, got {given[key]!r}")
+    return values, problems
+
+
+def parameters(factory: Section) -> dict[str, tuple[Any, Any]]:
+    """Name -> (type, default) of the keyword-only parameters, which are the config keys."""
+    function = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
+    hints = typing.get_type_hints(function)
+    keys = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {p.name: (hints[p.name], p.default) for p in keys}
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """The value if it fits the type (ints pass for floats, lists for tuples); TypeError if not."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for arg in args:
+            try:
+                return _typed(value, arg)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is typing.Literal:
+        # YAML 1.1 reads a bare no/off as False.
+        value = {False: "no" if "no" in args else "off"}.get(value, value) if value is False else value
+        if value in args:
+            return value
+        raise TypeError
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return origin(_typed(v, args[0]) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise TypeError from None
+    if hint is type(None):
+        if value is None:
+            return None
+        raise TypeError
+    if hint is str and value is False:
+        return "off"
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError
+    return value
+
+
+def _words(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(a) for a in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (tuple, list):
+        return f"a list of {_words(args[0])}"
+    return "null" if hint is type(None) else hint.__name__
+
+
+def _unknown(kind: str, name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"unknown {kind} '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
+
+
+def _docstring(file: Path) -> str:
+    import ast
+
+    return ast.get_docstring(ast.parse(file.read_text())) or ""
+
+
+def _keys(sections: Mapping[str, Section]) -> str:
+    """The help text of every key: type, default, and what the docstring's Args says of it."""
+    lines = ["keys:"]
+    for name, factory in sections.items():
+        doc = inspect.getdoc(factory.__init__ if inspect.isclass(factory) else factory) or ""  # type: ignore[misc]
+        said = (inspect.getdoc(factory) or "") + "\n" + doc
+        for key, (hint, default) in parameters(factory).items():
+            about = next((x.split(":", 1)[1].strip() for x in said.splitlines() if x.strip().startswith(f"{key}:")), "")
+            value = "required" if default is inspect.Parameter.empty else f"default {default}"
+            lines.append(f"  {name}.{key}: {_words(hint)} ({value}){'  ' + about if about else ''}")
+    return "\n".join(lines)

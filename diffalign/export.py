@@ -1,0 +1,92 @@
+"""The result of a run in diffusers layout, and the proof that stock diffusers reproduces it in a fresh process."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffalign.backbones import Backbone
+from diffalign.lora import lora_layers
+
+VERIFY_STEPS = 4
+TOLERANCE = 1e-4
+DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment of a launcher, which the fresh process must not inherit."""
+
+FRESH = '''
+"""Run by a process in which diffalign cannot be imported."""
+import sys
+sys.modules["diffalign"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+base, lora, given, out, steps, size, dtype = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None, torch_dtype=getattr(torch, dtype)).to(torch.float32)
+if lora:
+    pipeline.load_lora_weights(lora)
+pipeline.set_progress_bar_config(disable=True)
+images = pipeline("", latents=load_file(given)["latents"], num_inference_steps=int(steps), guidance_scale=1.0,
+                  height=int(size), width=int(size), output_type="pt").images
+save_file({"images": images.contiguous()}, out)
+'''
+
+
+def export(backbone: Backbone, folder: Path, resolution: int, *, verify: bool) -> str:
+    """Write the denoiser's present weights to `folder` (replacing it), check them, and say how to load them.
+
+    Raises RuntimeError when a fresh process with plain diffusers does not reproduce the same images to 1e-4.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    backbone.save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    lora = bool(lora_layers(backbone.denoiser))
+    how = f"pipe.load_lora_weights('{folder}')" if lora else f"DiffusionPipeline.from_pretrained('{folder}')"
+    if not verify:
+        return f"exported; load it with {how}"
+    gap = fresh_process_gap(backbone, folder, resolution)
+    if not gap <= TOLERANCE:
+        raise RuntimeError(f"'{folder}' loaded in a fresh process differs by {gap:.2e} from the run's own pipeline")
+    return f"exported, verified in a fresh process (largest difference {gap:.1e}); load it with {how}"
+
+
+def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> float:
+    """The largest pixel difference between the run's pipeline and the export loaded by stock diffusers elsewhere.
+
+    Both run on the CPU in float32 from the same latents, so the difference is that of the weights.
+    """
+    latents = torch.randn(1, *backbone.latent_shape(resolution), generator=torch.Generator().manual_seed(0))
+    lora = bool(lora_layers(backbone.denoiser))
+    with tempfile.TemporaryDirectory() as scratch:
+        given, out = Path(scratch, "given.safetensors"), Path(scratch, "out.safetensors")
+        save_file({"latents": latents}, given)
+        base = str(backbone.path if lora else folder)
+        arguments = [base, str(folder) if lora else "", str(given), str(out), str(VERIFY_STEPS), str(resolution)]
+        arguments.append(str(backbone.dtype).removeprefix("torch.") if lora else "float32")
+        environment = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED} | {"CUDA_VISIBLE_DEVICES": ""}
+        fresh = subprocess.run(
+            [sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, env=environment, check=False
+        )
+        if fresh.returncode:
+            raise RuntimeError(f"'{folder}' does not load in a fresh process with plain diffusers:\n{fresh.stderr[-2000:]}")
+        theirs = load_file(out)["images"]
+    ours = _own_images(backbone, latents, resolution)
+    return (ours - theirs).abs().max().item()
+
+
+def _own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> torch.Tensor:
+    network = copy.deepcopy(backbone.denoiser.network).to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    pipeline = backbone.pipeline(network).to("cpu", torch.float32)
+    settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": resolution, "width": resolution}
+    images = pipeline("", latents=latents, output_type="pt", **settings).images
+    backbone.release()  # its encoders were moved with the pipeline
+    return images

@@ -1,0 +1,238 @@
+"""What happens beside the steps: moving average, checkpoints, sample grids, the export."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchvision.utils import save_image
+
+from diffalign.backbones import Backbone
+from diffalign.draws import Draws
+from diffalign.ema import Ema
+from diffalign.export import export
+from diffalign.run import Run
+from diffalign.sampling import sample
+from diffalign.trainer import Hook, Trainer
+
+
+def standard_hooks(
+    run: Run,
+    backbone: Backbone,
+    resolution: int,
+    *,
+    checkpoint_every: int = 500,
+    keep_checkpoints: int = 2,
+    ema_decay: float | None = None,
+    sample_every: int = 500,
+    sample_prompts: tuple[str, ...] = (),
+    sample_steps: int = 25,
+    sample_guidance: float = 7.5,
+    verify_export: bool = True,
+) -> list[Hook]:
+    """The hooks of every recipe that trains a backbone's denoiser; samples are `resolution` pixels wide and high.
+
+    Args:
+        checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
+        keep_checkpoints: how many checkpoints to keep, the newest ones
+        ema_decay: keep a moving average of the weights with this decay; samples and export use it
+        sample_every: steps between sample grids; 0 for never
+        sample_prompts: prompts of the sample grid, each with the same noise every time
+        sample_steps: DDIM steps of the sample grid
+        sample_guidance: guidance scale of the sample grid
+        verify_export: load the export in a fresh process with plain diffusers and compare its output
+    """
+    ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
+    averaged = ema.applied if ema else nullcontext
+    hooks: list[Hook] = [Averaging(ema)] if ema else []
+    if checkpoint_every:
+        hooks.append(Checkpoint(run, ema, checkpoint_every, keep_checkpoints))
+    if sample_every and sample_prompts:
+        hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sample_steps, sample_guidance, resolution))
+    return [*hooks, Export(run, backbone, averaged, resolution, verify_export)]
+
+
+class _Hook:
+    def start(self, trainer: Trainer) -> None:
+        pass
+
+    def after_step(self, trainer: Trainer) -> None:
+        pass
+
+    def end(self, trainer: Trainer) -> None:
+        pass
+
+
+class Averaging(_Hook):
+    """Feeds the moving average; must come before the hooks that use it."""
+
+    def __init__(self, ema: Ema):
+        self.ema = ema
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.ema.step()
+
+
+class Checkpoint(_Hook):
+    """Saves what resume needs, every so many steps, and loads it when the run resumes.
+
+    A checkpoint is written beside its final place and renamed when complete, so the newest one is always whole.
+    Only weights that train are in it.
+    """
+
+    def __init__(self, run: Run, ema: Ema | None, every: int, keep: int):
+        self.run, self.ema, self.every, self.keep = run, ema, every, keep
+        self.folder = run.folder / "checkpoints"
+        run.accelerator.register_save_state_pre_hook(_save_trained)
+        run.accelerator.register_load_state_pre_hook(_load_trained)
+
+    def complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(p for p in self.folder.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp")
+
+    def start(self, trainer: Trainer) -> None:
+        found = self.complete()
+        if not self.run.resume or not found:
+            self.run.rewind(0)
+            return
+        path = found[-1]
+        try:
+            self.run.accelerator.load_state(str(path))
+            state = json.loads((path / "state.json").read_text())
+            if self.ema:
+                self.ema.load(load_file(path / "ema.safetensors"), state["step"])
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint '{path}' cannot be read ({error}); delete that folder to resume from the one before"
+            ) from error
+        trainer.step, trainer.micro = state["step"], state["micro"]
+        for name, player in trainer.players.items():
+            player.lr_schedule.load_state_dict(state["lr_schedules"][name])
+        self.run.rewind(trainer.step)
+        self.run.print(f"resumed from '{path}'")
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % self.every == 0 or trainer.step == trainer.steps:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of this moment. Every rank calls it."""
+        self.run.flush()
+        final = self.folder / f"step-{trainer.step:06d}"
+        temporary = final.with_suffix(".tmp")
+        if self.run.main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self.run.accelerator.wait_for_everyone()
+        self.run.accelerator.save_state(str(temporary))
+        self.run.accelerator.wait_for_everyone()
+        if self.run.main:
+            if self.ema:
+                save_file(self.ema.tensors(), temporary / "ema.safetensors")
+            schedules = {name: _plain(p.lr_schedule.state_dict()) for name, p in trainer.players.items()}
+            state = {"step": trainer.step, "micro": trainer.micro, "lr_schedules": schedules}
+            (temporary / "state.json").write_text(json.dumps(state))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+            for old in self.complete()[: -self.keep]:
+                shutil.rmtree(old)
+        self.run.accelerator.wait_for_everyone()
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in state.items() if isinstance(v, (int, float, bool, list)) and k != "lr_lambdas"}
+
+
+def _save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+    """Replace accelerate's full state dicts by the weights that train. Engines that shard save by themselves."""
+    if not weights:
+        return
+    for i, model in enumerate(models):
+        trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, Path(folder) / f"trained_{i}.safetensors")
+    weights.clear()
+
+
+def _load_trained(models: list[nn.Module], folder: str) -> None:
+    files = sorted(Path(folder).glob("trained_*.safetensors"))
+    for model, file in zip(models, files, strict=bool(files)):
+        saved, here = load_file(file), {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if saved.keys() != here.keys():
+            raise ValueError(f"'{file}' holds other weights than this run trains: {sorted(saved.keys() ^ here.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in here.items():
+                parameter.copy_(saved[name])
+    if files:
+        models.clear()
+
+
+class SampleGrid(_Hook):
+    """Draws the same prompts from the same noise every so many steps, step 0 first: `samples/step-000500.png`."""
+
+    def __init__(
+        self,
+        run: Run,
+        backbone: Backbone,
+        averaged: Any,
+        every: int,
+        prompts: Sequence[str],
+        steps: int,
+        guidance: float,
+        resolution: int,
+    ):
+        self.run, self.backbone, self.averaged = run, backbone, averaged
+        self.every, self.guidance = every, guidance
+        self.cond, self.uncond = backbone.encode_text(prompts), backbone.encode_text([""] * len(prompts))
+        shape = backbone.latent_shape(resolution)
+        self.noise = run.draws.normal(list(prompts), shape, stream="sample grid").to(run.device)
+        self.timesteps = backbone.schedule.grid(steps, "trailing")
+        self.columns = max(1, round(len(prompts) ** 0.5))
+
+    def start(self, trainer: Trainer) -> None:
+        if trainer.step == 0:
+            self.draw(0)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % self.every == 0 or trainer.step == trainer.steps:
+            self.draw(trainer.step)
+
+    @torch.no_grad()
+    def draw(self, step: int) -> None:
+        if self.run.main:
+            with self.averaged(), self.run.accelerator.autocast():
+                latents = sample(
+                    self.backbone.denoiser,
+                    self.backbone.schedule,
+                    self.cond,
+                    self.noise,
+                    self.timesteps,
+                    uncond=self.uncond,
+                    guidance=self.guidance,
+                )
+            folder = self.run.folder / "samples"
+            folder.mkdir(exist_ok=True)
+            save_image(self.backbone.decode(latents), folder / f"step-{step:06d}.png", nrow=self.columns, padding=1)
+            self.backbone.release()
+        self.run.accelerator.wait_for_everyone()
+
+
+class Export(_Hook):
+    """At the end: `export/` in diffusers layout, verified in a fresh process."""
+
+    def __init__(self, run: Run, backbone: Backbone, averaged: Any, resolution: int, verify: bool):
+        self.run, self.backbone, self.averaged = run, backbone, averaged
+        self.resolution, self.verify = resolution, verify
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run.main:
+            with self.averaged():
+                message = export(self.backbone, self.run.folder / "export", self.resolution, verify=self.verify)
+            self.run.print(message)
+        self.run.accelerator.wait_for_everyone()

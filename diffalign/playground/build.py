@@ -1,0 +1,262 @@
+"""How the shipped playground pipeline was made: `diffalign playground build` reproduces it from nothing.
+
+Three stages, each with a checkpoint so that a killed build resumes: an autoencoder, then the U-Net together with its
+text encoder on cached latents, then the diffusers folder and its report card.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from diffalign.playground.judge import Judge
+from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, captions, imagine, wishes
+
+WORDS = (*RADII, *COLOURS, *SHAPES, *PLACES, "on", *BACKGROUNDS)
+LENGTH = 12
+BATCH = 32
+
+
+def tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIPTokenizer in which every word of the world is one token; other words fall back to characters."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary, merges = letters + [letter + "</w>" for letter in letters], []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+            if pair not in merges:
+                merges.append(pair)
+                vocabulary.append(pieces[0])
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(vocabulary))}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
+
+
+def autoencoder() -> AutoencoderKL:
+    """Factor 2, four latent channels, 0.16 M parameters."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+        latent_channels=4,
+        sample_size=32,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """1.4 M parameters; cross-attention at 8 x 8 and 4 x 4 (only at the lowest resolution, colours stay at chance)."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(24, 48, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=64,
+    )
+
+
+def text_encoder(vocabulary: CLIPTokenizer) -> CLIPTextModel:
+    """79 k parameters, trained with the U-Net; larger embeddings and final gain than the default make it learn fast."""
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=64,
+            intermediate_size=128,
+            projection_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            bos_token_id=vocabulary.bos_token_id,
+            eos_token_id=vocabulary.eos_token_id,
+            pad_token_id=vocabulary.pad_token_id,
+        )
+    )
+    parameters = dict(model.named_parameters())
+    for name, scale in (("token_embedding.weight", 0.5), ("position_embedding.weight", 0.25)):
+        nn.init.normal_(next(p for n, p in parameters.items() if n.endswith(name)), std=scale)
+    nn.init.constant_(next(p for n, p in parameters.items() if n.endswith("final_layer_norm.weight")), 2.0)
+    return model
+
+
+def noise_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's betas, v-prediction, steps that start at the last timestep."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def train(
+    name: str,
+    work: Path,
+    modules: dict[str, nn.Module],
+    loss: Callable[[int, torch.Generator], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    ema_decay: float,
+) -> None:
+    """Minimise `loss(step, generator)`; leaves the modules holding the averaged weights. Resumes from `work/<name>.*`."""
+    parameters = [p for m in modules.values() for p in m.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+    ema, first, checkpoint = EMAModel(parameters, decay=ema_decay), 0, work / f"{name}.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        for key, module in modules.items():
+            module.load_state_dict(state[key])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        first = state["step"]
+    log = (work / f"{name}.log").open("a")
+    started = time.time()
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        value = loss(step, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.step(parameters)
+        if (step + 1) % 100 == 0:
+            bar.set_postfix(loss=f"{value.item():.4f}")
+            log.write(f"{step + 1} {value.item():.5f} {time.time() - started:.0f}s\n")
+            log.flush()
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            state = {key: m.state_dict() for key, m in modules.items()}
+            state |= {"optimizer": optimizer.state_dict(), "ema": ema.state_dict(), "step": step + 1}
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    ema.copy_to(parameters)
+
+
+def train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
+    """L1 + 2 MSE + 1e-6 KL on fresh renders; sets the latent scaling factor from 2,048 of them."""
+    torch.manual_seed(0)
+    vae, everything = autoencoder(), wishes(held_out=False)
+
+    def loss(step: int, g: torch.Generator) -> Tensor:
+        chosen = torch.randint(len(everything), (BATCH,), generator=g).tolist()
+        pixels = imagine([everything[i] for i in chosen], seed=step).render() * 2 - 1
+        posterior = vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=g)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        return F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + 1e-6 * posterior.kl().mean()
+
+    train("autoencoder", work, {"vae": vae}, loss, steps=steps, lr=2e-3, ema_decay=0.995)
+    vae.eval().requires_grad_(False)
+    latents = encode(vae, 2048, seed=10**6)[0]
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, n: int, *, seed: int) -> tuple[Tensor, list[str]]:
+    """Unscaled latents [n, 4, 16, 16] of n random training scenes, and their captions."""
+    everything = wishes(held_out=False)
+    chosen = [everything[i] for i in torch.randint(len(everything), (n,), generator=torch.Generator().manual_seed(seed))]
+    pixels = imagine(chosen, seed=seed).render() * 2 - 1
+    means = [vae.encode(chunk).latent_dist.mean for chunk in tqdm(pixels.split(256), desc="encode", disable=n < 4096)]
+    return torch.cat(means), [w.caption for w in chosen]
+
+
+def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> StableDiffusionPipeline:
+    """v-prediction on `images` cached latents, 10 % of the captions dropped, text encoder trained along."""
+    torch.manual_seed(0)
+    vocabulary = tokenizer(work / "tokenizer")
+    net, text = unet(), text_encoder(vocabulary)
+    scheduler = noise_scheduler()
+    cache = work / "latents.safetensors"
+    latents, words = encode(vae, images, seed=0) if not cache.exists() else (None, None)
+    if latents is not None and words is not None:
+        ids = vocabulary(words, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+        save_file({"latents": latents * vae.config.scaling_factor, "ids": ids}, cache)
+    data = load_file(cache)
+    empty = vocabulary([""], padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+
+    def loss(step: int, g: torch.Generator) -> Tensor:
+        chosen = torch.randint(images, (BATCH,), generator=g)
+        x0, noise = data["latents"][chosen], torch.randn(BATCH, 4, 16, 16, generator=g)
+        t = torch.randint(1000, (BATCH,), generator=g)
+        ids = torch.where(torch.rand(BATCH, 1, generator=g) < 0.1, empty, data["ids"][chosen])
+        out = net(scheduler.add_noise(x0, noise, t), t, text(ids).last_hidden_state).sample
+        return F.mse_loss(out, scheduler.get_velocity(x0, noise, t))
+
+    train("unet", work, {"unet": net, "text": text}, loss, steps=steps, lr=2e-3, ema_decay=0.999)
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text.eval(),
+        tokenizer=vocabulary,
+        unet=net.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def report_card(pipeline: StableDiffusionPipeline, *, n: int = 512, guidance: float = 2.0, steps: int = 12) -> dict:
+    """What the judge measures on n samples of held-out combinations (mean of each aspect), and on rendered data."""
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, judge = captions(n, held_out=True), Judge()
+    images = []
+    for i in range(0, n, 64):
+        noise = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(i))[: len(prompts[i : i + 64])]
+        images += [
+            pipeline(
+                prompts[i : i + 64], latents=noise, num_inference_steps=steps, guidance_scale=guidance,
+                height=32, width=32, output_type="pt",
+            ).images
+        ]  # fmt: skip
+    sampled = torch.cat(images).float()
+    measured = {k: round(v.mean().item(), 4) for k, v in judge.measure(sampled, prompts).items()}
+    score = round(judge.score(sampled, prompts).mean().item(), 3)
+    return {"held_out_samples": n, "guidance": guidance, "steps": steps, "score": score, **measured}
+
+
+def build(out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, images: int) -> dict:
+    """Train what `work` does not hold yet and write the pipeline folder (fp16 safetensors) to `out`."""
+    work.mkdir(parents=True, exist_ok=True)
+    vae = train_autoencoder(work, autoencoder_steps)
+    held_out = imagine(w := wishes(held_out=True), seed=7).render()
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(held_out * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
+    psnr = -10 * math.log10(F.mse_loss(decoded, held_out).item())
+    seen = Judge().measure(decoded, [x.caption for x in w])
+    card = {"psnr": round(psnr, 2), "scaling_factor": vae.config.scaling_factor}
+    card |= {f"decoded_{k}": round(seen[k].mean().item(), 4) for k in ("colour", "shape", "background", "size")}
+    print(card, flush=True)
+    pipeline = train_unet(work, vae, unet_steps, images)
+    pipeline.to(torch.float16).save_pretrained(out)
+    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    card |= {"autoencoder_steps": autoencoder_steps, "unet_steps": unet_steps, "images": images, **report_card(pipeline)}
+    (out.parent / "build.json").write_text(json.dumps(card, indent=2) + "\n")
+    return card

@@ -1,0 +1,160 @@
+"""The playground world: captions with compositional attributes, and a renderer.
+
+A caption reads `[small|large] COLOUR SHAPE [left|right|top|bottom] on BACKGROUND`. What it does not say is free in the
+data: how vivid the colour is, how far the object sits from its named place, and whatever optional word is missing. So
+maximum likelihood leaves room for a preference (vivid, well placed), which is what alignment can learn here.
+
+One in eight (colour, shape, background) combinations never occurs in training: the held-out prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffalign.draws import Draws
+
+SIZE = 32
+"""Images are SIZE x SIZE pixels."""
+
+COLOURS = {
+    "red": (0.90, 0.08, 0.08),
+    "green": (0.05, 0.70, 0.12),
+    "blue": (0.10, 0.20, 0.95),
+    "yellow": (0.96, 0.88, 0.05),
+    "purple": (0.62, 0.08, 0.85),
+    "cyan": (0.05, 0.82, 0.88),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+BACKGROUNDS = {
+    "white": (0.95, 0.95, 0.95),
+    "black": (0.06, 0.06, 0.06),
+    "brown": (0.40, 0.24, 0.10),
+    "pink": (0.98, 0.72, 0.78),
+}
+RADII = {"small": 4.0, "large": 6.5}
+"""Radius in pixels of the circle with the object's area."""
+PLACES = {"left": (11.0, 16.0), "right": (21.0, 16.0), "top": (16.0, 11.0), "bottom": (16.0, 21.0)}
+CENTRE = (16.0, 16.0)
+GREY = 0.55
+"""What a colour fades to as its vividness goes from 1 to 0."""
+
+
+class Wish(NamedTuple):
+    """What a caption asks for; `size` and `place` are None where it is silent."""
+
+    colour: str
+    shape: str
+    background: str
+    size: str | None = None
+    place: str | None = None
+
+    @property
+    def caption(self) -> str:
+        words = (self.size, self.colour, self.shape, self.place, "on", self.background)
+        return " ".join(w for w in words if w)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this (colour, shape, background) combination is kept out of training."""
+        c, s, b = list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(BACKGROUNDS).index(self.background)
+        return (c + 2 * s + 3 * b) % 8 == 0
+
+
+def parse(caption: str) -> Wish:
+    """The wish behind a caption. Raises ValueError for text that is not of this world."""
+    words = caption.lower().split()
+    size = words.pop(0) if words and words[0] in RADII else None
+    if len(words) not in (4, 5) or words[-2] != "on":
+        raise _not_of_this_world(caption)
+    colour, shape, *place, _, background = words
+    if colour not in COLOURS or shape not in SHAPES or background not in BACKGROUNDS or set(place) - set(PLACES):
+        raise _not_of_this_world(caption)
+    return Wish(colour, shape, background, size, place[0] if place else None)
+
+
+def _not_of_this_world(caption: str) -> ValueError:
+    return ValueError(
+        f"{caption!r} is not a playground caption; expected '[small|large] COLOUR SHAPE [left|right|top|bottom] on "
+        f"BACKGROUND' with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; backgrounds {', '.join(BACKGROUNDS)}"
+    )
+
+
+def wishes(*, held_out: bool) -> list[Wish]:
+    """Every wish of the world whose combination is (not) held out, in a fixed order."""
+    everything = itertools.product(COLOURS, SHAPES, BACKGROUNDS, (None, *RADII), (None, *PLACES))
+    return [w for w in (Wish(*x) for x in everything) if w.held_out == held_out]
+
+
+def captions(n: int, *, held_out: bool, seed: int = 0) -> list[str]:
+    """n captions in keyed random order, without repetition until the world is exhausted."""
+    pool, out = wishes(held_out=held_out), []
+    for epoch in range(math.ceil(n / len(pool))):
+        order = Draws(seed).permutation(len(pool), key=epoch, stream="captions")
+        out += [pool[i].caption for i in order.tolist()]
+    return out[:n]
+
+
+class Scene(NamedTuple):
+    """What is in B images: shape index [B] int64, colours [B, 3] in [0, 1], centre x and y and radius [B] in pixels."""
+
+    shape: Tensor
+    colour: Tensor
+    background: Tensor
+    x: Tensor
+    y: Tensor
+    radius: Tensor
+
+    def render(self) -> Tensor:
+        """Antialiased images, [B, 3, SIZE, SIZE] in [0, 1]."""
+        mask = masks(self.x, self.y, self.radius).gather(1, self.shape.view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE))
+        colour, background = self.colour[..., None, None], self.background[..., None, None]
+        return background + mask * (colour - background)
+
+
+def masks(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """How much of each pixel every shape covers, [B, 4, SIZE, SIZE] in [0, 1], in the order of SHAPES.
+
+    x, y and radius are [B] in pixels. All shapes have the area of the circle of that radius and their centroid at (x, y).
+    """
+    grid = torch.arange(SIZE, device=x.device) + 0.5
+    dx = grid.view(1, 1, -1) - x.view(-1, 1, 1)
+    dy = grid.view(1, -1, 1) - y.view(-1, 1, 1)
+    r = radius.view(-1, 1, 1)
+    circle = torch.sqrt(dx**2 + dy**2) - r
+    square = torch.maximum(dx.abs(), dy.abs()) - r * math.sqrt(math.pi) / 2
+    # Equilateral, pointing up: area 3 sqrt(3) q^2 with q the radius of its inscribed circle.
+    inner = r * math.sqrt(math.pi / (3 * math.sqrt(3)))
+    slant = math.sqrt(3) / 2 * dx.abs() - 0.5 * dy
+    triangle = torch.maximum(slant, dy.expand_as(slant)) - inner
+    # Two bars of half-length l and half-width .36 l: area 4 l^2 (2 * .36 - .36^2).
+    length = r * math.sqrt(math.pi / (4 * (0.72 - 0.36**2)))
+    along = torch.maximum(dx.abs() - length, dy.abs() - 0.36 * length)
+    across = torch.maximum(dy.abs() - length, dx.abs() - 0.36 * length)
+    distance = torch.stack([circle, square, triangle, torch.minimum(along, across)], dim=1)
+    return (0.5 - distance).clamp(0, 1)
+
+
+def imagine(wishes: list[Wish], *, seed: int) -> Scene:
+    """A random scene for each wish: what the wish leaves open is drawn at random, and so are the nuisances."""
+    n, g = len(wishes), torch.Generator().manual_seed(seed)
+
+    def table(values: dict[str, tuple[float, ...]], names: list[str]) -> Tensor:
+        return torch.tensor([values[name] for name in names])
+
+    vivid = 0.3 + 0.7 * torch.rand(n, 1, generator=g)
+    colour = GREY + vivid * (table(COLOURS, [w.colour for w in wishes]) - GREY)
+    background = table(BACKGROUNDS, [w.background for w in wishes]) + 0.02 * torch.randn(n, 3, generator=g)
+    either = torch.rand(n, generator=g)
+    small = torch.tensor([w.size == "small" for w in wishes]) | (
+        torch.tensor([w.size is None for w in wishes]) & (either < 0.5)
+    )
+    radius = torch.where(small, RADII["small"], RADII["large"]) + 0.8 * (torch.rand(n, generator=g) - 0.5)
+    spot = torch.tensor([PLACES[w.place] if w.place else CENTRE for w in wishes])
+    spot = spot + 5.0 * (torch.rand(n, 2, generator=g) - 0.5)
+    shape = torch.tensor([SHAPES.index(w.shape) for w in wishes])
+    return Scene(shape, colour, background.clamp(0, 1), spot[:, 0], spot[:, 1], radius)

@@ -1,0 +1,166 @@
+"""A run: its folder, its accelerator, its randomness and its metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from diffalign.config import Config
+from diffalign.data import KeyedLoader, PreferencePairs
+from diffalign.draws import Draws
+
+MAY_CHANGE = ("run", "hooks", "trainer.steps", "data.num_workers")
+"""What a resumed run may set differently from how it began."""
+
+
+class Run:
+    """Where a training run happens. Every rank has one; rank 0 writes.
+
+    Args:
+        folder: receives config.yaml, metrics.jsonl, checkpoints/, samples/ and export/
+        seed: of every random draw of the run
+        mixed_precision: autocast dtype; what `accelerate launch` says when left out
+        tracker: sends the metrics to this tracker of accelerate's as well
+        log_every: steps between two writes of the metrics, which hold every step
+        resume: continue from the last checkpoint in `folder`
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        folder: str,
+        seed: int = 0,
+        mixed_precision: Literal["no", "fp16", "bf16"] | None = None,
+        tracker: Literal["none", "tensorboard", "wandb"] = "none",
+        log_every: int = 10,
+        resume: bool = False,
+    ):
+        self.folder = Path(folder)
+        trackers = None if tracker == "none" else tracker
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=trackers, project_dir=self.folder)
+        self.draws, self.log_every, self.resume = Draws(seed), log_every, resume
+        self.metrics = self.folder / "metrics.jsonl"
+        self._pending: list[tuple[int, list[str], Tensor]] = []
+        self._since = (time.perf_counter(), 0)
+        if self.main:
+            self._claim(config)
+        self.accelerator.wait_for_everyone()
+        if trackers:
+            self.accelerator.init_trackers(
+                "diffalign", init_kwargs={"wandb": {"dir": str(self.folder), "name": self.folder.name}}
+            )
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def _claim(self, config: Config) -> None:
+        """Write config.yaml, or compare with the one that is there when resuming."""
+        path = self.folder / "config.yaml"
+        if path.exists() and not self.resume:
+            raise FileExistsError(
+                f"'{self.folder}' already holds a run; continue it with run.resume=true or choose another run.folder"
+            )
+        if path.exists():
+            before = OmegaConf.load(path)
+            now = OmegaConf.create(config.yaml())
+            changed = [k for k in _flat(now) if _flat(now)[k] != _flat(before).get(k) and not k.startswith(MAY_CHANGE)]
+            if changed:
+                raise ValueError(
+                    f"resuming '{self.folder}' with other settings than it began with: {', '.join(changed)}; "
+                    "set them back or choose another run.folder"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write(path, config.yaml())
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module as accelerate wants it for training (DDP and so on)."""
+        return self.accelerator.prepare_model(module)
+
+    def pairs(self, encoder: Any, **config: Any) -> PreferencePairs:
+        """The preference pairs of this run, with its draws, ranks and folder."""
+        a = self.accelerator
+        return PreferencePairs(
+            encoder, self.draws, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config
+        )
+
+    def loader(self, pairs: PreferencePairs) -> KeyedLoader:
+        """This rank's micro-batches of the data set, on the device."""
+        return KeyedLoader(
+            pairs,
+            self.draws,
+            batch_size=pairs.batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            num_workers=pairs.num_workers,
+            device=self.device,
+        )
+
+    def print(self, *lines: str) -> None:
+        """Print once, from the main process."""
+        self.accelerator.print("\n".join(lines))
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after `step`: a resumed run writes them again."""
+        if self.main and self.metrics.exists():
+            kept = [x for x in self.metrics.read_text().splitlines() if _complete(x) and json.loads(x)["step"] <= step]
+            write(self.metrics, "".join(x + "\n" for x in kept))
+
+    def log(self, step: int, values: dict[str, Tensor]) -> None:
+        """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for."""
+        names = sorted(values)
+        self._pending.append((step, names, torch.stack([values[n].float() for n in names])))
+        if step % self.log_every == 0:
+            self.flush()
+
+    def flush(self, samples_per_step: int = 0) -> None:
+        """Write the pending metrics: one JSON object a step, NaN left out."""
+        if not self.main or not self._pending:
+            self._pending.clear()
+            return
+        lines = []
+        for step, names, values in self._pending:
+            finite = {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}
+            lines.append(json.dumps({"step": step, **finite}))
+            self.accelerator.log(finite, step=step)
+        with self.metrics.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+        self._pending.clear()
+
+    def recent(self, n: int) -> dict[str, float]:
+        """The mean of every metric over the last n steps written."""
+        lines = [json.loads(x) for x in self.metrics.read_text().splitlines()[-n:]]
+        keys = {k for line in lines for k in line}
+        return {k: sum(v) / len(v) for k in keys if (v := [line[k] for line in lines if k in line])}
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _complete(line: str) -> bool:
+    return line.startswith("{") and line.endswith("}")
+
+
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        out |= _flat(value, name + ".") if OmegaConf.is_dict(value) else {name: value}
+    return out

@@ -1,0 +1,173 @@
+"""The one training loop: offline pairs, online rollouts, differentiable rewards, one player or two."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.run import Run
+from diffalign.types import Metrics
+
+
+@dataclass
+class Player:
+    """A trainable network with its optimizer and lr schedule."""
+
+    module: nn.Module
+    optimizer: Any
+    lr_schedule: LambdaLR
+
+
+def adamw(
+    module: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, ...] = (0.9, 0.999),
+    weight_decay: float = 1e-2,
+    eps: float = 1e-8,
+    lr_warmup_steps: int = 0,
+) -> Player:
+    """A player stepped by AdamW (Loshchilov & Hutter, 2019) with linear warm-up, then constant lr.
+
+    Args:
+        lr: learning rate after warm-up, not scaled by batch or world size
+        betas: decay of the first and second moment
+        weight_decay: decoupled weight decay
+        eps: added to the denominator
+        lr_warmup_steps: optimizer steps from 0 to lr
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
+    )
+    return Player(module, optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, lr_warmup_steps))))
+
+
+class Hook(Protocol):
+    """What else happens in a run. Every rank calls every hook."""
+
+    def start(self, trainer: Trainer) -> None: ...
+    def after_step(self, trainer: Trainer) -> None: ...
+    def end(self, trainer: Trainer) -> None: ...
+
+
+class Trainer:
+    """Steps an algorithm's players for a number of optimizer steps.
+
+    Args:
+        steps: training steps; one is every turn of the algorithm once
+        grad_accum: micro-batches a turn
+        max_grad_norm: gradients are clipped to this norm
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        algorithm: Algorithm,
+        players: Mapping[str, Player],
+        hooks: Sequence[Hook] = (),
+        *,
+        steps: int,
+        grad_accum: int = 1,
+        max_grad_norm: float = 1.0,
+    ):
+        self.run, self.algorithm, self.players, self.hooks = run, algorithm, players, hooks
+        self.steps, self.grad_accum, self.max_grad_norm = steps, grad_accum, max_grad_norm
+        self.step = 0  # training steps taken
+        self.micro = 0  # micro-batches used by this rank
+        for player in players.values():
+            player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
+
+    def fit(self, loader: Any) -> None:
+        """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on."""
+        for hook in self.hooks:
+            hook.start(self)
+        self.run.print(*self._describe(loader))
+        batches = self.algorithm.batches(loader.start(self.micro))
+        bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
+        while self.step < self.steps:
+            started = time.perf_counter()
+            values: dict[str, Tensor] = {}
+            for turn in self.algorithm.turns(self.step):
+                values |= self._take(turn, batches)
+            self.step += 1
+            values["perf/samples_per_second"] = torch.tensor(self._effective(loader) / (time.perf_counter() - started))
+            self.run.log(self.step, values)
+            for hook in self.hooks:
+                hook.after_step(self)
+            bar.update()
+        bar.close()
+        self.run.flush()
+        for hook in self.hooks:
+            hook.end(self)
+        if self.run.main and self.run.metrics.exists():
+            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
+
+    def _take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor]:
+        """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""
+        player, accelerator = self.players[turn.player], self.run.accelerator
+        seen: list[Metrics] = []
+        used: list[Any] = []
+        for k in range(self.grad_accum):
+            batch = next(batches)
+            last = k == self.grad_accum - 1
+            # accelerator.accumulate() keeps one counter for all players; with two of them it steps the wrong one.
+            with nullcontext() if last else accelerator.no_sync(player.module):
+                with accelerator.autocast():
+                    loss, metrics = turn.loss(batch)
+                accelerator.backward(loss / self.grad_accum)
+            seen.append({"loss": loss.detach(), **metrics})
+            used += self.algorithm.keys(batch)
+            self.micro += 1
+        values = self._mean(seen)
+        if not torch.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on this "
+                f"rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
+            )
+        values["grad_norm"] = accelerator.clip_grad_norm_(_trained(player.module), self.max_grad_norm).detach()
+        player.optimizer.step()
+        player.optimizer.zero_grad()
+        values["lr"] = torch.tensor(player.lr_schedule.get_last_lr()[0])
+        # Not prepared by accelerate, which would step it once a process.
+        player.lr_schedule.step()
+        return {f"{turn.player}/{name}": value for name, value in values.items()}
+
+    def _mean(self, seen: Sequence[Metrics]) -> dict[str, Tensor]:
+        """The mean of each metric over all samples of all micro-batches and ranks, NaN left out (except of the loss)."""
+        names = sorted(seen[0])
+        sums = []
+        for name in names:
+            values = torch.cat([m[name].reshape(-1).float() for m in seen])
+            there = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
+            sums.append(torch.stack([torch.where(there, values, 0.0).sum(), there.sum()]))
+        total = self.run.accelerator.reduce(torch.stack(sums), reduction="sum")
+        return {name: pair[0] / pair[1] for name, pair in zip(names, total, strict=True)}
+
+    def _effective(self, loader: Any) -> int:
+        return loader.batch_size * self.grad_accum * self.run.accelerator.num_processes
+
+    def _describe(self, loader: Any) -> list[str]:
+        world, effective = self.run.accelerator.num_processes, self._effective(loader)
+        lines = [
+            f"effective batch {effective} = {loader.batch_size} a micro-batch x {self.grad_accum} accumulated x {world} "
+            f"processes; {self.steps} steps see {self.steps * effective} samples ({len(loader.dataset)} in the data set)"
+        ]
+        for name, player in self.players.items():
+            count = sum(p.numel() for p in _trained(player.module))
+            peak = player.lr_schedule.base_lrs[0]
+            lines.append(f"player '{name}': {count:,} trainable parameters, lr {peak:g} (not scaled by the batch)")
+        return lines + list(self.algorithm.describe())
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]

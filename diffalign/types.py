@@ -1,0 +1,92 @@
+"""The few types that travel between modules: text conditions, pair batches, metrics, scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Key = Hashable
+"""What a random draw belongs to: (epoch, sample id) for a data set, (step, prompt id, k) for a rollout.
+Made of ints, strings and tuples of them, so that it means the same in every process."""
+
+Metrics = Mapping[str, Tensor]
+"""Detached values to log: a scalar, or one value per sample [B] in which NaN means "not in this group"."""
+
+
+class Cond(NamedTuple):
+    """What a denoiser is conditioned on besides x_t and t. Batch axis first in every field.
+
+    tokens   [B, L, D]  text embedding, one vector a token
+    pooled   [B, P]     pooled text embedding (SDXL, SD3, FLUX)
+    size     [B, 6]     SDXL's original size, crop and target size in pixels
+    guidance [B]        guidance scale of guidance-distilled models
+    user     [B, U, D]  user embedding of personalised models
+    """
+
+    tokens: Tensor
+    pooled: Tensor | None = None
+    size: Tensor | None = None
+    guidance: Tensor | None = None
+    user: Tensor | None = None
+
+    def repeat(self, n: int) -> Cond:
+        """The whole batch n times over along the batch axis: [B, ...] -> [n*B, ...]."""
+        return Cond(*(None if x is None else x.repeat(n, *[1] * (x.ndim - 1)) for x in self))
+
+    def to(self, *args: object, **kwargs: object) -> Cond:
+        """Every field moved with `Tensor.to`."""
+        return Cond(*(None if x is None else x.to(*args, **kwargs) for x in self))  # type: ignore[arg-type, call-overload]
+
+    @staticmethod
+    def cat(conds: Sequence[Cond]) -> Cond:
+        """Concatenate along the batch axis. Every cond must fill the same fields."""
+        return Cond(*(None if xs[0] is None else torch.cat(xs) for xs in zip(*conds, strict=True)))
+
+
+class PairBatch(NamedTuple):
+    """B preference pairs ready for a denoiser. Winners first on the batch axis of everything that is 2B long.
+
+    x0     [2B, C, h, w]  scaled latents, winners then losers
+    cond   batch of B     the prompt of each pair (the empty prompt where the caption was dropped)
+    keys   B keys         (epoch, sample id) of each pair: noise and timestep are drawn from them
+    weight [B]            importance of the pair in the loss
+    flip   [B]            probability in [0, 0.5) that the label is wrong; 0 when unknown
+    """
+
+    x0: Tensor
+    cond: Cond
+    keys: Sequence[Key]
+    weight: Tensor
+    flip: Tensor
+
+
+class Encoder(Protocol):
+    """The frozen half of a backbone: pixels to latents and prompts to conditions.
+
+    `fingerprint` changes whenever the weights or settings that decide those outputs change.
+    """
+
+    fingerprint: str
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w]."""
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """B prompts -> a Cond with batch axis B."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Anything that scores images. Larger is better.
+
+    `score` takes images [B, 3, H, W] float in [0, 1] and B prompts, and returns float32 [B]. `differentiable` says
+    whether gradients flow from the scores to the pixels. `unit` names the scale of the scores.
+    """
+
+    differentiable: bool
+    unit: str
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...

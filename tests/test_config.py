@@ -1,0 +1,120 @@
+"""The configuration: a schema from signatures, and one report of everything that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from diffalign import config
+
+
+def optimizer(module: object, *, lr: float, betas: tuple[float, ...] = (0.9, 0.999), name: str | None = None) -> None:
+    """An optimizer.
+
+    Args:
+        lr: how far a step goes
+    """
+
+
+class Run:
+    def __init__(self, *, folder: str, seed: int = 0, mode: Literal["no", "fp16"] = "no", resume: bool = False):
+        pass
+
+
+def resolve(content: dict, *overrides: str, checks: dict | None = None) -> config.Config:
+    return config.resolve(content, overrides, {"run": Run, "optimizer": optimizer}, checks or {})
+
+
+def test_defaults_yaml_and_overrides_merge_in_that_order() -> None:
+    cfg = resolve({"run": {"folder": "a", "seed": 1}, "optimizer": {"lr": "1e-3"}}, "run.seed=2", "run.mode=fp16")
+    assert cfg.run == {"folder": "a", "seed": 2, "mode": "fp16", "resume": False}
+    assert cfg.optimizer == {"lr": 1e-3, "betas": (0.9, 0.999), "name": None}
+
+
+def test_positional_parameters_are_not_keys() -> None:
+    assert "module" not in config.parameters(optimizer)
+
+
+def test_yaml_no_is_the_word_where_a_word_is_expected(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("run: {folder: a, mode: no}\noptimizer: {lr: 1}\n")
+    cfg = config.resolve(config.read(str(tmp_path / "c.yaml"), tmp_path), [], {"run": Run, "optimizer": optimizer}, {})
+    assert cfg.run["mode"] == "no"
+    assert cfg.optimizer["lr"] == 1.0
+
+
+def test_everything_wrong_is_in_one_message() -> None:
+    with pytest.raises(config.ConfigError) as caught:
+        resolve({"run": {"sed": 1, "seed": "many", "mode": "fp8"}, "optimiser": {}, "optimizer": {"betas": 3}})
+    message = str(caught.value)
+    assert message.startswith("7 problems in the configuration:")
+    for line in (
+        "unknown section 'optimiser'; did you mean 'optimizer'?",
+        "unknown key 'run.sed'; did you mean 'run.seed'?",
+        "'run.folder' is missing; it must be str",
+        "'run.seed' must be int, got 'many'",
+        "'run.mode' must be one of no, fp16, got 'fp8'",
+        "'optimizer.lr' is missing; it must be float",
+        "'optimizer.betas' must be a list of float, got 3",
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("run.seed=1.5", "'run.seed' must be int, got 1.5"),
+        ("run.seed=true", "'run.seed' must be int, got True"),
+        ("run.resume=1", "'run.resume' must be bool, got 1"),
+        ("optimizer.lr=fast", "'optimizer.lr' must be float, got 'fast'"),
+        ("optimizer.lr=null", "'optimizer.lr' must be float, got None"),
+        ("run=3", "section.key=value"),
+        ("--seed", "section.key=value"),
+    ],
+)
+def test_wrong_types_are_named(override: str, complaint: str) -> None:
+    with pytest.raises(config.ConfigError, match=complaint.replace(".", r"\.")):
+        resolve({"run": {"folder": "a"}, "optimizer": {"lr": 1}}, override)
+
+
+def test_missing_marker_and_checks() -> None:
+    with pytest.raises(config.ConfigError, match=r"'run.folder' is missing"):
+        resolve({"run": {"folder": "???"}, "optimizer": {"lr": 1}})
+    with pytest.raises(config.ConfigError, match="never with seed 3"):
+        resolve(
+            {"run": {"folder": "a", "seed": 3}, "optimizer": {"lr": 1}},
+            checks={"run": lambda run: ["never with seed 3"] if run["seed"] == 3 else []},
+        )
+
+
+def test_unknown_config_name_lists_the_shipped_ones(tmp_path: Path) -> None:
+    (tmp_path / "sd15.yaml").write_text("{}")
+    with pytest.raises(config.ConfigError, match=r"no config 'sd51'.*\(sd15\)"):
+        config.read("sd51", tmp_path)
+    (tmp_path / "bad.yaml").write_text("run: [")
+    with pytest.raises(config.ConfigError, match="not valid YAML"):
+        config.read(str(tmp_path / "bad.yaml"), tmp_path)
+
+
+def test_parse_prints_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train").mkdir()
+    recipe = tmp_path / "train" / "it.py"
+    recipe.write_text('"""What it does."""\n')
+    with pytest.raises(SystemExit) as caught:
+        config.parse(["run.sed=1"], str(recipe), run=Run)
+    assert caught.value.code == 2
+    assert "did you mean 'run.seed'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        config.parse(["--help"], str(recipe), run=Run, optimizer=optimizer)
+    shown = capsys.readouterr().out
+    assert "What it does." in shown
+    assert "optimizer.lr: float (required)  how far a step goes" in shown
+
+
+def test_config_yaml_reads_back_to_the_same() -> None:
+    cfg = resolve({"run": {"folder": "a"}, "optimizer": {"lr": 1e-3}})
+    from omegaconf import OmegaConf
+
+    again = config.resolve(OmegaConf.create(cfg.yaml()), [], {"run": Run, "optimizer": optimizer}, {})
+    assert again.sections == cfg.sections

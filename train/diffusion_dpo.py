@@ -1,0 +1,47 @@
+"""Diffusion-DPO (Wallace et al., 2023) on preference pairs.
+
+    accelerate launch train/diffusion_dpo.py --config configs/diffusion_dpo/sd15.yaml algorithm.beta=2000
+    diffalign train diffusion_dpo --config playground run.folder=runs/first
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.diffusion_dpo import DiffusionDPO
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import PreferencePairs, check_pairs
+from diffalign.hooks import standard_hooks
+from diffalign.reference import reference_for
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={"backbone": check_backbone, "data": check_pairs, "algorithm": DiffusionDPO.check},
+        run=Run,
+        backbone=load_backbone,
+        data=PreferencePairs,
+        algorithm=DiffusionDPO,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    pairs = run.pairs(backbone, **cfg.data)
+    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
+    policy = run.prepare(backbone.denoiser)
+    algorithm = DiffusionDPO(policy, reference, backbone.schedule, run.draws, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
+    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(pairs))
+
+
+if __name__ == "__main__":
+    main()
