@@ -146,3 +146,7 @@ def _build(args: argparse.Namespace) -> int:
     )
     print(json.dumps(card, indent=2))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Section = Callable[..., Any]
-Check = Callable[[dict[str, Any]], list[str]]
+Check = Callable[..., list[str]]
+"""Takes the values of the sections it is listed under, returns one line a problem."""
 
 
 class ConfigError(ValueError):
@@ -48,7 +49,7 @@ def parse(
     """Command line -> configuration; exits with status 2 and one message when anything is wrong.
 
     recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
-    checks maps a section to a function that lists the impossible combinations of its values.
+    checks maps one section, or several with spaces between, to a function that lists impossible combinations.
     """
     file = Path(recipe)
     folder = file.resolve().parent.parent / "configs" / file.stem
@@ -103,13 +104,15 @@ def resolve(
         raise ConfigError(str(error).splitlines()[0]) from None
     assert isinstance(given, dict)
     problems = [_unknown("section", str(s), sections) for s in given if s not in sections]
-    resolved = {}
+    resolved: dict[str, dict[str, Any]] = {}
     for name, factory in sections.items():
         values, wrong = _section(name, factory, given.get(name) or {})
-        if not wrong and name in checks:
-            wrong = checks[name](values)
-        resolved[name] = values
+        if not wrong:
+            resolved[name] = values
         problems += wrong
+    for names, check in checks.items():
+        if all(name in resolved for name in names.split()):
+            problems += check(*(resolved[name] for name in names.split()))
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))

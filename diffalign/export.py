@@ -29,7 +29,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 base, lora, given, out, steps, size, dtype = sys.argv[1:]
-pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None, torch_dtype=getattr(torch, dtype)).to(torch.float32)
+pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None).to(getattr(torch, dtype)).to(torch.float32)
 if lora:
     pipeline.load_lora_weights(lora)
 pipeline.set_progress_bar_config(disable=True)

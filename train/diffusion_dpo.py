@@ -8,6 +8,8 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
+import math
+
 from diffalign import config
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.backbones import check_backbone, load_backbone
@@ -22,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={"backbone": check_backbone, "data": check_pairs, "algorithm": DiffusionDPO.check},
+        checks={"backbone": check_backbone, "data": check_pairs, "algorithm data": DiffusionDPO.check},
         run=Run,
         backbone=load_backbone,
         data=PreferencePairs,
@@ -36,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     pairs = run.pairs(backbone, **cfg.data)
     reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
     policy = run.prepare(backbone.denoiser)
-    algorithm = DiffusionDPO(policy, reference, backbone.schedule, run.draws, **cfg.algorithm)
+    dims = math.prod(backbone.latent_shape(cfg.data["resolution"]))
+    algorithm = DiffusionDPO(policy, reference, backbone.schedule, run.draws, dims, **cfg.algorithm)
     players = {"policy": adamw(policy, **cfg.optimizer)}
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
     backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training

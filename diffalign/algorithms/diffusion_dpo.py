@@ -14,8 +14,8 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,4 +24,89 @@ from diffalign.algorithms.base import Algorithm
 from diffalign.draws import Draws
 from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss, denoising_error
 from diffalign.schedule import VPSchedule
-from diffalign.types import Metrics, PairBatch
+from diffalign.types import Cond, Metrics, PairBatch
+
+BUCKETS = 4
+"""Metrics are logged for each quarter of the timesteps as well."""
+
+
+class DiffusionDPO(Algorithm):
+    """Raises the policy's implicit reward of winners over losers, relative to a frozen reference.
+
+    Args:
+        beta: strength of the pull to the reference; mean-form error, factor 1/2 (5000 as released for SD1.5 and SDXL)
+        loss: which function of the margin; see diffalign/losses.py
+        label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: Callable[[Tensor, Tensor, Cond], Tensor],
+        schedule: VPSchedule,
+        draws: Draws,
+        dims: int,
+        *,
+        beta: float = 5000.0,
+        loss: str = "dpo",
+        label_smoothing: float = 0.0,
+    ):
+        self.players = {"policy": policy}
+        self.policy, self.reference, self.schedule, self.draws = policy, reference, schedule, draws
+        self.beta, self.name, self.label_smoothing, self.dims = beta, loss, label_smoothing, dims
+        self.pair_loss = PAIR_LOSSES[loss]
+
+    @staticmethod
+    def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with this `data` section, one line each."""
+        problems = check_pair_loss(cfg["loss"], cfg["label_smoothing"], data["batch_size"])
+        if not cfg["beta"] > 0:
+            problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual")
+        return problems
+
+    def loss(self, batch: PairBatch) -> tuple[Tensor, Metrics]:
+        """B pairs -> mean loss, and per pair [B]: accuracy, margin, error changes, each also by timestep quarter."""
+        t = self.schedule.sample_timesteps(self.draws, batch.keys).to(batch.x0.device)
+        eps = self.draws.normal(batch.keys, batch.x0.shape[1:], stream="noise").to(batch.x0.device)
+        t2, eps2, cond = t.repeat(2), eps.repeat(2, 1, 1, 1), batch.cond.repeat(2)
+        x_t, target = self.schedule.add_noise(batch.x0, eps2, t2), self.schedule.target(batch.x0, eps2, t2)
+        ref_w, ref_l = denoising_error(self.reference(x_t, t2, cond), target).chunk(2)
+        err_w, err_l = denoising_error(self.policy(x_t, t2, cond), target).chunk(2)
+        flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
+        terms = PairTerms(err_w, err_l, ref_w, ref_l, self.beta, flip)
+        loss = (batch.weight * self.pair_loss(terms)).mean()
+        margin = terms.margin.detach()
+        metrics = {
+            "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "margin": margin,
+            "winner_error_change": (err_w - ref_w).detach(),
+            "loser_error_change": (err_l - ref_l).detach(),
+            "reference_error": ref_w,
+        }
+        return loss, metrics | self._by_timestep(metrics, t)
+
+    def _by_timestep(self, metrics: Metrics, t: Tensor) -> dict[str, Tensor]:
+        width = self.schedule.num_timesteps // BUCKETS
+        quarter = (t // width).clamp(max=BUCKETS - 1)
+        return {
+            f"{name}@t{k * width:03d}": torch.where(quarter == k, values, torch.nan)
+            for name, values in metrics.items()
+            for k in range(BUCKETS)
+        }
+
+    def describe(self) -> list[str]:
+        others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
+        return [f"beta {self.beta:g} (mean-form error, factor 1/2), loss '{self.name}'; the same elsewhere:", *others]
+
+    def verdict(self, recent: Mapping[str, float]) -> str:
+        accuracy, winner = recent["policy/accuracy"], recent["policy/winner_error_change"]
+        drift = winner / recent["policy/reference_error"]
+        ranks = "ranks pairs as people did" if accuracy > 0.5 else "does not rank pairs as people did"
+        if drift > 0.1:
+            state = "the winners' own error rose by over 10 %, which destroys images: lower the lr or raise beta"
+        else:
+            state = "judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"
+        return (
+            f"verdict: implicit accuracy {accuracy:.2f} over the last steps, the policy {ranks}; "
+            f"winner error {drift:+.1%} of the reference's; {state}"
+        )

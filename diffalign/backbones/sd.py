@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -43,8 +44,8 @@ class SDBackbone(Backbone):
 
     def __init__(self, path: Path, fingerprint: str, device: torch.device, dtype: torch.dtype):
         self.path, self.fingerprint, self.device, self.dtype = path, fingerprint, device, dtype
-        network = UNet2DConditionModel.from_pretrained(path, subfolder="unet", torch_dtype=torch.float32)
-        self.denoiser = SDDenoiser(network.to(device, memory_format=torch.channels_last))
+        network = UNet2DConditionModel.from_pretrained(path, subfolder="unet")
+        self.denoiser = SDDenoiser(_to(network, device, torch.float32).to(memory_format=torch.channels_last))
         self.schedule = VPSchedule.from_config(json.loads((path / "scheduler/scheduler_config.json").read_text()))
         self._vae: AutoencoderKL | None = None
         self._tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
@@ -53,15 +54,15 @@ class SDBackbone(Backbone):
     @property
     def vae(self) -> AutoencoderKL:
         if self._vae is None:
-            vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae", torch_dtype=self.dtype)
-            self._vae = frozen(vae.to(self.device))
+            vae = AutoencoderKL.from_pretrained(self.path, subfolder="vae")
+            self._vae = frozen(_to(vae, self.device, self.dtype))
         return self._vae
 
     @property
     def text_encoder(self) -> CLIPTextModel:
         if self._text is None:
-            text = CLIPTextModel.from_pretrained(self.path, subfolder="text_encoder", torch_dtype=self.dtype)
-            self._text = frozen(text.to(self.device))
+            text = CLIPTextModel.from_pretrained(self.path, subfolder="text_encoder")
+            self._text = frozen(_to(text, self.device, self.dtype))
         return self._text
 
     def release(self) -> None:
@@ -116,3 +117,8 @@ class SDBackbone(Backbone):
         StableDiffusionPipeline.save_lora_weights(
             folder, get_peft_model_state_dict(network), **_collate_lora_metadata({"unet": network})
         )
+
+
+def _to(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Moved; cast only where needed, since diffusers warns about every cast."""
+    return module.to(device) if module.dtype == dtype else module.to(device, dtype)

@@ -35,18 +35,24 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocabulary, merges = letters + [letter + "</w>" for letter in letters], []
     for word in WORDS:
-        pieces = [*word[:-1], word[-1] + "</w>"]
+        pieces = _merged([*word[:-1], word[-1] + "</w>"], merges)
         while len(pieces) > 1:
-            pair = (pieces[0], pieces[1])
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            if pair not in merges:
-                merges.append(pair)
-                vocabulary.append(pieces[0])
+            merges.append((pieces[0], pieces[1]))
+            pieces = _merged(pieces, merges)
+            vocabulary.append(pieces[0])
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(dict.fromkeys(vocabulary))}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=LENGTH)
+
+
+def _merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    """Byte-pair encoding of one word: the earliest merge first."""
+    while found := [m for m in merges if m in zip(pieces, pieces[1:], strict=False)]:
+        k = next(i for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair == found[0])
+        pieces = [*pieces[:k], pieces[k] + pieces[k + 1], *pieces[k + 2 :]]
+    return pieces
 
 
 def autoencoder() -> AutoencoderKL:
@@ -124,7 +130,10 @@ def train(
     lr: float,
     ema_decay: float,
 ) -> None:
-    """Minimise `loss(step, generator)`; leaves the modules holding the averaged weights. Resumes from `work/<name>.*`."""
+    """Minimise `loss(step, generator)`; leaves the modules holding the averaged weights. Resumes from `work/<name>.*`.
+
+    The lr warms up over 100 steps and falls linearly over the last 30 %.
+    """
     parameters = [p for m in modules.values() for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
     ema, first, checkpoint = EMAModel(parameters, decay=ema_decay), 0, work / f"{name}.pt"
@@ -139,7 +148,7 @@ def train(
     started = time.time()
     for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc=name, mininterval=5)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = lr * min(1, (step + 1) / 100, (steps - step) / (0.3 * steps))
         value = loss(step, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         value.backward()
@@ -256,7 +265,7 @@ def build(out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, ima
     print(card, flush=True)
     pipeline = train_unet(work, vae, unet_steps, images)
     pipeline.to(torch.float16).save_pretrained(out)
-    pipeline = StableDiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(out).to(torch.float32)
     card |= {"autoencoder_steps": autoencoder_steps, "unet_steps": unet_steps, "images": images, **report_card(pipeline)}
     (out.parent / "build.json").write_text(json.dumps(card, indent=2) + "\n")
     return card

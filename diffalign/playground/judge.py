@@ -88,7 +88,7 @@ def look(images: Tensor) -> tuple[Scene, Tensor]:
     background = images[:, :, border].median(dim=2).values
     offset = images - background[..., None, None]
     distance = offset.norm(dim=1)
-    strong = distance > 0.6 * distance.flatten(1).quantile(0.98, dim=1)[:, None, None]
+    strong = distance > 0.85 * distance.flatten(1).quantile(0.98, dim=1)[:, None, None]
     colour = (images * strong[:, None]).sum((2, 3)) / strong.sum((1, 2)).clamp(min=1)[:, None]
     contrast = colour - background
     mask = (offset * contrast[..., None, None]).sum(1) / contrast.square().sum(1).clamp(min=1e-4)[:, None, None]

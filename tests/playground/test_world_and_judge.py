@@ -82,7 +82,7 @@ def test_vividness_and_placement_are_measured_on_a_scale() -> None:
         colour=0.55 + vivid * (pure - 0.55), x=torch.tensor([16.0, 18.0, 16.0]), y=torch.tensor([16.0, 16.0, 16.0])
     )
     measured = Judge().measure(scene.render(), ["large green circle on white"] * 3)
-    assert torch.allclose(measured["vivid"], vivid[:, 0], atol=0.02)
+    assert torch.allclose(measured["vivid"], vivid[:, 0], atol=0.03)
     assert torch.allclose(measured["place"], torch.tensor([1.0, 0.6065, 1.0]), atol=0.01)
 
 
@@ -106,7 +106,7 @@ def test_annotators_follow_their_taste_and_their_noise() -> None:
     first, second = imagine(chosen, seed=1).render(), imagine(chosen, seed=2).render()
     vivid, muted = Annotator("vivid"), Annotator("muted")
     likes, margin = vivid.choose(first, second, prompts, range(400))
-    assert (likes == (margin > 0)).float().mean() > 0.85
+    assert (likes == (margin > 0)).float().mean() > 0.8
     dislikes, _ = muted.choose(first, second, prompts, range(400))
     assert (likes == dislikes).float().mean() < 0.25
     assert torch.equal(likes, vivid.choose(first, second, prompts, range(400))[0])

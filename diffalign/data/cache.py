@@ -1,0 +1,240 @@
+"""Latents and text embeddings, computed once and kept on disk for every later run.
+
+An entry's key is the content of its image (or the prompt) and what was done to it, its folder the encoder: a changed
+image is another entry, the same image elsewhere is the same one, and nothing goes by file names or times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.data.images import look_ahead, pixels
+from diffalign.data.records import ImageRef
+from diffalign.data.shards import Rows, Shards
+from diffalign.types import Cond, Encoder
+
+SHARD = 256
+"""Images, or prompts, a shard."""
+
+
+class Seen(NamedTuple):
+    """One image: the digest of its bytes ("" when unreadable), and why it cannot be used ("" when it can)."""
+
+    digest: str
+    reason: str
+
+
+class Look(NamedTuple):
+    """An image as a thread hands it over: `pixels` [3, R, R] where they are needed and there are any."""
+
+    seen: Seen
+    pixels: Tensor | None = None
+
+
+def look(ref: ImageRef, resolution: int, known: Callable[[str], str | None] = lambda digest: None) -> Look:
+    """Read an image and decode it unless its digest is known: then `known` gives the reason ("" if it is fine)."""
+    try:
+        data = ref.read()
+    except FileNotFoundError:
+        return Look(Seen("", f"missing image: {ref}"))
+    except OSError as error:
+        return Look(Seen("", f"unreadable image: {ref}: {error}"))
+    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
+    reason = known(digest)
+    if reason is not None:
+        return Look(Seen(digest, reason))
+    try:
+        return Look(Seen(digest, ""), pixels(data, resolution))
+    except ValueError as error:
+        return Look(Seen(digest, str(error)))
+
+
+class Ranks(NamedTuple):
+    """How the processes of one run share work: rank r takes the chunks r, r + world_size, ...
+
+    exchange is a folder of this run that every rank sees; barrier returns when every rank has called it.
+    """
+
+    rank: int
+    world_size: int
+    barrier: Callable[[], object]
+    exchange: Path
+
+    def chunks(self, n: int, size: int) -> list[range]:
+        """This rank's chunks of range(n)."""
+        return [range(start, min(start + size, n)) for start in range(0, n, size)][self.rank :: self.world_size]
+
+    def bar(self, chunks: list[range], what: str) -> tqdm:
+        """A progress bar over the chunks, on the main rank."""
+        return tqdm(total=sum(map(len, chunks)), desc=what, disable=self.rank > 0, mininterval=1, leave=False)
+
+    def share(self, found: dict[int, Seen], n: int) -> list[Seen]:
+        """Every rank's findings by number, put together, on every rank."""
+        if self.world_size > 1:
+            self.exchange.mkdir(parents=True, exist_ok=True)
+            files = [self.exchange / f"seen-{rank}.json" for rank in range(self.world_size)]
+            temporary = files[self.rank].with_suffix(".tmp")
+            temporary.write_text(json.dumps(list(found.items())))
+            os.replace(temporary, files[self.rank])
+            self.barrier()
+            if missing := [file.name for file in files if not file.exists()]:
+                raise FileNotFoundError(
+                    f"'{self.exchange}' lacks {', '.join(missing)} of the other processes; 'run.folder' must be one "
+                    "folder that all of them see"
+                )
+            found = {i: Seen(*seen) for file in files for i, seen in json.loads(file.read_text())}
+            self.barrier()
+            files[self.rank].unlink()
+        return [found[i] for i in range(n)]
+
+
+def check_images(images: Sequence[ImageRef], resolution: int, ranks: Ranks) -> list[Seen]:
+    """Read and decode every image once, the ranks sharing the work; keeps nothing but what was seen."""
+    chunks = ranks.chunks(len(images), SHARD)
+    mine = [i for chunk in chunks for i in chunk]
+    looks = look_ahead((images[i] for i in mine), lambda ref: look(ref, resolution).seen, processes=ranks.world_size)
+    found = {}
+    with closing(looks), ranks.bar(chunks, "check images") as bar:
+        for i, seen in zip(mine, looks, strict=True):
+            found[i] = seen
+            bar.update()
+    return ranks.share(found, len(images))
+
+
+class LatentCache:
+    """The latents of images and the embeddings of prompts under one encoder, kept in `folder`.
+
+    Images are resized and centre-cropped to `resolution`; with hflip, every image is there mirrored as well. Processes
+    may build the same cache at the same time, and a build that was killed is taken up again: what is complete is used,
+    at worst the same work is done twice. The encoder is called only for what is missing.
+
+    rank, world_size, barrier and exchange say how the processes of this run share the work, as in Ranks.
+
+    Raises OSError when the folder cannot be written or is full, ValueError when the encoder gives numbers that are not
+    finite.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        encoder: Encoder,
+        resolution: int,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], object] = lambda: None,
+        exchange: Path | None = None,
+        *,
+        hflip: bool = False,
+        shard_size: int = SHARD,
+    ):
+        if world_size > 1 and exchange is None:
+            raise ValueError(f"a cache built by {world_size} processes needs an 'exchange' folder of their run")
+        self.encoder, self.resolution, self.shard_size = encoder, resolution, shard_size
+        self.ranks = Ranks(rank, world_size, barrier, exchange or folder)
+        self.variants = ("", "-hflip") if hflip else ("",)
+        home = folder.expanduser() / encoder.fingerprint
+        self._images, self._prompts = Shards(home / f"images-{resolution}-center"), Shards(home / "prompts")
+
+    def add_images(self, images: Sequence[ImageRef]) -> list[Seen]:
+        """Encode what is missing. One Seen an image, the same list on every rank."""
+        chunks = self.ranks.chunks(len(images), self.shard_size)
+        mine = (images[i] for chunk in chunks for i in chunk)
+        looks = look_ahead(mine, lambda ref: look(ref, self.resolution, self._known), processes=self.ranks.world_size)
+        found: dict[int, Seen] = {}
+        with closing(looks), self.ranks.bar(chunks, "latents") as bar:
+            for chunk in chunks:
+                found |= zip(chunk, self._add_chunk(_ticking(islice(looks, len(chunk)), bar)), strict=True)
+        seen = self.ranks.share(found, len(images))
+        self._images.refresh()
+        return seen
+
+    def _known(self, digest: str) -> str | None:
+        if all(digest + variant in self._images for variant in self.variants):
+            return self._images.bad.get(digest, "")
+        return None
+
+    def _add_chunk(self, looks: Iterable[Look]) -> list[Seen]:
+        """Encode the pixels of one chunk and write its shard."""
+        seen: list[Seen] = []
+        rows: dict[str, dict[str, Tensor]] = {}
+        bad: dict[str, str] = {}
+        waiting: dict[str, Tensor] = {}
+        size = max(1, min(64, 8 * 512**2 // self.resolution**2))
+        for one, image in looks:
+            seen.append(one)
+            if image is None:
+                if one.digest and self._known(one.digest) is None:
+                    bad |= {one.digest + variant: one.reason for variant in self.variants}
+                continue
+            for variant in self.variants:
+                key = one.digest + variant
+                if key not in self._images and key not in rows:
+                    waiting[key] = image.flip(-1) if variant else image
+            if len(waiting) >= size:
+                rows |= self._encode(waiting)
+                waiting = {}
+        if waiting:
+            rows |= self._encode(waiting)
+        if rows or bad:
+            self._images.write([*rows, *bad], rows, bad)
+        return seen
+
+    @torch.no_grad()
+    def _encode(self, images: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        latents = self.encoder.encode_pixels(torch.stack(list(images.values()))).cpu()
+        return {key: {"latent": latent} for key, latent in zip(images, latents, strict=True)}
+
+    @torch.no_grad()
+    def add_prompts(self, prompts: Iterable[str]) -> None:
+        """Encode the prompts that are missing, and the empty one."""
+        texts = {_digest(text): text for text in ["", *prompts]}
+        keys = list(texts)
+        chunks = self.ranks.chunks(len(keys), self.shard_size)
+        with self.ranks.bar(chunks, "text embeddings") as bar:
+            for chunk in chunks:
+                missing = [keys[i] for i in chunk if keys[i] not in self._prompts]
+                rows: dict[str, dict[str, Tensor]] = {}
+                for start in range(0, len(missing), 32):
+                    part = missing[start : start + 32]
+                    cond = self.encoder.encode_text([texts[key] for key in part])
+                    fields = {name: value.cpu() for name, value in cond._asdict().items() if value is not None}
+                    rows |= {key: {name: value[k] for name, value in fields.items()} for k, key in enumerate(part)}
+                if missing:
+                    self._prompts.write(missing, rows, {})
+                bar.update(len(chunk))
+        self.ranks.barrier()
+        self._prompts.refresh()
+
+    def latents(self, digests: Sequence[str], *, flipped: bool = False) -> Rows:
+        """The rows of these images, field "latent" [C, h, w]. Raises ValueError when one was never added."""
+        return self._images.rows([digest + "-hflip" * flipped for digest in digests])
+
+    def texts(self, prompts: Sequence[str]) -> Rows:
+        """The rows of these prompts, one field for each of Cond's. Raises ValueError when one was never added."""
+        return self._prompts.rows([_digest(text) for text in prompts])
+
+
+def cond_of(rows: Rows, i: int) -> Cond:
+    """A row of `LatentCache.texts` as a Cond of batch 1."""
+    return Cond(**{name: value[None] for name, value in rows.read(i).items()})
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _ticking(looks: Iterator[Look], bar: tqdm) -> Iterator[Look]:
+    for one in looks:
+        yield one
+        bar.update()

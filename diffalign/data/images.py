@@ -1,0 +1,89 @@
+"""Encoded images -> square pixels, and a bounded look ahead over many of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from diffalign.data.records import ImageRef, forget_row_groups
+
+T = TypeVar("T")
+
+# What Pillow raises for damaged files: its own errors are OSErrors, its readers let the others through.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+MAX_ASPECT = 32
+"""Longer images than this are strips: resizing their shorter side would need gigabytes."""
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image -> RGB, upright. Raises ValueError with the reason when it is damaged or of another kind."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        image.load()
+    except DAMAGE as error:
+        raise ValueError(f"corrupt image: {error or type(error).__name__}") from error
+    if image.mode.startswith(("I", "F")):  # converting more than 8 bits to RGB clips them
+        raise ValueError(f"unsupported image: mode {image.mode} has more than 8 bits a channel")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def pixels(data: bytes, resolution: int, *, at: float = 0.5, flip: bool = False) -> Tensor:
+    """An encoded image -> [3, resolution, resolution] in [0, 1].
+
+    The shorter side is resized (bilinear, antialiased), the longer one cropped: `at` is where, from 0 (left or top)
+    over 0.5 (centre) to 1. `flip` mirrors left and right after the crop. Raises ValueError when it is damaged.
+    """
+    image = decode(data)
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT * short:
+        raise ValueError(f"unsupported image: {image.width} x {image.height} pixels is more than {MAX_ASPECT}:1")
+    scale = resolution / short
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (round((side - resolution) * at) for side in (width, height))
+    image = image.crop((left, top, left + resolution, top + resolution))
+    if flip:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def look_ahead(
+    images: Iterable[ImageRef], look: Callable[[ImageRef], T], *, processes: int = 1
+) -> Generator[T, None, None]:
+    """`look` of every image, in order, computed in threads a bounded number ahead.
+
+    processes is how many processes share the machine's cores. Pillow and hashlib free the interpreter while they work.
+    """
+    threads = max(2, min(16, (os.cpu_count() or 1) // processes))
+    waiting: deque = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for ref in images:
+                waiting.append(pool.submit(look, ref))
+                if len(waiting) > 4 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            forget_row_groups()

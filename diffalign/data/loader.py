@@ -1,0 +1,77 @@
+"""Endless micro-batches whose order is a function of (seed, position) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from diffalign.data.pairs import PreferencePairs
+from diffalign.draws import Draws
+from diffalign.types import PairBatch
+
+
+class KeyedLoader:
+    """This rank's share of the one stream of samples that all ranks read together.
+
+    The stream is the permutations of the data set for epochs 0, 1, ... one after the other. Micro-batch m of rank r
+    takes its positions [(m W + r) B, (m W + r + 1) B), so one process with two accumulation steps sees what two
+    processes see, and starting anywhere costs nothing.
+
+    batch_size is B, world_size W; num_workers processes prepare batches ahead; batches arrive on `device`.
+    """
+
+    def __init__(
+        self,
+        dataset: PreferencePairs,
+        draws: Draws,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        device: torch.device,
+    ):
+        self.dataset, self.draws, self.batch_size = dataset, draws, batch_size
+        self.rank, self.world_size, self.num_workers, self.device = rank, world_size, num_workers, device
+
+    def start(self, micro: int) -> Iterator[PairBatch]:
+        """Micro-batches of this rank from number `micro` on, without end."""
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=_Stream(self, micro),  # type: ignore[arg-type]
+            collate_fn=self.dataset.collate,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise it draws from the global one
+        )
+        for raw in loader:
+            batch = self.dataset.encode(raw)
+            yield PairBatch(
+                batch.x0.to(self.device, non_blocking=True),
+                batch.cond.to(self.device, non_blocking=True),
+                [tuple(key) for key in batch.keys],  # type: ignore[arg-type]  # pinning makes lists, which draw other numbers
+                batch.weight.to(self.device, non_blocking=True),
+                batch.flip.to(self.device, non_blocking=True),
+            )
+
+
+class _Stream:
+    """The (epoch, index) of every sample of this rank's micro-batches from one on."""
+
+    def __init__(self, loader: KeyedLoader, micro: int):
+        self.loader, self.micro = loader, micro
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        loader, micro, n = self.loader, self.micro, len(self.loader.dataset)
+        orders: dict[int, torch.Tensor] = {}
+        while True:
+            start = (micro * loader.world_size + loader.rank) * loader.batch_size
+            places = [divmod(position, n) for position in range(start, start + loader.batch_size)]
+            needed = {epoch for epoch, _ in places}
+            orders = {
+                e: orders[e] if e in orders else loader.draws.permutation(n, key=e, stream="order") for e in needed
+            }
+            yield [(epoch, int(orders[epoch][k])) for epoch, k in places]
+            micro += 1

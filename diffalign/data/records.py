@@ -1,0 +1,107 @@
+"""One record type for every preference data set: a prompt, K images, and which of them people liked better."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class ImageRef(NamedTuple):
+    """Where the bytes of one image lie: a file, or one cell of a parquet file. Hashable and cheap to pickle.
+
+    path       the image file, or the parquet file when `column` is set
+    column     the parquet column
+    row_group  the parquet row group
+    row        the row within that row group
+
+    Parquet is read a row group at a time: cheap in order, slow at random (`data.cache` = off).
+    """
+
+    path: str
+    column: str | None = None
+    row_group: int = 0
+    row: int = 0
+
+    def read(self) -> bytes:
+        """The encoded image. Raises OSError when it cannot be read, FileNotFoundError when it is not there."""
+        if self.column is None:
+            return Path(self.path).read_bytes()
+        with _lock:
+            try:
+                value = _cells(self.path, self.row_group, self.column)[self.row].as_py()
+            except pa.ArrowInvalid as error:
+                raise OSError(f"{self} is damaged: {error}") from error
+        if isinstance(value, dict):  # `datasets.Image` keeps {"bytes", "path"}
+            value = value.get("bytes")
+        if value is None:
+            raise FileNotFoundError(f"{self} is null")
+        return value
+
+    def __str__(self) -> str:
+        if self.column is None:
+            return self.path
+        return f"{self.path} row group {self.row_group} row {self.row} {self.column}"
+
+
+# A row group is the smallest thing parquet can read. Readers go in order and use two columns, so two groups of two
+# columns are enough; the lock keeps threads from reading the same group several times.
+_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=4)
+def _cells(path: str, row_group: int, column: str) -> Any:
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        return file.read_row_group(row_group, columns=[column], use_threads=False).column(0)
+
+
+def forget_row_groups() -> None:
+    """Free the parquet row groups kept for the next `ImageRef.read`: they can hold hundreds of megabytes."""
+    with _lock:
+        _cells.cache_clear()
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One prompt with K images and an order among them.
+
+    id         stable name within the data set, whatever else was dropped
+    ranks      one number an image, lower is better; a pair has K = 2
+    scores     one number an image, larger is better, where the data set gives any
+    annotator  who said so
+    weight     importance in the loss
+    flip       probability in [0, 0.5) that the label is wrong; 0 when unknown
+    """
+
+    id: str
+    prompt: str
+    images: tuple[ImageRef, ...]
+    ranks: tuple[float, ...]
+    scores: tuple[float, ...] | None = None
+    annotator: str | None = None
+    weight: float = 1.0
+    flip: float = 0.0
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """(winner, loser) positions in `images`, without ties, in a fixed order."""
+        for w, rank_w in enumerate(self.ranks):
+            for l_, rank_l in enumerate(self.ranks):
+                if rank_w < rank_l:
+                    yield w, l_
+
+
+class Dropped(NamedTuple):
+    """A record that cannot be used. The reason is `kind` or `kind: detail`."""
+
+    id: str
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        return self.reason.split(":")[0]

@@ -1,0 +1,123 @@
+"""Training curves of a run as SVG that needs no network and takes its text colour from the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+POINTS = 300
+"""A longer curve is drawn as the means of this many pieces."""
+
+COLOURS = ("#3b82c4", "#e0803a", "#4fa36b", "#b35fc0", "#c9a227", "#d1495b", "#5fb0b7", "#8d8d8d")
+INK = "#010203"
+"""Stands for the page's text colour until the SVG is written."""
+
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "diffalign",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **{key: INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
+}
+
+Series = tuple[list[int], list[float]]
+
+
+class Panel(NamedTuple):
+    """One plot: the metrics in it (names without the player), and a horizontal line that means "no change"."""
+
+    title: str
+    metrics: tuple[str, ...]
+    neutral: float | None = None
+
+
+PANELS = (
+    Panel("Loss", ("loss",)),
+    Panel("Implicit accuracy", ("accuracy",), 0.5),
+    Panel("Margin", ("margin",), 0.0),
+    Panel("Error minus the reference's", ("winner_error_change", "loser_error_change"), 0.0),
+    Panel("Margin by timestep", ("margin@",), 0.0),
+    Panel("Reward", ("reward",)),
+    Panel("Gradient norm", ("grad_norm",)),
+)
+"""What is drawn, where a run has it. A name that ends in @ takes every timestep bucket of that metric."""
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """`metrics.jsonl` -> for each metric its steps and values, shortened to POINTS means.
+
+    Absent and infinite values leave no gap. A line that a killed run did not finish is not read.
+    """
+    steps: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    text = path.read_text(encoding="utf-8")
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        row = json.loads(line)
+        for key, value in row.items():
+            if key != "step" and math.isfinite(value):
+                steps.setdefault(key, []).append(row["step"])
+                values.setdefault(key, []).append(value)
+    return {key: _shorten(steps[key], values[key]) for key in steps}
+
+
+def _shorten(steps: Sequence[int], values: Sequence[float]) -> Series:
+    pieces = min(len(steps), POINTS)
+    ends = [piece[-1] for piece in np.array_split(np.asarray(steps), pieces)]
+    means = [piece.mean() for piece in np.array_split(np.asarray(values, dtype=np.float64), pieces)]
+    return [int(s) for s in ends], [float(v) for v in means]
+
+
+def draw_curves(metrics: Mapping[str, Series]) -> list[tuple[str, str]]:
+    """(title, SVG) of every panel that the metrics have something for. The SVG is safe to put into HTML as it is."""
+    drawn = []
+    for panel in PANELS:
+        chosen = {k: series for k, series in metrics.items() if _belongs(k, panel)}
+        if chosen:
+            drawn.append((panel.title, _plot(chosen, panel.neutral)))
+    return drawn
+
+
+def _belongs(key: str, panel: Panel) -> bool:
+    name = key.split("/", 1)[-1]
+    return any(name.startswith(m) if m.endswith("@") else name == m for m in panel.metrics)
+
+
+def _plot(chosen: Mapping[str, Series], neutral: float | None) -> str:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+        axes = figure.add_subplot()
+        if neutral is not None:
+            axes.axhline(neutral, color=INK, alpha=0.4, linewidth=0.8, linestyle="--")
+        for i, (key, (steps, values)) in enumerate(sorted(chosen.items())):
+            colour = COLOURS[i % len(COLOURS)]
+            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+            axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=key)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.12, color=INK)
+        if len(chosen) > 1:
+            axes.legend(frameon=False, fontsize=7.5)
+        buffer = io.StringIO()
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    # HTML knows the namespaces by itself; without them the page holds no address at all.
+    return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Centred mean over about a tenth of the points, narrower at the ends."""
+    array, half = np.asarray(values), len(values) // 20
+    return [float(array[max(0, i - half) : i + half + 1].mean()) for i in range(len(array))]

@@ -1,0 +1,73 @@
+"""Folders of generated images: `manifest.jsonl` says which image belongs to which prompt and sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FIELDS = ("image", "prompt", "prompt_id", "sample")
+
+
+class Pair(NamedTuple):
+    """Two images of one prompt from the same initial noise, one of each model."""
+
+    prompt_id: str
+    sample: int
+    prompt: str
+    seed: int | None
+    base: Path
+    aligned: Path
+
+
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
+    """The rows of `folder/manifest.jsonl`, as eval/generate.py writes them, in its order.
+
+    Raises FileNotFoundError without that file, ValueError for a row without one of FIELDS or for a (prompt_id, sample)
+    that comes twice.
+    """
+    path = folder / "manifest.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' does not exist; write it with `diffalign eval generate --out {folder}`")
+    rows, seen = [], set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
+        row = json.loads(line)
+        missing = [field for field in FIELDS if field not in row]
+        if missing:
+            raise ValueError(f"'{path}' line {number} has no {', '.join(missing)}; every row needs {', '.join(FIELDS)}")
+        key = (row["prompt_id"], row["sample"])
+        if key in seen:
+            raise ValueError(f"'{path}' line {number}: prompt_id {key[0]!r}, sample {key[1]} comes twice")
+        seen.add(key)
+        rows.append(row)
+    return rows
+
+
+def read_pairs(base: Path, aligned: Path) -> list[Pair]:
+    """The images of two folders matched by (prompt_id, sample), in the order of the base folder.
+
+    Raises ValueError when an image has no partner, or its partner has another prompt or seed: then the comparison
+    would not be paired.
+    """
+    rows = {(row["prompt_id"], row["sample"]): row for row in read_manifest(base)}
+    others = {(row["prompt_id"], row["sample"]): row for row in read_manifest(aligned)}
+    for one, two, mine, theirs in ((base, aligned, rows, others), (aligned, base, others, rows)):
+        alone = [key for key in mine if key not in theirs]
+        if alone:
+            raise ValueError(
+                f"{len(alone)} of {len(mine)} images of '{one}' have no partner in '{two}', the first is prompt_id "
+                f"{alone[0][0]!r}, sample {alone[0][1]}; generate both from the same prompts and samples per prompt"
+            )
+    pairs = []
+    for key, row in rows.items():
+        other = others[key]
+        for field in ("prompt", "seed"):
+            if row.get(field) != other.get(field):
+                raise ValueError(
+                    f"{field} of prompt_id {key[0]!r}, sample {key[1]} is {row.get(field)!r} in '{base}' and "
+                    f"{other.get(field)!r} in '{aligned}'; generate both from the same prompts and seed"
+                )
+        pairs.append(Pair(*key, row["prompt"], row.get("seed"), base / row["image"], aligned / other["image"]))
+    return pairs

@@ -1,0 +1,177 @@
+"""A static report of a comparison: one folder with index.html that opens from disk, without network or scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from diffalign.report.curves import draw_curves, read_metrics
+from diffalign.report.manifest import Pair, read_pairs
+from diffalign.report.win_rate import holm
+
+EXTREMES, RANDOM = 12, 24
+"""Pairs shown: so many of the largest gains, so many of the largest losses, and so many drawn from the rest."""
+
+TINY = 128
+"""Images up to this many pixels wide are enlarged with hard edges."""
+
+
+def write_report(
+    out_dir: Path,
+    *,
+    win_rates: Mapping[str, Any],
+    base_dir: Path,
+    aligned_dir: Path,
+    run_dir: Path | None = None,
+    title: str = "Aligned against base",
+) -> Path:
+    """Write the report folder: index.html, report.json with all numbers, images/. Returns the path of index.html.
+
+    win_rates is what eval/win_rate.py wrote for these two folders; run_dir adds the curves, samples and config of the
+    training run. Prompts, ids, scorer names and settings are text, never markup. At most 48 pairs are shown.
+    Raises FileNotFoundError or ValueError for folders without a manifest, that do not match each other, or that are
+    not those of the win rates.
+    """
+    pairs = read_pairs(base_dir, aligned_dir)
+    scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
+    if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
+        raise ValueError(
+            f"the win rates are of {len(scored)} other pairs than the {len(pairs)} of '{base_dir}' and '{aligned_dir}'; "
+            "run `diffalign eval win_rate` on these folders again"
+        )
+    (out_dir / "images").mkdir(parents=True, exist_ok=True)
+    differences = _differences(win_rates["scorers"][0])
+    sections = [
+        (name, why, [_row(out_dir, i, pairs[i], win_rates["scorers"]) for i in chosen])
+        for name, why, chosen in choose(differences)
+        if chosen
+    ]
+    adjusted = holm([scorer["p_value"] for scorer in win_rates["scorers"]])
+    scorers = [{**scorer, "p_holm": p} for scorer, p in zip(win_rates["scorers"], adjusted, strict=True)]
+    generation = [_json(folder / "settings.json") for folder in (base_dir, aligned_dir)]
+    run = _run(out_dir, run_dir)
+    text = _template().render(
+        title=title,
+        scorers=scorers,
+        verdict=verdict(scorers[0]),
+        sections=sections,
+        total=len(pairs),
+        settings=_side_by_side(*generation),
+        run=run,
+        curves=[(name, Markup(svg)) for name, svg in draw_curves(run["metrics"])],
+    )
+    shown = [row["key"] for _, _, rows in sections for row in rows]
+    numbers = {
+        "title": title,
+        **win_rates,
+        "scorers": scorers,
+        "shown": shown,
+        "settings": {"base": generation[0], "aligned": generation[1]},
+        "run": {"config": run["config"], "curves": run["metrics"]},
+    }
+    _write(out_dir / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    _write(out_dir / "index.html", text)
+    return out_dir / "index.html"
+
+
+def choose(differences: Sequence[float]) -> list[tuple[str, str, list[int]]]:
+    """Sections of the gallery: (name, what it shows, indices). Every index comes at most once; up to 48 all come."""
+    order = sorted(range(len(differences)), key=lambda i: -differences[i])
+    if len(order) <= 2 * EXTREMES + RANDOM:
+        return [("All pairs", "largest gain first", order)]
+    best, worst, rest = order[:EXTREMES], order[::-1][:EXTREMES], order[EXTREMES:-EXTREMES]
+    drawn = np.random.default_rng(0).permutation(len(rest))[:RANDOM]
+    return [
+        ("Random", f"{RANDOM} pairs drawn from those not in the two sections below", sorted(rest[i] for i in drawn)),
+        ("Largest gains", "where the aligned model scores highest above the base", best),
+        ("Largest losses", "where the aligned model scores furthest below the base", worst),
+    ]
+
+
+def verdict(scorer: Mapping[str, Any]) -> str:
+    """One sentence on what a scorer found."""
+    rate, low, high = (f"{100 * scorer[key]:.1f} %" for key in ("win_rate", "low", "high"))
+    share, who = f"{rate} of {scorer['n']} pairs (95 % interval {low} to {high})", scorer["name"]
+    if scorer["low"] > 0.5:
+        return f"{who} prefers the aligned model: it wins {share}."
+    if scorer["high"] < 0.5:
+        return f"{who} prefers the base model: the aligned one wins only {share}."
+    return f"{who} sees no clear difference: the aligned model wins {share}."
+
+
+def _differences(scorer: Mapping[str, Any]) -> list[float]:
+    return [a - b for b, a in zip(scorer["base_scores"], scorer["aligned_scores"], strict=True)]
+
+
+def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    scores = [(s["name"], s["base_scores"][index], s["aligned_scores"][index]) for s in scorers]
+    return {
+        "prompt": pair.prompt,
+        "key": [pair.prompt_id, pair.sample],
+        "seed": pair.seed,
+        "base": _picture(out, pair.base, f"{index:05d}-base"),
+        "aligned": _picture(out, pair.aligned, f"{index:05d}-aligned"),
+        "scores": scores,
+        "difference": scores[0][2] - scores[0][1],
+    }
+
+
+def _picture(out: Path, source: Path, name: str) -> dict[str, Any]:
+    """Copy an image into the report; what the page needs to show it."""
+    with Image.open(source) as image:
+        width, height = image.size
+    target = out / "images" / (name + source.suffix)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    return {"src": f"images/{target.name}", "width": width, "height": height, "tiny": width <= TINY}
+
+
+def _run(out: Path, run: Path | None) -> dict[str, Any]:
+    """Config, metrics and the first and last sample grid of a training run, as far as it has them."""
+    if run is None:
+        return {"config": None, "metrics": {}, "samples": []}
+    if not run.is_dir():
+        raise FileNotFoundError(f"run folder '{run}' does not exist")
+    config, metrics = run / "config.yaml", run / "metrics.jsonl"
+    grids = sorted((run / "samples").glob("*.png"))
+    ends = [(grids[i].stem, _picture(out, grids[i], f"run-{grids[i].stem}")) for i in (0, -1)] if len(grids) > 1 else []
+    return {
+        "config": config.read_text(encoding="utf-8") if config.exists() else None,
+        "metrics": read_metrics(metrics) if metrics.exists() else {},
+        "samples": ends,
+    }
+
+
+def _side_by_side(base: Mapping[str, Any], aligned: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(setting, base value, aligned value), `versions` spread out."""
+    one, two = ({**{k: v for k, v in s.items() if k != "versions"}, **s.get("versions", {})} for s in (base, aligned))
+    return [(key, one.get(key), two.get(key)) for key in {**one, **two}]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.3g}".replace("-", "−") if value else "0"
+    return environment.get_template("page.html.j2")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

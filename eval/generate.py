@@ -1,0 +1,262 @@
+"""Generate images for a list of prompts with any Stable Diffusion pipeline, from noise fixed per prompt.
+
+    diffalign eval generate --pipeline playground --prompts prompts.txt --out images
+    python eval/generate.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --lora runs/dpo/export \
+        --prompts prompts.jsonl --samples-per-prompt 4 --dtype fp16 --out aligned
+    accelerate launch eval/generate.py ...        # shares the prompts over all processes
+
+Writes OUT/images/*.png, OUT/manifest.jsonl (one image a line: image, prompt, prompt_id, seed, sample) and
+OUT/settings.json. A killed run continues where it stopped when the same command is given again.
+
+The initial noise of (prompt_id, sample) depends on the seed alone, not on the pipeline, the batch or the number of
+processes: two models given the same prompts and seed can be compared image by image. Safety checkers are switched off,
+for the black images they put in would be scored like any other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import diffusers
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tqdm import tqdm
+
+from diffalign.draws import Draws
+from diffalign.playground import BASE
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Task(NamedTuple):
+    """One image to make."""
+
+    prompt: str
+    prompt_id: str
+    sample: int
+    image: str  # path relative to the output folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        generate(args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--pipeline", required=True, help="diffusers folder, hub id, or `playground` for the shipped small model")
+    add("--lora", type=Path, help="LoRA folder or file in diffusers layout, such as the export/ of a LoRA run")
+    add("--prompts", type=Path, required=True, help='.txt, one a line; or .jsonl of {"prompt": ..., "prompt_id": ...}')
+    add("--out", type=Path, required=True, help="output folder")
+    add("--samples-per-prompt", type=int, default=1, metavar="N", help="images of each prompt, from different noise")
+    add("--steps", type=int, default=50, help="denoising steps (50)")
+    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (7.5)")
+    add("--size", type=int, metavar="PX", help="width and height; default: what the model was trained at")
+    add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
+    add("--seed", type=int, default=0, help="of the noise (0); compare models at the same seed")
+    add("--device", default="auto", help="auto (one GPU a process, else the CPU), cpu, cuda:1, ...")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
+    return parser
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Make the images that are not there yet, this process its share; the main process writes the manifest."""
+    for name in ("samples_per_prompt", "steps", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
+    prompts = read_prompts(args.prompts)
+    tasks = [
+        Task(prompt, key, k, f"images/{i:05d}_{k}.png")
+        for i, (key, prompt) in enumerate(prompts.items())
+        for k in range(args.samples_per_prompt)
+    ]
+    state = PartialState(cpu=args.device == "cpu")
+    pipe = load(args.pipeline, args.lora, DTYPES[args.dtype])
+    shape = latent_shape(pipe, args.size)
+    size = shape[-1] * pipe.vae_scale_factor
+    if state.is_main_process:
+        claim(args.out, settings(args, size, prompts))
+    state.wait_for_everyone()
+    # What shares a batch decides the last bits of the pixels, so batches are cut before they are shared out or skipped.
+    batches = [tasks[i : i + args.batch_size] for i in range(0, len(tasks), args.batch_size)]
+    todo = [b for b in batches if not all((args.out / task.image).exists() for task in b)]
+    state.wait_for_everyone()  # nobody writes while another still looks at what is missing
+    mine = todo[state.process_index :: state.num_processes]
+    pipe.to(state.device if args.device == "auto" else torch.device(args.device))
+    bar = tqdm(total=sum(map(len, mine)), desc="generate", unit="image", disable=not state.is_main_process)
+    for batch in mine:
+        _make(pipe, batch, args, shape, size)
+        bar.update(len(batch))
+    bar.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        rows = [{**task._asdict(), "seed": args.seed} for task in tasks]
+        order = ("image", "prompt", "prompt_id", "seed", "sample")
+        write(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
+        print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
+
+
+def read_prompts(path: Path) -> dict[str, str]:
+    """prompt_id -> prompt, in file order. Without an id it is the prompt's number, from 00000. Blank lines are skipped.
+
+    Raises FileNotFoundError, and ValueError for other files, rows without a prompt and ids that come twice.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"--prompts must end in .txt (one a line) or .jsonl; got '{path}'")
+    if not path.exists():
+        raise FileNotFoundError(f"--prompts '{path}' does not exist")
+    prompts: dict[str, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        row = {"prompt": line.strip()} if path.suffix == ".txt" else _row(path, number, line)
+        key = str(row.get("prompt_id", f"{len(prompts):05d}"))
+        if key in prompts:
+            raise ValueError(f"'{path}' line {number}: prompt_id {key!r} comes twice")
+        prompts[key] = row["prompt"]
+    if not prompts:
+        raise ValueError(f"'{path}' holds no prompts")
+    return prompts
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"'{path}' line {number} is not JSON: {error}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"'{path}' line {number} needs a string under \"prompt\"; got {line[:80]}")
+    return row
+
+
+def load(name: str, lora: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline on the CPU, quiet, without a safety checker. Raises FileNotFoundError for a folder that is not there."""
+    path = str(BASE) if name == "playground" else name
+    if not Path(path).exists() and path.count("/") != 1:
+        raise FileNotFoundError(f"--pipeline '{name}' is neither a folder nor a hub id such as 'owner/model'")
+    if lora is not None and not lora.exists():
+        raise FileNotFoundError(f"--lora '{lora}' does not exist")
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    parts = DiffusionPipeline.load_config(path)
+    off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
+    with warnings.catch_warnings():
+        # Its new name, `dtype`, means nothing to the older diffusers that we support.
+        warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **off)
+    if lora is not None:
+        pipe.load_lora_weights(str(lora))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def latent_shape(pipe: DiffusionPipeline, size: int | None) -> tuple[int, int, int]:
+    """[C, h, w] of the initial latents of a square image, `size` pixels wide or as the model was trained."""
+    if hasattr(pipe, "_pack_latents"):
+        raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be of the SD, SDXL or SD3 family")
+    net = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
+    factor = pipe.vae_scale_factor
+    if size is not None and (size % 8 or size % factor or size < 1):
+        raise ValueError(f"--size must be a positive multiple of {max(8, factor)}; got {size}")
+    side = net.config.sample_size if size is None else size // factor
+    return net.config.in_channels, side, side
+
+
+def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
+    """What decides the images, for settings.json."""
+    own = {k: getattr(args, k) for k in ("samples_per_prompt", "steps", "guidance", "seed", "dtype")}
+    return {
+        "pipeline": args.pipeline,
+        "pipeline_weights": _weights(BASE if args.pipeline == "playground" else Path(args.pipeline)),
+        "lora": None if args.lora is None else str(args.lora),
+        "lora_weights": None if args.lora is None else _weights(args.lora),
+        "prompts": f"{len(prompts)} prompts, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}",
+        **own,
+        "size": size,
+        "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)},
+    }
+
+
+def _weights(path: Path) -> str | None:
+    """Hash of the weights in a file or folder, None for a hub id: a model trained again in the same place is another."""
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256 {digest.hexdigest()[:12]}"
+
+
+def claim(out: Path, now: dict[str, Any]) -> None:
+    """Write settings.json, or compare with the one that is there. Raises ValueError naming the setting that differs."""
+    path = out / "settings.json"
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before = json.loads(path.read_text())
+        for key in now:
+            if before.get(key) != now[key]:
+                raise ValueError(
+                    f"'{out}' was generated with {key} = {before.get(key)!r}, now it is {now[key]!r}; set it back, "
+                    "choose another --out or delete that folder"
+                )
+    elif any((out / "images").iterdir()):
+        raise ValueError(f"'{out}/images' holds files but '{path}' does not exist; choose another --out")
+    write(path, json.dumps(now, indent=2) + "\n")
+
+
+def _make(
+    pipe: DiffusionPipeline, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int
+) -> None:
+    draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
+    pixels = pipe(
+        [task.prompt for task in batch],
+        latents=draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype),
+        generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise on the way
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        height=size,
+        width=size,
+        output_type="pt",
+    ).images.float()
+    for task, image in zip(batch, pixels, strict=True):
+        if not torch.isfinite(image).all():
+            raise FloatingPointError(
+                f"the image of prompt_id {task.prompt_id!r}, sample {task.sample} is not finite; try --dtype bf16 or fp32"
+            )
+        array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+        path = args.out / task.image
+        temporary = path.with_name(path.name + ".tmp")
+        Image.fromarray(array).save(temporary, format="PNG")
+        os.replace(temporary, path)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file so that it is either whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

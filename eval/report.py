@@ -1,0 +1,48 @@
+"""A page that shows what alignment changed: images side by side, scores, win rates, training curves, settings.
+
+    diffalign eval report --base base --aligned aligned --win-rate win_rate.json --run runs/dpo --out report
+
+OUT/index.html opens from disk and needs no network; send the whole folder. OUT/report.json holds every number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffalign.report import write_report
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--base", type=Path, required=True, metavar="DIR", help="the base model's images, from eval/generate.py")
+    add("--aligned", type=Path, required=True, metavar="DIR", help="the aligned model's images, from eval/generate.py")
+    add("--win-rate", type=Path, required=True, metavar="FILE.json", help="from eval/win_rate.py")
+    add("--run", type=Path, metavar="DIR", help="training run, for its curves, samples and config")
+    add("--title", default="Aligned against base", help="headline of the page")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
+    args = parser.parse_args(argv)
+    try:
+        win_rates = json.loads(args.win_rate.read_text(encoding="utf-8"))
+        index = write_report(
+            args.out,
+            win_rates=win_rates,
+            base_dir=args.base,
+            aligned_dir=args.aligned,
+            run_dir=args.run,
+            title=args.title,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    print(f"report: {index.resolve()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Paired win rate of an aligned model over its base, with intervals, by any scorers.
+
+    diffalign eval win_rate base aligned --scorer hps_v2.1 --scorer pickscore --out win_rate.json
+    python eval/win_rate.py base aligned --scorer diffalign.playground:Judge --out win_rate.json
+
+BASE and ALIGNED are folders written by eval/generate.py from the same prompts, samples per prompt and seed. Use at
+least one scorer that was not trained against. Prints a line for each scorer; FILE.json holds the results and the
+scores of every pair, from which eval/report.py makes a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from reward_models.loading import load_scorer
+from reward_models.scoring import score_files
+
+from diffalign.report import Pair, paired_win_rate, read_pairs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        compare(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"win_rate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("base", type=Path, help="folder of the base model's images")
+    add("aligned", type=Path, help="folder of the aligned model's images")
+    add(
+        "--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; may be repeated"
+    )
+    add("--out", type=Path, required=True, metavar="FILE.json", help="results and scores")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
+    add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
+    add("--seed", type=int, default=0, help="of the bootstrap (0)")
+    return parser
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Score both folders with every scorer, print the table, write the file."""
+    pairs = read_pairs(args.base, args.aligned)
+    scorers = []
+    for spec in args.scorer:
+        scorers.append(_result(spec, pairs, args))
+        print(line(scorers[-1]), flush=True)
+    rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
+    result = {"base": str(args.base), "aligned": str(args.aligned), "scorers": scorers, "pairs": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, args.out)
+
+
+def _result(spec: str, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
+    scorer, prompts = load_scorer(spec, args.device), [pair.prompt for pair in pairs]
+    base, aligned = (
+        [float(x) for x in score_files(scorer, files, prompts, batch_size=args.batch_size)]
+        for files in ([pair.base for pair in pairs], [pair.aligned for pair in pairs])
+    )
+    return {
+        "name": spec,
+        "unit": scorer.unit,
+        **asdict(paired_win_rate(base, aligned, [pair.prompt_id for pair in pairs], seed=args.seed)),
+        "mean_base": sum(base) / len(base),
+        "mean_aligned": sum(aligned) / len(aligned),
+        "base_scores": base,
+        "aligned_scores": aligned,
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """One scorer's result in a line."""
+    rate, low, high = (f"{result[k]:.3f}".removeprefix("0") for k in ("win_rate", "low", "high"))
+    return (
+        f"{result['name']}: win rate {rate} [{low}, {high}], n {result['n']} pairs, {result['prompts']} prompts, "
+        f"mean difference {result['mean_difference']:+.3g} {result['unit']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The order of batches: a function of the seed and the position, whatever the ranks, workers and resumes."""
+
+import json
+import time
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.data import KeyedLoader, PreferencePairs
+from diffalign.draws import Draws
+from diffalign.types import Cond
+
+
+class Pool:
+    """Latents are the pixels averaged to 2 x 2; an embedding is the length of the prompt."""
+
+    fingerprint = "pool"
+
+    def encode_pixels(self, pixels):
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2)
+
+    def encode_text(self, prompts):
+        return Cond(torch.tensor([float(len(p)) for p in prompts])[:, None, None].expand(-1, 2, 3))
+
+
+def seven_pairs(tmp_path, cache):
+    lines = []
+    for k in range(7):
+        for side in "wl":
+            Image.new("RGB", (8, 8), (k, ord(side), 0)).save(tmp_path / f"{k}{side}.png")
+        lines.append(json.dumps({"prompt": "x" * (k + 1), "chosen": f"{k}w.png", "rejected": f"{k}l.png"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    config = {"path": str(tmp_path / "pairs.jsonl"), "resolution": 8, "hflip": True, "caption_dropout": 0.3}
+    return PreferencePairs(Pool(), Draws(0), tmp_path / "run", **config, cache=cache)
+
+
+def loader_of(pairs, **options):
+    options = {"batch_size": 2, "device": torch.device("cpu")} | options
+    return KeyedLoader(pairs, Draws(5), **options)
+
+
+def take(loader, micro, n):
+    batches = loader.start(micro)
+    return list(islice(batches, n))
+
+
+def assert_equal(a, b):
+    assert (len(a), [x.keys for x in a]) == (len(b), [x.keys for x in b])
+    for x, y in zip(a, b, strict=True):
+        for p, q in ((x.x0, y.x0), (x.cond.tokens, y.cond.tokens), (x.weight, y.weight), (x.flip, y.flip)):
+            assert torch.equal(p, q)
+
+
+@pytest.fixture
+def seven(tmp_path):
+    return seven_pairs(tmp_path, str(tmp_path / "cache"))
+
+
+def test_epochs_are_different_permutations_of_all_pairs(seven):
+    """21 micro-batches of 2 are 42 samples, 6 epochs of 7: batches span epochs, epochs hold every pair once."""
+    keys = [key for batch in take(loader_of(seven), 0, 21) for key in batch.keys]
+    assert [epoch for epoch, _ in keys] == [e for e in range(6) for _ in range(7)]
+    orders = [[sample for epoch, sample in keys if epoch == e] for e in range(6)]
+    assert all(Counter(order) == Counter(seven.ids) for order in orders)
+    assert len(set(map(tuple, orders))) == 6
+    order = Draws(5).permutation(7, key=3, stream="order").tolist()
+    assert orders[3] == [seven.ids[k] for k in order]
+
+
+def test_one_process_with_two_steps_sees_what_two_processes_see(seven):
+    one = take(loader_of(seven), 0, 10)
+    ranks = [take(loader_of(seven, rank=r, world_size=2), 0, 5) for r in (0, 1)]
+    assert_equal(one, [batch for both in zip(*ranks, strict=True) for batch in both])
+
+
+def test_starting_late_is_skipping_and_costs_nothing(seven):
+    loader = loader_of(seven, rank=1, world_size=2)
+    assert_equal(take(loader, 0, 12)[9:], take(loader, 9, 3))
+    started = time.monotonic()
+    take(loader, 10**9, 1)
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_workers_change_nothing(tmp_path, cache):
+    pairs = seven_pairs(tmp_path, "off" if cache == "off" else str(tmp_path / "cache"))
+    state = torch.get_rng_state()
+    assert_equal(take(loader_of(pairs), 2, 5), take(loader_of(pairs, num_workers=2), 2, 5))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,290 @@
+"""The cache of latents and text embeddings: what it computes, when, and what survives kills and crowds."""
+
+import io
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.data import ImageRef, LatentCache
+from diffalign.data.cache import cond_of
+from diffalign.data.images import pixels
+from diffalign.types import Cond
+
+FORK = multiprocessing.get_context("fork")
+
+
+class Pool:
+    """An encoder whose latents are the pixels averaged to 2 x 2. Counts what it encodes."""
+
+    def __init__(self, fingerprint="pool", pause=0.0):
+        self.fingerprint, self.pause, self.images, self.prompts = fingerprint, pause, 0, []
+
+    def encode_pixels(self, pixels):
+        self.images += len(pixels)
+        time.sleep(self.pause)
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2)
+
+    def encode_text(self, prompts):
+        self.prompts += prompts
+        lengths = torch.tensor([float(len(p)) for p in prompts])
+        return Cond(lengths[:, None, None].expand(-1, 2, 3), size=1000 * lengths[:, None].expand(-1, 6) + 1)
+
+
+def colour(n):
+    return (n % 256, n // 256, 50)
+
+
+def solid(path, n, size=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), colour(n)).save(path)
+    return ImageRef(str(path))
+
+
+def gallery(folder, n):
+    return [solid(folder / f"{k}.png", k) for k in range(n)]
+
+
+def number(latent):
+    """The n of `solid`, from its latent."""
+    red, green, _ = (round(x * 255) for x in latent.mean((1, 2)).tolist())
+    return red + 256 * green
+
+
+def numbers(cache, seen, **options):
+    rows = cache.latents([s.digest for s in seen], **options)
+    return [number(rows.read(i)["latent"]) for i in range(len(seen))]
+
+
+def test_every_latent_is_that_of_its_image_and_a_second_build_encodes_nothing(tmp_path):
+    images = gallery(tmp_path / "images", 21)
+    encoder = Pool()
+    cache = LatentCache(tmp_path / "cache", encoder, 8, shard_size=8)
+    seen = cache.add_images(images)
+    assert encoder.images == 21 and not any(s.reason for s in seen)
+    assert numbers(cache, seen) == list(range(21))
+    rows = cache.latents([s.digest for s in seen])
+    expected = torch.nn.functional.adaptive_avg_pool2d(pixels(images[3].read(), 8), 2)
+    torch.testing.assert_close(rows.read(3)["latent"], expected.half().float(), rtol=0, atol=0)
+    again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
+    assert again.add_images(images) == seen
+    assert again.encoder.images == 0
+    assert numbers(again, seen) == list(range(21))
+
+
+def test_mirrored_latents_are_those_of_the_mirrored_image(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    cache = LatentCache(tmp_path / "cache", Pool(), 8, hflip=True)
+    (seen,) = cache.add_images([ImageRef(str(tmp_path / "a.png"))])
+    plain = cache.latents([seen.digest]).read(0)["latent"]
+    mirrored = cache.latents([seen.digest], flipped=True).read(0)["latent"]
+    torch.testing.assert_close(mirrored, plain.flip(-1), rtol=0, atol=1e-3)
+    assert not torch.equal(mirrored, plain)
+    assert LatentCache(tmp_path / "cache", Pool(), 8).add_images([ImageRef(str(tmp_path / "a.png"))]) == [seen]
+
+
+def test_prompts_are_encoded_once_with_the_empty_one_and_pixel_sizes_stay_exact(tmp_path):
+    cache = LatentCache(tmp_path, Pool(), 8, shard_size=2)
+    cache.add_prompts(["one", "three", "one"])
+    assert sorted(cache.encoder.prompts) == ["", "one", "three"]
+    rows = cache.texts(["three", "", "one"])
+    for i, length in enumerate((5, 0, 3)):
+        cond = cond_of(rows, i)
+        assert cond.tokens.shape == (1, 2, 3) and cond.tokens.unique().tolist() == [length]
+        # 5001 is no float16: the nearest ones are 5000 and 5004.
+        assert cond.size.shape == (1, 6) and cond.size.unique().tolist() == [1000 * length + 1]
+        assert cond.pooled is None
+    again = LatentCache(tmp_path, Pool(), 8)
+    again.add_prompts(["three", "five"])
+    assert again.encoder.prompts == ["five"]
+
+
+def test_changed_content_of_equal_size_and_time_is_another_entry_and_a_copy_elsewhere_is_not(tmp_path):
+    path = tmp_path / "a.bmp"
+    ref, before = solid(path, 1), path.stat()
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    (seen,) = cache.add_images([ref])
+    solid(path, 2)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    (changed,) = cache.add_images([ref])
+    assert (cache.encoder.images, numbers(cache, [seen, changed])) == (1, [1, 2])
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    assert cache.add_images([solid(tmp_path / "elsewhere/b.bmp", 1)]) == [seen]
+    assert cache.encoder.images == 0
+
+
+def test_another_encoder_or_resolution_is_another_cache(tmp_path):
+    images = gallery(tmp_path / "images", 2)
+    LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
+    for encoder, resolution in ((Pool("other"), 8), (Pool(), 4)):
+        LatentCache(tmp_path / "cache", encoder, resolution).add_images(images)
+        assert encoder.images == 2
+
+
+def test_bad_images_are_remembered_with_their_reason_and_missing_ones_are_not(tmp_path):
+    (tmp_path / "bad.png").write_bytes((tmp_path / solid(tmp_path / "a.png", 3, 64).path).read_bytes()[:60])
+    images = [ImageRef(str(tmp_path / name)) for name in ("bad.png", "a.png", "gone.png")]
+    seen = []
+    for _ in range(2):
+        cache = LatentCache(tmp_path / "cache", Pool(), 8, hflip=True)
+        seen.append(cache.add_images(images))
+    assert cache.encoder.images == 0
+    assert seen[0] == seen[1]
+    assert seen[0][0].reason.startswith("corrupt image: ") and seen[0][0].digest
+    assert seen[0][1].reason == ""
+    assert seen[0][2] == ("", f"missing image: {tmp_path / 'gone.png'}")
+    solid(tmp_path / "gone.png", 9)
+    assert LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)[2].reason == ""
+
+
+def build(folder, images, pause, options=None):
+    """Runs in a process of its own."""
+    torch.set_num_threads(1)
+    cache = LatentCache(folder, Pool(pause=pause), 256, shard_size=4, **options or {})
+    seen = cache.add_images(images)
+    cache.add_prompts([f"{'x' * k}" for k in range(9)])
+    if options:
+        report = {"images": cache.encoder.images, "prompts": len(cache.encoder.prompts), "seen": seen}
+        (folder / f"report-{options['rank']}.json").write_text(json.dumps(report))
+
+
+def test_a_killed_build_goes_on_where_it_was(tmp_path):
+    """Shards of 4 images are encoded with a pause; the process is killed when two of the six shards are there."""
+    images = gallery(tmp_path / "images", 24)
+    process = FORK.Process(target=build, args=(tmp_path / "cache", images, 0.2))
+    process.start()
+    shards = tmp_path / "cache/pool/images-256-center"
+    give_up = time.monotonic() + 20
+    while len(list(shards.glob("*.json"))) < 2 and time.monotonic() < give_up:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    there = 4 * len(list(shards.glob("*.json")))
+    assert 8 <= there < 24
+    cache = LatentCache(tmp_path / "cache", Pool(), 256, shard_size=4)
+    seen = cache.add_images(images)
+    assert cache.encoder.images == 24 - there
+    assert numbers(cache, seen) == list(range(24))
+
+
+def test_what_a_kill_leaves_half_written_is_not_used(tmp_path):
+    """An array without its list of keys, one cut short, and temporary files."""
+    images = gallery(tmp_path / "images", 12)
+    LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4).add_images(images)
+    folder = tmp_path / "cache/pool/images-8-center"
+    lists = sorted(folder.glob("*.json"))
+    lists[0].unlink()
+    with lists[1].with_suffix(".latent.npy").open("rb+") as file:
+        file.truncate(100)
+    (folder / f".{lists[0].name}.1234.tmp").write_text('{"keys": [')
+    cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4)
+    seen = cache.add_images(images)
+    assert cache.encoder.images == 8
+    assert numbers(cache, seen) == list(range(12))
+
+
+def test_two_processes_building_the_same_cache_at_once_leave_a_correct_one(tmp_path):
+    images = gallery(tmp_path / "images", 40)
+    processes = [FORK.Process(target=build, args=(tmp_path / "cache", images[k:] + images[:k], 0.01)) for k in (0, 6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    cache = LatentCache(tmp_path / "cache", Pool(), 256, shard_size=4)
+    seen = cache.add_images(images)
+    assert cache.encoder.images == 0
+    assert numbers(cache, seen) == list(range(40))
+
+
+def test_the_ranks_of_a_run_share_the_work_and_agree(tmp_path):
+    """10 images and 10 prompts ("" to 8 letters and one more "") in shards of 4: rank 0 gets 6 and rank 1 gets 4."""
+    images = [*gallery(tmp_path / "images", 10), ImageRef(str(tmp_path / "gone.png"))]
+    barrier = FORK.Barrier(2)
+    folder = tmp_path / "cache"
+    processes = []
+    for rank in range(2):
+        options = {"rank": rank, "world_size": 2, "barrier": barrier.wait, "exchange": tmp_path / "run"}
+        processes.append(FORK.Process(target=build, args=(folder, images, 0, options)))
+        processes[-1].start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    reports = [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2)]
+    assert [(r["images"], r["prompts"]) for r in reports] == [(6, 5), (4, 4)]
+    assert reports[0]["seen"] == reports[1]["seen"]
+    assert reports[0]["seen"][10] == ["", f"missing image: {tmp_path / 'gone.png'}"]
+    assert list((tmp_path / "run").iterdir()) == []
+    cache = LatentCache(folder, Pool(), 256)
+    assert numbers(cache, cache.add_images(images)[:10]) == list(range(10))
+    assert cache.encoder.images == 0
+
+
+def test_ranks_need_a_place_to_meet(tmp_path):
+    with pytest.raises(ValueError, match="2 processes needs an 'exchange' folder"):
+        LatentCache(tmp_path, Pool(), 8, rank=0, world_size=2)
+
+
+def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path):
+    """No file may grow over 300 bytes: the array of 16 float16 latents [3, 2, 2] has 128 + 16 * 24."""
+    images = gallery(tmp_path / "images", 20)
+    cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4)
+    cache.add_images(images[:4])
+    cache.shard_size = 16
+    before = sorted(p.name for p in (tmp_path / "cache").rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write the cache in .*; free space there, or set 'data\.cache'"):
+            cache.add_images(images[4:])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in (tmp_path / "cache").rglob("*")) == before
+    assert numbers(cache, cache.add_images(images)) == list(range(20))
+
+
+def test_a_folder_that_cannot_be_written_says_so(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write the cache in .*file/"):
+        LatentCache(tmp_path / "file", Pool(), 8)
+
+
+def test_numbers_that_overflow_half_precision_stop_the_build(tmp_path):
+    class Hot(Pool):
+        def encode_pixels(self, pixels):
+            return super().encode_pixels(pixels) * 1e6
+
+    with pytest.raises(ValueError, match=r"'latent' .* not finite or too large for float16; .*'backbone.dtype' = fp32"):
+        LatentCache(tmp_path / "cache", Hot(), 8).add_images(gallery(tmp_path, 2))
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_a_damaged_list_of_keys_names_the_file(tmp_path):
+    LatentCache(tmp_path / "cache", Pool(), 8).add_images(gallery(tmp_path, 2))
+    (file,) = (tmp_path / "cache").rglob("*.json")
+    file.write_text("{")
+    with pytest.raises(ValueError, match=f"'{file}' is damaged; delete it"):
+        LatentCache(tmp_path / "cache", Pool(), 8)
+
+
+def test_one_image_under_several_names_is_encoded_once(tmp_path):
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour(5)).save(stream, "PNG")
+    images = []
+    for k in range(3):
+        (tmp_path / f"{k}.png").write_bytes(stream.getvalue())
+        images.append(ImageRef(str(tmp_path / f"{k}.png")))
+    cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=2)
+    assert numbers(cache, cache.add_images(images)) == [5, 5, 5]
+    assert cache.encoder.images == 1

@@ -1,0 +1,279 @@
+"""eval/generate.py: fixed noise, resume, sharding, settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red cat", "a blue cat", "cat", "a red red cat", "blue"]
+
+
+def _recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "eval" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = _recipe("generate")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random StableDiffusionPipeline folder: 16 px images, 4 latent channels, factor 2."""
+    folder = tmp_path_factory.mktemp("model")
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=len(vocabulary) - 2,
+        eos_token_id=len(vocabulary) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=16,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder / "pipeline")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    StableDiffusionPipeline.save_lora_weights(folder / "lora", get_peft_model_state_dict(unet))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    return folder
+
+
+def _arguments(model: Path, out: Path, *more: str) -> list[str]:
+    fixed = ["--pipeline", str(model / "pipeline"), "--prompts", str(model / "prompts.txt"), "--out", str(out)]
+    return [*fixed, "--samples-per-prompt", "2", "--steps", "2", "--batch-size", "3", "--device", "cpu", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path) -> Path:
+    """A finished folder of 5 prompts x 2 samples."""
+    out = model / "whole"
+    assert generate.main(_arguments(model, out)) == 0
+    return out
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _pixels(folder: Path) -> np.ndarray:
+    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return np.stack([np.asarray(Image.open(folder / row["image"]), dtype=np.int16) for row in rows])
+
+
+def test_manifest_lists_every_prompt_and_sample_in_input_order(whole: Path) -> None:
+    rows = [json.loads(line) for line in (whole / "manifest.jsonl").read_text().splitlines()]
+    assert [(r["prompt"], r["sample"]) for r in rows] == [(p, k) for p in PROMPTS for k in (0, 1)]
+    assert [r["prompt_id"] for r in rows[::2]] == ["00000", "00001", "00002", "00003", "00004"]
+    assert {r["seed"] for r in rows} == {0}
+    assert all(Image.open(whole / r["image"]).size == (16, 16) for r in rows)
+    assert set(_files(whole)) == {"manifest.jsonl", "settings.json", *(r["image"] for r in rows)}
+    settings = json.loads((whole / "settings.json").read_text())
+    assert {k: settings[k] for k in ("steps", "guidance", "size", "seed", "dtype", "lora")} == {
+        "steps": 2,
+        "guidance": 7.5,
+        "size": 16,
+        "seed": 0,
+        "dtype": "fp32",
+        "lora": None,
+    }
+    assert {"torch", "diffusers"} <= settings["versions"].keys()
+
+
+def test_samples_and_prompts_differ(whole: Path) -> None:
+    images = _pixels(whole).reshape(10, -1)
+    assert len({image.tobytes() for image in images}) == 10
+
+
+def test_resumes_after_a_kill_with_identical_output(
+    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while writing the second image of the second batch: its temporary file is left and nothing else of it."""
+    replace, done = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        if str(target).endswith(".png"):
+            if len(done) == 4:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            generate.main(_arguments(model, tmp_path))
+    assert len(list((tmp_path / "images").glob("*.png"))) == 4 and not (tmp_path / "manifest.jsonl").exists()
+    finished = {p: p.stat().st_mtime_ns for p in done[:3]}
+    assert generate.main(_arguments(model, tmp_path)) == 0
+    assert _files(tmp_path) == _files(whole)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished, "complete batches are not made again"
+
+
+def test_batch_size_does_not_change_the_noise(model: Path, whole: Path, tmp_path: Path) -> None:
+    """Other kernels may round the last bits of a float, so a pixel may move by one level but no more."""
+    assert generate.main(_arguments(model, tmp_path, "--batch-size", "10")) == 0
+    assert np.abs(_pixels(whole) - _pixels(tmp_path)).max() <= 1
+
+
+def test_an_image_depends_on_its_prompt_id_and_not_on_the_others(model: Path, whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"prompt": "cat", "prompt_id": "00002"}\n')
+    arguments = ["--pipeline", str(model / "pipeline"), "--prompts", str(tmp_path / "one.jsonl"), "--steps", "2"]
+    assert generate.main([*arguments, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert np.abs(_pixels(tmp_path / "out")[0] - _pixels(whole)[4]).max() <= 1
+
+
+TWO = """
+import os, sys
+import generate
+child = os.fork()  # after the imports, which take most of the time, and before torch has started a thread
+os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+code = generate.main(sys.argv[1:])
+sys.exit(code or (os.wait()[1] if child else 0))
+"""
+
+
+def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: Path) -> None:
+    """Two gloo processes with the environment that `accelerate launch --cpu` gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval"), os.environ.get("PYTHONPATH", "")]),
+    }
+    two = subprocess.run(
+        [sys.executable, "-c", TWO, *_arguments(model, tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.strip() == f"10 images of 5 prompts in '{tmp_path / 'two'}'", "only the main process talks"
+    # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other made the rest.
+    assert "6/6" in two.stderr
+    ours, theirs = _files(whole), _files(tmp_path / "two")
+    assert ours.keys() == theirs.keys()
+    assert ours["manifest.jsonl"] == theirs["manifest.jsonl"]
+    # This process may use another number of threads than those two, which may round the last bits of a float otherwise.
+    assert np.abs(_pixels(tmp_path / "two") - _pixels(whole)).max() <= (0 if torch.get_num_threads() == 1 else 1)
+
+
+def test_lora_changes_the_images_and_is_told_by_its_weights(
+    model: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    weights = (model / "lora" / "pytorch_lora_weights.safetensors").read_bytes()
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(weights)
+    assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 0
+    assert (_pixels(tmp_path / "out") != _pixels(whole)).mean() > 0.1
+    # Trained again in the same place: the old images must not be taken for those of the new weights.
+    (lora / "pytorch_lora_weights.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
+    assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 2
+    assert "lora_weights = 'sha256" in capsys.readouterr().err
+
+
+def test_resuming_with_other_settings_names_the_setting(
+    model: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = _files(whole)
+    for flag, value, said in (("--steps", "3", "steps = 2, now it is 3"), ("--seed", "1", "seed = 0, now it is 1")):
+        assert generate.main(_arguments(model, whole, flag, value)) == 2
+        assert said in capsys.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join([*PROMPTS[:-1], "green"]))
+    assert generate.main(_arguments(model, whole, "--prompts", str(other))) == 2
+    assert "prompts = " in capsys.readouterr().err
+    assert _files(whole) == before
+
+
+def test_bad_input_is_refused_before_anything_loads(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text, said in (
+        ("a.csv", "x", "must end in .txt"),
+        ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', "line 2 needs a string"),
+        ("b.jsonl", '{"prompt": "x"\n', "line 1 is not JSON"),
+        ("c.jsonl", '{"prompt": "x", "prompt_id": 1}\n{"prompt": "y", "prompt_id": "1"}', "comes twice"),
+        ("a.txt", "\n", "holds no prompts"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert generate.main(_arguments(model, tmp_path / "out", "--prompts", str(tmp_path / name))) == 2
+        assert said in capsys.readouterr().err
+    assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(tmp_path / "none"))) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert generate.main(_arguments(model, tmp_path / "out", "--size", "12")) == 2
+    assert "multiple of 8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pixels_that_are_not_finite_are_never_saved(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = StableDiffusionPipeline.from_pretrained(model / "pipeline", safety_checker=None)
+    broken.vae.decoder.conv_out.bias.data.fill_(torch.nan)
+    broken.save_pretrained(tmp_path / "pipeline")
+    arguments = _arguments(model, tmp_path / "out", "--pipeline", str(tmp_path / "pipeline"))
+    assert generate.main(arguments) == 2
+    assert "prompt_id '00000', sample 0 is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "out" / "images").iterdir())
