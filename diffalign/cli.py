@@ -97,9 +97,7 @@ def _recipe(args: argparse.Namespace) -> int:
     if args.kind == "eval" and args.num_processes is None and args.accelerate_config is None:
         command = [sys.executable, str(recipe), *args.rest]
     else:
-        command = launch.accelerate_command(
-            recipe, args.rest, processes=args.num_processes, config=args.accelerate_config
-        )
+        command = launch.command(recipe, args.rest, processes=args.num_processes, config=args.accelerate_config)
     return subprocess.run(command, check=False).returncode
 
 

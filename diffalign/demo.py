@@ -13,7 +13,7 @@ from pathlib import Path
 from diffalign import launch
 
 PROMPTS, TRAIN_STEPS, HELD_OUT = 384, 160, 128
-SAMPLING = ["--steps", "12", "--guidance", "2.0", "--size", "32", "--batch-size", "64"]
+SAMPLING = ["--steps", "10", "--guidance", "2.0", "--size", "32", "--batch-size", "64"]
 
 
 def demo(out: Path) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.utils import save_image
@@ -109,13 +110,11 @@ class Checkpoint(_Hook):
             state = json.loads((path / "state.json").read_text())
             if self.ema:
                 self.ema.load(load_file(path / "ema.safetensors"), state["step"])
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"checkpoint '{path}' cannot be read ({error}); delete that folder to resume from the one before"
             ) from error
         trainer.step, trainer.micro = state["step"], state["micro"]
-        for name, player in trainer.players.items():
-            player.lr_schedule.load_state_dict(state["lr_schedules"][name])
         self.run.rewind(trainer.step)
         self.run.print(f"resumed from '{path}'")
 
@@ -136,18 +135,12 @@ class Checkpoint(_Hook):
         if self.run.main:
             if self.ema:
                 save_file(self.ema.tensors(), temporary / "ema.safetensors")
-            schedules = {name: _plain(p.lr_schedule.state_dict()) for name, p in trainer.players.items()}
-            state = {"step": trainer.step, "micro": trainer.micro, "lr_schedules": schedules}
-            (temporary / "state.json").write_text(json.dumps(state))
+            (temporary / "state.json").write_text(json.dumps({"step": trainer.step, "micro": trainer.micro}))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)
         self.run.accelerator.wait_for_everyone()
-
-
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in state.items() if isinstance(v, (int, float, bool, list)) and k != "lr_lambdas"}
 
 
 def _save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:

@@ -35,25 +35,24 @@ def title(recipe: Path) -> str:
     return (ast.get_docstring(ast.parse(recipe.read_text())) or "").split("\n")[0]
 
 
-def accelerate_command(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> list[str]:
-    """The `accelerate launch` command of a recipe: a config file or the name of a shipped one, else defaults.
+def command(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> list[str]:
+    """What starts a recipe: `accelerate launch` with a config file or the name of a shipped one.
 
-    Without either, one process a GPU, or one on the CPU.
+    Without either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which accelerate
+    follows; its own launcher starts them only through MPI.
     """
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    if config is not None:
+    gpus = _gpus()
+    if config is None and not gpus and (processes or 1) > 1:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    elif config is not None:
         shipped = ROOT / "configs" / "accelerate" / f"{config}.yaml"
-        command += ["--config_file", str(shipped if shipped.exists() else config)]
+        launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(shipped if shipped.exists() else config)]
+        launcher += [f"--num_processes={processes}"] if processes else []
     else:
-        command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-        processes = processes or _gpus() or 1
-    if processes is not None:
-        command += [f"--num_processes={processes}"]
-        if processes > 1 and _gpus():
-            command.append("--multi_gpu")
-    if not _gpus() and config is None:
-        command.append("--cpu")
-    return [*command, str(recipe), *arguments]
+        count = processes or gpus or 1
+        launcher = ["accelerate.commands.accelerate_cli", "launch", "--num_machines=1", f"--num_processes={count}"]
+        launcher += ["--mixed_precision=no", "--dynamo_backend=no"] + (["--multi_gpu"] if count > 1 else [])
+    return [sys.executable, "-m", *launcher, str(recipe), *arguments]
 
 
 def _gpus() -> int:

@@ -1,7 +1,8 @@
 """Losses of preference optimization as pure functions of denoising errors.
 
-The implicit reward of an image is beta/2 times its gain (reference error minus policy error); the margin of a pair is
-the winner's reward minus the loser's. Errors are means over C, h, w in float32.
+    gain = err(reference) - err(policy);  reward r = beta/2 gain;  margin m = r_w - r_l
+
+Errors are means over C, h, w, never sums, and beta always carries the factor 1/2, as in the released Diffusion-DPO.
 """
 
 from __future__ import annotations
@@ -15,20 +16,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffalign.schedule import upcast
+
 
 def denoising_error(out: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample over C, h, w: [N, C, h, w] twice -> float32 [N]."""
-    return F.mse_loss(out.float(), target.float(), reduction="none").flatten(1).mean(1)
+    """Mean squared error of each sample over C, h, w: [N, C, h, w] twice -> float32 [N].
+
+    Float32 even for half inputs: one float16 ulp of an error is 0.3 in the margin at beta 5000.
+    """
+    return F.mse_loss(upcast(out), upcast(target), reduction="none").flatten(1).mean(1)
+
+
+def gain(err_ref: Tensor, err_policy: Tensor) -> Tensor:
+    """How much better than the reference the policy explains an image, [N]. The implicit reward is beta/2 of it."""
+    return err_ref - err_policy
+
+
+def margin(gain_w: Tensor, gain_l: Tensor, beta: float) -> Tensor:
+    """beta/2 (gain_w - gain_l), [B]: positive where the policy ranks the pair as labelled (Wallace et al., 2023)."""
+    return beta / 2 * (gain_w - gain_l)
+
+
+def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
+    """The same setting as other code writes it; dims = C h w of the latents (16384 for SD1.5 at 512 pixels)."""
+    return {
+        "mean form, no factor 1/2 (diffusers SD LoRA script, Diffusion-KTO)": beta / 2,
+        "sum form, factor 1/2 (SimpleTuner Flow-DPO)": beta / dims,
+        "sum form, no factor (pseudo-code in the Diffusion-DPO paper)": beta / (2 * dims),
+    }
 
 
 class PairTerms(NamedTuple):
     """What a pair loss may look at; every tensor [B].
 
-    err_w, err_l  policy's errors of winner and loser
-    ref_w, ref_l  reference's errors on the same inputs
+    err_w, err_l  the policy's errors on winner and loser
+    ref_w, ref_l  the reference's errors on the same inputs
     beta          mean-form error, factor 1/2
-    flip          probability that the label is wrong, in [0, 0.5)
-    offset        reward difference the margin should exceed, already in units of the margin
+    flip          probability e that the label is wrong, in [0, 0.5): conservative, robust, exo, aot
+    offset        reward difference, in units of the margin, that the margin should exceed: offset
+    sft_weight    weight of the winner's own likelihood, in units of its reward: dpo_sft, slic
+    clip          half width of the allowed likelihood ratios around 1: clipped
     """
 
     err_w: Tensor
@@ -38,18 +65,28 @@ class PairTerms(NamedTuple):
     beta: float
     flip: Tensor
     offset: Tensor | float = 0.0
+    sft_weight: float = 0.1
+    clip: float = 0.1
 
     @property
     def reward_w(self) -> Tensor:
-        return self.beta / 2 * (self.ref_w - self.err_w)
+        """beta/2 gain of the winner."""
+        return self.beta / 2 * gain(self.ref_w, self.err_w)
 
     @property
     def reward_l(self) -> Tensor:
-        return self.beta / 2 * (self.ref_l - self.err_l)
+        """beta/2 gain of the loser."""
+        return self.beta / 2 * gain(self.ref_l, self.err_l)
 
     @property
     def margin(self) -> Tensor:
-        return self.reward_w - self.reward_l
+        """reward_w - reward_l."""
+        return margin(gain(self.ref_w, self.err_w), gain(self.ref_l, self.err_l), self.beta)
+
+    @property
+    def sft(self) -> Tensor:
+        """sft_weight beta/2 err_w. In units of beta, so that its share of the gradient does not change with beta."""
+        return self.sft_weight * self.beta / 2 * self.err_w
 
 
 def dpo(p: PairTerms) -> Tensor:
@@ -58,33 +95,39 @@ def dpo(p: PairTerms) -> Tensor:
 
 
 def conservative(p: PairTerms) -> Tensor:
-    """cDPO: -(1 - e) log sigmoid(m) - e log sigmoid(-m) (Mitchell, 2023). Minimum at m = logit(1 - e)."""
+    """cDPO: -(1 - e) log sigmoid(m) - e log sigmoid(-m) (Mitchell, 2023). Minimum at m = log((1 - e) / e)."""
     return -F.logsigmoid(p.margin) + p.flip * p.margin
 
 
 def robust(p: PairTerms) -> Tensor:
-    """rDPO: cDPO debiased, -log sigmoid(m) - e m / (1 - 2e) (Chowdhury et al., 2024). Unbounded below."""
+    """rDPO: -log sigmoid(m) - e m / (1 - 2e), DPO's loss in expectation over flips (Chowdhury et al., 2024).
+
+    Unbounded below and its gradient never vanishes: stop early.
+    """
     return -F.logsigmoid(p.margin) - p.flip * p.margin / (1 - 2 * p.flip)
 
 
 def ipo(p: PairTerms) -> Tensor:
-    """(m - 1/2)^2, the beta^2-scaled identity loss (Azar et al., 2023)."""
+    """(m - 1/2)^2: the identity loss times beta^2 (Azar et al., 2023), which is 1e-8 at beta 5000 unscaled."""
     return (p.margin - 0.5) ** 2
 
 
 def hinge(p: PairTerms) -> Tensor:
-    """max(0, 1 - m) (Zhao et al., 2023)."""
+    """max(0, 1 - m) (SLiC's loss on DPO's margin; Liu et al., 2023)."""
     return (1 - p.margin).clamp(min=0)
 
 
 def slic(p: PairTerms) -> Tensor:
-    """Reference-free max(0, 1 - beta/2 (err_l - err_w)) (SLiC-HF, Zhao et al., 2023)."""
-    return (1 - p.beta / 2 * (p.err_l - p.err_w)).clamp(min=0)
+    """Reference-free max(0, 1 - beta/2 (err_l - err_w)) + sft_weight beta/2 err_w (SLiC-HF, Zhao et al., 2023).
+
+    Another hinge width than 1 is the same loss at another beta.
+    """
+    return (1 - p.beta / 2 * (p.err_l - p.err_w)).clamp(min=0) + p.sft
 
 
 def dpo_sft(p: PairTerms) -> Tensor:
-    """-log sigmoid(m) + err_w: DPO with the winner's own denoising loss (RPO, Liu et al., 2024)."""
-    return dpo(p) + p.err_w
+    """-log sigmoid(m) + sft_weight beta/2 err_w (RPO, Liu et al., 2024): keeps the winner's likelihood from falling."""
+    return dpo(p) + p.sft
 
 
 def offset(p: PairTerms) -> Tensor:
@@ -98,12 +141,12 @@ def nca(p: PairTerms) -> Tensor:
 
 
 def bco(p: PairTerms) -> Tensor:
-    """-log sigmoid(r_w) - log sigmoid(-r_l), shift 0 (Jung et al., 2024)."""
+    """-log sigmoid(r_w) - log sigmoid(-r_l), reward shift 0 (Jung et al., 2024)."""
     return -F.logsigmoid(p.reward_w) - F.logsigmoid(-p.reward_l)
 
 
 def sppo(p: PairTerms) -> Tensor:
-    """(r_w - 1/2)^2 + (r_l + 1/2)^2, the beta^2-scaled hard-label SPPO (Wu et al., 2024)."""
+    """(r_w - 1/2)^2 + (r_l + 1/2)^2: hard-label SPPO times beta^2 (Wu et al., 2024)."""
     return (p.reward_w - 0.5) ** 2 + (p.reward_l + 0.5) ** 2
 
 
@@ -126,21 +169,28 @@ def exo(p: PairTerms) -> Tensor:
 
 
 def aot(p: PairTerms) -> Tensor:
-    """cDPO on sorted winners' against sorted losers' rewards: stochastic dominance (Melnyk et al., 2024). Needs B > 1."""
+    """cDPO on sorted winners' minus sorted losers' rewards: stochastic dominance (Melnyk et al., 2024). Needs B > 1.
+
+    One loss for each rank, not for each pair; so e is the mean of the pairs'.
+    """
     m = p.reward_w.sort().values - p.reward_l.sort().values
-    return -F.logsigmoid(m) + p.flip * m
+    return -F.logsigmoid(m) + p.flip.mean() * m
 
 
 def discopop(p: PairTerms) -> Tensor:
-    """(1 - g)(-log sigmoid(m)) + g exp(-m) with g = sigmoid(m / 0.05) (Lu et al., 2024)."""
-    gate = torch.sigmoid(p.margin / 0.05)
-    # exp(-m) overflows where the gate is closed anyway.
-    return (1 - gate) * dpo(p) + gate * torch.exp(-p.margin.clamp(min=-20))
+    """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05) (Lu et al., 2024)."""
+    m = p.margin
+    # g exp(-m) in one exponential: for m far below 0 it is 0, as a product it would be 0 * inf.
+    return torch.sigmoid(-m / 0.05) * dpo(p) + torch.exp(F.logsigmoid(m / 0.05) - m)
 
 
 def clipped(p: PairTerms) -> Tensor:
-    """-log sigmoid of the margin of rewards clipped to log(1 -+ 0.1): PPO's ratio clamp as in PSO (Miao et al., 2025)."""
-    low, high = math.log(0.9), math.log(1.1)
+    """-log sigmoid(beta (log clip rho_w - log clip rho_l)), rho = exp(r / beta) clipped to 1 -+ clip.
+
+    PPO's ratio clamp inside DPO, as in PSO (Miao et al., 2024); no gradient outside. rho is a ratio of likelihoods
+    where err = -2 log p.
+    """
+    low, high = math.log(1 - p.clip), math.log(1 + p.clip)
     ratio_w = (p.reward_w / p.beta).clamp(low, high)
     ratio_l = (p.reward_l / p.beta).clamp(low, high)
     return -F.logsigmoid(p.beta * (ratio_w - ratio_l))
@@ -148,6 +198,7 @@ def clipped(p: PairTerms) -> Tensor:
 
 PAIR_LOSSES: dict[str, Callable[[PairTerms], Tensor]] = {
     "dpo": dpo,
+    "ln_dpo": dpo,  # length-normalised DPO (Lambert et al., 2024): mean-form errors already are
     "conservative": conservative,
     "robust": robust,
     "ipo": ipo,
@@ -165,11 +216,13 @@ PAIR_LOSSES: dict[str, Callable[[PairTerms], Tensor]] = {
     "discopop": discopop,
     "clipped": clipped,
 }
-"""Per-pair losses [B] by name. ln_dpo is dpo here: the mean-form error is already normalised by length."""
+"""Loss by name: PairTerms -> [B], not reduced. Finite for margins and rewards up to 1e4 in size."""
+
+USE_LABEL_SMOOTHING = ("conservative", "robust", "exo", "aot")
 
 
-def check_pair_loss(loss: str, label_smoothing: float, batch_size: int = 2) -> list[str]:
-    """What cannot work, one line each."""
+def check_pair_loss(loss: str, label_smoothing: float, batch_size: int) -> list[str]:
+    """What cannot work in a config with these settings, one line each; batch_size is the number of pairs a forward."""
     if loss not in PAIR_LOSSES:
         near = difflib.get_close_matches(loss, PAIR_LOSSES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(PAIR_LOSSES)}"
@@ -177,17 +230,13 @@ def check_pair_loss(loss: str, label_smoothing: float, batch_size: int = 2) -> l
     problems = []
     if not 0 <= label_smoothing < 0.5:
         problems.append(f"'algorithm.label_smoothing' = {label_smoothing} must lie in [0, 0.5)")
+    elif label_smoothing > 0 and loss not in USE_LABEL_SMOOTHING:
+        users = ", ".join(USE_LABEL_SMOOTHING)
+        problems.append(
+            f"'algorithm.label_smoothing' = {label_smoothing} does nothing to loss '{loss}'; only to {users}"
+        )
     if loss == "exo" and label_smoothing == 0:
         problems.append("'algorithm.loss' = exo needs 'algorithm.label_smoothing' > 0, such as 0.05")
     if loss == "aot" and batch_size < 2:
-        problems.append("'algorithm.loss' = aot sorts within a batch; it needs 'data.batch_size' of 2 or more")
+        problems.append(f"'algorithm.loss' = aot sorts within a batch and needs 2 pairs or more; got {batch_size}")
     return problems
-
-
-def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
-    """The same setting as other code writes it; dims = C h w of the latents."""
-    return {
-        "mean-form error without the factor 1/2 (diffusers SD LoRA example, Diffusion-KTO)": beta / 2,
-        "sum-form error, factor 1/2": beta / dims,
-        "sum-form error without the factor 1/2 (pseudo-code of the paper's appendix)": beta / (2 * dims),
-    }

@@ -6,75 +6,88 @@ nothing but these two and `log_prob`. Timesteps are per sample, [B], everywhere.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffalign.draws import Draws
-from diffalign.schedule import Schedule
+from diffalign.schedule import FlowSchedule, Schedule, per_sample, upcast
 from diffalign.types import Cond, Key
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
-"""A denoiser: (x_t [B, C, h, w], t [B], cond) -> prediction [B, C, h, w]."""
+"""A denoiser: (x_t [B, C, h, w], t [B], cond) -> out [B, C, h, w]."""
 
 Step = tuple[Tensor, Tensor]
-
-
-def _wide(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    return pair[0][:, None, None, None], pair[1][:, None, None, None]
+"""mean [B, C, h, w] and std [B, 1, 1, 1] of the next latent, float32."""
 
 
 def gaussian_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float = 0.0) -> Step:
-    """The transition from t to t_next with network output `out` (Song et al., 2021, eq. 12 and 16).
+    """The transition from t to t_next given the network output `out` at (x_t, t) (DDIM: Song et al., 2021, eq. 12, 16).
 
+    mean = a2 x0 + sqrt(s2^2 - std^2) eps;  std = eta s2 sqrt(1 - (a s2 / (a2 s))^2), and 0 where t_next >= t.
     eta 0 is DDIM, and Euler for flows; t_next above t is inversion; eta 1 is the DDPM posterior and Euler-ancestral.
     """
     x0, eps = schedule.split(out, x_t, t)
-    a, s = _wide(schedule.coefficients(t))
-    a_next, s_next = _wide(schedule.coefficients(t_next))
-    std = torch.zeros_like(s_next)
+    a, s = map(per_sample, schedule.coefficients(t))
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    std = torch.zeros_like(s2)
     if eta:
-        std = eta * s_next * (1 - (a * s_next / (a_next * s)) ** 2).clamp(min=0).sqrt()
-    return a_next * x0 + (s_next**2 - std**2).clamp(min=0).sqrt() * eps, std
+        std = eta * s2 * (1 - (a * s2 / (a2 * s)) ** 2).clamp(min=0).sqrt()
+    return a2 * x0 + (s2**2 - std**2).clamp(min=0).sqrt() * eps, std
 
 
 def renoise_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> Step:
-    """Predict x0 and noise it afresh to t_next: consistency models (LCM), DMD2, one-step generators."""
+    """Predict x0 and noise it afresh to t_next: N(a2 x0, s2^2), as LCM, DMD2 and one-step generators sample.
+
+    LCM's boundary scaling (x0 <- c_out x0 + c_skip x_t, c_skip <= 7e-6 for t >= 19) is left out.
+    """
     x0, _ = schedule.split(out, x_t, t)
-    a_next, s_next = _wide(schedule.coefficients(t_next))
-    return a_next * x0, s_next
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    return a2 * x0, s2
 
 
-def flow_sde_step(out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: float) -> Step:
-    """Stochastic flow step with the marginals of the ODE (Flow-GRPO, Liu et al., 2025, eq. 9).
+def flow_sde_step(
+    schedule: FlowSchedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: float
+) -> Step:
+    """Stochastic flow step with the marginals of the ODE (Flow-GRPO, Liu et al., 2025, arXiv 2505.05470).
 
-    sigma_t = noise_level sqrt(t / (1 - t)); mean = x + (v + sigma^2 / (2 t) (x + (1 - t) v)) dt; std = sigma sqrt(-dt).
-    t is capped at 0.99, where sigma would diverge.
+    dt = t_next - t < 0;  sigma = noise_level sqrt(t / (1 - t));
+    mean = x_t + (v + sigma^2 / (2 t) eps) dt;  std = sigma sqrt(-dt).
+    At t = 1, where sigma diverges, 1 - t_next takes the place of 1 - t, as in the released code.
     """
-    x_t, v = x_t.float(), out.float()
-    t_, dt = _wide((t, t_next - t))
-    sigma2 = noise_level**2 * t_ / (1 - t_.clamp(max=0.99))
-    drift = v + sigma2 / (2 * t_.clamp(min=1e-8)) * (x_t + (1 - t_) * v)
-    return x_t + drift * dt, (sigma2 * -dt).sqrt()
+    x0, eps = schedule.split(out, x_t, t)
+    a, s = map(per_sample, schedule.coefficients(t))
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    dt = s2 - s
+    strength = noise_level**2 / torch.where(a == 0, a2, a)  # sigma^2 / t, finite at t = 0
+    return upcast(x_t) + (eps - x0 + strength / 2 * eps) * dt, (strength * s * -dt).sqrt()
 
 
-def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Log density of N(mean, std^2) at x, averaged over C, h, w: float32 [B]. std must be positive."""
-    x, mean, std = x.float(), mean.float(), std.float()
-    terms = -((x - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
-    return terms.flatten(1).mean(1)
+def log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Log density of N(mean, std^2) at x, averaged (or summed) over C, h, w: float32 [B].
 
-
-def guided(
-    denoiser: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None = None, scale: float = 1.0
-) -> Tensor:
-    """Classifier-free guidance uncond + scale (cond - uncond) in one forward of the doubled batch.
-
-    scale 1, or no uncond, is one plain forward.
+    x, mean [B, C, h, w] and std [B, 1, 1, 1]. Raises ValueError where std is not positive: a deterministic step (eta 0,
+    or the last one, to the clean end) has no density.
     """
-    if uncond is None or scale == 1.0:
+    if not (std > 0).all():
+        raise ValueError(
+            f"log_prob needs std > 0, got {std.flatten().tolist()}; use eta > 0 and leave out the step to the clean end"
+        )
+    x, mean, std = upcast(x), upcast(mean), upcast(std)
+    terms = -0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return terms.flatten(1).mean(1) if reduction == "mean" else terms.flatten(1).sum(1)
+
+
+def guided(denoiser: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
+    """Classifier-free guidance, uncond + scale (cond - uncond), in one forward of the doubled batch.
+
+    scale 1, or no uncond, is one plain forward. Ho & Salimans, 2022.
+    """
+    if uncond is None or scale == 1:
         return denoiser(x_t, t, cond)
     with_prompt, without = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), Cond.cat([cond, uncond])).chunk(2)
     return without + scale * (with_prompt - without)
@@ -91,40 +104,44 @@ def sample(
     guidance: float = 1.0,
     eta: float = 0.0,
     draws: Draws | None = None,
-    keys: Sequence[Key] = (),
-    end: float = -1,
+    keys: Sequence[Key] | None = None,
 ) -> Tensor:
-    """From noise [B, C, h, w] through descending timesteps [S] to the clean latents at `end` (-1 for VP, 0 for flow).
+    """From noise [B, C, h, w] through the descending timesteps [S] to the clean end: x0 [B, C, h, w], float32.
 
-    eta > 0 adds noise keyed by (key, step); it needs draws and B keys.
+    eta > 0 adds noise that is a pure function of (sample's key, step): it needs draws and B keys. Raises ValueError
+    without them, and for timesteps that do not descend. Gradients flow; call it under no_grad where none are wanted.
     """
-    x, batch = noise, len(noise)
-    steps = [*timesteps.tolist(), end]
-    for k, (now, then) in enumerate(zip(steps, steps[1:], strict=False)):
-        t = torch.full((batch,), now, device=x.device, dtype=timesteps.dtype)
+    levels = [*timesteps.tolist(), schedule.t_clean]
+    if any(then >= now for now, then in itertools.pairwise(levels)):
+        raise ValueError(f"timesteps must descend and end above {schedule.t_clean}, the clean end; got {levels[:-1]}")
+    if eta and (draws is None or keys is None or len(keys) != len(noise)):
+        raise ValueError(f"sample with eta > 0 draws noise: pass draws and {len(noise)} keys, one a sample")
+    x = upcast(noise)
+    for k, (now, then) in enumerate(itertools.pairwise(levels)):
+        t, t_next = (torch.full((len(x),), level, device=x.device, dtype=timesteps.dtype) for level in (now, then))
         out = guided(denoiser, x, t, cond, uncond, guidance)
-        x, std = gaussian_step(schedule, out, x, t, torch.full_like(t, then), eta)
-        if eta:
-            if draws is None:
-                raise ValueError("sample with eta > 0 draws noise: pass draws and one key a sample")
+        x, std = gaussian_step(schedule, out, x, t, t_next, eta)
+        if eta and draws is not None and keys is not None:
             x = x + std * draws.normal([(key, k) for key in keys], x.shape[1:], stream="sampler").to(x.device)
     return x
 
 
-def invert(
-    denoiser: Network, schedule: Schedule, cond: Cond, x0: Tensor, t: Tensor, *, steps: int, start: float = -1
-) -> Tensor:
-    """DDIM inversion of each x0 [B, C, h, w] to exactly its own t [B], in `steps` equal steps from the clean end.
+def invert(denoiser: Network, schedule: Schedule, cond: Cond, x0: Tensor, t: Tensor, *, steps: int) -> Tensor:
+    """DDIM inversion of each x0 [B, C, h, w] to exactly its own level t [B], in `steps` equal steps from the clean end.
 
-    Each step asks the network at the level it starts from, the first one at t = 0 since no network knows level -1.
+    Returns x_t [B, C, h, w], float32. Each step asks the network at the level it leaves, except that the first asks at
+    t = 0: no network knows level -1. Raises ValueError for steps < 1. Song et al., 2021, section 4.3, reversed.
     """
-    x, now = x0.float(), torch.full_like(t, start)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    x, now = upcast(x0), torch.full_like(t, schedule.t_clean)
     for k in range(1, steps + 1):
-        then = start + (t - start) * (k / steps)
+        then = schedule.t_clean + (t - schedule.t_clean) * k / steps
         then = then if t.is_floating_point() else then.round().to(t.dtype)
         asked = now.clamp(min=0)
         _, eps = schedule.split(denoiser(x, asked, cond), x, asked)
-        a, s = _wide(schedule.coefficients(now))
-        a_next, s_next = _wide(schedule.coefficients(then))
-        x, now = a_next * (x - s * eps) / a + s_next * eps, then
+        # The network was asked at 0, but x lies at level -1: x0 comes from x's own level.
+        a, s = map(per_sample, schedule.coefficients(now))
+        a2, s2 = map(per_sample, schedule.coefficients(then))
+        x, now = a2 * (x - s * eps) / a + s2 * eps, then
     return x

@@ -1,12 +1,15 @@
-"""Noise schedules: x_t = a(t) x0 + s(t) eps, and what the network predicts. Stateless; arithmetic in float32."""
+"""Noise schedules: x_t = a(t) x0 + s(t) eps, and what the network predicts.
+
+Stateless. One timestep a sample, everywhere. Arithmetic in float32 whatever the inputs (float64 stays float64).
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler
@@ -17,50 +20,64 @@ from diffalign.types import Key
 
 
 class Prediction(Enum):
-    """What the network's output means."""
+    """What the network's output means: eps, v = a eps - s x0 (Salimans & Ho, 2022), or the velocity eps - x0."""
 
     EPSILON = "epsilon"
     V = "v_prediction"
     FLOW = "flow"
 
 
-def _wide(x: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1]."""
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+"""The `beta_schedule` values of diffusers that a VPSchedule can be built from."""
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float32, or float64 where x is: no arithmetic here runs in half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1], to meet latents [B, C, h, w]."""
     return x[:, None, None, None]
 
 
-@dataclass(frozen=True)
 class Schedule(ABC):
-    """x_t = a(t) x0 + s(t) eps, with one t a sample."""
+    """x_t = a(t) x0 + s(t) eps. t is [B], one level a sample; larger is noisier."""
 
     prediction: Prediction
+    t_clean: ClassVar[float]
+    """The level without noise, where sampling ends and inversion starts."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """t [B] -> a [B], s [B]."""
+        """t [B] -> a [B], s [B] on t's device."""
 
     @abstractmethod
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
-        """Uniform training timesteps keyed by sample, [B]."""
+        """Uniform training timesteps [B] on the CPU, a pure function of (seed, key); stream "timestep"."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x0, eps [B, C, h, w] and t [B] -> x_t [B, C, h, w]."""
-        a, s = map(_wide, self.coefficients(t))
-        return a * x0 + s * eps
+        a, s = map(per_sample, self.coefficients(t))
+        return a * upcast(x0) + s * upcast(eps)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should output, [B, C, h, w]."""
+        """What the network should output at x_t = a x0 + s eps: [B, C, h, w]."""
+        x0, eps = upcast(x0), upcast(eps)
         if self.prediction is Prediction.EPSILON:
             return eps
         if self.prediction is Prediction.FLOW:
             return eps - x0
-        a, s = map(_wide, self.coefficients(t))
+        a, s = map(per_sample, self.coefficients(t))
         return a * eps - s * x0
 
     def split(self, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Network output -> (x0, eps) it implies, both [B, C, h, w]. The only place that knows prediction types."""
-        out, x_t = out.float(), x_t.float()
-        a, s = map(_wide, self.coefficients(t))
+        """The (x0, eps) a network output implies, both [B, C, h, w]; the only place that knows prediction types.
+
+        With eps-prediction x0 is not finite where a = 0 (zero terminal SNR): noise alone says nothing about x0.
+        """
+        out, x_t = upcast(out), upcast(x_t)
+        a, s = map(per_sample, self.coefficients(t))
         if self.prediction is Prediction.EPSILON:
             return (x_t - s * out) / a, out
         if self.prediction is Prediction.V:
@@ -70,52 +87,84 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, eq=False)
 class VPSchedule(Schedule):
-    """Variance preserving (DDPM, Stable Diffusion): a^2 + s^2 = 1. t is int64 in [0, T - 1]; -1 is the clean end.
+    """Variance preserving (DDPM, Stable Diffusion): a^2 + s^2 = 1, t int64 in [0, T - 1], and -1 for the clean end.
 
-    alphas_cumprod  [T] float32: a^2
-    clean           a^2 at t = -1: 1, or alphas_cumprod[0] for schedulers with set_alpha_to_one=False
+    alphas_cumprod  [T]: a^2 at each timestep
+    prediction      EPSILON or V; anything else raises ValueError
+    clean           a^2 at t = -1: 1, or alphas_cumprod[0] for schedulers with set_alpha_to_one = false
     """
 
     alphas_cumprod: Tensor
+    prediction: Prediction
     clean: float = 1.0
+    t_clean: ClassVar[float] = -1
+
+    def __post_init__(self) -> None:
+        if self.prediction is Prediction.FLOW:
+            raise ValueError("a VPSchedule predicts EPSILON or V, got FLOW; use FlowSchedule() for flow matching")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VPSchedule:
-        """From the scheduler config of a diffusers pipeline. Raises ValueError for what is neither eps- nor v-prediction."""
-        known = [Prediction.EPSILON.value, Prediction.V.value]
-        prediction = config.get("prediction_type", Prediction.EPSILON.value)
-        if prediction not in known:
-            raise ValueError(f"scheduler prediction_type '{prediction}' is not supported; supported: {', '.join(known)}")
-        scheduler = DDIMScheduler.from_config(dict(config))
-        return cls(Prediction(prediction), scheduler.alphas_cumprod.float(), float(scheduler.final_alpha_cumprod))
+    def from_config(cls, scheduler_config: Mapping[str, Any]) -> VPSchedule:
+        """From the scheduler_config.json of a diffusers pipeline, of any scheduler class.
+
+        Raises ValueError for what is no eps- or v-prediction on one of BETA_SCHEDULES (or on `trained_betas`).
+        """
+        prediction = scheduler_config.get("prediction_type", Prediction.EPSILON.value)
+        if prediction not in (Prediction.EPSILON.value, Prediction.V.value):
+            raise ValueError(f"scheduler config: prediction_type must be epsilon or v_prediction; got '{prediction}'")
+        betas = scheduler_config.get("beta_schedule")
+        # Without this a flow-matching config, which has no betas, would silently get the default ones.
+        if scheduler_config.get("trained_betas") is None and betas not in BETA_SCHEDULES:
+            name = scheduler_config.get("_class_name", "unknown class")
+            raise ValueError(
+                f"scheduler config ({name}): beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got '{betas}'"
+            )
+        scheduler = DDIMScheduler.from_config(dict(scheduler_config))
+        return cls(scheduler.alphas_cumprod.float(), Prediction(prediction), float(scheduler.final_alpha_cumprod))
 
     @property
     def num_timesteps(self) -> int:
+        """T, 1000 for Stable Diffusion."""
         return len(self.alphas_cumprod)
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table = torch.cat([self.alphas_cumprod, torch.tensor([self.clean])])  # index -1 is the clean end
+        table = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_tensor([self.clean])])  # [-1] is the clean end
         a2 = table.to(t.device)[t]
         return a2.sqrt(), (1 - a2).sqrt()
 
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
         return draws.integers(keys, 0, self.num_timesteps, stream="timestep")
 
-    def grid(self, steps: int, spacing: str = "trailing", steps_offset: int = 0) -> Tensor:
-        """Descending int64 sampling timesteps [steps], as diffusers spaces them: leading, trailing or linspace."""
-        scheduler = DDIMScheduler(self.num_timesteps, timestep_spacing=spacing, steps_offset=steps_offset)
+    def grid(
+        self, steps: int, spacing: Literal["leading", "trailing", "linspace"] = "trailing", steps_offset: int = 0
+    ) -> Tensor:
+        """Descending int64 sampling timesteps [steps], the ones DDIMScheduler of diffusers chooses.
+
+        Raises ValueError for an unknown spacing and for steps or an offset that leave [0, T - 1].
+        """
+        if not 1 <= steps <= self.num_timesteps:
+            raise ValueError(f"steps must be in [1, {self.num_timesteps}], the number of timesteps; got {steps}")
+        scheduler: Any = DDIMScheduler(self.num_timesteps, timestep_spacing=spacing, steps_offset=steps_offset)
         scheduler.set_timesteps(steps)
+        if scheduler.timesteps[0] >= self.num_timesteps:
+            raise ValueError(
+                f"{steps} {spacing} steps with steps_offset {steps_offset} begin at {scheduler.timesteps[0]}, beyond"
+                f" the last timestep {self.num_timesteps - 1}; use fewer steps, a smaller offset or trailing spacing"
+            )
         return scheduler.timesteps.clone()
 
 
 @dataclass(frozen=True)
 class FlowSchedule(Schedule):
-    """Rectified flow: a = 1 - t, s = t, t float in [0, 1], target eps - x0."""
+    """Rectified flow (Liu et al., 2022; SD3, FLUX): a = 1 - t, s = t, t float in [0, 1]; the target is eps - x0."""
 
-    prediction: Prediction = Prediction.FLOW
+    prediction: Prediction = field(default=Prediction.FLOW, init=False)
+    t_clean: ClassVar[float] = 0.0
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = upcast(t)
         return 1 - t, t
 
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
-        return draws.uniform(keys, stream="timestep")
+        # The draw may be exactly 0, which is no noise at all.
+        return draws.uniform(keys, stream="timestep").clamp(min=torch.finfo(torch.float32).eps)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
@@ -20,11 +19,16 @@ from diffalign.types import Metrics
 
 @dataclass
 class Player:
-    """A trainable network with its optimizer and lr schedule."""
+    """A trainable network with its optimizer and lr schedule, which is a function of the step and so has no state."""
 
     module: nn.Module
     optimizer: Any
-    lr_schedule: LambdaLR
+    lr: float
+    lr_warmup_steps: int
+
+    def lr_at(self, step: int) -> float:
+        """The lr of the optimizer step after `step` training steps: linear warm-up, then constant."""
+        return self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
 
 
 def adamw(
@@ -49,7 +53,7 @@ def adamw(
     optimizer = torch.optim.AdamW(
         parameters, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
     )
-    return Player(module, optimizer, LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, lr_warmup_steps))))
+    return Player(module, optimizer, lr, lr_warmup_steps)
 
 
 class Hook(Protocol):
@@ -135,11 +139,12 @@ class Trainer:
                 f"rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
             )
         values["grad_norm"] = accelerator.clip_grad_norm_(_trained(player.module), self.max_grad_norm).detach()
+        lr = player.lr_at(self.step)
+        for group in player.optimizer.param_groups:
+            group["lr"] = lr
         player.optimizer.step()
         player.optimizer.zero_grad()
-        values["lr"] = torch.tensor(player.lr_schedule.get_last_lr()[0])
-        # Not prepared by accelerate, which would step it once a process.
-        player.lr_schedule.step()
+        values["lr"] = torch.tensor(lr)
         return {f"{turn.player}/{name}": value for name, value in values.items()}
 
     def _mean(self, seen: Sequence[Metrics]) -> dict[str, Tensor]:
@@ -164,8 +169,7 @@ class Trainer:
         ]
         for name, player in self.players.items():
             count = sum(p.numel() for p in _trained(player.module))
-            peak = player.lr_schedule.base_lrs[0]
-            lines.append(f"player '{name}': {count:,} trainable parameters, lr {peak:g} (not scaled by the batch)")
+            lines.append(f"player '{name}': {count:,} trainable parameters, lr {player.lr:g} (not scaled by the batch)")
         return lines + list(self.algorithm.describe())
 
 

@@ -148,8 +148,8 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def load(name: str, lora: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline on the CPU, quiet, without a safety checker. Raises FileNotFoundError for a folder that is not there."""
+def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
+    """The pipeline on the CPU, quiet, without a safety checker. Raises FileNotFoundError for missing folders."""
     path = str(BASE) if name == "playground" else name
     if not Path(path).exists() and path.count("/") != 1:
         raise FileNotFoundError(f"--pipeline '{name}' is neither a folder nor a hub id such as 'owner/model'")
@@ -169,7 +169,7 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> DiffusionPipeline:
     return pipe
 
 
-def latent_shape(pipe: DiffusionPipeline, size: int | None) -> tuple[int, int, int]:
+def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
     """[C, h, w] of the initial latents of a square image, `size` pixels wide or as the model was trained."""
     if hasattr(pipe, "_pack_latents"):
         raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be of the SD, SDXL or SD3 family")
@@ -197,7 +197,7 @@ def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> di
 
 
 def _weights(path: Path) -> str | None:
-    """Hash of the weights in a file or folder, None for a hub id: a model trained again in the same place is another."""
+    """Hash of the weights in a file or folder, None for a hub id. Trained again in the same place is another model."""
     if not path.exists():
         return None
     digest = hashlib.sha256()
@@ -225,9 +225,7 @@ def claim(out: Path, now: dict[str, Any]) -> None:
     write(path, json.dumps(now, indent=2) + "\n")
 
 
-def _make(
-    pipe: DiffusionPipeline, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int
-) -> None:
+def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
     draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
     pixels = pipe(
         [task.prompt for task in batch],
@@ -242,7 +240,8 @@ def _make(
     for task, image in zip(batch, pixels, strict=True):
         if not torch.isfinite(image).all():
             raise FloatingPointError(
-                f"the image of prompt_id {task.prompt_id!r}, sample {task.sample} is not finite; try --dtype bf16 or fp32"
+                f"the image of prompt_id {task.prompt_id!r}, sample {task.sample} is not finite; "
+                "try --dtype bf16 or fp32"
             )
         array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         path = args.out / task.image

@@ -1,6 +1,6 @@
 """Paired win rate of an aligned model over its base, with intervals, by any scorers.
 
-    diffalign eval win_rate base aligned --scorer hps_v2.1 --scorer pickscore --out win_rate.json
+    diffalign eval win_rate base aligned --scorer clip --scorer my_package.my_module:MyScorer --out win_rate.json
     python eval/win_rate.py base aligned --scorer diffalign.playground:Judge --out win_rate.json
 
 BASE and ALIGNED are folders written by eval/generate.py from the same prompts, samples per prompt and seed. Use at
@@ -19,10 +19,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from diffalign.report import Pair, paired_win_rate, read_pairs
+from diffalign.types import Scorer
 from reward_models.loading import load_scorer
 from reward_models.scoring import score_files
-
-from diffalign.report import Pair, paired_win_rate, read_pairs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     """Score both folders with every scorer, print the table, write the file."""
     pairs = read_pairs(args.base, args.aligned)
+    loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
     scorers = []
-    for spec in args.scorer:
-        scorers.append(_result(spec, pairs, args))
+    for spec, scorer in loaded.items():
+        scorers.append(_result(spec, scorer, pairs, args))
         print(line(scorers[-1]), flush=True)
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
     result = {"base": str(args.base), "aligned": str(args.aligned), "scorers": scorers, "pairs": rows}
@@ -66,10 +67,10 @@ def compare(args: argparse.Namespace) -> None:
     os.replace(temporary, args.out)
 
 
-def _result(spec: str, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
-    scorer, prompts = load_scorer(spec, args.device), [pair.prompt for pair in pairs]
+def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
+    prompts = [pair.prompt for pair in pairs]
     base, aligned = (
-        [float(x) for x in score_files(scorer, files, prompts, batch_size=args.batch_size)]
+        score_files(scorer, files, prompts, batch_size=args.batch_size).tolist()
         for files in ([pair.base for pair in pairs], [pair.aligned for pair in pairs])
     )
     return {

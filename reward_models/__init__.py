@@ -1,1 +1,31 @@
 """reward_models: score images against prompts, differentiably, with one protocol for every scorer."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reward_models.clip_scorers import CLIPScore as CLIPScore
+    from reward_models.images import read_image as read_image
+    from reward_models.loading import load_scorer as load_scorer
+    from reward_models.protocol import Scorer as Scorer
+    from reward_models.protocol import check_images as check_images
+    from reward_models.scoring import score_files as score_files
+
+# Where each public name lives. Resolved on first use: importing the package must not cost an import of torch.
+_HOME = {
+    "CLIPScore": "clip_scorers",
+    "Scorer": "protocol",
+    "check_images": "protocol",
+    "load_scorer": "loading",
+    "read_image": "images",
+    "score_files": "scoring",
+}
+__all__ = ["CLIPScore", "Scorer", "check_images", "load_scorer", "read_image", "score_files"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'reward_models' has no attribute {name!r}")
+    return getattr(import_module(f"reward_models.{_HOME[name]}"), name)

@@ -51,7 +51,7 @@ class KeyedLoader:
             yield PairBatch(
                 batch.x0.to(self.device, non_blocking=True),
                 batch.cond.to(self.device, non_blocking=True),
-                [tuple(key) for key in batch.keys],  # type: ignore[arg-type]  # pinning makes lists, which draw other numbers
+                [tuple(key) for key in batch.keys],  # type: ignore[arg-type]  # older torch pins tuples as lists
                 batch.weight.to(self.device, non_blocking=True),
                 batch.flip.to(self.device, non_blocking=True),
             )

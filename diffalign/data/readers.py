@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffalign.data.records import Dropped, ImageRef, Record
+from diffalign.playground import PAIRS
 
 Records = Iterator[Record | Dropped]
 
@@ -45,7 +46,7 @@ def read_records(path: str | Path) -> Records:
 
 def find_reader(path: str | Path) -> Callable[[], Records]:
     """The reader for what lies at the path, without reading it. Raises as `read_records` does."""
-    path = Path(path).expanduser()
+    path = PAIRS if str(path) == "playground" else Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
     found = _in_folder(path) if path.is_dir() else _in_file(path)

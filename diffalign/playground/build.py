@@ -232,7 +232,7 @@ def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> Stabl
     )
 
 
-def report_card(pipeline: StableDiffusionPipeline, *, n: int = 512, guidance: float = 2.0, steps: int = 12) -> dict:
+def report_card(pipeline: StableDiffusionPipeline, *, n: int = 512, guidance: float = 2.0, steps: int = 10) -> dict:
     """What the judge measures on n samples of held-out combinations (mean of each aspect), and on rendered data."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, judge = captions(n, held_out=True), Judge()

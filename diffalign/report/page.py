@@ -42,22 +42,15 @@ def write_report(
     not those of the win rates.
     """
     pairs = read_pairs(base_dir, aligned_dir)
-    scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
-    if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
-        raise ValueError(
-            f"the win rates are of {len(scored)} other pairs than the {len(pairs)} of '{base_dir}' and '{aligned_dir}'; "
-            "run `diffalign eval win_rate` on these folders again"
-        )
+    _check(win_rates, pairs, base_dir, aligned_dir)
     (out_dir / "images").mkdir(parents=True, exist_ok=True)
-    differences = _differences(win_rates["scorers"][0])
-    sections = [
-        (name, why, [_row(out_dir, i, pairs[i], win_rates["scorers"]) for i in chosen])
-        for name, why, chosen in choose(differences)
-        if chosen
-    ]
     adjusted = holm([scorer["p_value"] for scorer in win_rates["scorers"]])
     scorers = [{**scorer, "p_holm": p} for scorer, p in zip(win_rates["scorers"], adjusted, strict=True)]
-    generation = [_json(folder / "settings.json") for folder in (base_dir, aligned_dir)]
+    differences = [a - b for b, a in zip(scorers[0]["base_scores"], scorers[0]["aligned_scores"], strict=True)]
+    sections = [
+        (name, why, [_row(out_dir, i, pairs[i], scorers) for i in chosen]) for name, why, chosen in choose(differences)
+    ]
+    base, aligned = (_json(folder / "settings.json") for folder in (base_dir, aligned_dir))
     run = _run(out_dir, run_dir)
     text = _template().render(
         title=title,
@@ -65,22 +58,30 @@ def write_report(
         verdict=verdict(scorers[0]),
         sections=sections,
         total=len(pairs),
-        settings=_side_by_side(*generation),
+        settings=_side_by_side(base, aligned),
         run=run,
         curves=[(name, Markup(svg)) for name, svg in draw_curves(run["metrics"])],
     )
-    shown = [row["key"] for _, _, rows in sections for row in rows]
     numbers = {
-        "title": title,
         **win_rates,
+        "title": title,
         "scorers": scorers,
-        "shown": shown,
-        "settings": {"base": generation[0], "aligned": generation[1]},
+        "shown": [row["key"] for _, _, rows in sections for row in rows],
+        "settings": {"base": base, "aligned": aligned},
         "run": {"config": run["config"], "curves": run["metrics"]},
     }
     _write(out_dir / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
     _write(out_dir / "index.html", text)
     return out_dir / "index.html"
+
+
+def _check(win_rates: Mapping[str, Any], pairs: Sequence[Pair], base: Path, aligned: Path) -> None:
+    scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
+    if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
+        raise ValueError(
+            f"the win rates are of {len(scored)} other pairs than the {len(pairs)} of '{base}' and '{aligned}'; "
+            "run `diffalign eval win_rate` on these folders again"
+        )
 
 
 def choose(differences: Sequence[float]) -> list[tuple[str, str, list[int]]]:
@@ -108,10 +109,6 @@ def verdict(scorer: Mapping[str, Any]) -> str:
     return f"{who} sees no clear difference: the aligned model wins {share}."
 
 
-def _differences(scorer: Mapping[str, Any]) -> list[float]:
-    return [a - b for b, a in zip(scorer["base_scores"], scorer["aligned_scores"], strict=True)]
-
-
 def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     scores = [(s["name"], s["base_scores"][index], s["aligned_scores"][index]) for s in scorers]
     return {
@@ -121,7 +118,6 @@ def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]
         "base": _picture(out, pair.base, f"{index:05d}-base"),
         "aligned": _picture(out, pair.aligned, f"{index:05d}-aligned"),
         "scores": scores,
-        "difference": scores[0][2] - scores[0][1],
     }
 
 
@@ -166,8 +162,12 @@ def _template() -> Any:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["signed"] = lambda value: f"{value:+.3g}".replace("-", "−") if value else "0"
+    environment.filters["signed"] = _signed
     return environment.get_template("page.html.j2")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}") if value else "0"
 
 
 def _write(path: Path, text: str) -> None:

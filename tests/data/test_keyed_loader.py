@@ -68,6 +68,7 @@ def test_epochs_are_different_permutations_of_all_pairs(seven):
     assert len(set(map(tuple, orders))) == 6
     order = Draws(5).permutation(7, key=3, stream="order").tolist()
     assert orders[3] == [seven.ids[k] for k in order]
+    assert keys[21:28] == [(3, seven.ids[k]) for k in order]  # tuples: lists would draw other numbers
 
 
 def test_one_process_with_two_steps_sees_what_two_processes_see(seven):

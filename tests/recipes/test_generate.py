@@ -5,19 +5,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue cat", "cat", "a red red cat", "blue"]
@@ -35,53 +36,12 @@ generate = _recipe("generate")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random StableDiffusionPipeline folder: 16 px images, 4 latent channels, factor 2."""
+def model(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with pipeline/ (random weights, 32 px images), lora/ for it and prompts.txt."""
     folder = tmp_path_factory.mktemp("model")
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary = [*letters, *(x + "</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    shutil.copytree(tiny_sd, folder / "pipeline")
+    unet: Any = UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet")
     torch.manual_seed(0)
-    text = CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        bos_token_id=len(vocabulary) - 2,
-        eos_token_id=len(vocabulary) - 1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-        cross_attention_dim=16,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=16,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder / "pipeline")
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
@@ -118,13 +78,13 @@ def test_manifest_lists_every_prompt_and_sample_in_input_order(whole: Path) -> N
     assert [(r["prompt"], r["sample"]) for r in rows] == [(p, k) for p in PROMPTS for k in (0, 1)]
     assert [r["prompt_id"] for r in rows[::2]] == ["00000", "00001", "00002", "00003", "00004"]
     assert {r["seed"] for r in rows} == {0}
-    assert all(Image.open(whole / r["image"]).size == (16, 16) for r in rows)
+    assert all(Image.open(whole / r["image"]).size == (32, 32) for r in rows)
     assert set(_files(whole)) == {"manifest.jsonl", "settings.json", *(r["image"] for r in rows)}
     settings = json.loads((whole / "settings.json").read_text())
     assert {k: settings[k] for k in ("steps", "guidance", "size", "seed", "dtype", "lora")} == {
         "steps": 2,
         "guidance": 7.5,
-        "size": 16,
+        "size": 32,
         "seed": 0,
         "dtype": "fp32",
         "lora": None,
@@ -141,13 +101,13 @@ def test_resumes_after_a_kill_with_identical_output(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while writing the second image of the second batch: its temporary file is left and nothing else of it."""
-    replace, done = os.replace, []
+    replace, done = os.replace, list[Path]()
 
     def killed(source: Path, target: Path) -> None:
         if str(target).endswith(".png"):
             if len(done) == 4:
                 raise KeyboardInterrupt
-            done.append(target)
+            done.append(Path(target))
         replace(source, target)
 
     with monkeypatch.context() as patch:
@@ -168,10 +128,13 @@ def test_batch_size_does_not_change_the_noise(model: Path, whole: Path, tmp_path
 
 
 def test_an_image_depends_on_its_prompt_id_and_not_on_the_others(model: Path, whole: Path, tmp_path: Path) -> None:
-    (tmp_path / "one.jsonl").write_text('{"prompt": "cat", "prompt_id": "00002"}\n')
-    arguments = ["--pipeline", str(model / "pipeline"), "--prompts", str(tmp_path / "one.jsonl"), "--steps", "2"]
+    lines = ['{"prompt": "cat", "prompt_id": "x"}', '{"prompt": "cat", "prompt_id": "00002"}']
+    (tmp_path / "two.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["--pipeline", str(model / "pipeline"), "--prompts", str(tmp_path / "two.jsonl"), "--steps", "2"]
     assert generate.main([*arguments, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    assert np.abs(_pixels(tmp_path / "out")[0] - _pixels(whole)[4]).max() <= 1
+    other, same = _pixels(tmp_path / "out")
+    assert np.abs(same - _pixels(whole)[4]).max() <= 1
+    assert np.abs(other - same).max() > 10, "the same words under another id start from other noise"
 
 
 TWO = """

@@ -165,7 +165,7 @@ def test_table_and_json_hold_the_numbers(tmp_path: Path) -> None:
     text, numbers = index.read_text(), json.loads((index.parent / "report.json").read_text())
     for scorer in arguments["win_rates"]["scorers"]:
         assert f"{100 * scorer['win_rate']:.1f} %" in text
-        assert f"{100 * scorer['low']:.1f} – {100 * scorer['high']:.1f} %" in text
+        assert f"{100 * scorer['low']:.1f} \N{EN DASH} {100 * scorer['high']:.1f} %" in text
     first, second = sorted(s["p_value"] for s in numbers["scorers"])
     assert sorted(s["p_holm"] for s in numbers["scorers"]) == pytest.approx([min(2 * first, 1), max(2 * first, second)])
     assert len(numbers["pairs"]) == 60 and len(numbers["shown"]) == 48
@@ -207,7 +207,7 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
         read_pairs(base, _folder(tmp_path / "short", 0, ["a"]))
     with pytest.raises(ValueError, match=r"2 of 4 images of .*many' have no partner in .*base'"):
         read_pairs(base, _folder(tmp_path / "many", 0, ["a", "b"], samples=2))
-    with pytest.raises(ValueError, match="prompt of prompt_id '00001'.*'b'.*'c'"):
+    with pytest.raises(ValueError, match=r"prompt of prompt_id '00001'.*'b'.*'c'"):
         read_pairs(base, _folder(tmp_path / "other", 0, ["a", "c"]))
     reseeded = _folder(tmp_path / "reseeded", 0, ["a", "b"])
     manifest = reseeded / "manifest.jsonl"

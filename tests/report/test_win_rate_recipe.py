@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from diffalign.playground.judge import Judge
+from diffalign.playground.world import BACKGROUNDS
 
 ROOT = Path(__file__).parents[2]
 JUDGE = "diffalign.playground:Judge"
@@ -28,7 +29,6 @@ def _recipe(name: str) -> ModuleType:
 win_rate, report = _recipe("win_rate"), _recipe("report")
 
 PROMPTS = ("red circle on white", "blue square on black", "green triangle on pink")
-BACKGROUND = {"white": (255, 255, 255), "black": (0, 0, 0), "pink": (255, 190, 200)}
 
 
 def _folder(path: Path, backgrounds: tuple[str, ...]) -> Path:
@@ -36,7 +36,8 @@ def _folder(path: Path, backgrounds: tuple[str, ...]) -> Path:
     (path / "images").mkdir(parents=True)
     rows = []
     for i, (prompt, background) in enumerate(zip(PROMPTS, backgrounds, strict=True)):
-        Image.new("RGB", (32, 32), BACKGROUND[background]).save(path / "images" / f"{i}.png")
+        colour = tuple(round(255 * x) for x in BACKGROUNDS[background])
+        Image.new("RGB", (32, 32), colour).save(path / "images" / f"{i}.png")
         rows.append({"image": f"images/{i}.png", "prompt": prompt, "prompt_id": str(i), "seed": 0, "sample": 0})
     (path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -86,5 +87,8 @@ def test_folders_that_do_not_match_are_an_error_and_not_a_result(
     assert win_rate.main([str(base), str(aligned), "--scorer", JUDGE, "--out", str(out)]) == 2
     assert "1 of 3 images of" in capsys.readouterr().err
     assert not out.exists()
+    assert win_rate.main([*map(str, (base, base)), "--scorer", JUDGE, "--scorer", "no_such", "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "no scorer 'no_such'" in printed.err and not printed.out, "nothing is scored before all names are known"
     assert report.main(["--base", "x", "--aligned", "y", "--win-rate", str(out), "--out", str(tmp_path / "r")]) == 2
     assert "win_rate.json" in capsys.readouterr().err

@@ -1,0 +1,29 @@
+"""Score a folder of images with any scorers, shared over all processes: `reward-score` on every GPU at once.
+
+    accelerate launch eval/score_folder.py images --scorer clip --out scores.csv
+    diffalign eval score_folder images --scorer clip --scorer diffalign.playground:Judge --out scores.parquet
+
+Takes the arguments of `reward-score` and writes the same table. All processes must see the images and the folder of the
+table; --device auto gives each its own GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+
+from accelerate import PartialState
+
+from reward_models import cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    # The processes meet twice, hours apart: the usual ten minutes of patience would end the run.
+    state = PartialState(timeout=timedelta(days=30))
+    return cli.main(argv, rank=state.process_index, world=state.num_processes, wait=state.wait_for_everyone)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The engine: images are decoded in threads ahead of the scorers; several scorers share one decoded image."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from reward_models.images import ImageError, read_image
+from reward_models.items import Item
+from reward_models.protocol import Resizing, Scorer
+
+AHEAD = 2
+"""Batches that are decoded before they are needed; memory holds one more."""
+
+
+class Scored(NamedTuple):
+    """An item with its score by every scorer, in the scorers' order."""
+
+    item: Item
+    scores: tuple[float, ...]
+
+
+class Failed(NamedTuple):
+    """An item that has no score, and why."""
+
+    item: Item
+    reason: str
+
+
+Result = Scored | Failed
+
+
+def score_files(
+    scorer: Scorer,
+    files: Sequence[str | os.PathLike[str]],
+    prompts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    num_workers: int | None = None,
+) -> Tensor:
+    """Score image files, each with its prompt, by one scorer -> float32 [N] in their order, on the CPU.
+
+    Raises ValueError naming the first file that cannot be read or whose score is not finite. Command lines that go on
+    with the other files use `score_items`.
+    """
+    if len(files) != len(prompts):
+        raise ValueError(f"one prompt for each file is needed; got {len(prompts)} for {len(files)} files")
+    items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]
+    scores: list[float] = []
+    for results in score_items(batches(items, batch_size), {type(scorer).__name__: scorer}, num_workers=num_workers):
+        for result in results:
+            if isinstance(result, Failed):
+                raise ValueError(f"cannot score '{result.item.image}': {result.reason}")
+            scores += result.scores
+    return torch.tensor(scores)
+
+
+def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+    """Items cut into batches. The last bits of a score depend on the batch it is computed in, so batches are cut before
+    they are shared among processes or skipped because they are done: the table then does not depend on either."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    return [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
+
+
+def score_items(
+    work: Sequence[Sequence[Item]], scorers: Mapping[str, Scorer], *, num_workers: int | None = None
+) -> Iterator[list[Result]]:
+    """The results of every batch, in order. A file that cannot be read, or that a scorer gives nan or inf, is Failed.
+
+    scorers      name -> scorer
+    num_workers  threads that decode (Pillow frees the interpreter while it works); default: the cores, at most 16
+    """
+    workers = num_workers or min(16, os.cpu_count() or 1)
+    for items, images in _decoded(work, workers):
+        good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
+        pixels = [image for image in images if isinstance(image, Tensor)]
+        prompts = [items[i].prompt for i in good]
+        columns = {name: _score(name, scorer, pixels, prompts) for name, scorer in scorers.items()} if good else {}
+        results: list[Result] = []
+        position = {i: k for k, i in enumerate(good)}
+        for i, (item, image) in enumerate(zip(items, images, strict=True)):
+            if not isinstance(image, Tensor):
+                results.append(Failed(item, image))
+                continue
+            scores = {name: column[position[i]] for name, column in columns.items()}
+            bad = [f"scorer '{name}' returned {x}" for name, x in scores.items() if not math.isfinite(x)]
+            results.append(Failed(item, "; ".join(bad)) if bad else Scored(item, tuple(scores.values())))
+        yield results
+
+
+def _decoded(work: Sequence[Sequence[Item]], workers: int) -> Iterator[tuple[Sequence[Item], list[Tensor | str]]]:
+    """Every batch with its images, uint8 [3, H, W], or the reason why there is none."""
+    waiting: deque[tuple[Sequence[Item], list[Future[Tensor | str]]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        try:
+            for items in work:
+                waiting.append((items, [pool.submit(_read, item.path) for item in items]))
+                if len(waiting) > AHEAD:
+                    items, images = waiting.popleft()
+                    yield items, [image.result() for image in images]
+            while waiting:
+                items, images = waiting.popleft()
+                yield items, [image.result() for image in images]
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(path: Path) -> Tensor | str:
+    try:
+        return read_image(path)
+    except ImageError as error:
+        return str(error)
+
+
+@torch.no_grad()
+def _score(name: str, scorer: Scorer, images: Sequence[Tensor], prompts: Sequence[str]) -> list[float]:
+    """The scores of one batch by one scorer; images uint8 [3, H, W] of any sizes."""
+    device = device_of(scorer)
+    sizes: dict[torch.Size, list[int]] = {}
+    for i, image in enumerate(images):
+        sizes.setdefault(image.shape, []).append(i)
+    groups = [(torch.stack([images[i] for i in group]), group) for group in sizes.values()]
+    order = torch.tensor([i for group in sizes.values() for i in group]).argsort()
+    if isinstance(scorer, Resizing):
+        pixels = torch.cat([scorer.preprocess(x.to(device).float() / 255) for x, _ in groups])
+        scores = scorer.score_pixels(pixels[order.to(pixels.device)], prompts)
+    else:
+        parts = [scorer.score(x.to(device).float() / 255, [prompts[i] for i in group]) for x, group in groups]
+        scores = torch.cat([_checked(name, part, len(g)) for part, (_, g) in zip(parts, groups, strict=True)])
+        scores = scores[order.to(scores.device)]
+    # The shortest decimal that means the same float32: tables stay readable and every format holds the same number.
+    return [float(str(x)) for x in _checked(name, scores, len(images)).float().cpu().numpy()]
+
+
+def _checked(name: str, scores: Tensor, count: int) -> Tensor:
+    if scores.shape != (count,) or not scores.is_floating_point():
+        raise ValueError(
+            f"scorer '{name}' must return float32 [{count}] for {count} images; got {scores.dtype} {tuple(scores.shape)}"
+        )
+    return scores
+
+
+def device_of(scorer: Scorer) -> torch.device:
+    """Where a scorer wants its images: where its weights are, or its attribute `device`, or the CPU."""
+    weights = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
+    return torch.device(getattr(scorer, "device", "cpu")) if weights is None else weights.device
