@@ -95,10 +95,8 @@ def _listing(kind: str) -> str:
 def _recipe(args: argparse.Namespace) -> int:
     recipe = launch.find(args.kind, args.name)
     if args.kind == "eval" and args.num_processes is None and args.accelerate_config is None:
-        command = [sys.executable, str(recipe), *args.rest]
-    else:
-        command = launch.command(recipe, args.rest, processes=args.num_processes, config=args.accelerate_config)
-    return subprocess.run(command, check=False).returncode
+        return subprocess.run([sys.executable, str(recipe), *args.rest], check=False).returncode
+    return launch.start(recipe, args.rest, processes=args.num_processes, config=args.accelerate_config)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE
 """What holds train/, eval/ and configs/: the checkout, or the installed package they travel in."""
+
+ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
 
 
 def recipes(kind: str) -> dict[str, Path]:
@@ -35,24 +39,27 @@ def title(recipe: Path) -> str:
     return (ast.get_docstring(ast.parse(recipe.read_text())) or "").split("\n")[0]
 
 
-def command(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> list[str]:
-    """What starts a recipe: `accelerate launch` with a config file or the name of a shipped one.
+def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> int:
+    """Run a recipe with `accelerate launch`, with a config file or the name of a shipped one; returns its exit code.
 
     Without either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which accelerate
     follows; its own launcher starts them only through MPI.
     """
     gpus = _gpus()
+    environment = dict(os.environ)
     if config is None and not gpus and (processes or 1) > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment["ACCELERATE_USE_CPU"] = "true"
     elif config is not None:
         shipped = ROOT / "configs" / "accelerate" / f"{config}.yaml"
-        launcher = ["accelerate.commands.accelerate_cli", "launch", "--config_file", str(shipped if shipped.exists() else config)]
+        launcher = [*ACCELERATE, "--config_file", str(shipped if shipped.exists() else config)]
         launcher += [f"--num_processes={processes}"] if processes else []
     else:
         count = processes or gpus or 1
-        launcher = ["accelerate.commands.accelerate_cli", "launch", "--num_machines=1", f"--num_processes={count}"]
-        launcher += ["--mixed_precision=no", "--dynamo_backend=no"] + (["--multi_gpu"] if count > 1 else [])
-    return [sys.executable, "-m", *launcher, str(recipe), *arguments]
+        launcher = [*ACCELERATE, "--num_machines=1", f"--num_processes={count}", "--mixed_precision=no"]
+        launcher += ["--dynamo_backend=no"] + (["--multi_gpu"] if count > 1 else [])
+    command = [sys.executable, "-m", *launcher, str(recipe), *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def _gpus() -> int:

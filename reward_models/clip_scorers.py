@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from reward_models.protocol import check_images
 
 TEXT_CHUNK = 8
-"""Prompts that go through the text tower at once. Always as many, the last ones padded: the shape of a batch decides the
-last bits of its features, and those of a prompt must not depend on which others were cached before it."""
+"""Prompts that go through the text tower at once. Always as many, the last ones padded: the shape of a batch decides
+the last bits of its features, and those of a prompt must not depend on which others were cached before it."""
 CACHED_PROMPTS = 20_000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from reward_models.images import SUFFIXES, find_images
 
-SOURCES = "give --prompt TEXT, --prompts FILE, a manifest.jsonl in the folder, or a text file beside each image (x.png, x.txt)"
+SOURCES = "give --prompt TEXT, --prompts FILE, a manifest.jsonl in the folder, or x.txt beside each image x.png"
 
 
 class Item(NamedTuple):
@@ -47,6 +48,11 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
         items = _found(images, prompt, prompts)
     if not items:
         raise ValueError(f"no images in '{images}'; known suffixes: {' '.join(SUFFIXES)}")
+    for item in items:  # now, and not when the table is written
+        try:
+            f"{item.image}{item.prompt}".encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"name or prompt of image {item.image!r} is not valid Unicode; rename it") from error
     return items
 
 
@@ -60,8 +66,9 @@ def _found(images: Path, prompt: str | None, prompts: Path | None) -> list[Item]
         texts = _beside(folder, names)
     elif prompts.suffix.lower() == ".txt":
         # Not splitlines(): it also splits at characters that may be inside a prompt, and every later one would shift.
-        texts = prompts.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-        texts = [text.strip() for text in texts]
+        texts = [text.strip() for text in _text(prompts).split("\n")]
+        while len(texts) > len(names) and not texts[-1]:
+            texts.pop()
         if len(texts) != len(names):
             raise ValueError(f"'{prompts}' has {len(texts)} lines for {len(names)} images in '{images}'")
     else:
@@ -74,7 +81,14 @@ def _beside(folder: Path, names: list[str]) -> list[str]:
     missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
     if missing:
         raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, first '{missing[0]}'; {SOURCES}")
-    return [file.read_text(encoding="utf-8-sig").strip() for file in files]
+    return [_text(file).strip() for file in files]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{file}' is not UTF-8 text: {error}") from error
 
 
 def _listed(file: Path, root: Path, prompt: str | None) -> Iterator[Item]:
@@ -82,28 +96,24 @@ def _listed(file: Path, root: Path, prompt: str | None) -> Iterator[Item]:
     for where, row in _csv(file) if file.suffix.lower() == ".csv" else _jsonl(file):
         image, text = row.get("image"), row.get("prompt") if prompt is None else prompt
         if not isinstance(image, str) or not image or not isinstance(text, str):
-            raise ValueError(
-                f"'{file}' {where} needs 'image' and 'prompt'; it has {', '.join(map(str, row)) or 'none'}"
-            )
+            raise ValueError(f"'{file}' {where} needs 'image' and 'prompt'; got {str(row)[:80]}")
         yield Item(image, text, root / image)
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"'{file}' line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"'{file}' line {number} must be an object; got {line.strip()[:80]}")
-            yield f"line {number}", row
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'{file}' line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"'{file}' line {number} must be an object; got {line.strip()[:80]}")
+        yield f"line {number}", row
 
 
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
-        for row in reader:
-            yield f"line {reader.line_num}", row
+    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
+    for row in reader:
+        yield f"line {reader.line_num}", row

@@ -34,11 +34,13 @@ def load_scorer(spec: str, device: str | torch.device = "auto") -> Scorer:
         raise ValueError(f"--device {device} asks for a GPU, but torch sees none here; use cpu")
     name, _, settings = spec.partition(",")
     build = _find(name)
-    scorer = build(**_settings(spec, settings, build))
+    scorer: Any = build(**_settings(spec, settings, build))
     missing = [part for part in ("differentiable", "unit", "score") if not hasattr(scorer, part)]
     if missing:
         raise ValueError(f"'{name}' is no scorer: it has no attribute {', '.join(missing)}")
-    return scorer.to(where).eval().requires_grad_(False) if isinstance(scorer, torch.nn.Module) else scorer
+    if isinstance(scorer, torch.nn.Module):
+        scorer.to(where).eval().requires_grad_(False)
+    return scorer
 
 
 def _find(name: str) -> Any:

@@ -144,7 +144,8 @@ def _score(name: str, scorer: Scorer, images: Sequence[Tensor], prompts: Sequenc
 def _checked(name: str, scores: Tensor, count: int) -> Tensor:
     if scores.shape != (count,) or not scores.is_floating_point():
         raise ValueError(
-            f"scorer '{name}' must return float32 [{count}] for {count} images; got {scores.dtype} {tuple(scores.shape)}"
+            f"scorer '{name}' must return float32 [{count}] for {count} images; "
+            f"got {scores.dtype} {tuple(scores.shape)}"
         )
     return scores
 

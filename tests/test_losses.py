@@ -43,9 +43,9 @@ AT_ZERO = {
 
 def rewards(r_w: list[float], r_l: list[float], flip: float = SMOOTHING, **more: float) -> PairTerms:
     """Terms with these implicit rewards: beta = 2 and reference errors 0 make r = -err."""
-    w, l = torch.tensor(r_w, dtype=torch.float64), torch.tensor(r_l, dtype=torch.float64)
-    zero = torch.zeros_like(w)
-    return PairTerms(-w, -l, zero, zero, 2.0, torch.full_like(w, flip), **more)
+    winner, loser = torch.tensor(r_w, dtype=torch.float64), torch.tensor(r_l, dtype=torch.float64)
+    zero = torch.zeros_like(winner)
+    return PairTerms(-winner, -loser, zero, zero, 2.0, torch.full_like(winner, flip), **more)
 
 
 def margins(*m: float, flip: float = SMOOTHING) -> PairTerms:
@@ -113,12 +113,12 @@ def test_swapping_winner_and_loser() -> None:
 def test_gradient_of_dpo_is_the_formula() -> None:
     """dL/derr_w = beta/2 sigmoid(-m), dL/derr_l its negative."""
     p = random_terms()
-    w, l = p.err_w.clone().requires_grad_(), p.err_l.clone().requires_grad_()
-    p = p._replace(err_w=w, err_l=l)
+    winner, loser = p.err_w.clone().requires_grad_(), p.err_l.clone().requires_grad_()
+    p = p._replace(err_w=winner, err_l=loser)
     PAIR_LOSSES["dpo"](p).mean().backward()
-    expected = p.beta / 2 * torch.sigmoid(-p.margin.detach()) / len(w)
-    assert torch.allclose(w.grad, expected, rtol=1e-10)
-    assert torch.allclose(l.grad, -expected, rtol=1e-10)
+    expected = p.beta / 2 * torch.sigmoid(-p.margin.detach()) / len(winner)
+    assert torch.allclose(winner.grad, expected, rtol=1e-10)
+    assert torch.allclose(loser.grad, -expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
@@ -126,29 +126,29 @@ def test_gradients_by_finite_differences(name: str) -> None:
     """Central differences, step 1e-6, in float64, for the mean loss of 6 pairs and each of their errors."""
     p, step = random_terms(), 1e-6
 
-    def mean_loss(w: torch.Tensor, l: torch.Tensor) -> torch.Tensor:
-        return PAIR_LOSSES[name](p._replace(err_w=w, err_l=l, clip=0.02)).mean()
+    def mean_loss(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
+        return PAIR_LOSSES[name](p._replace(err_w=winner, err_l=loser, clip=0.02)).mean()
 
-    w, l = p.err_w.clone().requires_grad_(), p.err_l.clone().requires_grad_()
-    mean_loss(w, l).backward()
-    for i in range(len(w)):
+    winner, loser = p.err_w.clone().requires_grad_(), p.err_l.clone().requires_grad_()
+    mean_loss(winner, loser).backward()
+    for i in range(len(winner)):
         nudge = torch.zeros_like(p.err_w)
         nudge[i] = step
         numeric_w = (mean_loss(p.err_w + nudge, p.err_l) - mean_loss(p.err_w - nudge, p.err_l)) / (2 * step)
         numeric_l = (mean_loss(p.err_w, p.err_l + nudge) - mean_loss(p.err_w, p.err_l - nudge)) / (2 * step)
-        assert w.grad[i].item() == pytest.approx(numeric_w.item(), rel=1e-4, abs=1e-6)
-        assert l.grad[i].item() == pytest.approx(numeric_l.item(), rel=1e-4, abs=1e-6)
+        assert winner.grad[i].item() == pytest.approx(numeric_w.item(), rel=1e-4, abs=1e-6)
+        assert loser.grad[i].item() == pytest.approx(numeric_l.item(), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted({*PAIR_LOSSES} - {"apo_down", "slic", "aot"}))
+@pytest.mark.parametrize("name", sorted({*PAIR_LOSSES} - {"apo_down", "slic", "aot", "discopop"}))
 def test_every_loss_starts_by_lowering_the_winners_error(name: str) -> None:
-    """At rewards 0. APO-down lowers winners' rewards by design; SLiC and AOT are tested by themselves."""
+    """At rewards 0. APO-down lowers winners' rewards by design; the other three are tested by themselves."""
     errors = torch.tensor([0.1, 0.2], dtype=torch.float64)
-    w, l = errors.clone().requires_grad_(), errors.clone().requires_grad_()
-    PAIR_LOSSES[name](PairTerms(w, l, errors, errors, 1000.0, torch.full_like(errors, 0.1))).mean().backward()
-    assert (w.grad > 0).all()
+    winner, loser = errors.clone().requires_grad_(), errors.clone().requires_grad_()
+    PAIR_LOSSES[name](PairTerms(winner, loser, errors, errors, 1000.0, torch.full_like(errors, 0.1))).mean().backward()
+    assert (winner.grad > 0).all()
     if name != "sppo":
-        assert (l.grad < 0).all()
+        assert (loser.grad < 0).all()
 
 
 def test_a_shift_of_policy_and_reference_errors_changes_nothing() -> None:
@@ -217,10 +217,10 @@ def test_robust_is_dpo_in_expectation_over_flips() -> None:
 def gradient_in_m(name: str, *m: float, flip: float = SMOOTHING) -> torch.Tensor:
     """dL/dm at r_w = m, r_l = 0; with beta = 2, r_w = -err_w."""
     p = rewards(list(m), [0.0] * len(m), flip)
-    w = p.err_w.clone().requires_grad_()
-    PAIR_LOSSES[name](p._replace(err_w=w)).sum().backward()
-    assert w.grad is not None
-    return -w.grad
+    winner = p.err_w.clone().requires_grad_()
+    PAIR_LOSSES[name](p._replace(err_w=winner)).sum().backward()
+    assert winner.grad is not None
+    return -winner.grad
 
 
 def test_conservative_has_its_minimum_at_the_logit() -> None:
@@ -243,6 +243,13 @@ def test_gradients_of_ipo_and_hinge() -> None:
     assert gradient_in_m("hinge", 0, 0.9, 1.1).tolist() == [-1, -1, 0]
 
 
+def test_discopop_falls_off_both_sides_of_zero() -> None:
+    """Slope at 0: g = 1/2, g' = 5, so 5 (1 - ln 2) - 1/4 - 1/2 = .784264: from step 0 it lowers the margin."""
+    at, far = gradient_in_m("discopop", 0, 0.5).tolist()
+    assert at == pytest.approx(5 * (1 - LN2) - 0.75)
+    assert far < 0
+
+
 def test_flip_is_the_pairs_own() -> None:
     p = margins(1.0, 1.0)._replace(flip=torch.tensor([0.0, 0.3], dtype=torch.float64))
     clean, noisy = PAIR_LOSSES["conservative"](p).tolist()
@@ -252,10 +259,10 @@ def test_flip_is_the_pairs_own() -> None:
 def test_clipped_rewards_get_no_gradient() -> None:
     """r_w / beta = .05 lies inside log(1 +- .1), r_l / beta = -.5 outside."""
     p = rewards([0.1], [-1.0])
-    w, l = p.err_w.clone().requires_grad_(), p.err_l.clone().requires_grad_()
-    PAIR_LOSSES["clipped"](p._replace(err_w=w, err_l=l)).sum().backward()
-    assert w.grad.item() > 0
-    assert l.grad.item() == 0
+    winner, loser = p.err_w.clone().requires_grad_(), p.err_l.clone().requires_grad_()
+    PAIR_LOSSES["clipped"](p._replace(err_w=winner, err_l=loser)).sum().backward()
+    assert winner.grad.item() > 0
+    assert loser.grad.item() == 0
 
 
 def test_slic_looks_at_raw_errors_only() -> None:
@@ -275,22 +282,22 @@ def test_the_winners_own_term_keeps_its_share_when_beta_changes() -> None:
     """At step 0 the pair term pulls err_w with beta/4 and the own term with sft_weight beta/2: ratio 2 sft_weight."""
     for beta in (500.0, 5000.0):
         e = torch.full((1,), 0.1, dtype=torch.float64)
-        w = e.clone().requires_grad_()
-        PAIR_LOSSES["dpo_sft"](PairTerms(w, e, e, e, beta, 0 * e, sft_weight=0.25)).sum().backward()
-        assert w.grad.item() == pytest.approx(beta / 4 * 1.5)
+        winner = e.clone().requires_grad_()
+        PAIR_LOSSES["dpo_sft"](PairTerms(winner, e, e, e, beta, 0 * e, sft_weight=0.25)).sum().backward()
+        assert winner.grad.item() == pytest.approx(beta / 4 * 1.5)
 
 
 @pytest.mark.parametrize("name", PAIR_LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_finite_for_margins_of_ten_thousand(name: str, dtype: torch.dtype) -> None:
     p = rewards([1e4, -1e4, 0.0, 0.0, 5e3, -5e3], [0.0, 0.0, 1e4, -1e4, -5e3, 5e3])
-    w, l = p.err_w.to(dtype).requires_grad_(), p.err_l.to(dtype).requires_grad_()
-    p = PairTerms(w, l, p.ref_w.to(dtype), p.ref_l.to(dtype), p.beta, p.flip.to(dtype))
+    winner, loser = p.err_w.to(dtype).requires_grad_(), p.err_l.to(dtype).requires_grad_()
+    p = PairTerms(winner, loser, p.ref_w.to(dtype), p.ref_l.to(dtype), p.beta, p.flip.to(dtype))
     losses = PAIR_LOSSES[name](p)
     losses.sum().backward()
     assert losses.isfinite().all()
-    assert w.grad.isfinite().all()
-    assert l.grad.isfinite().all()
+    assert winner.grad.isfinite().all()
+    assert loser.grad.isfinite().all()
 
 
 def test_large_margins_keep_the_linear_tail() -> None:
