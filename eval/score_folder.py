@@ -4,7 +4,8 @@
     diffalign eval score_folder images --scorer clip --scorer diffalign.playground:Judge --out scores.parquet
 
 Takes the arguments of `reward-score` and writes the same table. All processes must see the images and the folder of the
-table; --device auto gives each its own GPU.
+table; --device auto gives each its own GPU. Launchers report the exit code 2, "some images are not scored", as a failed
+process, though the table is whole.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive, default=32, metavar="B", help="images scored at once (32)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     add("--workers", type=_positive, metavar="N", help="threads that read images (the cores, at most 16)")
-    add("--resume", action="store_true", help="keep what a killed run with the same OUT has done, and go on")
+    add("--resume", action="store_true", help="keep what an unfinished run with the same OUT has done, and go on")
     return parser
 
 
@@ -109,9 +109,9 @@ def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], N
     if twice:
         raise ValueError(f"--scorer {twice[0]} is given twice")
     items = read_items(args.images, prompt=args.prompt, prompts=args.prompts)
-    if find_journals(args.out) and not args.resume:
-        raise ValueError(f"'{find_journals(args.out)[0]}' is left from a killed run; add --resume, or delete it")
     done = read_journals(args.out, args.scorer)
+    if done and not args.resume:
+        raise ValueError(f"'{find_journals(args.out)[0]}' is left from an unfinished run; add --resume, or delete it")
     scorers = {name: load_scorer(name, args.device) for name in args.scorer}
     wait()  # nobody writes while another still looks at what is done
     mine = batches(list(dict.fromkeys(items)), args.batch_size)[rank::world]

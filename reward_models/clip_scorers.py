@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import open_clip
 import torch
@@ -50,9 +51,9 @@ class CLIPScore(nn.Module):
     ):
         super().__init__()
         self.clip, self._tokenize = _load(model, pretrained)
-        self.clip.eval().requires_grad_(False)
         self.weight, self.prefix, self.unit = weight, prefix, f"{weight:g}*max(cos,0)"
         self._features: dict[str, Tensor] = {}
+        self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CLIPScore:
         self._features.clear()  # they are on the old device, or of the old dtype
@@ -95,12 +96,11 @@ def _load(model: str, pretrained: str) -> tuple[Any, Callable[[list[str]], Tenso
     names_file = "/" in pretrained or pretrained.endswith((".safetensors", ".pt", ".bin"))
     if not brings_weights and names_file and not Path(pretrained).is_file():
         raise FileNotFoundError(f"CLIPScore: pretrained '{pretrained}' does not exist; give a file or a tag")
-
-    def fail(error: Exception) -> NoReturn:
-        source = f"model '{model}'" if brings_weights else f"model '{model}' with pretrained '{pretrained}'"
+    if not brings_weights and model.replace("/", "-") not in open_clip.list_models():
+        near = get_close_matches(model, open_clip.list_models(), n=1)
         raise ValueError(
-            f"CLIPScore cannot load {source}: {error}; without network, give local-dir:FOLDER or a file"
-        ) from error
+            f"CLIPScore: open_clip knows no model '{model}'" + "".join(f", did you mean '{x}'?" for x in near)
+        )
 
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip logs what it also raises
@@ -110,7 +110,9 @@ def _load(model: str, pretrained: str) -> tuple[Any, Callable[[list[str]], Tenso
         )
         return network, open_clip.get_tokenizer(model)
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
-        fail(error)
+        source = f"model '{model}'" if brings_weights else f"model '{model}' with pretrained '{pretrained}'"
+        hint = "" if model.startswith("local-dir:") else "; without network, give a file or model=local-dir:FOLDER"
+        raise ValueError(f"CLIPScore cannot load {source}: {error}{hint}") from error
     finally:
         logging.disable(before)
 

@@ -24,13 +24,13 @@ class Journal:
         path = out.with_name(f"{out.name}.partial-{rank}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = sum(len(line) for line in _whole_lines(path)) if path.exists() else 0
-        self._file = path.open("ab")
+        self._path, self._scorers, self._file = path, list(scorers), path.open("ab")
         self._file.truncate(whole)  # a kill may have left part of a line
-        if not whole:
-            self._write([{"scorers": list(scorers)}])
 
     def append(self, results: Iterable[Result]) -> None:
         """Add a batch of results and hand them to the system: from here on only the machine's own death loses them."""
+        if not self._file.tell():
+            self._write([{"scorers": self._scorers}])
         self._write(
             {"image": r.item.image, "prompt": r.item.prompt}
             | ({"failed": r.reason} if isinstance(r, Failed) else {"scores": r.scores})
@@ -45,7 +45,10 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        empty = not self._file.tell()
         self._file.close()
+        if empty:
+            self._path.unlink()
 
 
 def find_journals(out: Path) -> list[Path]:

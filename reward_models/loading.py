@@ -25,11 +25,15 @@ def load_scorer(spec: str, device: str | torch.device = "auto") -> Scorer:
     spec    a name of SCORERS or `package.module:Class`, and settings: `clip,model=ViT-L-14,pretrained=openai`
     device  `auto` is a GPU if there is one, else the CPU
 
-    Raises ValueError for unknown names, keys and values, with the nearest known one; and what the scorer raises.
+    Raises ValueError for unknown names, keys, values and devices, with the nearest known one, and what the scorer
+    raises.
     """
     import torch  # not above: `reward-score --help` lists SCORERS and must not wait for it
 
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ...; got '{device}'") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} asks for a GPU, but torch sees none here; use cpu")
     name, _, settings = spec.partition(",")

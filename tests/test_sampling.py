@@ -27,7 +27,7 @@ from diffalign.sampling import flow_sde_step, gaussian_step, guided, invert, log
 from diffalign.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
 from diffalign.types import Cond
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 EPS, V = {"prediction_type": "epsilon"}, {"prediction_type": "v_prediction"}
 ZERO_SNR = V | {"rescale_betas_zero_snr": True}  # with eps-prediction x0 = (x - s out) / 0 at the last timestep
 PREDICTIONS = pytest.mark.parametrize("prediction", [EPS, V, ZERO_SNR], ids=["eps", "v", "v zero snr"])
@@ -69,14 +69,14 @@ def after(grid: Tensor) -> Tensor:
 @pytest.mark.parametrize("alpha_to_one", [True, False])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_ddim(prediction: dict, alpha_to_one: bool, eta: float, spacing: str) -> None:
+def test_ddim(prediction: dict, alpha_to_one: bool, eta: float, spacing: Any) -> None:
     """At abar = 0 and eta 1 the noise in the mean has the coefficient sqrt(s2^2 - s2^2). diffusers' rounding makes it
     2e-4 or nan there, so that one transition is compared with N(a2 x0, s2^2), x0 = -v.
     """
     config = SD | prediction | {"set_alpha_to_one": alpha_to_one, "clip_sample": False, "timestep_spacing": spacing}
     schedule = VPSchedule.from_config(config)
     for steps in STEPS:
-        theirs = DDIMScheduler(**config, steps_offset=1)
+        theirs: Any = DDIMScheduler(**config, steps_offset=1)
         theirs.set_timesteps(steps)
         t = schedule.grid(steps, spacing, 1)
         x, out, noise = normal(steps, 0), normal(steps, 1), normal(steps, 2)
@@ -101,7 +101,7 @@ def test_ddim_inverse(prediction: dict, alpha_to_one: bool, spacing: str) -> Non
     config = SD | prediction | {"set_alpha_to_one": alpha_to_one, "clip_sample": False, "timestep_spacing": spacing}
     schedule = VPSchedule.from_config(config)
     for steps in STEPS:
-        theirs = DDIMInverseScheduler(**config, steps_offset=1)
+        theirs: Any = DDIMInverseScheduler(**config, steps_offset=1)
         theirs.set_timesteps(steps)
         x, out, t_next = normal(steps, 0), normal(steps, 1), theirs.timesteps
         expected, _ = per_step(steps, lambda i, _: theirs.step(out[i : i + 1], theirs.timesteps[i], x[i : i + 1]))  # noqa: B023
@@ -117,7 +117,7 @@ def test_ddpm(prediction: dict, spacing: str) -> None:
     config = SD | prediction | {"clip_sample": False, "timestep_spacing": spacing}
     schedule = VPSchedule.from_config(config)
     for steps in STEPS:
-        theirs = DDPMScheduler(**config, steps_offset=1)
+        theirs: Any = DDPMScheduler(**config, steps_offset=1)
         theirs.set_timesteps(steps)
         x, out, t = normal(steps, 0), normal(steps, 1), theirs.timesteps
         expected, noise = per_step(
@@ -139,7 +139,7 @@ def test_euler_ancestral(prediction: dict, spacing: str) -> None:
     config = SD | prediction | {"timestep_spacing": spacing, "steps_offset": 1}
     schedule = VPSchedule.from_config(config)
     for steps in STEPS if spacing != "linspace" else (1, 4, 10):
-        theirs = EulerAncestralDiscreteScheduler(**config)
+        theirs: Any = EulerAncestralDiscreteScheduler(**config)
         theirs.set_timesteps(steps)
         t = theirs.timesteps.long()
         assert torch.equal(t.float(), theirs.timesteps)
@@ -167,7 +167,7 @@ def test_lcm(prediction: dict) -> None:
     config = SD | prediction | {"clip_sample": False}
     schedule = VPSchedule.from_config(config)
     for steps in STEPS:
-        theirs = LCMScheduler(**config)
+        theirs: Any = LCMScheduler(**config)
         theirs.set_timesteps(steps)
         x, out, t = normal(steps, 0), normal(steps, 1), theirs.timesteps
         t_next = after(t)
@@ -187,7 +187,7 @@ def test_lcm(prediction: dict) -> None:
 def test_flow_match_euler(shift: float, stochastic: bool) -> None:
     """Euler is gaussian_step with eta 0; diffusers' stochastic sampling is renoise_step."""
     for steps in STEPS:
-        theirs = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic)
+        theirs: Any = FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=stochastic)
         theirs.set_timesteps(steps)
         x, out = normal(steps, 0), normal(steps, 1)
         t, t_next = theirs.sigmas[:-1], theirs.sigmas[1:]
@@ -238,7 +238,7 @@ def test_a_ddim_step_is_a_flow_euler_step() -> None:
     schedule = VPSchedule(VPSchedule.from_config(SD).alphas_cumprod.double(), Prediction.EPSILON)
     t, t_next = torch.tensor([999, 400, 3]), torch.tensor([700, 399, -1])
     x, out = normal(3, 0, torch.float64), normal(3, 1, torch.float64)
-    scale, scale2 = (sum(schedule.coefficients(level)) for level in (t, t_next))
+    scale, scale2 = (torch.stack(schedule.coefficients(level)).sum(0) for level in (t, t_next))
     level, level2 = schedule.coefficients(t)[1] / scale, schedule.coefficients(t_next)[1] / scale2
     x0, eps = schedule.split(out, x, t)
     ddim, _ = gaussian_step(schedule, out, x, t, t_next)
@@ -411,7 +411,7 @@ def test_inversion_in_a_constant_flow_is_exact() -> None:
 
 @pytest.mark.parametrize("prediction", [Prediction.EPSILON, Prediction.V])
 def test_inversion_with_constant_noise_is_exact(prediction: Prediction) -> None:
-    """A network that always means eps = e0: x_t = a x0 + s e0 at every t (the implied noise is e0); sampling returns."""
+    """Where a network always means eps = e0, x_t = a x0 + s e0 at every t (implied noise e0); sampling returns."""
     schedule = VPSchedule(VPSchedule.from_config(SD).alphas_cumprod.double(), prediction)
 
     def network(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -443,15 +443,15 @@ def test_inversion_of_a_batch_equals_each_alone(schedule: Schedule) -> None:
 
 
 def test_inversion_asks_on_each_samples_own_grid() -> None:
-    """4 steps from -1 to 7: levels -1, 1, 3, 5, asked at 0, 1, 3, 5. To 999: -1, 249, 499, 749."""
+    """4 steps from -1 to 10: levels -1, 1.75, 4.5, 7.25, rounded, asked at 0, 2, 4, 7. To 999: -1, 249, 499, 749."""
     asked = []
 
     def network(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         asked.append(t.tolist())
         return x_t
 
-    invert(network, VPSchedule.from_config(SD), COND, normal(2, 0), torch.tensor([7, 999]), steps=4)
-    assert asked == [[0, 0], [1, 249], [3, 499], [5, 749]]
+    invert(network, VPSchedule.from_config(SD), COND, normal(2, 0), torch.tensor([10, 999]), steps=4)
+    assert asked == [[0, 0], [2, 249], [4, 499], [7, 749]]
     with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
         invert(network, VPSchedule.from_config(SD), COND, normal(1, 0), torch.tensor([7]), steps=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -18,19 +19,25 @@ from diffalign.draws import Draws
 from diffalign.losses import denoising_error
 from diffalign.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
 
-SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+SD: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SPACINGS = ("leading", "trailing", "linspace")
 
 
 def vp(
     prediction: Prediction = Prediction.EPSILON, dtype: torch.dtype = torch.float64, clean: float = 1.0
 ) -> VPSchedule:
-    return VPSchedule(DDIMScheduler(**SD).alphas_cumprod.to(dtype), prediction, clean)
+    theirs: Any = DDIMScheduler(**SD)
+    return VPSchedule(theirs.alphas_cumprod.to(dtype), prediction, clean)
 
 
 def latents(n: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(n, 4, 3, 3, generator=g, dtype=dtype), torch.randn(n, 4, 3, 3, generator=g, dtype=dtype)
+
+
+def flow_config() -> dict[str, Any]:
+    theirs: Any = FlowMatchEulerDiscreteScheduler()
+    return dict(theirs.config)
 
 
 CASES = [
@@ -125,7 +132,7 @@ def test_errors_of_flows_convert() -> None:
     ],
 )
 def test_noising_and_targets_equal_ddpm_scheduler(config: dict) -> None:
-    theirs = DDPMScheduler(**config)
+    theirs: Any = DDPMScheduler(**config)
     ours = VPSchedule.from_config(theirs.config | {"prediction_type": "v_prediction"})
     assert ours.num_timesteps == len(theirs.alphas_cumprod)
     t = torch.arange(ours.num_timesteps)
@@ -135,11 +142,11 @@ def test_noising_and_targets_equal_ddpm_scheduler(config: dict) -> None:
 
 
 def test_configs_of_other_vp_schedulers_are_read() -> None:
-    pndm = PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False)
+    pndm: Any = PNDMScheduler(**SD, skip_prk_steps=True, set_alpha_to_one=False)
     ours = VPSchedule.from_config(pndm.config)
     assert torch.equal(ours.alphas_cumprod, pndm.alphas_cumprod)
     assert ours.clean == pndm.final_alpha_cumprod
-    euler = EulerDiscreteScheduler(**SD, prediction_type="v_prediction")
+    euler: Any = EulerDiscreteScheduler(**SD, prediction_type="v_prediction")
     ours = VPSchedule.from_config(euler.config)
     assert torch.equal(ours.alphas_cumprod, euler.alphas_cumprod)
     assert ours.prediction is Prediction.V
@@ -152,7 +159,7 @@ def test_configs_of_other_vp_schedulers_are_read() -> None:
         (SD | {"prediction_type": "flow_prediction"}, "got 'flow_prediction'"),
         (SD | {"beta_schedule": "sigmoid"}, "beta_schedule must be one of linear, .*; got 'sigmoid'"),
         (
-            FlowMatchEulerDiscreteScheduler().config,
+            {**flow_config(), "_class_name": "FlowMatchEulerDiscreteScheduler"},
             r"\(FlowMatchEulerDiscreteScheduler\): beta_schedule .*; got 'None'",
         ),
     ],
@@ -169,9 +176,9 @@ def test_flow_prediction_on_a_vp_schedule_is_refused() -> None:
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_grids_equal_diffusers(spacing: str, offset: int) -> None:
+def test_grids_equal_diffusers(spacing: Any, offset: int) -> None:
     for steps in (1, 3, 4, 7, 10, 50, 999):
-        theirs = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
+        theirs: Any = DDIMScheduler(timestep_spacing=spacing, steps_offset=offset)
         theirs.set_timesteps(steps)
         grid = vp().grid(steps, spacing, offset)
         assert grid.dtype == torch.int64

@@ -77,7 +77,7 @@ class Judge:
             "vivid": vivid * right_colour,
             "place": torch.exp(-away / 8.0) * there,
             "clean": torch.exp(-error / 0.05),
-            "area": (torch.pi * scene.radius.square() / SIZE**2 / 0.15).clamp(0, 1) * there,
+            "area": (torch.pi * scene.radius.square() / SIZE**2 / 0.2).clamp(0, 1) * there,
         }
 
 
@@ -98,5 +98,5 @@ def look(images: Tensor) -> tuple[Scene, Tensor]:
     x, y = (mask.sum(1) * grid).sum(1) / area, (mask.sum(2) * grid).sum(1) / area
     radius = (area / torch.pi).sqrt()
     mismatch = (mask[:, None] - masks(x, y, radius)).abs().sum((2, 3)) / area[:, None]
-    there = (contrast.norm(dim=1) > 0.1) & (radius > 2) & (radius < 10) & (mismatch.amin(1) < 0.5)
+    there = (contrast.norm(dim=1) > 0.1) & (radius > 2.5) & (radius < 12) & (mismatch.amin(1) < 0.5)
     return Scene(mismatch.argmin(1), colour, background, x, y, radius), there

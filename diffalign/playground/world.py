@@ -36,9 +36,9 @@ BACKGROUNDS = {
     "brown": (0.40, 0.24, 0.10),
     "pink": (0.98, 0.72, 0.78),
 }
-RADII = {"small": 4.0, "large": 6.5}
+RADII = {"small": 5.0, "large": 8.0}
 """Radius in pixels of the circle with the object's area."""
-PLACES = {"left": (11.0, 16.0), "right": (21.0, 16.0), "top": (16.0, 11.0), "bottom": (16.0, 21.0)}
+PLACES = {"left": (12.0, 16.0), "right": (20.0, 16.0), "top": (16.0, 12.0), "bottom": (16.0, 20.0)}
 CENTRE = (16.0, 16.0)
 GREY = 0.55
 """What a colour fades to as its vividness goes from 1 to 0."""
@@ -155,6 +155,6 @@ def imagine(wishes: list[Wish], *, seed: int) -> Scene:
     )
     radius = torch.where(small, RADII["small"], RADII["large"]) + 0.8 * (torch.rand(n, generator=g) - 0.5)
     spot = torch.tensor([PLACES[w.place] if w.place else CENTRE for w in wishes])
-    spot = spot + 5.0 * (torch.rand(n, 2, generator=g) - 0.5)
+    spot = spot + 4.0 * (torch.rand(n, 2, generator=g) - 0.5)
     shape = torch.tensor([SHAPES.index(w.shape) for w in wishes])
     return Scene(shape, colour, background.clamp(0, 1), spot[:, 0], spot[:, 1], radius)

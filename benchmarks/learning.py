@@ -1,0 +1,125 @@
+"""Does it align? Every algorithm, with its controls and three seeds, judged exactly on held-out playground prompts.
+
+    python benchmarks/learning.py                                  # everything that results/learning.json lacks
+    python benchmarks/learning.py --case diffusion_dpo/lora --seed 0 --labels flipped
+
+Per case and seed: the same pairs of the base model's own samples, labelled by simulated annotators truly, with every
+label flipped, and at random; train by the recipe; generate from held-out prompts; win rate of the judge's score against
+the base model's images from the same noise. True labels must win (lower bound over one half), flipped ones must lose,
+random ones must do neither. Writes benchmarks/results/learning.json, one object a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from diffalign import launch
+from diffalign.playground import Judge
+from diffalign.playground.annotators import Labels, label, load
+from diffalign.playground.world import captions
+from diffalign.report import paired_win_rate
+
+RESULTS = Path(__file__).parent / "results" / "learning.json"
+SAMPLING = ["--steps=10", "--guidance=2.0", "--size=32", "--batch-size=64"]
+CASES = {
+    "diffusion_dpo/lora": ("diffusion_dpo", []),
+    "diffusion_dpo/full": ("diffusion_dpo", ["backbone.lora_rank=0", "optimizer.lr=1e-4"]),
+}
+"""Recipe and what it changes in its playground config."""
+
+
+class World:
+    """Samples of the base model on training prompts (to compare) and on held-out prompts (to be beaten), made once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._prompts("train", 384, held_out=False)
+        self._prompts("held_out", 128, held_out=True)
+        self.generate("train", "pairs", "--seed=1")
+        self.generate("held_out", "base")
+
+    def _prompts(self, name: str, n: int, *, held_out: bool) -> None:
+        lines = [json.dumps({"prompt": p, "prompt_id": str(i)}) for i, p in enumerate(captions(n, held_out=held_out))]
+        (self.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+    def generate(self, prompts: str, out: str, *more: str) -> None:
+        arguments = ["--pipeline=playground", f"--prompts={self.folder / prompts}.jsonl", f"--out={self.folder / out}"]
+        recipe = runpy.run_path(str(launch.find("eval", "generate")))
+        if recipe["main"]([*arguments, "--samples-per-prompt=2", *SAMPLING, *more]):
+            raise RuntimeError(f"generating '{out}' failed")
+
+    def win_rate(self, aligned: str) -> Any:
+        """The judge's paired win rate of one folder of held-out images over the base model's."""
+        rows, base = load(self.folder / "base")
+        prompts = [row["prompt"] for row in rows]
+        scores = [Judge().score(images, prompts).numpy() for images in (base, load(self.folder / aligned)[1])]
+        return paired_win_rate(*scores, [row["prompt_id"] for row in rows])
+
+
+def learn(world: World, case: str, labels: Labels, seed: int) -> dict[str, Any]:
+    """Label, train, generate, judge: one row of the table."""
+    recipe, changes = CASES[case]
+    name = f"{case.replace('/', '-')}-{labels}-{seed}"
+    pairs, run = world.folder / f"{name}.jsonl", world.folder / name
+    label(world.folder / "pairs", pairs, labels=labels, seed=seed)
+    settings = [f"run.folder={run}", f"run.seed={seed}", f"data.path={pairs}", "hooks.sample_every=0"]
+    settings += [f"backbone.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false", *changes]
+    started = time.time()
+    runpy.run_path(str(launch.find("train", recipe)))["main"](["--config=playground", *settings])
+    seconds = time.time() - started
+    export = run / "export"
+    full = (export / "model_index.json").exists()
+    world.generate("held_out", f"{name}-images", *([f"--pipeline={export}"] if full else [f"--lora={export}"]))
+    rate = world.win_rate(f"{name}-images")
+    return {
+        "algorithm": case,
+        "backbone": "playground",
+        "labels": labels,
+        "seed": seed,
+        "n": rate.n,
+        "win_rate": round(rate.win_rate, 4),
+        "low": round(rate.low, 4),
+        "high": round(rate.high, 4),
+        "seconds": round(seconds, 1),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit that is checked out, marked when the code differs from it."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--labels", choices=("true", "flipped", "random"), action="append", help="default: all")
+    parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
+    args = parser.parse_args()
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = {(r["algorithm"], r["labels"], r["seed"]) for r in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        for seed in args.seed or (0, 1, 2):
+            for case in args.case or CASES:
+                for labels in args.labels or ("true", "flipped", "random"):
+                    if (case, labels, seed) in done:
+                        continue
+                    rows.append(learn(world, case, labels, seed))
+                    print(json.dumps(rows[-1]), flush=True)
+                    RESULTS.with_suffix(".tmp").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                    os.replace(RESULTS.with_suffix(".tmp"), RESULTS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""One seed of each learning experiment: alignment raises the true preference, flipped labels lower it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LEARNING: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "learning.py"), run_name="learning")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return LEARNING["World"](tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("case", LEARNING["CASES"])
+def test_true_labels_raise_the_preference_on_held_out_prompts(world: Any, case: str) -> None:
+    row = LEARNING["learn"](world, case, "true", 0)
+    print(row)
+    assert row["n"] == 256
+    assert row["low"] > 0.5, row
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("case", LEARNING["CASES"])
+def test_flipped_labels_lower_it(world: Any, case: str) -> None:
+    row = LEARNING["learn"](world, case, "flipped", 0)
+    print(row)
+    assert row["high"] < 0.5, row
