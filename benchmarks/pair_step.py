@@ -77,7 +77,9 @@ def baseline(path: Path, pairs: Path, resolution: int, batch: int, rank: int, de
         nonlocal at
         chosen = [rows[(at + i) % len(rows)] for i in range(batch)]
         at += batch
-        images = [prepare(Image.open(pairs.parent / r[k]).convert("RGB")) for k in ("chosen", "rejected") for r in chosen]
+        images = [
+            prepare(Image.open(pairs.parent / r[k]).convert("RGB")) for k in ("chosen", "rejected") for r in chosen
+        ]
         ids = words([r["prompt"] for r in chosen], padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             with torch.no_grad():
@@ -125,3 +127,140 @@ def ours(
             trainer.take(turn, batches)
 
     return step
+
+
+def playground_pairs(folder: Path, size: int) -> Path:
+    """64 of the shipped pairs as JPEG files of `size` pixels and a JSONL file."""
+    import io
+
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(PAIRS).slice(0, 64).to_pylist()
+    lines = []
+    for i, row in enumerate(rows):
+        for name, column in (("w", "jpg_0"), ("l", "jpg_1")):
+            image = Image.open(io.BytesIO(row[column])).resize((size, size), Image.Resampling.BICUBIC)
+            image.save(folder / f"{name}{i}.jpg", quality=92)
+        lines.append(json.dumps({"prompt": row["caption"], "chosen": f"w{i}.jpg", "rejected": f"l{i}.jpg"}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.jsonl"
+
+
+def random_sd15(folder: Path) -> Path:
+    """A pipeline folder of SD1.5's architecture with random weights and the playground's tokenizer."""
+    words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    words.model_max_length = 77
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    text = CLIPTextConfig(**sizes, num_hidden_layers=12, num_attention_heads=12, eos_token_id=words.eos_token_id)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=words,
+        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def build(who: str, args: argparse.Namespace, rank: int, folder: Path) -> Step:
+    device = torch.device("cuda" if args.size == "sd15" else "cpu")
+    path = folder.parent / "sd15" if args.size == "sd15" else BASE
+    resolution = 512 if args.size == "sd15" else 32
+    common = (path, folder.parent / "pairs.jsonl", resolution, args.batch, rank, device)
+    return baseline(*common) if who == "baseline" else ours(*common, args.compile, folder)
+
+
+def peak_mb(who: str, args: argparse.Namespace, rank: int, folder: Path) -> float:
+    """Peak memory of a process that takes a few steps of one of the two."""
+    command = [sys.executable, __file__, "--size", args.size, "--batch", str(args.batch), "--rank", str(rank)]
+    command += ["--only", who, "--folder", str(folder)] + ["--compile"] * args.compile
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def only(args: argparse.Namespace) -> None:
+    step = build(args.only, args, args.rank, Path(args.folder))
+    for _ in range(4):
+        step()
+    cuda = args.size == "sd15"
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
+    print(f"{peak:.0f}")
+
+
+def timed(step: Step, n: int, cuda: bool) -> float:
+    started = time.perf_counter()
+    for _ in range(n):
+        step()
+    if cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("playground", "sd15"), default="playground")
+    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each of the two, 3 steps a turn")
+    parser.add_argument("--compile", action="store_true", help="torch.compile our denoiser")
+    parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full; default: 8 and 0")
+    parser.add_argument("--only", choices=("ours", "baseline"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        args.rank = args.rank[0]
+        return only(args)
+    cuda = args.size == "sd15"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        playground_pairs(folder, 512 if cuda else 32)
+        if cuda:
+            random_sd15(folder / "sd15")
+        rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        for rank in args.rank or (8, 0):
+            row = compare(args, rank, folder)
+            rows = [r for r in rows if (r["case"], r["device"]) != (row["case"], row["device"])] + [row]
+            print(json.dumps(row), flush=True)
+    RESULTS.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, object]:
+    cuda = args.size == "sd15"
+    memory = {who: peak_mb(who, args, rank, folder / f"memory-{who}-{rank}") for who in ("ours", "baseline")}
+    steps = {who: build(who, args, rank, folder / f"speed-{who}-{rank}") for who in ("ours", "baseline")}
+    for step in steps.values():
+        timed(step, 3, cuda)
+    seconds: dict[str, list[float]] = {"ours": [], "baseline": []}
+    for _ in range(args.rounds):
+        for who, step in steps.items():
+            seconds[who].append(timed(step, 3, cuda))
+    rate = {who: args.batch / statistics.median(s) for who, s in seconds.items()}
+    ratios = sorted(b / a for a, b in zip(seconds["ours"], seconds["baseline"], strict=True))
+    learning = runpy.run_path(str(Path(__file__).with_name("learning.py")), run_name="learning")
+    return {
+        "case": f"diffusion_dpo {'lora' if rank else 'full'}, {args.size}, {args.batch} pairs a step",
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "ours": round(rate["ours"], 2),
+        "baseline": round(rate["baseline"], 2),
+        "ratio": round(statistics.median(ratios), 3),
+        "unit": "pairs/s",
+        "peak_mb_ours": memory["ours"],
+        "peak_mb_baseline": memory["baseline"],
+        "commit": learning["commit"](),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,7 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"no config '{name}': give a .yaml file or the name of a shipped one ({known})")
     try:
         content = OmegaConf.load(path)
-    except Exception as error:  # noqa: BLE001 - whatever YAML raises is the user's file being wrong
+    except Exception as error:
         raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")

@@ -12,8 +12,31 @@ from pathlib import Path
 
 from diffalign import launch
 
-PROMPTS, TRAIN_STEPS, HELD_OUT = 384, 160, 128
-SAMPLING = ["--steps", "10", "--guidance", "2.0", "--size", "32", "--batch-size", "64"]
+SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 2.0 --size 32 --batch-size 64"
+STORY = f"""
+# Captions of a small world; the model has seen every combination of these attributes.
+diffalign playground prompts --n 384 --out OUT/prompts.jsonl
+# Two images for each, from the shipped 1.3 M parameter Stable Diffusion.
+diffalign eval generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPLING} --seed 1 --out OUT/images
+# Simulated people choose. They like vivid colours and objects in their place, and they err.
+diffalign playground label OUT/images --out OUT/pairs.jsonl
+# Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.
+accelerate launch --config_file CONFIGS/accelerate/cpu.yaml TRAIN/diffusion_dpo.py --config playground \
+    run.folder=OUT/run data.path=OUT/pairs.jsonl data.cache=OUT/cache trainer.steps=160
+# Captions whose combination of colour, shape and background the model has never seen.
+diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
+# The same prompts and the same noise for the base model ...
+diffalign eval generate --pipeline playground --prompts OUT/held_out.jsonl {SAMPLING} --out OUT/base
+# ... and for the aligned one, loaded by stock diffusers.
+diffalign eval generate --pipeline playground --lora OUT/run/export --prompts OUT/held_out.jsonl {SAMPLING} \
+    --out OUT/aligned
+# Which do people prefer? An exact judge measures it in the pixels.
+diffalign eval win_rate OUT/base OUT/aligned --scorer diffalign.playground:Judge --out OUT/win_rate.json
+# A report that opens from disk.
+diffalign eval report --base OUT/base --aligned OUT/aligned --win-rate OUT/win_rate.json --run OUT/run --out OUT/report
+"""
+"""What the demo runs; OUT, CONFIGS and TRAIN stand for folders."""
+PROGRAMS = {"diffalign": "diffalign.cli", "accelerate": "accelerate.commands.accelerate_cli"}
 
 
 def demo(out: Path) -> int:
@@ -25,59 +48,27 @@ def demo(out: Path) -> int:
     if (out / "run" / "config.yaml").exists():
         raise FileExistsError(f"'{out}' already holds a demo; choose another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    cli = [sys.executable, "-m", "diffalign.cli"]
-    cpu = launch.ROOT / "configs" / "accelerate" / "cpu.yaml"
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(cpu)]
-    generate = [*cli, "eval", "generate", "--pipeline", "playground", *SAMPLING]
-    base, aligned, held_out = f"{out}/base", f"{out}/aligned", f"{out}/held_out.jsonl"
-    story = [
-        (
-            "Captions of a small world; the model has seen every combination of these attributes.",
-            [*cli, "playground", "prompts", "--n", str(PROMPTS), "--out", f"{out}/prompts.jsonl"],
-        ),
-        (
-            "Two images for each, from the shipped 1.3 M parameter Stable Diffusion.",
-            [*generate, "--prompts", f"{out}/prompts.jsonl", "--samples-per-prompt", "2", "--seed", "1", "--out", f"{out}/images"],
-        ),
-        (
-            "Simulated people choose. They like vivid colours and objects in their place, and they err.",
-            [*cli, "playground", "label", f"{out}/images", "--out", f"{out}/pairs.jsonl"],
-        ),
-        (
-            "Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.",
-            [*accelerate, str(launch.find("train", "diffusion_dpo")), "--config", "playground"]
-            + [f"run.folder={out}/run", f"data.path={out}/pairs.jsonl", f"trainer.steps={TRAIN_STEPS}"]
-            + [f"data.cache={out}/cache"],
-        ),
-        (
-            "Captions whose combination of colour, shape and background the model has never seen.",
-            [*cli, "playground", "prompts", "--n", str(HELD_OUT), "--held-out", "--out", held_out],
-        ),
-        (
-            "The same prompts and the same noise for the base model ...",
-            [*generate, "--prompts", held_out, "--samples-per-prompt", "2", "--out", base],
-        ),
-        (
-            "... and for the aligned one, loaded by stock diffusers.",
-            [*generate, "--prompts", held_out, "--samples-per-prompt", "2", "--lora", f"{out}/run/export", "--out", aligned],
-        ),
-        (
-            "Which do people prefer? An exact judge measures it in the pixels.",
-            [*cli, "eval", "win_rate", base, aligned, "--scorer", "diffalign.playground:Judge", "--out", f"{out}/win_rate.json"],
-        ),
-        (
-            "A report that opens from disk.",
-            [*cli, "eval", "report", "--base", base, "--aligned", aligned, "--win-rate", f"{out}/win_rate.json"]
-            + ["--run", f"{out}/run", "--out", f"{out}/report"],
-        ),
-    ]  # fmt: skip
-    for line, command in story:
-        print(f"\n# {line}\n$ {_shown(command)}", flush=True)
-        code = subprocess.run(command, check=False, env=_quiet()).returncode
+    folders = {"OUT/": out, "CONFIGS/": launch.ROOT / "configs", "TRAIN/": launch.ROOT / "train"}
+    # Offline, and without the libraries' progress bars for a dozen tiny files; ours stay.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for line in STORY.strip().splitlines():
+        if line.startswith("#"):
+            print(f"\n{line}", flush=True)
+            continue
+        words = [_placed(word, folders) for word in line.split()]
+        print(f"$ {shlex.join(words)}", flush=True)
+        command = [sys.executable, "-m", PROGRAMS[words[0]], *words[1:]]
+        code = subprocess.run(command, check=False, env=environment).returncode
         if code:
             print(f"diffalign demo: this command failed with exit code {code}", file=sys.stderr)
             return code
     return _summary(out, time.time() - started)
+
+
+def _placed(word: str, folders: dict[str, Path]) -> str:
+    for name, folder in folders.items():
+        word = word.replace(name, f"{folder}{os.sep}")
+    return word
 
 
 def _summary(out: Path, seconds: float) -> int:
@@ -95,16 +86,3 @@ def _summary(out: Path, seconds: float) -> int:
         f"In your own code: pipe.load_lora_weights('{summary['export']}')"
     )
     return 0
-
-
-def _shown(command: list[str]) -> str:
-    """The command as a user would type it."""
-    words = command[1:]
-    words = ["diffalign", *words[2:]] if words[1] == "diffalign.cli" else ["accelerate", *words[2:]]
-    here = f"{launch.ROOT}{os.sep}"
-    return shlex.join(w.removeprefix(here) for w in words)
-
-
-def _quiet() -> dict[str, str]:
-    """The environment without progress bars for a dozen tiny files; ours stay."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -77,7 +77,9 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
             [sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, env=environment, check=False
         )
         if fresh.returncode:
-            raise RuntimeError(f"'{folder}' does not load in a fresh process with plain diffusers:\n{fresh.stderr[-2000:]}")
+            raise RuntimeError(
+                f"'{folder}' does not load in a fresh process with plain diffusers:\n{fresh.stderr[-2000:]}"
+            )
         theirs = load_file(out)["images"]
     ours = _own_images(backbone, latents, resolution)
     return (ours - theirs).abs().max().item()

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import nn
 from torchvision.utils import save_image
 
 from diffalign.backbones import Backbone
-from diffalign.draws import Draws
 from diffalign.ema import Ema
 from diffalign.export import export
 from diffalign.run import Run
@@ -57,7 +56,9 @@ def standard_hooks(
     if checkpoint_every:
         hooks.append(Checkpoint(run, ema, checkpoint_every, keep_checkpoints))
     if sample_every and sample_prompts:
-        hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sample_steps, sample_guidance, resolution))
+        hooks.append(
+            SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sample_steps, sample_guidance, resolution)
+        )
     return [*hooks, Export(run, backbone, averaged, resolution, verify_export)]
 
 
@@ -158,7 +159,9 @@ def _load_trained(models: list[nn.Module], folder: str) -> None:
     for model, file in zip(models, files, strict=bool(files)):
         saved, here = load_file(file), {n: p for n, p in model.named_parameters() if p.requires_grad}
         if saved.keys() != here.keys():
-            raise ValueError(f"'{file}' holds other weights than this run trains: {sorted(saved.keys() ^ here.keys())[:3]}")
+            raise ValueError(
+                f"'{file}' holds other weights than this run trains: {sorted(saved.keys() ^ here.keys())[:3]}"
+            )
         with torch.no_grad():
             for name, parameter in here.items():
                 parameter.copy_(saved[name])

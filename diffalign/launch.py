@@ -1,4 +1,4 @@
-"""Finds recipes by path and starts them: `train/` and `eval/` are files that are run, never packages that are imported."""
+"""Finds recipes by path and starts them: `train/` and `eval/` hold files that are run, never imported."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def title(recipe: Path) -> str:
 def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> int:
     """Run a recipe with `accelerate launch`, with a config file or the name of a shipped one; returns its exit code.
 
-    Without either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which accelerate
-    follows; its own launcher starts them only through MPI.
+    Without either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
+    accelerate follows; its own launcher starts them only through MPI.
     """
     gpus = _gpus()
     environment = dict(os.environ)

@@ -22,7 +22,10 @@ def add_lora(network: Any, *, rank: int, alpha: float | None, targets: Sequence[
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         config = LoraConfig(
-            r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets), init_lora_weights="gaussian"
+            r=rank,
+            lora_alpha=rank if alpha is None else alpha,
+            target_modules=list(targets),
+            init_lora_weights="gaussian",
         )
         network.add_adapter(config)
     for parameter in network.parameters():

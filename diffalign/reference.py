@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.lora import adapters_off, lora_layers
 from diffalign.types import Cond
+
 
 class FrozenReference:
     """A frozen copy of a denoiser as it is now, in eval mode, never with a gradient."""
@@ -44,6 +46,9 @@ def reference_for(denoiser: nn.Module) -> FrozenReference | AdapterOffReference:
     return AdapterOffReference(denoiser) if lora_layers(denoiser) else FrozenReference(denoiser)
 
 
-def frozen(module: nn.Module) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def frozen(module: Module) -> Module:
     """The module in eval mode with no parameter asking for a gradient; inputs may still carry one."""
     return module.eval().requires_grad_(False)

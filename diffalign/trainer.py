@@ -102,7 +102,7 @@ class Trainer:
             started = time.perf_counter()
             values: dict[str, Tensor] = {}
             for turn in self.algorithm.turns(self.step):
-                values |= self._take(turn, batches)
+                values |= self.take(turn, batches)
             self.step += 1
             values["perf/samples_per_second"] = torch.tensor(self._effective(loader) / (time.perf_counter() - started))
             self.run.log(self.step, values)
@@ -116,7 +116,7 @@ class Trainer:
         if self.run.main and self.run.metrics.exists():
             self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
 
-    def _take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor]:
+    def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor]:
         """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""
         player, accelerator = self.players[turn.player], self.run.accelerator
         seen: list[Metrics] = []
@@ -135,8 +135,8 @@ class Trainer:
         values = self._mean(seen)
         if not torch.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on this "
-                f"rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
+                f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
+                f"this rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
             )
         values["grad_norm"] = accelerator.clip_grad_norm_(_trained(player.module), self.max_grad_norm).detach()
         lr = player.lr_at(self.step)
@@ -148,7 +148,7 @@ class Trainer:
         return {f"{turn.player}/{name}": value for name, value in values.items()}
 
     def _mean(self, seen: Sequence[Metrics]) -> dict[str, Tensor]:
-        """The mean of each metric over all samples of all micro-batches and ranks, NaN left out (except of the loss)."""
+        """The mean of each metric over samples, micro-batches and ranks; NaN is left out, except of the loss."""
         names = sorted(seen[0])
         sums = []
         for name in names:
@@ -164,8 +164,8 @@ class Trainer:
     def _describe(self, loader: Any) -> list[str]:
         world, effective = self.run.accelerator.num_processes, self._effective(loader)
         lines = [
-            f"effective batch {effective} = {loader.batch_size} a micro-batch x {self.grad_accum} accumulated x {world} "
-            f"processes; {self.steps} steps see {self.steps * effective} samples ({len(loader.dataset)} in the data set)"
+            f"effective batch {effective} = {loader.batch_size} a micro-batch x {self.grad_accum} accumulated x "
+            f"{world} processes; {self.steps} steps see {self.steps * effective} samples of {len(loader.dataset)}"
         ]
         for name, player in self.players.items():
             count = sum(p.numel() for p in _trained(player.module))

@@ -34,16 +34,16 @@ class Cond(NamedTuple):
 
     def repeat(self, n: int) -> Cond:
         """The whole batch n times over along the batch axis: [B, ...] -> [n*B, ...]."""
-        return Cond(*(None if x is None else x.repeat(n, *[1] * (x.ndim - 1)) for x in self))
+        return Cond._make(None if x is None else x.repeat(n, *[1] * (x.ndim - 1)) for x in self)
 
     def to(self, *args: object, **kwargs: object) -> Cond:
         """Every field moved with `Tensor.to`."""
-        return Cond(*(None if x is None else x.to(*args, **kwargs) for x in self))  # type: ignore[arg-type, call-overload]
+        return Cond._make(None if x is None else x.to(*args, **kwargs) for x in self)  # type: ignore[call-overload]
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """Concatenate along the batch axis. Every cond must fill the same fields."""
-        return Cond(*(None if xs[0] is None else torch.cat(xs) for xs in zip(*conds, strict=True)))
+        return Cond._make(None if xs[0] is None else torch.cat(xs) for xs in zip(*conds, strict=True))
 
 
 class PairBatch(NamedTuple):

@@ -26,6 +26,7 @@ class Journal:
         whole = sum(len(line) for line in _whole_lines(path)) if path.exists() else 0
         self._path, self._scorers, self._file = path, list(scorers), path.open("ab")
         self._file.truncate(whole)  # a kill may have left part of a line
+        self._file.seek(whole)
 
     def append(self, results: Iterable[Result]) -> None:
         """Add a batch of results and hand them to the system: from here on only the machine's own death loses them."""

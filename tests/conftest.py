@@ -1,4 +1,4 @@
-"""Fixtures shared by several test files: tiny real pipelines, rendered preference pairs, recipes run in this process."""
+"""Fixtures shared by several test files: tiny real pipelines, rendered pairs, recipes run in this process."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import subprocess
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -79,7 +80,11 @@ def test_recipes_shadow_no_module() -> None:
 
 
 def test_file_budget() -> None:
-    long = {str(f.relative_to(ROOT)): n for f in _python("diffalign") + _python("reward_models") + _python("train") + _python("eval") if (n := len(f.read_text().splitlines())) > 300}
+    long = {
+        str(f.relative_to(ROOT)): n
+        for f in _python("diffalign") + _python("reward_models") + _python("train") + _python("eval")
+        if (n := len(f.read_text().splitlines())) > 300
+    }
     assert not long
 
 
@@ -94,3 +99,11 @@ def test_repository_is_small() -> None:
     skip = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
     size = sum(f.stat().st_size for f in ROOT.rglob("*") if f.is_file() and not skip & set(f.parts))
     assert size < 30e6
+
+
+@pytest.mark.parametrize(
+    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
+)
+def test_linters_are_content(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

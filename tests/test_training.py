@@ -95,7 +95,7 @@ def one_thread():
 def test_killed_and_resumed_equals_never_killed(
     tmp_path: Path, pairs_file: Path, recipe: Callable, when: int, settings: list[str]
 ) -> None:
-    """SIGKILL after step `when`, or while the checkpoint of step `-when` is written; the resumed run writes the same."""
+    """SIGKILL after step `when`, or while the checkpoint of step `-when` is written; resumed, it writes the same."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     recipe("diffusion_dpo", *arguments(whole, pairs_file, *settings))
     command = [sys.executable, "-c", KILLED, str(ROOT / "train/diffusion_dpo.py"), str(when)]
@@ -118,8 +118,10 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: P
     settings = ["trainer.steps=3", "hooks.checkpoint_every=0"]
     recipe("diffusion_dpo", *arguments(tmp_path / "one", pairs_file, *settings, "trainer.grad_accum=2"))
     launched = subprocess.run(
-        [sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", "diffusion_dpo"]
-        + arguments(tmp_path / "two", pairs_file, *settings),
+        [
+            *(sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", "diffusion_dpo"),
+            *arguments(tmp_path / "two", pairs_file, *settings),
+        ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -174,7 +176,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_samples(
     tmp_path: Path, pairs_file: Path, recipe: Callable
 ) -> None:
     broken = arguments(tmp_path / "run", pairs_file, "optimizer.lr=1e30", "trainer.max_grad_norm=1e30")
-    with pytest.raises(FloatingPointError, match=r"player 'policy' is .*nan.* at step \d; samples on this rank: \[\(0,"):
+    with pytest.raises(
+        FloatingPointError, match=r"player 'policy' is .*nan.* at step \d; samples on this rank: \[\(0,"
+    ):
         recipe("diffusion_dpo", *broken)
 
 
@@ -188,7 +192,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe:
 
 def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path) -> None:
     """bf16 autocast over a bf16 base; in a process of its own, for accelerate keeps one precision a process."""
-    settings = ["run.mixed_precision=bf16", "backbone.dtype=bf16", "trainer.steps=2", "backbone.gradient_checkpointing=true"]
+    settings = [
+        "run.mixed_precision=bf16",
+        "backbone.dtype=bf16",
+        "trainer.steps=2",
+        "backbone.gradient_checkpointing=true",
+    ]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train/diffusion_dpo.py"), *arguments(tmp_path / "run", pairs_file, *settings)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -202,9 +211,11 @@ def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path) -> None:
 
 def test_every_config_error_is_reported_before_anything_loads(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train/diffusion_dpo.py"), "--config=playground", f"run.folder={tmp_path / 'run'}"]
-        + ["data.path=/nowhere", "trainer.stpes=3", "algorithm.loss=dpoo", "backbone.attention=xformers"]
-        + ["data.crop=random", "hooks.ema_decay=often"],
+        [
+            *(sys.executable, str(ROOT / "train/diffusion_dpo.py"), "--config=playground"),
+            *(f"run.folder={tmp_path / 'run'}", "data.path=/nowhere", "trainer.stpes=3", "algorithm.loss=dpoo"),
+            *("backbone.attention=xformers", "data.crop=random", "hooks.ema_decay=often"),
+        ],
         capture_output=True,
         text=True,
         check=False,

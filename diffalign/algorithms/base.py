@@ -1,4 +1,4 @@
-"""What an algorithm is: the networks it trains, how batches become training tuples, whose loss is stepped in which order."""
+"""What an algorithm is: the networks it trains, how batches become training tuples, whose loss is stepped when."""
 
 from __future__ import annotations
 

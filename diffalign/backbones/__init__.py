@@ -73,7 +73,9 @@ def load_backbone(
 def check_backbone(cfg: dict[str, Any]) -> list[str]:
     """What cannot work in a `backbone` section, one line each."""
     problems = []
-    if cfg["attention"] == "xformers" and (importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()):
+    if cfg["attention"] == "xformers" and (
+        importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()
+    ):
         problems.append(
             "'backbone.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a CUDA "
             "GPU; use sdpa, which is as fast on recent GPUs"
@@ -83,7 +85,9 @@ def check_backbone(cfg: dict[str, Any]) -> list[str]:
     if cfg["lora_rank"] and not cfg["lora_targets"]:
         problems.append("'backbone.lora_targets' is empty; name at least one layer, such as to_q")
     if not cfg["lora_rank"] and cfg["lora_alpha"] is not None:
-        problems.append("'backbone.lora_alpha' has no effect while 'backbone.lora_rank' is 0; set a rank or leave it out")
+        problems.append(
+            "'backbone.lora_alpha' has no effect while 'backbone.lora_rank' is 0; set a rank or leave it out"
+        )
     return problems
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffalign.schedule import Schedule
+from diffalign.schedule import VPSchedule
 from diffalign.types import Cond
 
 
@@ -35,7 +35,7 @@ class Backbone(ABC):
     """
 
     denoiser: Denoiser
-    schedule: Schedule
+    schedule: VPSchedule
     fingerprint: str
     path: Path
     device: torch.device

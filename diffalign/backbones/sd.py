@@ -94,7 +94,9 @@ class SDBackbone(Backbone):
         config = json.loads((self.path / "vae/config.json").read_text())
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         if resolution % factor:
-            raise ValueError(f"'data.resolution' = {resolution} is not a multiple of {factor}, the autoencoder's factor")
+            raise ValueError(
+                f"'data.resolution' = {resolution} is not a multiple of {factor}, the autoencoder's factor"
+            )
         return config["latent_channels"], resolution // factor, resolution // factor
 
     def pipeline(self, network: UNet2DConditionModel) -> StableDiffusionPipeline:

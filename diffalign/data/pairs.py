@@ -59,7 +59,7 @@ class PreferencePairs(Dataset):
     waits for all of them.
 
     Args:
-        path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or the word playground for the shipped pairs
+        path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
         resolution: width and height in pixels; the shorter side is resized, the longer one cropped
         batch_size: pairs a micro-batch and process
         crop: center, or random (needs cache = off)

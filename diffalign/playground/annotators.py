@@ -44,7 +44,9 @@ class Annotator:
             raise ValueError(f"no annotator '{name}'; known: {', '.join(TASTES)}")
         self.name, self.judge, self.temperature, self.draws = name, Judge(taste=TASTES[name]), temperature, Draws(seed)
 
-    def choose(self, first: Tensor, second: Tensor, prompts: Sequence[str], keys: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, first: Tensor, second: Tensor, prompts: Sequence[str], keys: Sequence[Any]
+    ) -> tuple[Tensor, Tensor]:
         """Images [B, 3, 32, 32] twice -> (first is chosen [B] bool, true margin [B] in points, first minus second)."""
         margin = self.judge.score(first, prompts) - self.judge.score(second, prompts)
         chance = self.draws.uniform(keys, stream=f"annotator {self.name}")
@@ -101,7 +103,7 @@ def label(
 
 def _write_jsonl(pairs: list[tuple[str, int, int, bool, str]], paths: list[Path], out: Path) -> None:
     def line(prompt: str, a: int, b: int, won: bool, name: str) -> str:
-        chosen, rejected = ((a, b) if won else (b, a))
+        chosen, rejected = (a, b) if won else (b, a)
         images = {k: os.path.relpath(paths[i], out.parent) for k, i in (("chosen", chosen), ("rejected", rejected))}
         return json.dumps({"prompt": prompt, **images, "annotator": name})
 

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ BATCH = 32
 def tokenizer(folder: Path) -> CLIPTokenizer:
     """A CLIPTokenizer in which every word of the world is one token; other words fall back to characters."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary, merges = letters + [letter + "</w>" for letter in letters], []
+    vocabulary = letters + [letter + "</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
     for word in WORDS:
         pieces = _merged([*word[:-1], word[-1] + "</w>"], merges)
         while len(pieces) > 1:
@@ -49,8 +51,8 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 
 def _merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding of one word: the earliest merge first."""
-    while found := [m for m in merges if m in zip(pieces, pieces[1:], strict=False)]:
-        k = next(i for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair == found[0])
+    while found := [m for m in merges if m in pairwise(pieces)]:
+        k = next(i for i, pair in enumerate(pairwise(pieces)) if pair == found[0])
         pieces = [*pieces[:k], pieces[k] + pieces[k + 1], *pieces[k + 2 :]]
     return pieces
 
@@ -191,7 +193,9 @@ def train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
 def encode(vae: AutoencoderKL, n: int, *, seed: int) -> tuple[Tensor, list[str]]:
     """Unscaled latents [n, 4, 16, 16] of n random training scenes, and their captions."""
     everything = wishes(held_out=False)
-    chosen = [everything[i] for i in torch.randint(len(everything), (n,), generator=torch.Generator().manual_seed(seed))]
+    chosen = [
+        everything[i] for i in torch.randint(len(everything), (n,), generator=torch.Generator().manual_seed(seed))
+    ]
     pixels = imagine(chosen, seed=seed).render() * 2 - 1
     means = [vae.encode(chunk).latent_dist.mean for chunk in tqdm(pixels.split(256), desc="encode", disable=n < 4096)]
     return torch.cat(means), [w.caption for w in chosen]
@@ -268,6 +272,11 @@ def build(out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, ima
     pipeline = train_unet(work, vae, unet_steps, images)
     pipeline.to(torch.float16).save_pretrained(out)
     pipeline = StableDiffusionPipeline.from_pretrained(out).to(torch.float32)
-    card |= {"autoencoder_steps": autoencoder_steps, "unet_steps": unet_steps, "images": images, **report_card(pipeline)}
+    card |= {
+        "autoencoder_steps": autoencoder_steps,
+        "unet_steps": unet_steps,
+        "images": images,
+        **report_card(pipeline),
+    }
     (out.parent / "build.json").write_text(json.dumps(card, indent=2) + "\n")
     return card

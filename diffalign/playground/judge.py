@@ -7,7 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffalign.playground.world import BACKGROUNDS, CENTRE, COLOURS, GREY, PLACES, RADII, SHAPES, SIZE, Scene, masks, parse
+from diffalign.playground.world import (
+    BACKGROUNDS,
+    CENTRE,
+    COLOURS,
+    GREY,
+    PLACES,
+    RADII,
+    SHAPES,
+    SIZE,
+    Scene,
+    masks,
+    parse,
+)
 
 ASPECTS = ("colour", "shape", "background", "size", "vivid", "place", "clean", "area")
 """What `Judge.measure` reports. The first four are 0 or 1 (does it match the caption?), the others lie in [0, 1]."""

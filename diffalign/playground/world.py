@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -80,7 +81,8 @@ def parse(caption: str) -> Wish:
 def _not_of_this_world(caption: str) -> ValueError:
     return ValueError(
         f"{caption!r} is not a playground caption; expected '[small|large] COLOUR SHAPE [left|right|top|bottom] on "
-        f"BACKGROUND' with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; backgrounds {', '.join(BACKGROUNDS)}"
+        f"BACKGROUND' with colours {', '.join(COLOURS)}; shapes {', '.join(SHAPES)}; backgrounds "
+        f"{', '.join(BACKGROUNDS)}"
     )
 
 
@@ -119,7 +121,8 @@ class Scene(NamedTuple):
 def masks(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """How much of each pixel every shape covers, [B, 4, SIZE, SIZE] in [0, 1], in the order of SHAPES.
 
-    x, y and radius are [B] in pixels. All shapes have the area of the circle of that radius and their centroid at (x, y).
+    x, y and radius are [B] in pixels. All shapes have the area of the circle of that radius and their
+    centroid at (x, y).
     """
     grid = torch.arange(SIZE, device=x.device) + 0.5
     dx = grid.view(1, 1, -1) - x.view(-1, 1, 1)
@@ -143,7 +146,7 @@ def imagine(wishes: list[Wish], *, seed: int) -> Scene:
     """A random scene for each wish: what the wish leaves open is drawn at random, and so are the nuisances."""
     n, g = len(wishes), torch.Generator().manual_seed(seed)
 
-    def table(values: dict[str, tuple[float, ...]], names: list[str]) -> Tensor:
+    def table(values: Mapping[str, tuple[float, ...]], names: list[str]) -> Tensor:
         return torch.tensor([values[name] for name in names])
 
     vivid = 0.3 + 0.7 * torch.rand(n, 1, generator=g)

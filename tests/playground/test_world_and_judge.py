@@ -87,7 +87,10 @@ def test_vividness_and_placement_are_measured_on_a_scale() -> None:
 
 
 def test_an_empty_image_and_noise_score_low_and_never_fail() -> None:
-    blank, noise = torch.full((1, 3, 32, 32), 0.95), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    blank, noise = (
+        torch.full((1, 3, 32, 32), 0.95),
+        torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    )
     measured = Judge().measure(torch.cat([blank, noise]), ["red circle on white"] * 2)
     assert measured["colour"].sum() == measured["shape"].sum() == measured["place"].sum() == 0
     assert set(measured) == set(ASPECTS)
