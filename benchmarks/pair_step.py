@@ -111,7 +111,13 @@ def ours(
     dtype = "bf16" if rank and device.type == "cuda" else "fp32"
     backbone = load_backbone(device, path=str(path), lora_rank=rank, dtype=dtype, compile=compile)
     data = run.pairs(
-        backbone, path=str(pairs), resolution=resolution, batch_size=batch, cache=str(folder / "cache"), hflip=True
+        backbone,
+        path=str(pairs),
+        resolution=resolution,
+        batch_size=batch,
+        cache=str(folder / "cache"),
+        hflip=True,
+        draws_per_pair=2,
     )
     reference = reference_for(backbone.denoiser)
     policy = run.prepare(backbone.denoiser)
@@ -119,6 +125,8 @@ def ours(
     algorithm = DiffusionDPO(policy, reference, backbone.schedule, run.draws, dims)
     backbone.release()
     loader = run.loader(data)
+    algorithm.remember_reference(loader.once(), run.gather)
+    del reference
     trainer = Trainer(run, algorithm, {"policy": adamw(policy, lr=LR)}, steps=10**9)
     batches = algorithm.batches(loader.start(0))
 

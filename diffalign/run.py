@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -108,6 +109,10 @@ class Run:
             num_workers=pairs.num_workers,
             device=self.device,
         )
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all ranks as one."""
+        return gather_object(values)
 
     def print(self, *lines: str) -> None:
         """Print once, from the main process."""

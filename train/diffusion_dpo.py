@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> None:
     players = {"policy": adamw(policy, **cfg.optimizer)}
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
     backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(pairs))
+    loader = run.loader(pairs)
+    if pairs.draws_per_pair:
+        algorithm.remember_reference(loader.once(), run.gather)
+    del reference
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,17 @@ from diffalign.algorithms.base import Algorithm
 from diffalign.draws import Draws
 from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss, denoising_error
 from diffalign.schedule import VPSchedule
-from diffalign.types import Cond, Metrics, PairBatch
+from diffalign.types import Cond, Key, Metrics, PairBatch
 
 BUCKETS = 4
 """Metrics are logged for each quarter of the timesteps as well."""
+
+
+class Noised(NamedTuple):
+    """2B noised latents as a network takes them, (x_t, t, cond), and what it should answer."""
+
+    input: tuple[Tensor, Tensor, Cond]
+    target: Tensor
 
 
 class DiffusionDPO(Algorithm):
@@ -52,9 +59,11 @@ class DiffusionDPO(Algorithm):
         label_smoothing: float = 0.0,
     ):
         self.players = {"policy": policy}
-        self.policy, self.reference, self.schedule, self.draws = policy, reference, schedule, draws
+        self.policy, self.schedule, self.draws = policy, schedule, draws
+        self.reference: Callable[[Tensor, Tensor, Cond], Tensor] | None = reference
         self.beta, self.name, self.label_smoothing, self.dims = beta, loss, label_smoothing, dims
         self.pair_loss = PAIR_LOSSES[loss]
+        self.known: dict[Key, tuple[float, float]] = {}
 
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
@@ -64,14 +73,35 @@ class DiffusionDPO(Algorithm):
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual")
         return problems
 
+    def remember_reference(self, batches: Iterable[PairBatch], gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Run the reference on every draw of every pair, once; afterwards it is not needed and is let go.
+
+        batches  this rank's share of the draws
+        gather   all ranks' lists -> one list
+        """
+        assert self.reference is not None
+        found: list[tuple[Key, tuple[float, float]]] = []
+        for batch in batches:
+            noised = self._noised(batch)
+            errors = denoising_error(self.reference(*noised.input), noised.target).view(2, -1).T.tolist()
+            found += [(key, (w, l_)) for key, (w, l_) in zip(batch.keys, errors, strict=True)]
+        self.known, self.reference = dict(gather(found)), None
+
+    def _noised(self, batch: PairBatch) -> Noised:
+        """Noise a pair's two images alike, with the timestep and noise of its key."""
+        t = self.schedule.sample_timesteps(self.draws, batch.keys).to(batch.x0.device).repeat(2)
+        eps = self.draws.normal(batch.keys, batch.x0.shape[1:], stream="noise").to(batch.x0.device).repeat(2, 1, 1, 1)
+        x_t, target = self.schedule.add_noise(batch.x0, eps, t), self.schedule.target(batch.x0, eps, t)
+        return Noised((x_t, t, batch.cond.repeat(2)), target)
+
     def loss(self, batch: PairBatch) -> tuple[Tensor, Metrics]:
         """B pairs -> mean loss, and per pair [B]: accuracy, margin, error changes, each also by timestep quarter."""
-        t = self.schedule.sample_timesteps(self.draws, batch.keys).to(batch.x0.device)
-        eps = self.draws.normal(batch.keys, batch.x0.shape[1:], stream="noise").to(batch.x0.device)
-        t2, eps2, cond = t.repeat(2), eps.repeat(2, 1, 1, 1), batch.cond.repeat(2)
-        x_t, target = self.schedule.add_noise(batch.x0, eps2, t2), self.schedule.target(batch.x0, eps2, t2)
-        ref_w, ref_l = denoising_error(self.reference(x_t, t2, cond), target).chunk(2)
-        err_w, err_l = denoising_error(self.policy(x_t, t2, cond), target).chunk(2)
+        noised = self._noised(batch)
+        if self.reference is None:
+            ref_w, ref_l = torch.tensor([self.known[k] for k in batch.keys], device=batch.x0.device).T
+        else:
+            ref_w, ref_l = denoising_error(self.reference(*noised.input), noised.target).chunk(2)
+        err_w, err_l = denoising_error(self.policy(*noised.input), noised.target).chunk(2)
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
         terms = PairTerms(err_w, err_l, ref_w, ref_l, self.beta, flip)
         loss = (batch.weight * self.pair_loss(terms)).mean()
@@ -83,7 +113,7 @@ class DiffusionDPO(Algorithm):
             "loser_error_change": (err_l - ref_l).detach(),
             "reference_error": ref_w,
         }
-        return loss, metrics | self._by_timestep(metrics, t)
+        return loss, metrics | self._by_timestep(metrics, noised.input[1].chunk(2)[0])
 
     def _by_timestep(self, metrics: Metrics, t: Tensor) -> dict[str, Tensor]:
         width = self.schedule.num_timesteps // BUCKETS

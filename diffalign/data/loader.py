@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.utils.data import DataLoader
@@ -38,9 +38,23 @@ class KeyedLoader:
 
     def start(self, micro: int) -> Iterator[PairBatch]:
         """Micro-batches of this rank from number `micro` on, without end."""
+        return self._load(_Stream(self, micro))
+
+    def once(self) -> Iterator[PairBatch]:
+        """This rank's share of every pair with each of its `draws_per_pair` draws, in fixed order.
+
+        Every rank gets the same number of batches; the last ones begin again at the first pair.
+        """
+        everything = [(k, i) for k in range(self.dataset.draws_per_pair or 1) for i in range(len(self.dataset))]
+        chunk = self.batch_size * self.world_size
+        everything += everything[: -len(everything) % chunk]
+        starts = range(self.rank * self.batch_size, len(everything), chunk)
+        return self._load([everything[start : start + self.batch_size] for start in starts])
+
+    def _load(self, places: Iterable[list[tuple[int, int]]]) -> Iterator[PairBatch]:
         loader = DataLoader(
             self.dataset,
-            batch_sampler=_Stream(self, micro),  # type: ignore[arg-type]
+            batch_sampler=places,  # type: ignore[arg-type]
             collate_fn=self.dataset.collate,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -73,5 +87,6 @@ class _Stream:
             orders = {
                 e: orders[e] if e in orders else loader.draws.permutation(n, key=e, stream="order") for e in needed
             }
-            yield [(epoch, int(orders[epoch][k])) for epoch, k in places]
+            cycle = loader.dataset.draws_per_pair
+            yield [(epoch % cycle if cycle else epoch, int(orders[epoch][k])) for epoch, k in places]
             micro += 1

@@ -68,6 +68,8 @@ class PreferencePairs(Dataset):
         cache: folder of latents and text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign; off to encode anew
         max_dropped: stop if more than this share of the labelled records is damaged
         limit: use only the first so many labelled records
+        draws_per_pair: a pair returns every so many epochs with the same flip, dropout, timestep and noise, so that the
+            reference needs to see it only that often; new draws each epoch when left out
         num_workers: processes that prepare batches on each rank; 0 for none
 
     Raises ValueError when the settings are impossible, too much is damaged, or no pair is left.
@@ -91,6 +93,7 @@ class PreferencePairs(Dataset):
         cache: str | None = None,
         max_dropped: float = 0.05,
         limit: int | None = None,
+        draws_per_pair: int | None = None,
         num_workers: int = 0,
     ):
         if problems := check_pairs(locals()):  # the config checker calls it with the same names
@@ -98,6 +101,7 @@ class PreferencePairs(Dataset):
         self.encoder: Encoder | None = encoder
         self.draws, self.resolution, self.batch_size, self.num_workers = draws, resolution, batch_size, num_workers
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
+        self.draws_per_pair = draws_per_pair
         ranks = Ranks(rank, world_size, barrier, folder)
         records, dropped = _read(path, limit)
         report = _Report(folder / "dropped.jsonl", rank == 0, path, max_dropped)
@@ -202,7 +206,7 @@ def check_pairs(cfg: dict[str, Any]) -> list[str]:
         problems.append(f"'data.crop' = {cfg['crop']} must be center or random")
     if cfg["crop"] == "random" and cfg["cache"] != "off":
         problems.append("'data.crop' = random needs 'data.cache' = off: latents are cached for the centre crop only")
-    for name in ("resolution", "batch_size", "limit"):
+    for name in ("resolution", "batch_size", "limit", "draws_per_pair"):
         if cfg[name] is not None and cfg[name] < 1:
             problems.append(f"'data.{name}' = {cfg[name]} must be 1 or more")
     if cfg["num_workers"] < 0:
