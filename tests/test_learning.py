@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,3 +35,16 @@ def test_flipped_labels_lower_it(world: Any, case: str) -> None:
     row = LEARNING["learn"](world, case, "flipped", 0)
     print(row)
     assert row["high"] < 0.5, row
+
+
+@pytest.mark.learning
+def test_demo(tmp_path: Path) -> None:
+    """The demo's promise: under 4 minutes on two cores, and a win rate whose lower bound is above 0.55."""
+    done = subprocess.run([sys.executable, "-m", "diffalign.cli", "demo", "--out", str(tmp_path / "demo")], check=False)
+    assert done.returncode == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    print(summary)
+    assert summary["n"] >= 256
+    assert summary["win_rate_low"] > 0.55
+    assert Path(summary["export"]).exists()
+    assert (tmp_path / "demo" / "report" / "index.html").exists()

@@ -86,7 +86,7 @@ def one_thread():
     [
         (3, ["backbone.lora_rank=2"]),
         (5, ["backbone.lora_rank=2", "hooks.ema_decay=0.9", "trainer.grad_accum=2"]),
-        (3, ["backbone.lora_rank=0", "optimizer.lr=1e-4"]),
+        (3, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "data.draws_per_pair=1"]),
         (1, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "hooks.ema_decay=0.9"]),
         (-4, ["backbone.lora_rank=2", "hooks.ema_decay=0.9"]),
     ],
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_never_killed(
 
 
 def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
-    settings = ["trainer.steps=3", "hooks.checkpoint_every=0"]
+    settings = ["trainer.steps=3", "hooks.checkpoint_every=0", "data.draws_per_pair=2"]
     recipe("diffusion_dpo", *arguments(tmp_path / "one", pairs_file, *settings, "trainer.grad_accum=2"))
     launched = subprocess.run(
         [

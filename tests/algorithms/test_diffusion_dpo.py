@@ -155,3 +155,23 @@ def test_description_and_verdict_are_plain() -> None:
     good = {"policy/accuracy": 0.7, "policy/winner_error_change": -0.001, "policy/reference_error": 0.1}
     assert "ranks pairs as people did" in algorithm.verdict(good)
     assert "destroys" in algorithm.verdict(good | {"policy/winner_error_change": 0.02})
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_remembered_reference_gives_the_loss_of_the_reference_itself(tiny_sd: Path, rank: int) -> None:
+    """After some steps, so that policy and reference differ; the reference is let go."""
+    backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=rank)
+    wiring = (backbone.schedule, Draws(0), 256)
+    algorithm = DiffusionDPO(backbone.denoiser, reference_for(backbone.denoiser), *wiring)
+    remembering = DiffusionDPO(backbone.denoiser, algorithm.reference, *wiring)
+    batch = pair_batch()
+    remembering.remember_reference([batch], gather=lambda found: found)
+    assert remembering.reference is None
+    assert abs(remembering.loss(batch)[0].item() - math.log(2)) < 1e-6
+    optimizer = torch.optim.SGD([p for p in backbone.denoiser.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(2):
+        algorithm.loss(batch)[0].backward()
+        optimizer.step()
+    expected, metrics = algorithm.loss(batch)
+    assert metrics["margin"].abs().min() > 1e-3
+    assert torch.allclose(remembering.loss(batch)[0], expected, atol=1e-6)
