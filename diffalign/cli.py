@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for kind, what in (("train", "launch a training recipe with accelerate"), ("eval", "run an evaluation recipe")):
         p = commands.add_parser(kind, help=what, epilog=_listing(kind), formatter_class=raw)
-        p.add_argument("--num-processes", type=int, help="processes to launch; default: one a GPU, or one on the CPU")
+        p.add_argument("--num-processes", type=int, help="default: one a GPU for train, one for eval")
         p.add_argument("--accelerate-config", help="accelerate config file, or cpu, one_gpu, eight_gpus")
         p.add_argument("name", metavar="RECIPE", help="followed by the recipe's own arguments (--help among them)")
         p.set_defaults(run=_recipe, kind=kind)
@@ -94,9 +93,8 @@ def _listing(kind: str) -> str:
 
 def _recipe(args: argparse.Namespace) -> int:
     recipe = launch.find(args.kind, args.name)
-    if args.kind == "eval" and args.num_processes is None and args.accelerate_config is None:
-        return subprocess.run([sys.executable, str(recipe), *args.rest], check=False).returncode
-    return launch.start(recipe, args.rest, processes=args.num_processes, config=args.accelerate_config)
+    processes = args.num_processes or (1 if args.kind == "eval" else None)
+    return launch.start(recipe, args.rest, processes=processes, config=args.accelerate_config)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -40,9 +40,10 @@ def title(recipe: Path) -> str:
 
 
 def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> int:
-    """Run a recipe with `accelerate launch`, with a config file or the name of a shipped one; returns its exit code.
+    """Run a recipe in one or more processes; returns its exit code.
 
-    Without either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
+    With an accelerate config file, or the name of a shipped one, or on several GPUs by `accelerate launch`. Without
+    either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
     accelerate follows; its own launcher starts them only through MPI.
     """
     gpus = _gpus()
@@ -54,11 +55,12 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
         shipped = ROOT / "configs" / "accelerate" / f"{config}.yaml"
         launcher = [*ACCELERATE, "--config_file", str(shipped if shipped.exists() else config)]
         launcher += [f"--num_processes={processes}"] if processes else []
+    elif (count := processes or gpus or 1) > 1:
+        launcher = [*ACCELERATE, "--multi_gpu", "--num_machines=1", f"--num_processes={count}"]
+        launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
     else:
-        count = processes or gpus or 1
-        launcher = [*ACCELERATE, "--num_machines=1", f"--num_processes={count}", "--mixed_precision=no"]
-        launcher += ["--dynamo_backend=no"] + (["--multi_gpu"] if count > 1 else [])
-    command = [sys.executable, "-m", *launcher, str(recipe), *arguments]
+        launcher = []
+    command = [sys.executable, *(["-m", *launcher] if launcher else []), str(recipe), *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -162,6 +163,32 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(
         recipe("diffusion_dpo", *arguments(folder, pairs_file))
     with pytest.raises(ValueError, match=r"other settings than it began with: algorithm\.beta"):
         recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", "algorithm.beta=9"))
+
+
+def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
+    """While it trains: LoRA one U-Net; full two (the reference's), or one where the reference is remembered."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from diffalign.trainer import Trainer
+
+    held: list[tuple[int, int, int]] = []
+    kinds = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+
+    def count(self, loader) -> None:
+        gc.collect()
+        held.append(tuple(sum(isinstance(o, kind) for o in gc.get_objects()) for kind in kinds))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "fit", count)
+    for k, settings in enumerate(
+        (
+            ["backbone.lora_rank=2", "data.draws_per_pair=null"],
+            ["backbone.lora_rank=0", "data.draws_per_pair=null"],
+            ["backbone.lora_rank=0", "data.draws_per_pair=1"],
+        )
+    ):
+        recipe("diffusion_dpo", *arguments(tmp_path / str(k), pairs_file, *settings))
+    assert held == [(1, 0, 0), (2, 0, 0), (1, 0, 0)]
 
 
 def test_a_longer_run_continues_a_finished_one(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:

@@ -257,7 +257,9 @@ def report_card(pipeline: StableDiffusionPipeline, *, n: int = 512, guidance: fl
     return {"held_out_samples": n, "guidance": guidance, "steps": steps, "score": score, **measured}
 
 
-def build(out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, images: int) -> dict:
+def build(
+    out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, images: int, samples: int = 512
+) -> dict[str, float]:
     """Train what `work` does not hold yet and write the pipeline folder (fp16 safetensors) to `out`."""
     work.mkdir(parents=True, exist_ok=True)
     vae = train_autoencoder(work, autoencoder_steps)
@@ -276,7 +278,7 @@ def build(out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, ima
         "autoencoder_steps": autoencoder_steps,
         "unet_steps": unet_steps,
         "images": images,
-        **report_card(pipeline),
+        **report_card(pipeline, n=samples),
     }
     (out.parent / "build.json").write_text(json.dumps(card, indent=2) + "\n")
     return card

@@ -1,0 +1,60 @@
+"""What a run leaves behind: stock diffusers loads it in a process that cannot import diffalign."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffalign.backbones import load_backbone
+from diffalign.export import export, fresh_process_gap
+from diffalign.lora import lora_layers
+
+CPU = torch.device("cpu")
+
+
+def trained(path: Path, **settings):
+    """A backbone whose trainable weights are not those it began with."""
+    backbone = load_backbone(CPU, path=str(path), **settings)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    return backbone
+
+
+def test_lora_export_keeps_alpha_and_gives_the_same_images(tiny_sd: Path, tmp_path: Path) -> None:
+    """Rank 2 with alpha 6 scales by 3: a loader that lost alpha would scale by 1 and draw other images."""
+    backbone = trained(tiny_sd, lora_rank=2, lora_alpha=6.0)
+    message = export(backbone, tmp_path / "export", 32, verify=True)
+    assert "verified in a fresh process" in message
+    assert "load_lora_weights" in message
+    file = next((tmp_path / "export").glob("*.safetensors"))
+    with safe_open(file, framework="pt") as weights:
+        assert '"unet.lora_alpha": 6' in (weights.metadata() or {})["lora_adapter_metadata"]
+    for layer in lora_layers(backbone.denoiser):
+        layer.scaling["default"] = 1.0  # what the run's own network would be without alpha
+    assert fresh_process_gap(backbone, tmp_path / "export", 32) > 1e-3
+
+
+def test_full_export_is_a_whole_pipeline_with_the_same_images(tiny_sd: Path, tmp_path: Path) -> None:
+    backbone = trained(tiny_sd)
+    assert "from_pretrained" in export(backbone, tmp_path / "export", 32, verify=True)
+    assert (tmp_path / "export" / "model_index.json").exists()
+    with torch.no_grad():
+        next(backbone.denoiser.parameters()).add_(1.0)
+    with pytest.raises(RuntimeError, match="differs by"):
+        gap = fresh_process_gap(backbone, tmp_path / "export", 32)
+        raise RuntimeError(f"differs by {gap}") if gap > 1e-4 else AssertionError
+
+
+def test_export_replaces_the_one_before_as_a_whole(tiny_sd: Path, tmp_path: Path) -> None:
+    backbone = trained(tiny_sd, lora_rank=2)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").write_text("")
+    export(backbone, tmp_path / "export", 32, verify=False)
+    assert [p.name for p in (tmp_path / "export").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert not (tmp_path / "export.tmp").exists()
