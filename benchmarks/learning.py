@@ -6,7 +6,8 @@
 Per case and seed: the same pairs of the base model's own samples, labelled by simulated annotators truly, with every
 label flipped, and at random; train by the recipe; generate from held-out prompts; win rate of the judge's score against
 the base model's images from the same noise. True labels must win (lower bound over one half), flipped ones must lose,
-random ones must do neither. Writes benchmarks/results/learning.json, one object a run.
+random ones must do neither. Writes benchmarks/results/learning.json, one object a run, and the table of
+docs/learning.md.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from diffalign.playground.world import captions
 from diffalign.report import paired_win_rate
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
+PAGE = Path(__file__).parent.parent / "docs" / "learning.md"
+MARK = "<!-- what follows is written by benchmarks/learning.py -->"
 SAMPLING = ["--steps=10", "--guidance=2.0", "--size=32", "--batch-size=64"]
 CASES = {
     "diffusion_dpo/lora": ("diffusion_dpo", []),
@@ -100,6 +103,21 @@ def commit() -> str:
     ).stdout.strip()
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """The docs' table: one line a case and kind of labels, the seeds beside each other."""
+    lines = ["| algorithm | labels | win rate [95 % interval] of each seed | training seconds |", "|---|---|---|---|"]
+    for case, labels in dict.fromkeys((r["algorithm"], r["labels"]) for r in rows):
+        mine = sorted((r for r in rows if (r["algorithm"], r["labels"]) == (case, labels)), key=lambda r: r["seed"])
+        rates = ", ".join(f"{r['win_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in mine)
+        lines.append(f"| {case} | {labels} | {rates} | {sum(r['seconds'] for r in mine) / len(mine):.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
@@ -117,8 +135,9 @@ def main() -> None:
                         continue
                     rows.append(learn(world, case, labels, seed))
                     print(json.dumps(rows[-1]), flush=True)
-                    RESULTS.with_suffix(".tmp").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-                    os.replace(RESULTS.with_suffix(".tmp"), RESULTS)
+                    write(RESULTS, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    before = PAGE.read_text().split(MARK)[0]
+    write(PAGE, before + MARK + "\n\n" + table(rows))
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
 
 
 def _own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> torch.Tensor:
-    network = copy.deepcopy(backbone.denoiser.network).to("cpu", torch.float32, memory_format=torch.contiguous_format)
-    pipeline = backbone.pipeline(network).to("cpu", torch.float32)
+    network = copy.deepcopy(backbone.denoiser.network).cpu().float()
+    pipeline = backbone.pipeline(network).to("cpu")
+    pipeline.vae.float(), pipeline.text_encoder.float()
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": resolution, "width": resolution}
     images = pipeline("", latents=latents, output_type="pt", **settings).images
     backbone.release()  # its encoders were moved with the pipeline

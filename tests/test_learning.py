@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from diffalign.playground import BASE
+from diffalign.playground.build import report_card
 
 ROOT = Path(__file__).parent.parent
 LEARNING: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "learning.py"), run_name="learning")
@@ -48,3 +53,14 @@ def test_demo(tmp_path: Path) -> None:
     assert summary["win_rate_low"] > 0.55
     assert Path(summary["export"]).exists()
     assert (tmp_path / "demo" / "report" / "index.html").exists()
+
+
+@pytest.mark.learning
+def test_the_shipped_model_is_as_good_as_promised() -> None:
+    """On held-out combinations: colour, background and size right in 95 of 100 samples, the shape in 85."""
+    pipeline = StableDiffusionPipeline.from_pretrained(BASE).to(torch.float32)
+    card = report_card(pipeline, n=360)
+    print(card)
+    for aspect in ("colour", "background", "size"):
+        assert card[aspect] >= 0.95, card
+    assert card["shape"] >= 0.85, card

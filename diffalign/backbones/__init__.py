@@ -59,7 +59,8 @@ def load_backbone(
     backbone = FAMILIES[family](folder, encoder_fingerprint(folder), device, DTYPES[dtype])
     network = backbone.denoiser.network
     if lora_rank:
-        network.to(DTYPES[dtype])
+        if dtype != "fp32":
+            network.to(DTYPES[dtype])
         add_lora(network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
     if attention == "xformers":
         network.enable_xformers_memory_efficient_attention()

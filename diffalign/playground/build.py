@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -238,8 +239,10 @@ def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> Stabl
     )
 
 
-def report_card(pipeline: StableDiffusionPipeline, *, n: int = 512, guidance: float = 2.0, steps: int = 10) -> dict:
-    """What the judge measures on n samples of held-out combinations (mean of each aspect), and on rendered data."""
+def report_card(
+    pipeline: StableDiffusionPipeline, grid: Path | None = None, *, n: int = 512, guidance: float = 2.0, steps: int = 10
+) -> dict[str, float]:
+    """What the judge measures on n samples of held-out combinations, the mean of each aspect; `grid` shows 64 of them."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, judge = captions(n, held_out=True), Judge()
     images = []
@@ -252,6 +255,8 @@ def report_card(pipeline: StableDiffusionPipeline, *, n: int = 512, guidance: fl
             ).images
         ]  # fmt: skip
     sampled = torch.cat(images).float()
+    if grid:
+        save_image(sampled[:64], grid, nrow=16, padding=1)
     measured = {k: round(v.mean().item(), 4) for k, v in judge.measure(sampled, prompts).items()}
     score = round(judge.score(sampled, prompts).mean().item(), 3)
     return {"held_out_samples": n, "guidance": guidance, "steps": steps, "score": score, **measured}
@@ -278,7 +283,7 @@ def build(
         "autoencoder_steps": autoencoder_steps,
         "unet_steps": unet_steps,
         "images": images,
-        **report_card(pipeline, n=samples),
+        **report_card(pipeline, out.parent / "samples.png", n=samples),
     }
     (out.parent / "build.json").write_text(json.dumps(card, indent=2) + "\n")
     return card
