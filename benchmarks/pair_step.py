@@ -102,14 +102,12 @@ def baseline(path: Path, pairs: Path, resolution: int, batch: int, rank: int, de
     return step
 
 
-def ours(
-    path: Path, pairs: Path, resolution: int, batch: int, rank: int, device: torch.device, compile: bool, folder: Path
-) -> Step:
+def ours(path: Path, pairs: Path, resolution: int, batch: int, rank: int, device: torch.device, folder: Path) -> Step:
     """One optimizer step of train/diffusion_dpo.py, caches on."""
     precision = "bf16" if device.type == "cuda" else "no"
     run = Run(Config({}), folder=str(folder), mixed_precision=precision)
     dtype = "bf16" if rank and device.type == "cuda" else "fp32"
-    backbone = load_backbone(device, path=str(path), lora_rank=rank, dtype=dtype, compile=compile)
+    backbone = load_backbone(device, path=str(path), lora_rank=rank, dtype=dtype)
     data = run.pairs(
         backbone,
         path=str(pairs),
@@ -186,13 +184,13 @@ def build(who: str, args: argparse.Namespace, rank: int, folder: Path) -> Step:
     path = folder.parent / "sd15" if args.size == "sd15" else BASE
     resolution = 512 if args.size == "sd15" else 32
     common = (path, folder.parent / "pairs.jsonl", resolution, args.batch, rank, device)
-    return baseline(*common) if who == "baseline" else ours(*common, args.compile, folder)
+    return baseline(*common) if who == "baseline" else ours(*common, folder)
 
 
 def peak_mb(who: str, args: argparse.Namespace, rank: int, folder: Path) -> float:
     """Peak memory of a process that takes a few steps of one of the two."""
     command = [sys.executable, __file__, "--size", args.size, "--batch", str(args.batch), "--rank", str(rank)]
-    command += ["--only", who, "--folder", str(folder)] + ["--compile"] * args.compile
+    command += ["--only", who, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
@@ -222,7 +220,6 @@ def main() -> None:
     parser.add_argument("--size", choices=("playground", "sd15"), default="playground")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each of the two, 3 steps a turn")
-    parser.add_argument("--compile", action="store_true", help="torch.compile our denoiser")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full; default: 8 and 0")
     parser.add_argument("--only", choices=("ours", "baseline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

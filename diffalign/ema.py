@@ -32,7 +32,7 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by position, for safetensors."""
-        return {str(i): p for i, p in enumerate(self.model.shadow_params)}
+        return {str(i): p.contiguous() for i, p in enumerate(self.model.shadow_params)}
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Continue from `tensors()` as they were after `steps` optimizer steps."""

@@ -124,24 +124,35 @@ class Checkpoint(_Hook):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of this moment. Every rank calls it."""
+        """Write a checkpoint of this moment. Every rank calls it. Raises OSError when it cannot be written."""
         self.run.flush()
         final = self.folder / f"step-{trainer.step:06d}"
         temporary = final.with_suffix(".tmp")
         if self.run.main:
             shutil.rmtree(temporary, ignore_errors=True)
         self.run.accelerator.wait_for_everyone()
-        self.run.accelerator.save_state(str(temporary))
+        try:
+            self._write(trainer, temporary)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has three names
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"cannot write checkpoint '{final}' ({error}); make room and go on with run.resume=true, "
+                "the checkpoints before it are whole"
+            ) from error
         self.run.accelerator.wait_for_everyone()
         if self.run.main:
-            if self.ema:
-                save_file(self.ema.tensors(), temporary / "ema.safetensors")
-            (temporary / "state.json").write_text(json.dumps({"step": trainer.step, "micro": trainer.micro}))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)
         self.run.accelerator.wait_for_everyone()
+
+    def _write(self, trainer: Trainer, folder: Path) -> None:
+        self.run.accelerator.save_state(str(folder))
+        if self.run.main:
+            if self.ema:
+                save_file(self.ema.tensors(), folder / "ema.safetensors")
+            (folder / "state.json").write_text(json.dumps({"step": trainer.step, "micro": trainer.micro}))
 
 
 def _save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:

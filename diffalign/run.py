@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +50,6 @@ class Run:
         self.draws, self.log_every, self.resume = Draws(seed), log_every, resume
         self.metrics = self.folder / "metrics.jsonl"
         self._pending: list[tuple[int, list[str], Tensor]] = []
-        self._since = (time.perf_counter(), 0)
         if self.main:
             self._claim(config)
         self.accelerator.wait_for_everyone()
@@ -131,7 +129,7 @@ class Run:
         if step % self.log_every == 0:
             self.flush()
 
-    def flush(self, samples_per_step: int = 0) -> None:
+    def flush(self) -> None:
         """Write the pending metrics: one JSON object a step, NaN left out."""
         if not self.main or not self._pending:
             self._pending.clear()

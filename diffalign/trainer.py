@@ -115,6 +115,7 @@ class Trainer:
             hook.end(self)
         if self.run.main and self.run.metrics.exists():
             self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
+        self.run.accelerator.end_training()
 
     def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor]:
         """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""

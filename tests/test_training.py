@@ -209,6 +209,27 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_samples(
         recipe("diffusion_dpo", *broken)
 
 
+def test_a_full_disk_loses_nothing(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
+    """The disk fills while the checkpoint of step 4 is written: one error, and the run resumes from step 2."""
+    from accelerate import Accelerator
+
+    recipe("diffusion_dpo", *arguments(tmp_path / "whole", pairs_file))
+    save = Accelerator.save_state
+
+    def full(self, folder: str):
+        save(self, folder)
+        if "000004" in folder:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(OSError, match=r"cannot write checkpoint '.*step-000004' .*No space left.*run\.resume=true"):
+        recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file))
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
     file = tmp_path / "run/checkpoints/step-000002/trained_0.safetensors"

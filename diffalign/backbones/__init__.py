@@ -34,7 +34,6 @@ def load_backbone(
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
     attention: Literal["sdpa", "xformers"] = "sdpa",
     gradient_checkpointing: bool = False,
-    compile: bool = False,
     seed: int = 0,
 ) -> Backbone:
     """Load a pretrained pipeline for training.
@@ -47,7 +46,6 @@ def load_backbone(
         dtype: of the weights that do not train; what trains is always float32
         attention: implementation of attention
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
-        compile: torch.compile the denoiser
         seed: of the LoRA's initial weights
 
     Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
@@ -66,8 +64,6 @@ def load_backbone(
         network.enable_xformers_memory_efficient_attention()
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()  # diffusers checkpoints with use_reentrant=False
-    if compile:
-        backbone.denoiser.compile()
     return backbone
 
 

@@ -242,7 +242,7 @@ def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> Stabl
 def report_card(
     pipeline: StableDiffusionPipeline, grid: Path | None = None, *, n: int = 512, guidance: float = 2.0, steps: int = 10
 ) -> dict[str, float]:
-    """What the judge measures on n samples of held-out combinations, the mean of each aspect; `grid` shows 64 of them."""
+    """What the judge measures on n samples of held-out combinations, mean of each aspect; `grid` shows 64 of them."""
     pipeline.set_progress_bar_config(disable=True)
     prompts, judge = captions(n, held_out=True), Judge()
     images = []
