@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 
+from tqdm import tqdm
+
 from diffalign import config
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.backbones import check_backbone, load_backbone
@@ -45,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
     loader = run.loader(pairs)
     if pairs.draws_per_pair:
-        algorithm.remember_reference(loader.once(), run.gather)
+        algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
     del reference
     Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
 

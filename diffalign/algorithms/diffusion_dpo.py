@@ -104,16 +104,17 @@ class DiffusionDPO(Algorithm):
         err_w, err_l = denoising_error(self.policy(*noised.input), noised.target).chunk(2)
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
         terms = PairTerms(err_w, err_l, ref_w, ref_l, self.beta, flip)
-        loss = (batch.weight * self.pair_loss(terms)).mean()
+        losses = batch.weight * self.pair_loss(terms)
         margin = terms.margin.detach()
         metrics = {
+            "loss": losses.detach(),
             "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
             "margin": margin,
             "winner_error_change": (err_w - ref_w).detach(),
             "loser_error_change": (err_l - ref_l).detach(),
             "reference_error": ref_w,
         }
-        return loss, metrics | self._by_timestep(metrics, noised.input[1].chunk(2)[0])
+        return losses.mean(), metrics | self._by_timestep(metrics, noised.input[1].chunk(2)[0])
 
     def _by_timestep(self, metrics: Metrics, t: Tensor) -> dict[str, Tensor]:
         width = self.schedule.num_timesteps // BUCKETS
