@@ -81,11 +81,12 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
                 f"'{folder}' does not load in a fresh process with plain diffusers:\n{fresh.stderr[-2000:]}"
             )
         theirs = load_file(out)["images"]
-    ours = _own_images(backbone, latents, resolution)
+    ours = own_images(backbone, latents, resolution)
     return (ours - theirs).abs().max().item()
 
 
-def _own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> torch.Tensor:
+def own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> torch.Tensor:
+    """What the present weights draw from latents [B, C, h, w] in the stock pipeline, on the CPU in float32."""
     network = copy.deepcopy(backbone.denoiser.network).cpu().float()
     pipeline = backbone.pipeline(network).to("cpu")
     pipeline.vae.float(), pipeline.text_encoder.float()

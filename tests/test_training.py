@@ -86,12 +86,11 @@ def one_thread():
     ("when", "settings"),
     [
         (3, ["backbone.lora_rank=2"]),
-        (5, ["backbone.lora_rank=2", "hooks.ema_decay=0.9", "trainer.grad_accum=2"]),
         (3, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "data.draws_per_pair=1"]),
         (1, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "hooks.ema_decay=0.9"]),
-        (-4, ["backbone.lora_rank=2", "hooks.ema_decay=0.9"]),
+        (-4, ["backbone.lora_rank=2", "hooks.ema_decay=0.9", "trainer.grad_accum=2"]),
     ],
-    ids=["lora", "lora-ema-accum", "full", "full-ema-before-first-checkpoint", "while-a-checkpoint-is-written"],
+    ids=["lora", "full", "full-ema-before-first-checkpoint", "lora-ema-accum-while-a-checkpoint-is-written"],
 )
 def test_killed_and_resumed_equals_never_killed(
     tmp_path: Path, pairs_file: Path, recipe: Callable, when: int, settings: list[str]
@@ -257,18 +256,15 @@ def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path) -> None:
     assert metrics(tmp_path / "run")[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
-def test_every_config_error_is_reported_before_anything_loads(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "train/diffusion_dpo.py"), "--config=playground"),
-            *(f"run.folder={tmp_path / 'run'}", "data.path=/nowhere", "trainer.stpes=3", "algorithm.loss=dpoo"),
-            *("backbone.attention=xformers", "data.crop=random", "hooks.ema_decay=often"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
+def test_every_config_error_is_reported_before_anything_loads(
+    tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["data.path=/nowhere", "trainer.stpes=3", "algorithm.loss=dpoo", "backbone.attention=xformers"]
+    wrong += ["data.crop=random", "hooks.ema_decay=often"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe("diffusion_dpo", "--config=playground", f"run.folder={tmp_path / 'run'}", *wrong)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
     for words in (
         "6 problems in the configuration",
         "no data set at '/nowhere'",
@@ -278,5 +274,5 @@ def test_every_config_error_is_reported_before_anything_loads(tmp_path: Path) ->
         "'data.crop' = random needs 'data.cache' = off",
         "'hooks.ema_decay' must be float or null, got 'often'",
     ):
-        assert words in done.stderr, words
+        assert words in said, words
     assert not (tmp_path / "run").exists()

@@ -238,7 +238,14 @@ def test_limit_takes_the_first_labelled_records(tmp_path):
 
 def test_impossible_settings_are_told_all_together(tmp_path):
     given = {"path": str(tmp_path / "no"), "resolution": 0, "batch_size": 0, "crop": "random", "cache": None}
-    given |= {"limit": 0, "num_workers": -1, "caption_dropout": 1.5, "max_dropped": -0.1, "hflip": False}
+    given |= {
+        "limit": 0,
+        "draws_per_pair": 0,
+        "num_workers": -1,
+        "caption_dropout": 1.5,
+        "max_dropped": -0.1,
+        "hflip": False,
+    }
     problems = check_pairs(given)
     names = [p.split("'")[1] for p in problems]
     assert sorted(names) == sorted(f"data.{n}" for n in given if n not in ("cache", "hflip"))
@@ -246,7 +253,14 @@ def test_impossible_settings_are_told_all_together(tmp_path):
     with pytest.raises(ValueError) as caught:
         PreferencePairs(Pool(), Draws(0), tmp_path, **given)
     assert str(caught.value) == "\n".join(problems)
-    fine = {"path": jsonl(tmp_path / "data", 1), "resolution": 8, "batch_size": 1, "cache": "off", "limit": None}
+    fine = {
+        "path": jsonl(tmp_path / "data", 1),
+        "resolution": 8,
+        "batch_size": 1,
+        "cache": "off",
+        "limit": None,
+        "draws_per_pair": None,
+    }
     assert check_pairs(given | fine | {"num_workers": 0, "caption_dropout": 0.0, "max_dropped": 0.05}) == []
 
 
