@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -85,9 +86,13 @@ def test_playground_build_runs_from_nothing_and_resumes(tmp_path: Path) -> None:
 
 def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     """Unpacked where nothing of the checkout is: recipes, configs, weights and pairs travel in the wheel."""
-    wheels = tmp_path / "wheels"
+    wheels, copy = tmp_path / "wheels", tmp_path / "copy"
+    # setuptools leaves a build folder where it builds, and takes what an older one holds.
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
+    )
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), str(copy)],
         check=True,
         cwd=tmp_path,
     )
