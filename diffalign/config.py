@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -83,7 +84,7 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
         raise ConfigError(f"no config '{name}': give a .yaml file or the name of a shipped one ({known})")
     try:
         content = OmegaConf.load(path)
-    except Exception as error:
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")
