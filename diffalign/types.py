@@ -1,9 +1,9 @@
-"""The few types that travel between modules: text conditions, pair batches, metrics, scorers."""
+"""The few types that travel between modules: text conditions, pair batches, metrics, encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -76,17 +76,3 @@ class Encoder(Protocol):
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         """B prompts -> a Cond with batch axis B."""
-
-
-@runtime_checkable
-class Scorer(Protocol):
-    """Anything that scores images. Larger is better.
-
-    `score` takes images [B, 3, H, W] float in [0, 1] and B prompts, and returns float32 [B]. `differentiable` says
-    whether gradients flow from the scores to the pixels. `unit` names the scale of the scores.
-    """
-
-    differentiable: bool
-    unit: str
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.report import Pair, paired_win_rate, read_pairs
-from diffalign.types import Scorer
 from reward_models.loading import load_scorer
+from reward_models.protocol import Scorer
 from reward_models.scoring import score_files
 
 
