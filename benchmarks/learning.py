@@ -34,7 +34,7 @@ MARK = "<!-- what follows is written by benchmarks/learning.py -->"
 SAMPLING = ["--steps=10", "--guidance=2.0", "--size=32", "--batch-size=64"]
 CASES = {
     "diffusion_dpo/lora": ("diffusion_dpo", []),
-    "diffusion_dpo/full": ("diffusion_dpo", ["backbone.lora_rank=0", "optimizer.lr=1e-4"]),
+    "diffusion_dpo/full": ("diffusion_dpo", ["backbone.lora_rank=0", "optimizer.lr=3e-5"]),
 }
 """Recipe and what it changes in its playground config."""
 
@@ -44,7 +44,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._prompts("train", 384, held_out=False)
+        self._prompts("train", 768, held_out=False)
         self._prompts("held_out", 128, held_out=True)
         self.generate("train", "pairs", "--seed=1")
         self.generate("held_out", "base")

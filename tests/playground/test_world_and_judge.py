@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from torchvision.utils import save_image
 
 from diffalign.playground import Judge
-from diffalign.playground.annotators import TASTES, Annotator
+from diffalign.playground.annotators import TASTES, Annotator, label, load
 from diffalign.playground.judge import ASPECTS, look
 from diffalign.playground.world import SHAPES, Wish, captions, imagine, masks, parse, wishes
 
@@ -118,3 +122,27 @@ def test_annotators_follow_their_taste_and_their_noise() -> None:
     with pytest.raises(ValueError, match="no annotator 'nobody'"):
         Annotator("nobody")
     assert set(TASTES) == {"common", "vivid", "muted", "tidy", "bold", "modest"}
+
+
+def test_random_labels_say_nothing_about_the_truth(tmp_path: Path) -> None:
+    """Of two pairs with neighbouring true margins one is labelled right. So of 80 pairs 40 are (a coin each would miss
+    that by 9 or more in one case of 20), and the winners' mean true margin is nearly 0 beside the mean margin."""
+    prompts = captions(80, held_out=False)
+    scenes = imagine([parse(p) for p in prompts for _ in "ab"], seed=0).render()
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i, image in enumerate(scenes):
+        save_image(image, tmp_path / f"images/{i}.png")
+        lines.append(json.dumps({"image": f"images/{i}.png", "prompt": prompts[i // 2], "prompt_id": str(i // 2)}))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    rows, images = load(tmp_path)
+    truth = dict(zip((r["image"] for r in rows), Judge().score(images, [r["prompt"] for r in rows]), strict=True))
+    chosen = []
+    for seed in range(2):
+        assert label(tmp_path, tmp_path / "pairs.jsonl", min_margin=0.0, labels="random", seed=seed) == (80, 80)
+        pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+        margins = torch.stack([truth[p["chosen"]] - truth[p["rejected"]] for p in pairs])
+        assert abs(int((margins > 0).sum()) - 40) <= 1
+        assert margins.mean().abs() < 0.03 * margins.abs().mean()
+        chosen.append([p["chosen"] for p in pairs])
+    assert chosen[0] != chosen[1]
