@@ -17,8 +17,9 @@ from diffalign.config import Config
 from diffalign.data import KeyedLoader, PreferencePairs
 from diffalign.draws import Draws
 
-MAY_CHANGE = ("run", "hooks", "trainer.steps", "data.num_workers")
-"""What a resumed run may set differently from how it began."""
+MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "data.num_workers")
+MAY_NOT_CHANGE = ("run.seed", "hooks.ema_decay")
+"""What a resumed run may set differently from how it began, and what of that it may not."""
 
 
 class Run:
@@ -76,7 +77,9 @@ class Run:
         if path.exists():
             before = OmegaConf.load(path)
             now = OmegaConf.create(config.yaml())
-            changed = [k for k in _flat(now) if _flat(now)[k] != _flat(before).get(k) and not k.startswith(MAY_CHANGE)]
+            old, new = _flat(before), _flat(now)
+            changed = [k for k in new if new[k] != old.get(k)]
+            changed = [k for k in changed if k in MAY_NOT_CHANGE or not k.startswith(MAY_CHANGE)]
             if changed:
                 raise ValueError(
                     f"resuming '{self.folder}' with other settings than it began with: {', '.join(changed)}; "

@@ -160,8 +160,11 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(
     assert any("@t" in key for key in last)
     with pytest.raises(FileExistsError, match=r"already holds a run; continue it with run\.resume=true"):
         recipe("diffusion_dpo", *arguments(folder, pairs_file))
-    with pytest.raises(ValueError, match=r"other settings than it began with: algorithm\.beta"):
-        recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", "algorithm.beta=9"))
+    with pytest.raises(
+        ValueError, match=r"other settings than it began with: run\.seed, algorithm\.beta, hooks\.ema_decay"
+    ):
+        changed = ["algorithm.beta=9", "hooks.ema_decay=0.9", "run.seed=9", "hooks.keep_checkpoints=9"]
+        recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", *changed))
 
 
 def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
