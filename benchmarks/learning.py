@@ -5,9 +5,9 @@
 
 Per case and seed: the same pairs of the base model's own samples, labelled by simulated annotators truly, with every
 label flipped, and at random; train by the recipe; generate from held-out prompts; win rate of the judge's score against
-the base model's images from the same noise. True labels must win (lower bound over one half), flipped ones must lose,
-random ones must do neither. Writes benchmarks/results/learning.json, one object a run, and the table of
-docs/learning.md.
+the base model's images of the same prompts, from equal noise and from other noise. True labels must win (lower bound
+over one half), flipped ones must lose, random ones must do neither. Writes benchmarks/results/learning.json, one object
+a run, and the table of docs/learning.md.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class World:
         self._prompts("held_out", 128, held_out=True)
         self.generate("train", "pairs", "--seed=1")
         self.generate("held_out", "base")
+        self.generate("held_out", "base-other-noise", "--seed=1")
 
     def _prompts(self, name: str, n: int, *, held_out: bool) -> None:
         lines = [json.dumps({"prompt": p, "prompt_id": str(i)}) for i, p in enumerate(captions(n, held_out=held_out))]
@@ -59,11 +60,11 @@ class World:
         if recipe["main"]([*arguments, "--samples-per-prompt=2", *SAMPLING, *more]):
             raise RuntimeError(f"generating '{out}' failed")
 
-    def win_rate(self, aligned: str) -> Any:
-        """The judge's paired win rate of one folder of held-out images over the base model's."""
-        rows, base = load(self.folder / "base")
+    def win_rate(self, aligned: str, base: str = "base") -> Any:
+        """The judge's win rate of one folder of held-out images over another of the same prompts."""
+        rows, theirs = load(self.folder / base)
         prompts = [row["prompt"] for row in rows]
-        scores = [Judge().score(images, prompts).numpy() for images in (base, load(self.folder / aligned)[1])]
+        scores = [Judge().score(images, prompts).numpy() for images in (theirs, load(self.folder / aligned)[1])]
         return paired_win_rate(*scores, [row["prompt_id"] for row in rows])
 
 
@@ -81,7 +82,7 @@ def learn(world: World, case: str, labels: Labels, seed: int) -> dict[str, Any]:
     export = run / "export"
     full = (export / "model_index.json").exists()
     world.generate("held_out", f"{name}-images", *([f"--pipeline={export}"] if full else [f"--lora={export}"]))
-    rate = world.win_rate(f"{name}-images")
+    rate, other = (world.win_rate(f"{name}-images", base) for base in ("base", "base-other-noise"))
     return {
         "algorithm": case,
         "backbone": "playground",
@@ -91,6 +92,8 @@ def learn(world: World, case: str, labels: Labels, seed: int) -> dict[str, Any]:
         "win_rate": round(rate.win_rate, 4),
         "low": round(rate.low, 4),
         "high": round(rate.high, 4),
+        "points": round(rate.mean_difference, 4),
+        "other_noise": [round(x, 4) for x in (other.win_rate, other.low, other.high)],
         "seconds": round(seconds, 1),
         "commit": commit(),
     }
@@ -105,11 +108,16 @@ def commit() -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The docs' table: one line a case and kind of labels, the seeds beside each other."""
-    lines = ["| algorithm | labels | win rate [95 % interval] of each seed | training seconds |", "|---|---|---|---|"]
+    names = ("algorithm", "labels", "noise", "win rate [95 % interval] of each seed", "points", "seconds")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for case, labels in dict.fromkeys((r["algorithm"], r["labels"]) for r in rows):
         mine = sorted((r for r in rows if (r["algorithm"], r["labels"]) == (case, labels)), key=lambda r: r["seed"])
-        rates = ", ".join(f"{r['win_rate']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in mine)
-        lines.append(f"| {case} | {labels} | {rates} | {sum(r['seconds'] for r in mine) / len(mine):.0f} |")
+        points = ", ".join(f"{r['points']:+.3f}" for r in mine)
+        seconds = sum(r["seconds"] for r in mine) / len(mine)
+        for noise in ("equal", "other"):
+            three = [r["other_noise"] if noise == "other" else (r["win_rate"], r["low"], r["high"]) for r in mine]
+            rates = ", ".join(f"{rate:.3f} [{low:.3f}, {high:.3f}]" for rate, low, high in three)
+            lines.append(f"| {case} | {labels} | {noise} | {rates} | {points} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 

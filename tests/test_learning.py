@@ -43,6 +43,16 @@ def test_flipped_labels_lower_it(world: Any, case: str) -> None:
 
 
 @pytest.mark.learning
+@pytest.mark.parametrize("case", LEARNING["CASES"])
+def test_random_labels_do_neither(world: Any, case: str) -> None:
+    """From other noise: from equal noise any update shifts all images alike, and wins or loses nearly always."""
+    row = LEARNING["learn"](world, case, "random", 0)
+    print(row)
+    _, low, high = row["other_noise"]
+    assert low < 0.5 < high, row
+
+
+@pytest.mark.learning
 def test_demo(tmp_path: Path) -> None:
     """The demo's promise: under 4 minutes on two cores, and a win rate whose lower bound is above 0.55."""
     done = subprocess.run([sys.executable, "-m", "diffalign.cli", "demo", "--out", str(tmp_path / "demo")], check=False)
