@@ -74,6 +74,12 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
+    p = commands.add_parser("ratings", help="render rated and ranked images: data to train a scorer on")
+    p.add_argument("--prompts", type=int, default=2000, help="captions, each with four images")
+    p.add_argument("--held-out", action="store_true", help="combinations that the shipped models never saw")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True, help="folder of images/ and ratings.jsonl")
+    p.set_defaults(run=_ratings)
     p = commands.add_parser("build", help="train the shipped weights again from nothing (hours on a CPU)")
     p.add_argument("--out", type=Path, required=True, help="folder of the new pipeline")
     p.add_argument("--work", type=Path, required=True, help="checkpoints; a killed build resumes from here")
@@ -129,6 +135,14 @@ def _label(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     print(f"{kept} pairs in '{args.out}' ({compared} compared, the others closer than {args.min_margin} points)")
+    return 0
+
+
+def _ratings(args: argparse.Namespace) -> int:
+    from diffalign.playground.ratings import write_ratings
+
+    file = write_ratings(args.out, args.prompts, held_out=args.held_out, seed=args.seed)
+    print(f"ratings of {args.prompts} prompts in '{file}'")
     return 0
 
 

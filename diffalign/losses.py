@@ -221,6 +221,26 @@ PAIR_LOSSES: dict[str, Callable[[PairTerms], Tensor]] = {
 }
 """Loss by name: PairTerms -> [B], not reduced. Finite for margins and rewards up to 1e4 in size."""
 
+
+def ranking(scores: Tensor, ranks: Tensor, group: Tensor, flip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bradley-Terry over every ordered pair of a group: mean over pairs of -(1-e) log sigmoid(d) - e log sigmoid(-d).
+
+    d = s_i - s_j for all i, j of the same group with rank_i < rank_j. With two images a group it is the pair loss of
+    HPSv2 (Wu et al., 2023) and ImageReward (Xu et al., 2023); ties make no pair.
+
+    scores [N, A], larger is better; ranks [N, A], lower is better, NaN where unknown; group int64 [N], 0 to G-1;
+    flip [G], the probability e that a label is wrong. Returns three [G, A]: the loss, 0 where a group has no pair; the
+    share of pairs that the scores put right, a tie being wrong; and how many pairs there are.
+    """
+    i, j = (group[:, None] == group[None]).nonzero(as_tuple=True)
+    ordered = (ranks[i] < ranks[j]).float()
+    d = (scores[i] - scores[j]).float()
+    e = flip[group[i], None]
+    terms = torch.stack([(e * d - F.logsigmoid(d)) * ordered, (d > 0) * ordered, ordered])
+    sums = torch.zeros(3, len(flip), scores.shape[1], device=scores.device).index_add(1, group[i], terms)
+    return sums[0] / sums[2].clamp(min=1), sums[1] / sums[2].clamp(min=1), sums[2]
+
+
 USE_LABEL_SMOOTHING = ("conservative", "robust", "exo", "aot")
 
 

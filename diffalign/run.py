@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffalign.config import Config
-from diffalign.data import KeyedLoader, PreferencePairs
+from diffalign.data import KeyedLoader, PreferenceGroups, PreferencePairs
 from diffalign.draws import Draws
 
 MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "data.num_workers")
@@ -99,7 +99,14 @@ class Run:
             encoder, self.draws, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config
         )
 
-    def loader(self, pairs: PreferencePairs) -> KeyedLoader:
+    def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
+        """The training or validation part of a data set of this run, as groups of images for a scorer."""
+        a = self.accelerator
+        return PreferenceGroups(
+            prepare, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, part, **config
+        )
+
+    def loader(self, pairs: PreferencePairs | PreferenceGroups) -> KeyedLoader:
         """This rank's micro-batches of the data set, on the device."""
         return KeyedLoader(
             pairs,

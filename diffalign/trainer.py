@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -25,10 +26,14 @@ class Player:
     optimizer: Any
     lr: float
     lr_warmup_steps: int
+    lr_cosine_steps: int | None = None
 
     def lr_at(self, step: int) -> float:
-        """The lr of the optimizer step after `step` training steps: linear warm-up, then constant."""
-        return self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
+        """The lr of the optimizer step after `step` training steps: linear warm-up, then constant or a cosine to 0."""
+        if step < self.lr_warmup_steps or self.lr_cosine_steps is None:
+            return self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
+        done = (step - self.lr_warmup_steps) / max(1, self.lr_cosine_steps - self.lr_warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def adamw(
@@ -38,22 +43,31 @@ def adamw(
     betas: tuple[float, ...] = (0.9, 0.999),
     weight_decay: float = 1e-2,
     eps: float = 1e-8,
+    decay_vectors: bool = True,
     lr_warmup_steps: int = 0,
+    lr_cosine_steps: int | None = None,
 ) -> Player:
-    """A player stepped by AdamW (Loshchilov & Hutter, 2019) with linear warm-up, then constant lr.
+    """A player stepped by AdamW (Loshchilov & Hutter, 2019) with linear warm-up, then constant lr or a cosine to 0.
 
     Args:
         lr: learning rate after warm-up, not scaled by batch or world size
         betas: decay of the first and second moment
         weight_decay: decoupled weight decay
         eps: added to the denominator
+        decay_vectors: false spares parameters of less than two dimensions (norms, biases, scales) the weight decay
         lr_warmup_steps: optimizer steps from 0 to lr
+        lr_cosine_steps: steps after which a cosine has brought the lr to 0; constant when left out
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = _trained(module)
+    decayed = [p for p in parameters if decay_vectors or p.ndim >= 2]
+    spared = [p for p in parameters if not (decay_vectors or p.ndim >= 2)]
+    groups: list[Any] = [{"params": decayed}]
+    if spared:
+        groups.append({"params": spared, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
+        groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
     )
-    return Player(module, optimizer, lr, lr_warmup_steps)
+    return Player(module, optimizer, lr, lr_warmup_steps, lr_cosine_steps)
 
 
 class Hook(Protocol):
@@ -87,6 +101,7 @@ class Trainer:
         self.run, self.algorithm, self.players, self.hooks = run, algorithm, players, hooks
         self.steps, self.grad_accum, self.max_grad_norm = steps, grad_accum, max_grad_norm
         self.step = 0  # training steps taken
+        self.stop = ""  # why to end before `steps`; set by a hook
         self.micro = 0  # micro-batches used by this rank
         for player in players.values():
             player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
@@ -109,6 +124,9 @@ class Trainer:
             for hook in self.hooks:
                 hook.after_step(self)
             bar.update()
+            if self.stop:
+                self.run.print(f"stopped after step {self.step}: {self.stop}")
+                break
         bar.close()
         self.run.flush()
         for hook in self.hooks:

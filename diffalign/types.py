@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -61,6 +61,41 @@ class PairBatch(NamedTuple):
     keys: Sequence[Key]
     weight: Tensor
     flip: Tensor
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The batch on a device, without waiting for the copy."""
+        moved: dict[str, Any] = {
+            name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if name != "keys"
+        }
+        return self._replace(**moved)
+
+
+class GroupBatch(NamedTuple):
+    """G prompts with two or more images each, for the training of a scorer. The N images of all of them lie in a row.
+
+    pixels  [N, 3, h, w]  what the scorer's network takes
+    prompts N prompts     one for each image
+    group   int64 [N]     which prompt an image belongs to, 0 to G-1
+    ranks   [N, A]        order within the group by each of A aspects, lower is better; NaN where there is none
+    keys    G keys        (epoch, sample id)
+    weight  [G]           importance of the group in the loss
+    flip    [G]           probability in [0, 0.5) that a label is wrong; 0 when unknown
+    """
+
+    pixels: Tensor
+    prompts: Sequence[str]
+    group: Tensor
+    ranks: Tensor
+    keys: Sequence[Key]
+    weight: Tensor
+    flip: Tensor
+
+    def to(self, device: torch.device) -> GroupBatch:
+        """The batch on a device, without waiting for the copy."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)
+        }
+        return self._replace(**moved)
 
 
 class Encoder(Protocol):

@@ -1,10 +1,12 @@
 """Score a folder of images with any scorers, shared over all processes: `reward-score` on every GPU at once.
 
     accelerate launch eval/score_folder.py images --scorer clip --out scores.csv
+    accelerate launch --multi_gpu --num_machines 2 --machine_rank 0 --main_process_ip HOST --num_processes 16 ...
     diffalign eval score_folder images --scorer clip --scorer diffalign.playground:Judge --out scores.parquet
 
-Takes the arguments of `reward-score` and writes the same table. All processes must see the images and the folder of the
-table; --device auto gives each its own GPU. Launchers report the exit code 2, "some images are not scored", as a failed
+Takes the arguments of `reward-score` and writes the same table, byte for byte on the same kind of device, and --resume
+goes on with any number of processes. All must see the images and the folder of the table; --device auto gives each its
+own GPU. Launchers report the exit code 2, "some images are not scored", as a failed
 process, though the table is whole.
 """
 
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 from accelerate import PartialState
 
 from reward_models import cli
@@ -21,8 +24,11 @@ from reward_models import cli
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    # The processes meet twice, hours apart: the usual ten minutes of patience would end the run.
-    state = PartialState(timeout=timedelta(days=30))
+    # The processes meet twice, hours apart: the usual ten minutes of patience would end the run. They only meet, so
+    # gloo does, and processes without a GPU know of each other too.
+    state = PartialState(cpu=True, timeout=timedelta(days=30))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(state.local_process_index % torch.cuda.device_count())
     return cli.main(argv, rank=state.process_index, world=state.num_processes, wait=state.wait_for_everyone)
 
 

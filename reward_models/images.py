@@ -60,13 +60,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     try:
         with Image.open(path) as image:
             image.load()
-            if image.mode.startswith(("I", "F")):
-                raise ImageError(f"mode {image.mode} has more than 8 bits a channel; save it with 8")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
-                layer = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-            array = np.array(upright.convert("RGB"))
+            return to_tensor(image)
     except ImageError:
         raise
     except FileNotFoundError as error:
@@ -75,4 +69,19 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         raise ImageError("not an image that Pillow can read") from error
     except _DAMAGE as error:
         raise ImageError(f"damaged: {error or type(error).__name__}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A Pillow image -> uint8 [3, H, W], by the rules of `read_image`. Raises ImageError."""
+    return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB, upright, what is transparent over white. Raises ImageError for over 8 bits a channel."""
+    if image.mode.startswith(("I", "F")):
+        raise ImageError(f"mode {image.mode} has more than 8 bits a channel; save it with 8")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return upright.convert("RGB")

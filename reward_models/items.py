@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from reward_models.images import SUFFIXES, find_images
 
@@ -15,14 +15,51 @@ SOURCES = "give --prompt TEXT, --prompts FILE, a manifest.jsonl in the folder, o
 
 
 class Item(NamedTuple):
-    """One image with its prompt. Items with equal `image` and `prompt` are the same work."""
+    """One image with its prompt. The same may come twice: it is then scored twice and has two rows."""
 
     image: str  # as it is called in the table: relative to the folder
     prompt: str
     path: Path  # where it is
 
 
-def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None = None) -> list[Item]:
+class Items(Sequence[Item]):
+    """Many items in little memory: a name each, and each distinct prompt once. A million take about 0.1 GB.
+
+    digest  of all names and prompts in their order, hexadecimal
+
+    Raises ValueError for names and prompts that cannot be written to a table.
+    """
+
+    def __init__(self, root: Path, pairs: Iterable[tuple[str, str]]):
+        self._root = root
+        self._names: list[str] = []
+        self._prompts: list[str] = []
+        once: dict[str, str] = {}
+        digest = hashlib.sha256()
+        for name, prompt in pairs:
+            try:
+                digest.update(f"{name}\0{prompt}\0".encode())
+            except UnicodeEncodeError as error:
+                raise ValueError(f"name or prompt of image {name!r} is not valid Unicode; rename it") from error
+            self._names.append(name)
+            self._prompts.append(once.setdefault(prompt, prompt))
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        name = self._names[index]
+        return Item(name, self._prompts[index], self._root / name)
+
+
+def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None = None) -> Items:
     """The images and prompts to score, in order.
 
     images   a folder, an image, or a list of them: .jsonl or .csv with `image`, relative to the list, and `prompt`
@@ -36,72 +73,71 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     for path in filter(None, (images, prompts)):
         if not path.exists():
             raise FileNotFoundError(f"'{path}' does not exist")
+    folder = images if images.is_dir() else images.parent
     if images.suffix.lower() in (".jsonl", ".csv") and images.is_file():
         if prompts is not None:
             raise ValueError(f"'{images}' is a list with prompts of its own; --prompts is for folders and images")
-        items = list(_listed(images, images.parent, prompt))
+        pairs: Iterable[tuple[str, str]] = _listed(images, prompt)
     elif images.is_dir() and prompt is None and prompts is None and (images / "manifest.jsonl").exists():
-        items = list(_listed(images / "manifest.jsonl", images, None))
+        pairs = _listed(images / "manifest.jsonl", None)
     elif prompts is not None and prompts.suffix.lower() in (".jsonl", ".csv"):
-        items = list(_listed(prompts, images if images.is_dir() else images.parent, None))
+        pairs = _listed(prompts, None)
     else:
-        items = _found(images, prompt, prompts)
+        pairs = _found(images, prompt, prompts)
+    items = Items(folder, pairs)
     if not items:
         raise ValueError(f"no images in '{images}'; known suffixes: {' '.join(SUFFIXES)}")
-    for item in items:  # now, and not when the table is written
-        try:
-            f"{item.image}{item.prompt}".encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"name or prompt of image {item.image!r} is not valid Unicode; rename it") from error
     return items
 
 
-def _found(images: Path, prompt: str | None, prompts: Path | None) -> list[Item]:
+def _found(images: Path, prompt: str | None, prompts: Path | None) -> Iterable[tuple[str, str]]:
     """The images that lie in a folder, or one image, with prompts from elsewhere."""
-    folder = images if images.is_dir() else images.parent
-    names = find_images(folder) if images.is_dir() else [images.name]
+    names = find_images(images) if images.is_dir() else [images.name]
     if prompt is not None:
-        texts = [prompt] * len(names)
-    elif prompts is None:
-        texts = _beside(folder, names)
-    elif prompts.suffix.lower() == ".txt":
-        # Not splitlines(): it also splits at characters that may be inside a prompt, and every later one would shift.
-        texts = [text.strip() for text in _text(prompts).split("\n")]
-        while len(texts) > len(names) and not texts[-1]:
-            texts.pop()
-        if len(texts) != len(names):
-            raise ValueError(f"'{prompts}' has {len(texts)} lines for {len(names)} images in '{images}'")
-    else:
+        return ((name, prompt) for name in names)
+    if prompts is None:
+        return _beside(images if images.is_dir() else images.parent, names)
+    if prompts.suffix.lower() != ".txt":
         raise ValueError(f"--prompts must end in .jsonl, .csv or .txt; got '{prompts}'")
-    return [Item(name, text, folder / name) for name, text in zip(names, texts, strict=True)]
+    texts = [text.strip() for text in _lines(prompts)]
+    while len(texts) > len(names) and not texts[-1]:
+        texts.pop()
+    if len(texts) != len(names):
+        raise ValueError(f"'{prompts}' has {len(texts)} lines for {len(names)} images in '{images}'")
+    return zip(names, texts, strict=True)
 
 
-def _beside(folder: Path, names: list[str]) -> list[str]:
-    files = [(folder / name).with_suffix(".txt") for name in names]
-    missing = [name for name, file in zip(names, files, strict=True) if not file.is_file()]
+def _beside(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+    def file(name: str) -> Path:
+        return (folder / name).with_suffix(".txt")
+
+    missing = [name for name in names if not file(name).is_file()]
     if missing:
         raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, first '{missing[0]}'; {SOURCES}")
-    return [_text(file).strip() for file in files]
+    return ((name, "".join(_lines(file(name))).strip()) for name in names)
 
 
-def _text(file: Path) -> str:
+def _lines(file: Path) -> Iterator[str]:
+    """A text file line by line, with their ends. Only at newlines: str.splitlines also splits at characters that may be
+    inside a prompt, and every later one would shift."""
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        with file.open(encoding="utf-8-sig", newline="\n") as text:
+            yield from text
     except UnicodeDecodeError as error:
         raise ValueError(f"'{file}' is not UTF-8 text: {error}") from error
 
 
-def _listed(file: Path, root: Path, prompt: str | None) -> Iterator[Item]:
-    """The rows of a list. A given prompt stands for all of theirs."""
+def _listed(file: Path, prompt: str | None) -> Iterator[tuple[str, str]]:
+    """Image and prompt of the rows of a list. A given prompt stands for all of theirs."""
     for where, row in _csv(file) if file.suffix.lower() == ".csv" else _jsonl(file):
         image, text = row.get("image"), row.get("prompt") if prompt is None else prompt
         if not isinstance(image, str) or not image or not isinstance(text, str):
             raise ValueError(f"'{file}' {where} needs 'image' and 'prompt'; got {str(row)[:80]}")
-        yield Item(image, text, root / image)
+        yield image, text
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
@@ -114,6 +150,6 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(_text(file), newline=""))
+    reader = csv.DictReader(_lines(file))
     for row in reader:
         yield f"line {reader.line_num}", row

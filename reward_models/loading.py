@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import types
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,15 +16,39 @@ if TYPE_CHECKING:
 
 SCORERS = {
     "clip": "reward_models.clip_scorers:CLIPScore",
+    "hps_v2": "reward_models.clip_published:hps_v2",
+    "hps_v2.1": "reward_models.clip_published:hps_v2_1",
+    "pickscore": "reward_models.clip_published:pickscore",
+    "aesthetic": "reward_models.clip_published:aesthetic",
+    "social_reward": "reward_models.clip_published:social_reward",
+    "image_reward": "reward_models.blip_scorers:image_reward",
+    "vp_score": "reward_models.blip_scorers:vp_score",
+    "playground_hps": "reward_models.playground:hps",
+    "playground_vp_score": "reward_models.playground:vp_score",
 }
-"""Name -> `package.module:Class`. The class's keyword-only constructor parameters are what the name can be given."""
+"""Name -> `package.module:Class`, or a function that builds one. Its keyword-only parameters are what the name can be
+given."""
+
+FAMILIES = {
+    "clip": "reward_models.clip_scorers:CLIPScorer",
+    "aesthetic": "reward_models.aesthetic:AestheticPredictor",
+    "blip": "reward_models.blip_scorers:BLIPScorer",
+}
+"""`family` in the reward_config.json of a scorer folder -> class whose `save` wrote it and `from_folder` reads it."""
+
+Dtype = Literal["fp32", "bf16", "fp16"]
 
 
-def load_scorer(spec: str, device: str | torch.device = "auto") -> Scorer:
+def load_scorer(
+    spec: str, device: str | torch.device = "auto", *, dtype: Dtype = "fp32", compile: bool = False
+) -> Scorer:
     """A scorer, frozen, in eval mode and on the device.
 
-    spec    a name of SCORERS or `package.module:Class`, and settings: `clip,model=ViT-L-14,pretrained=openai`
-    device  `auto` is a GPU if there is one, else the CPU
+    spec     a name of SCORERS or `package.module:Class`, and settings: `clip,model=ViT-L-14,pretrained=openai`; or a
+             scorer folder, which training and `save` write
+    device   `auto` is a GPU if there is one, else the CPU
+    dtype    of the network. Scores are float32 whichever it is. What is no `nn.Module` has none
+    compile  torch.compile the network: slower to start, faster from then on
 
     Raises ValueError for unknown names, keys, values and devices, with the nearest known one, and what the scorer
     raises.
@@ -36,15 +61,45 @@ def load_scorer(spec: str, device: str | torch.device = "auto") -> Scorer:
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ...; got '{device}'") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device} asks for a GPU, but torch sees none here; use cpu")
-    name, _, settings = spec.partition(",")
-    build = _find(name)
-    scorer: Any = build(**_settings(spec, settings, build))
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}; got '{dtype}'")
+    scorer: Any = _build(spec)
     missing = [part for part in ("differentiable", "unit", "score") if not hasattr(scorer, part)]
     if missing:
-        raise ValueError(f"'{name}' is no scorer: it has no attribute {', '.join(missing)}")
+        raise ValueError(f"'{spec}' is no scorer: it has no attribute {', '.join(missing)}")
     if isinstance(scorer, torch.nn.Module):
+        if dtype != "fp32":
+            getattr(scorer, "cast", scorer.to)(torch.bfloat16 if dtype == "bf16" else torch.float16)
         scorer.to(where).eval().requires_grad_(False)
+        if compile:
+            scorer.compile()
     return scorer
+
+
+def _build(spec: str) -> Any:
+    """The scorer of a spec, as its constructor leaves it."""
+    name, _, settings = spec.partition(",")
+    # A folder's name may have a comma in it; what is called as a scorer is called that, whatever lies in this folder.
+    folder = next((x for x in (spec, name) if os.path.isdir(x) and name not in SCORERS), None)
+    if folder is None:
+        build = _find(name)
+        return build(**_settings(spec, settings, build))
+    if settings and folder == name:
+        raise ValueError(f"scorer '{spec}': a scorer folder takes no settings; they are in its reward_config.json")
+    return _read_folder(folder)
+
+
+def _read_folder(folder: str) -> Any:
+    from reward_models.weights import CONFIG, read_config
+
+    config = read_config(folder)
+    family, known = config["family"], f"known: {', '.join(FAMILIES)}"
+    if family not in FAMILIES:
+        raise ValueError(f"'{folder}/{CONFIG}': no family '{family}'{nearest(family, FAMILIES)}; {known}")
+    try:
+        return _find(FAMILIES[family]).from_folder(folder, config)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"'{folder}/{CONFIG}' does not describe a scorer of family '{family}': {error!r}") from error
 
 
 def _find(name: str) -> Any:
@@ -52,8 +107,7 @@ def _find(name: str) -> Any:
     module_name, colon, attribute = SCORERS.get(name, name).partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(
-            f"no scorer '{name}'{_nearest(name, SCORERS)}; known: {', '.join(SCORERS)}, or your own "
-            "package.module:Class"
+            f"no scorer '{name}'{nearest(name, SCORERS)}; known: {', '.join(SCORERS)}, or your own package.module:Class"
         )
     try:
         module = import_module(module_name)
@@ -62,13 +116,13 @@ def _find(name: str) -> Any:
             raise  # the module is there; what it imports is not
         raise ValueError(f"scorer '{name}': no module '{module_name}'; is its folder on PYTHONPATH?") from error
     if not hasattr(module, attribute):
-        raise ValueError(f"scorer '{name}': '{module_name}' has no {attribute}{_nearest(attribute, vars(module))}")
+        raise ValueError(f"scorer '{name}': '{module_name}' has no {attribute}{nearest(attribute, vars(module))}")
     return getattr(module, attribute)
 
 
 def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     """The text `key=value,...` as keyword arguments, typed as the constructor says."""
-    parameters = inspect.signature(build).parameters.values()
+    parameters = list(inspect.signature(build).parameters.values())
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     hints = get_type_hints(build.__init__ if inspect.isclass(build) else build)
     values: dict[str, Any] = {}
@@ -76,10 +130,17 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
         key, equals, text = part.partition("=")
         if not equals or key not in known:
             raise ValueError(
-                f"scorer '{spec}': no setting '{key}'{_nearest(key, known)}; "
+                f"scorer '{spec}': no setting '{key}'{nearest(key, known)}; "
                 + (f"known: {', '.join(known)}" if known else "this scorer takes none")
             )
         values[key] = _typed(f"scorer '{spec}': '{key}'", text, hints.get(key, str))
+    wiring = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    python_only = [p.name for p in parameters if p.kind in wiring and p.default is p.empty]
+    if python_only:
+        raise ValueError(f"scorer '{spec}' can be built from Python only: it needs {', '.join(python_only)}")
+    needed = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in values]
+    if needed:
+        raise ValueError(f"scorer '{spec}' needs {needed[0]}: write '{spec},{needed[0]}=...'")
     return values
 
 
@@ -103,6 +164,7 @@ def _typed(where: str, text: str, hint: Any) -> Any:
         raise ValueError(f"{where} must be {hint.__name__}; got '{text}'") from error
 
 
-def _nearest(word: str, known: Any) -> str:
+def nearest(word: str, known: Any) -> str:
+    """The end of an error: did you mean the known word that looks most like it? Empty if none does."""
     close = get_close_matches(word, list(known), n=1)
     return f", did you mean '{close[0]}'?" if close else ""

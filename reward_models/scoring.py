@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
-from reward_models.images import ImageError, read_image
+from reward_models.base import NetworkScorer
+from reward_models.images import ImageError, read_image, to_tensor
 from reward_models.items import Item
+from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer
 
 AHEAD = 2
@@ -53,9 +56,12 @@ def score_files(
     """
     if len(files) != len(prompts):
         raise ValueError(f"one prompt for each file is needed; got {len(prompts)} for {len(files)} files")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]
+    work = (items[i : i + batch_size] for i in range(0, len(items), batch_size))
     scores: list[float] = []
-    for results in score_items(batches(items, batch_size), {type(scorer).__name__: scorer}, num_workers=num_workers):
+    for results in score_items(work, {type(scorer).__name__: scorer}, num_workers=num_workers):
         for result in results:
             if isinstance(result, Failed):
                 raise ValueError(f"cannot score '{result.item.image}': {result.reason}")
@@ -63,24 +69,17 @@ def score_files(
     return torch.tensor(scores)
 
 
-def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
-    """Items cut into batches. The last bits of a score depend on the batch it is computed in, so batches are cut before
-    they are shared among processes or skipped because they are done: the table then does not depend on either."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    return [list(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
-
-
 def score_items(
-    work: Sequence[Sequence[Item]], scorers: Mapping[str, Scorer], *, num_workers: int | None = None
+    work: Iterable[Sequence[Item]], scorers: Mapping[str, Scorer], *, num_workers: int | None = None
 ) -> Iterator[list[Result]]:
     """The results of every batch, in order. A file that cannot be read, or that a scorer gives nan or inf, is Failed.
 
+    work         batches, taken as they are needed
     scorers      name -> scorer
     num_workers  threads that decode (Pillow frees the interpreter while it works); default: the cores, at most 16
     """
     workers = num_workers or min(16, os.cpu_count() or 1)
-    for items, images in _decoded(work, workers):
+    for items, images in _decoded(work, common_rule(scorers.values()), workers):
         good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
         pixels = [image for image in images if isinstance(image, Tensor)]
         prompts = [items[i].prompt for i in good]
@@ -97,13 +96,23 @@ def score_items(
         yield results
 
 
-def _decoded(work: Sequence[Sequence[Item]], workers: int) -> Iterator[tuple[Sequence[Item], list[Tensor | str]]]:
+def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
+    """The rule by which Pillow can resize an image once for all scorers, in the threads that decode; None if there is
+    none, and they get the whole image."""
+    rules = {scorer.rule if isinstance(scorer, NetworkScorer) else None for scorer in scorers}
+    rule = rules.pop() if len(rules) == 1 else None
+    return rule if rule is not None and rule.method == "pil" else None
+
+
+def _decoded(
+    work: Iterable[Sequence[Item]], rule: ImageRule | None, workers: int
+) -> Iterator[tuple[Sequence[Item], list[Tensor | str]]]:
     """Every batch with its images, uint8 [3, H, W], or the reason why there is none."""
     waiting: deque[tuple[Sequence[Item], list[Future[Tensor | str]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
             for items in work:
-                waiting.append((items, [pool.submit(_read, item.path) for item in items]))
+                waiting.append((items, [pool.submit(_read, item.path, rule) for item in items]))
                 if len(waiting) > AHEAD:
                     items, images = waiting.popleft()
                     yield items, [image.result() for image in images]
@@ -114,11 +123,12 @@ def _decoded(work: Sequence[Sequence[Item]], workers: int) -> Iterator[tuple[Seq
             pool.shutdown(cancel_futures=True)
 
 
-def _read(path: Path) -> Tensor | str:
+def _read(path: Path, rule: ImageRule | None) -> Tensor | str:
     try:
-        return read_image(path)
+        image = read_image(path)
     except ImageError as error:
         return str(error)
+    return image if rule is None else to_tensor(rule.shrink(Image.fromarray(image.permute(1, 2, 0).numpy())))
 
 
 @torch.no_grad()

@@ -1,83 +1,96 @@
-"""Tables of scores: columns image, prompt and one for each scorer, as CSV, JSON lines or parquet."""
+"""Tables row by row: as CSV, JSON lines or parquet, by the suffix; whole or not there."""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reward_models.scoring import Failed, Scored
-
 META = b"reward_models"
 """Key of the parquet file's metadata under which lies what `<out>.meta.json` holds."""
+ROW_GROUP = 10_000
+"""Rows of a parquet file that are in memory at once."""
+
+Columns = Mapping[str, Literal["string", "float32", "int32"]]
+"""Name -> type of a column, in pyarrow's words."""
+Rows = Iterable[Sequence[Any]]
 
 
-def check_table_name(out: Path) -> None:
+def check_table_name(out: Path, option: str = "--out") -> None:
     """Raise ValueError unless the suffix says which table to write."""
     if out.suffix not in _WRITERS:
-        raise ValueError(f"--out must end in {', '.join(_WRITERS)}; got '{out}'")
+        raise ValueError(f"{option} must end in {', '.join(_WRITERS)}; got '{out}'")
 
 
-def write_table(out: Path, names: Sequence[str], rows: Sequence[Scored], meta: dict[str, Any]) -> None:
-    """Write the table, and `<out>.meta.json` with its units, each so that it is either whole or not there."""
-    text = json.dumps(meta, indent=2, ensure_ascii=False)
-    _replace(out.with_name(out.name + ".meta.json"), text.encode() + b"\n")
-    _replace(out, _WRITERS[out.suffix](names, rows, text))
+def write_table(out: Path, columns: Columns, rows: Rows, meta: Mapping[str, Any]) -> None:
+    """Write the table, of which little is in memory at any time. Parquet holds `meta` too."""
+    with replacing(out) as temporary:
+        _WRITERS[out.suffix](temporary, columns, rows, json.dumps(meta, indent=2, ensure_ascii=False))
 
 
-def write_failures(out: Path, failures: Sequence[Failed]) -> Path:
+def write_meta(out: Path, meta: Mapping[str, Any]) -> None:
+    """Write `<out>.meta.json`: units, summary, what the numbers depend on."""
+    with replacing(out.with_name(out.name + ".meta.json")) as temporary:
+        temporary.write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_failures(out: Path, failures: Rows) -> Path:
     """Write `<out>.failed.jsonl` with image, prompt and reason, or remove it when nothing failed; returns its path."""
     path = out.with_name(out.name + ".failed.jsonl")
-    if failures:
-        lines = [{"image": f.item.image, "prompt": f.item.prompt, "reason": f.reason} for f in failures]
-        _replace(path, _lines(lines))
-    else:
+    rows = iter(failures)
+    first = next(rows, None)
+    if first is None:
         path.unlink(missing_ok=True)
+    else:
+        with replacing(path) as temporary:
+            _jsonl(temporary, {"image": "string", "prompt": "string", "reason": "string"}, chain([first], rows), "")
     return path
 
 
-def _csv(names: Sequence[str], rows: Sequence[Scored], meta: str) -> bytes:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["image", "prompt", *names])
-    writer.writerows([row.item.image, row.item.prompt, *row.scores] for row in rows)
-    return file.getvalue().encode()
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, which takes its place when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _jsonl(names: Sequence[str], rows: Sequence[Scored], meta: str) -> bytes:
-    columns = ["image", "prompt", *names]
-    return _lines([dict(zip(columns, [r.item.image, r.item.prompt, *r.scores], strict=True)) for r in rows])
+def _csv(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
-def _parquet(names: Sequence[str], rows: Sequence[Scored], meta: str) -> bytes:
-    columns = {"image": pa.array([r.item.image for r in rows], pa.string())}
-    columns["prompt"] = pa.array([r.item.prompt for r in rows], pa.string())
-    for k, name in enumerate(names):
-        columns[name] = pa.array([r.scores[k] for r in rows], pa.float32())
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns).replace_schema_metadata({META: meta.encode()}), sink)
-    return sink.getvalue().to_pybytes()
+def _jsonl(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n")
 
 
-_WRITERS: dict[str, Callable[[Sequence[str], Sequence[Scored], str], bytes]] = {
+def _parquet(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
+    schema = pa.schema([pa.field(name, getattr(pa, kind)()) for name, kind in columns.items()], {META: meta.encode()})
+    rows = iter(rows)
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(rows, ROW_GROUP)):
+            arrays = [pa.array(x, kind) for x, kind in zip(zip(*group, strict=True), schema.types, strict=True)]
+            writer.write_table(pa.table(arrays, schema=schema))
+
+
+_WRITERS: dict[str, Callable[[Path, Columns, Rows, str], None]] = {
     ".csv": _csv,
     ".jsonl": _jsonl,
     ".parquet": _parquet,
 }
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -88,11 +88,16 @@ def test_file_budget() -> None:
     assert not long
 
 
+SHARED = {"hps": "reward_training", "vp_score": "reward_training"}
+"""Recipes that train another network by the same algorithm."""
+
+
 def test_recipe_has_config_and_test_of_the_same_name() -> None:
     for recipe in _python("train"):
+        algorithm = SHARED.get(recipe.stem, recipe.stem)
         assert (ROOT / "configs" / recipe.stem / "playground.yaml").exists()
-        assert (ROOT / "diffalign" / "algorithms" / recipe.name).exists()
-        assert (ROOT / "tests" / "algorithms" / f"test_{recipe.name}").exists()
+        assert (ROOT / "diffalign" / "algorithms" / f"{algorithm}.py").exists()
+        assert (ROOT / "tests" / "algorithms" / f"test_{algorithm}.py").exists()
 
 
 def test_repository_is_small() -> None:

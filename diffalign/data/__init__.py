@@ -1,6 +1,7 @@
 """Preference data: readers for the common layouts, a cache of latents and text embeddings, keyed pairs and batches."""
 
 from diffalign.data.cache import LatentCache
+from diffalign.data.groups import PreferenceGroups
 from diffalign.data.loader import KeyedLoader
 from diffalign.data.pairs import PreferencePairs, check_pairs
 from diffalign.data.readers import read_records
@@ -11,6 +12,7 @@ __all__ = [
     "ImageRef",
     "KeyedLoader",
     "LatentCache",
+    "PreferenceGroups",
     "PreferencePairs",
     "Record",
     "check_pairs",

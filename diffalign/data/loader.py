@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
-from diffalign.data.pairs import PreferencePairs
 from diffalign.draws import Draws
-from diffalign.types import PairBatch
+
+
+class KeyedDataset(Protocol):
+    """What a KeyedLoader reads: items by (epoch, index), drawn by key; see PreferencePairs."""
+
+    draws_per_pair: int | None
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: tuple[int, int]) -> Any: ...
+    def collate(self, items: Sequence[Any]) -> Any: ...
+    def encode(self, batch: Any) -> Any: ...
 
 
 class KeyedLoader:
@@ -24,7 +34,7 @@ class KeyedLoader:
 
     def __init__(
         self,
-        dataset: PreferencePairs,
+        dataset: KeyedDataset,
         draws: Draws,
         *,
         batch_size: int,
@@ -36,11 +46,11 @@ class KeyedLoader:
         self.dataset, self.draws, self.batch_size = dataset, draws, batch_size
         self.rank, self.world_size, self.num_workers, self.device = rank, world_size, num_workers, device
 
-    def start(self, micro: int) -> Iterator[PairBatch]:
+    def start(self, micro: int) -> Iterator[Any]:
         """Micro-batches of this rank from number `micro` on, without end."""
         return self._load(_Stream(self, micro))
 
-    def once(self) -> Iterator[PairBatch]:
+    def once(self) -> Iterator[Any]:
         """This rank's share of every pair with each of its `draws_per_pair` draws, in fixed order.
 
         Every rank gets the same number of batches; the last ones begin again at the first pair.
@@ -51,9 +61,9 @@ class KeyedLoader:
         starts = range(self.rank * self.batch_size, len(everything), chunk)
         return self._load([everything[start : start + self.batch_size] for start in starts])
 
-    def _load(self, places: Iterable[list[tuple[int, int]]]) -> Iterator[PairBatch]:
-        loader = DataLoader(
-            self.dataset,
+    def _load(self, places: Iterable[list[tuple[int, int]]]) -> Iterator[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]
             batch_sampler=places,  # type: ignore[arg-type]
             collate_fn=self.dataset.collate,
             num_workers=self.num_workers,
@@ -62,13 +72,8 @@ class KeyedLoader:
         )
         for raw in loader:
             batch = self.dataset.encode(raw)
-            yield PairBatch(
-                batch.x0.to(self.device, non_blocking=True),
-                batch.cond.to(self.device, non_blocking=True),
-                [tuple(key) for key in batch.keys],  # type: ignore[arg-type]  # older torch pins tuples as lists
-                batch.weight.to(self.device, non_blocking=True),
-                batch.flip.to(self.device, non_blocking=True),
-            )
+            keys = [tuple(key) for key in batch.keys]  # type: ignore[arg-type]  # older torch pins tuples as lists
+            yield batch._replace(keys=keys).to(self.device)
 
 
 class _Stream:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,16 +13,11 @@ from torch.utils.data import Dataset
 
 from diffalign.data.cache import LatentCache, Ranks, Seen, check_images, cond_of
 from diffalign.data.images import pixels
-from diffalign.data.readers import find_reader, read_records
-from diffalign.data.records import Dropped, ImageRef, Record
+from diffalign.data.readers import find_reader
+from diffalign.data.records import ImageRef, Record
+from diffalign.data.usable import DropReport, read_some, usable_records
 from diffalign.draws import Draws
 from diffalign.types import Cond, Encoder, Key, PairBatch
-
-logger = logging.getLogger(__name__)
-
-NO_PREFERENCE = ("tie", "not labelled")
-"""Records that say nothing about preference. They are listed like damaged ones but do not count as damage: one record
-in eight of Pick-a-Pic is a tie."""
 
 
 class Item(NamedTuple):
@@ -103,8 +95,8 @@ class PreferencePairs(Dataset):
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
         self.draws_per_pair = draws_per_pair
         ranks = Ranks(rank, world_size, barrier, folder)
-        records, dropped = _read(path, limit)
-        report = _Report(folder / "dropped.jsonl", rank == 0, path, max_dropped)
+        records, dropped = read_some(path, limit)
+        report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
         report.stop_if_damaged(len(records), dropped)  # labels first: images may take hours
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
         store = None
@@ -114,7 +106,7 @@ class PreferencePairs(Dataset):
             store = LatentCache(cache_folder(cache), encoder, resolution, *ranks, hflip=hflip)
             found = store.add_images(images)
         seen = dict(zip(images, found, strict=True))
-        records, damaged = _usable(records, seen)
+        records, damaged = usable_records(records, seen)
         dropped += damaged
         report.stop_if_damaged(len(records), dropped)
         self._arrange(records)
@@ -220,66 +212,3 @@ def check_pairs(cfg: dict[str, Any]) -> list[str]:
 def cache_folder(cache: str | None) -> Path:
     """Where latents and embeddings are kept: as given, or $DIFFALIGN_CACHE, or ~/.cache/diffalign."""
     return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()
-
-
-def _read(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]]:
-    records: list[Record] = []
-    dropped: list[Dropped] = []
-    for one in read_records(path):
-        if isinstance(one, Dropped):
-            dropped.append(one)
-        else:
-            records.append(one)
-            if len(records) == limit:
-                break
-    return records, dropped
-
-
-def _usable(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> tuple[list[Record], list[Dropped]]:
-    """Split off the records with an image that cannot be used, or with the same image as winner and loser."""
-    usable, dropped = [], []
-    for record in records:
-        images = [seen[ref] for ref in record.images]
-        reason = next((image.reason for image in images if image.reason), "")
-        if not reason and any(images[w].digest == images[l_].digest for w, l_ in record.pairs()):
-            reason = "identical images"
-        if reason:
-            dropped.append(Dropped(record.id, reason))
-        else:
-            usable.append(record)
-    return usable, dropped
-
-
-class _Report:
-    """Lists what was dropped, and stops the run when it is too much."""
-
-    def __init__(self, file: Path, main: bool, path: str, max_dropped: float):
-        self.file, self.main, self.path, self.max_dropped = file, main, path, max_dropped
-
-    def stop_if_damaged(self, usable: int, dropped: Sequence[Dropped]) -> None:
-        """Write the list. Raises ValueError when more than max_dropped is damaged or nothing is left."""
-        if self.main:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_name(self.file.name + ".tmp")
-            temporary.write_text("".join(json.dumps(d._asdict()) + "\n" for d in dropped), encoding="utf-8")
-            os.replace(temporary, self.file)
-        damaged = sum(d.kind not in NO_PREFERENCE for d in dropped)
-        if not usable:
-            raise ValueError(f"no usable pair in '{self.path}' ({_counts(dropped)}); see '{self.file}'")
-        share = damaged / (usable + damaged)
-        if share > self.max_dropped:
-            raise ValueError(
-                f"{damaged} of {usable + damaged} records of '{self.path}' ({share:.1%}) are damaged, more than "
-                f"'data.max_dropped' = {self.max_dropped} ({_counts(dropped)}); see '{self.file}'"
-            )
-
-    def summary(self, usable: int, pairs: int, dropped: Sequence[Dropped]) -> None:
-        """One line in the log: a warning when something was dropped."""
-        if self.main:
-            level = logging.WARNING if dropped else logging.INFO
-            what = f"; dropped {len(dropped)} ({_counts(dropped)}), listed in '{self.file}'" if dropped else ""
-            logger.log(level, "%d pairs from %d records of '%s'%s", pairs, usable, self.path, what)
-
-
-def _counts(dropped: Sequence[Dropped]) -> str:
-    return ", ".join(f"{n} {kind}" for kind, n in Counter(d.kind for d in dropped).most_common()) or "it is empty"

@@ -1,21 +1,22 @@
 """Preference data sets on disk -> records. The layout is chosen by what lies at the path.
 
     *.parquet, or a folder of them    Pick-a-Pic: caption, jpg_0, jpg_1, label_0 in {0, 0.5, 1}[, has_label, user_id]
-    *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, annotator]; image paths relative to the file
+    *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, annotator]; image paths relative to the file;
+                                      or prompt, images, scores {aspect: numbers}[, ranking]
     a folder with w/ and l/           winners and losers under equal names, and prompts.txt or prompts.jsonl
-    *.json, or a folder with          HPDv2: prompt, file_path, human_preference (train.json) or
-      train.json or test.json         prompt, image_path, rank (test.json)
+    *.json, or a folder with          HPDv2: prompt, file_path, human_preference, or prompt, image_path, rank;
+      train.json or test.json         ImageReward: prompt, generations, ranking;
+                                      HPDv3: prompt, path1 (the better one), path2[, confidence]; also as *.jsonl
+    images/train/train_1.zip, ...     ImageRewardDB: prompt_id, prompt, image_path, rank, ..._rating; also extracted
 
 No reader opens an image: a record says where its images lie.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,29 +24,43 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffalign.data.entries import Records, bad_label, bad_prompt, json_lines
+from diffalign.data.rankings import (
+    image_reward_db_shards,
+    read_hpd_v3_lines,
+    read_image_reward_db,
+    read_json,
+    read_ratings,
+)
 from diffalign.data.records import Dropped, ImageRef, Record
 from diffalign.playground import PAIRS
 
-Records = Iterator[Record | Dropped]
-
 EXPECTED = (
-    "a .parquet file or a folder of them (Pick-a-Pic columns), a .jsonl file (prompt, chosen, rejected), a folder with "
-    "w/, l/ and prompts.txt or prompts.jsonl, or an HPDv2 .json file"
+    "a .parquet file or a folder of them (Pick-a-Pic columns), a .jsonl file (prompt, chosen, rejected; or "
+    "prompt, images, scores), a folder with w/, l/ and prompts.txt or prompts.jsonl, an HPDv2 .json file, one of HPDv3 "
+    "or ImageReward, or the shards of ImageRewardDB"
 )
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 logger = logging.getLogger(__name__)
 
 
-def read_records(path: str | Path) -> Records:
+def read_records(path: str | Path, keep_ties: bool = False) -> Records:
     """Every record of a data set in its own order, and what had to be dropped with its reason.
 
+    A record whose images all tie is dropped, or with keep_ties given with its equal ranks.
     Raises FileNotFoundError when nothing lies at the path, ValueError when what lies there is no known layout.
     """
-    return find_reader(path)()
+    records = find_reader(path)()
+    return records if keep_ties else map(_untied, records)
+
+
+def _untied(record: Record | Dropped) -> Record | Dropped:
+    tied = isinstance(record, Record) and len(set(record.ranks)) == 1
+    return Dropped(record.id, "tie") if tied else record
 
 
 def find_reader(path: str | Path) -> Callable[[], Records]:
-    """The reader for what lies at the path, without reading it. Raises as `read_records` does."""
+    """The reader for what lies at the path; it gives ties as records. Raises as `read_records` does."""
     path = PAIRS if str(path) == "playground" else Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
@@ -60,8 +75,9 @@ def find_reader(path: str | Path) -> Callable[[], Records]:
 def _in_file(path: Path) -> dict[str, Callable[[], Records]]:
     readers: dict[str, Callable[[], Records]] = {
         ".parquet": partial(read_parquet, [path]),
-        ".jsonl": partial(read_jsonl, path),
-        ".json": partial(read_hpd, path),
+        ".jsonl": partial(_lines_reader, path),
+        ".json": partial(read_json, path),
+        ".zip": partial(read_image_reward_db, [path]),
     }
     return {path.name: readers[path.suffix]} if path.suffix in readers else {}
 
@@ -74,16 +90,27 @@ def _in_folder(path: Path) -> dict[str, Callable[[], Records]]:
         found["*.parquet"] = partial(read_parquet, shards)
     for file in sorted(path.glob("*.jsonl")):
         if file.name != "prompts.jsonl":
-            found[file.name] = partial(read_jsonl, file)
+            found[file.name] = partial(_lines_reader, file)
+    if db := image_reward_db_shards(path):
+        found["the shards of ImageRewardDB"] = partial(read_image_reward_db, db)
     for name in ("train.json", "test.json"):
         if (path / name).exists() and not any(x.endswith(".json") for x in found):
-            found[name] = partial(read_hpd, path / name)
+            found[name] = partial(read_json, path / name)
     return found
+
+
+def _lines_reader(path: Path) -> Records:
+    """The reader for a .jsonl file, by the keys of its first object."""
+    first = next((line for _, line in json_lines(path) if isinstance(line, dict)), {})
+    if "images" in first:
+        return read_ratings(path)
+    return read_hpd_v3_lines(path) if "path1" in first else read_jsonl(path)
 
 
 def _shards(folder: Path) -> list[Path]:
     """The parquet files of a folder; of its train split where it holds several."""
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
+    files = [f for f in files if not f.name.startswith("metadata-")]  # beside ImageRewardDB: no images, no pairs
     splits = {f: m[1] if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name)) else "" for f in files}
     if len(set(splits.values())) < 2:
         return files
@@ -121,31 +148,30 @@ def _pickapic(id: str, row: dict[str, Any], images: tuple[ImageRef, ...]) -> Rec
     if row.get("has_label") is False:
         return Dropped(id, "not labelled")
     label = row["label_0"]
-    if reason := _caption(row["caption"]) or _label(label, lambda x: x in (0, 0.5, 1)):
+    if reason := bad_prompt(row["caption"]) or bad_label(label, lambda x: x in (0, 0.5, 1)):
         return Dropped(id, reason)
     annotator = None if row.get("user_id") is None else str(row["user_id"])
-    return _ranked(id, row["caption"], images, (1 - label, label), annotator)
+    return Record(id, row["caption"], images, (1 - label, label), annotator=annotator)
 
 
 def read_jsonl(path: Path) -> Records:
     """One pair a line. `prob` is the probability that `chosen` is really the better one: 0.5 is a tie."""
-    for id, line in _lines(path):
+    for id, line in json_lines(path):
         if isinstance(line, Dropped):
             yield line
             continue
         names: list[Any] = [line.get("chosen"), line.get("rejected")]
         prob = line.get("prob", 1.0)
-        reason = _caption(line.get("prompt")) or _label(prob, lambda x: 0.5 <= x <= 1)
+        reason = bad_prompt(line.get("prompt")) or bad_label(prob, lambda x: 0.5 <= x <= 1)
         if not all(isinstance(n, str) and n for n in names):
             reason = "bad line: 'chosen' and 'rejected' must be image paths"
         if reason:
             yield Dropped(id, reason)
-        elif prob == 0.5:
-            yield Dropped(id, "tie")
         else:
             images = tuple(ImageRef(str(path.parent / n)) for n in names)
             annotator = None if line.get("annotator") is None else str(line["annotator"])
-            yield Record(id, line["prompt"], images, (0.0, 1.0), annotator=annotator, flip=1 - prob)
+            ranks, flip = ((0.0, 0.0), 0.0) if prob == 0.5 else ((0.0, 1.0), 1 - prob)
+            yield Record(id, line["prompt"], images, ranks, annotator=annotator, flip=flip)
 
 
 def read_folders(folder: Path, prompts: Path) -> Records:
@@ -169,7 +195,7 @@ def read_folders(folder: Path, prompts: Path) -> Records:
             yield _folder_pair(folder, name, prompt.rstrip("\r"))
         return
     listed: set[str] = set()
-    for id, line in _lines(prompts):
+    for id, line in json_lines(prompts):
         if isinstance(line, Dropped):
             yield line
         elif not isinstance(line.get("image"), str) or line["image"] in listed:
@@ -181,7 +207,7 @@ def read_folders(folder: Path, prompts: Path) -> Records:
 
 
 def _folder_pair(folder: Path, name: str, prompt: Any) -> Record | Dropped:
-    if reason := _caption(prompt):
+    if reason := bad_prompt(prompt):
         return Dropped(name, reason)
     return Record(name, prompt, tuple(ImageRef(str(folder / side / name)) for side in "wl"), (0.0, 1.0))
 
@@ -191,84 +217,3 @@ def _prompts_file(folder: Path) -> Path:
     if len(found) != 1:
         raise ValueError(f"'{folder}' has w/ and l/ and must have prompts.txt or prompts.jsonl, one of them")
     return found[0]
-
-
-def read_hpd(path: Path) -> Records:
-    """HPDv2: pairs with `human_preference` (1 for the better image) or groups with `rank` (lower is better).
-
-    Images lie beside the file or in its train/ or test/ subfolder. Raises ValueError when the file is no JSON list.
-    """
-    try:
-        entries = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON: {error}") from error
-    if not isinstance(entries, list):
-        raise ValueError(f"'{path}' must hold a list of HPDv2 entries, got {type(entries).__name__}")
-    folder = _image_folder(path, entries)
-    for k, entry in enumerate(entries):
-        yield _hpd(f"{path.name}:{k}", entry, folder)
-
-
-def _hpd(id: str, entry: Any, folder: Path) -> Record | Dropped:
-    names = _names(entry)
-    labels = entry.get("human_preference", entry.get("rank")) if names else None
-    if not names or not isinstance(labels, list) or len(labels) != len(names) or len(names) < 2:
-        return Dropped(id, "bad entry: needs file_path and human_preference, or image_path and rank, of equal length")
-    pair = "human_preference" in entry
-    reason = _caption(entry.get("prompt"))
-    for label in labels:
-        reason = reason or _label(label, (lambda x: x in (0, 0.5, 1)) if pair else math.isfinite)
-    if reason:
-        return Dropped(id, reason)
-    ranks = tuple(float(1 - x if pair else x) for x in labels)
-    return _ranked(id, entry["prompt"], tuple(ImageRef(str(folder / n)) for n in names), ranks)
-
-
-def _names(entry: Any) -> list[str]:
-    names = entry.get("file_path", entry.get("image_path")) if isinstance(entry, dict) else None
-    return names if isinstance(names, list) and all(isinstance(n, str) for n in names) else []
-
-
-def _image_folder(path: Path, entries: list[Any]) -> Path:
-    """Where the images are: decided once, by the first image that is found."""
-    places = [path.parent / path.stem, path.parent, path.parent / "train", path.parent / "test"]
-    names = (name for entry in entries for name in _names(entry))
-    return next((place for name in names for place in places if (place / name).is_file()), path.parent)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
-    """(id, object) of every line that is not blank; a Dropped in place of what is no JSON object."""
-    with path.open("rb") as file:
-        for number, text in enumerate(file, 1):
-            id = f"{path.name}:{number}"
-            if not text.strip():
-                continue
-            try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            yield id, line if isinstance(line, dict) else Dropped(id, "bad line: not a JSON object")
-
-
-def _ranked(
-    id: str, prompt: str, images: tuple[ImageRef, ...], ranks: tuple[float, ...], annotator: str | None = None
-) -> Record | Dropped:
-    if len(set(ranks)) == 1:
-        return Dropped(id, "tie")
-    return Record(id, prompt, images, ranks, annotator=annotator)
-
-
-def _caption(text: Any) -> str:
-    """Why a prompt cannot be used, or nothing."""
-    if not isinstance(text, str) or not text.strip():
-        return "empty caption"
-    return "bad caption: not valid Unicode" if any("\ud800" <= c <= "\udfff" for c in text) else ""
-
-
-def _label(value: Any, valid: Callable[[float], bool]) -> str:
-    """Why a label cannot be used, or nothing."""
-    if value is None or value != value:
-        return "missing label"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not valid(value):
-        return f"label out of range: {value!r}"
-    return ""

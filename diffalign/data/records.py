@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +17,13 @@ import pyarrow.parquet as pq
 
 
 class ImageRef(NamedTuple):
-    """Where the bytes of one image lie: a file, or one cell of a parquet file. Hashable and cheap to pickle.
+    """Where the bytes of one image lie: a file, a cell of a parquet file, a file in a zip. Hashable, cheap to pickle.
 
-    path       the image file, or the parquet file when `column` is set
+    path       the image file; the parquet file when `column` is set, the zip file when `member` is
     column     the parquet column
     row_group  the parquet row group
     row        the row within that row group
+    member     the name within the zip file
 
     Parquet is read a row group at a time: cheap in order, slow at random (`data.cache` = off).
     """
@@ -28,9 +32,12 @@ class ImageRef(NamedTuple):
     column: str | None = None
     row_group: int = 0
     row: int = 0
+    member: str | None = None
 
     def read(self) -> bytes:
         """The encoded image. Raises OSError when it cannot be read, FileNotFoundError when it is not there."""
+        if self.member is not None:
+            return self._unzip(self.member)
         if self.column is None:
             return Path(self.path).read_bytes()
         with _lock:
@@ -44,7 +51,19 @@ class ImageRef(NamedTuple):
             raise FileNotFoundError(f"{self} is null")
         return value
 
+    def _unzip(self, member: str) -> bytes:
+        try:
+            with _lock:
+                archive = _archive(self.path, os.getpid())
+            return archive.read(member)
+        except KeyError as error:
+            raise FileNotFoundError(f"'{self.path}' holds no {member}") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            raise OSError(f"{self} is damaged: {error}") from error
+
     def __str__(self) -> str:
+        if self.member is not None:
+            return f"{self.path}:{self.member}"
         if self.column is None:
             return self.path
         return f"{self.path} row group {self.row_group} row {self.row} {self.column}"
@@ -61,10 +80,17 @@ def _cells(path: str, row_group: int, column: str) -> Any:
         return file.read_row_group(row_group, columns=[column], use_threads=False).column(0)
 
 
+@functools.lru_cache(maxsize=4)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    """An open zip file. `process` keeps a forked one from sharing, and moving, the place where its parent reads."""
+    return zipfile.ZipFile(path)
+
+
 def forget_row_groups() -> None:
-    """Free the parquet row groups kept for the next `ImageRef.read`: they can hold hundreds of megabytes."""
+    """Free what is kept for the next `ImageRef.read`: parquet row groups can hold hundreds of megabytes."""
     with _lock:
         _cells.cache_clear()
+        _archive.cache_clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +100,7 @@ class Record:
     id         stable name within the data set, whatever else was dropped
     ranks      one number an image, lower is better; a pair has K = 2
     scores     one number an image, larger is better, where the data set gives any
+    aspects    the same for each aspect that was rated apart: aspect -> one number an image, larger is better
     annotator  who said so
     weight     importance in the loss
     flip       probability in [0, 0.5) that the label is wrong; 0 when unknown
@@ -87,6 +114,7 @@ class Record:
     annotator: str | None = None
     weight: float = 1.0
     flip: float = 0.0
+    aspects: dict[str, tuple[float, ...]] | None = None
 
     def pairs(self) -> Iterator[tuple[int, int]]:
         """(winner, loser) positions in `images`, without ties, in a fixed order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
+from torchvision.transforms.functional import to_pil_image
 
 from reward_models import CLIPScore, Scorer, check_images
-from reward_models.clip_scorers import TEXT_CHUNK, resize_normalised
+from reward_models.clip_networks import image_size
+from reward_models.clip_scorers import TEXT_CHUNK
 from reward_models.protocol import Resizing
 
 PROMPTS = ["a red cube", "two dogs", "", "a red cube", "the sea at night &amp; day " * 20]
@@ -44,18 +46,19 @@ def clip(folder: Path) -> CLIPScore:
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    """Noise, each image in another colour."""
+    """Noise of 8 bits, each image in another colour."""
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(5, 3, 48, 40, generator=generator) * torch.rand(5, 3, 1, 1, generator=generator)
+    noise = torch.rand(5, 3, 48, 40, generator=generator) * torch.rand(5, 3, 1, 1, generator=generator)
+    return (255 * noise).round() / 255
 
 
 def _cosines(folder: Path, images: Tensor, texts: list[str]) -> Tensor:
-    """By open_clip's own functions; [B, 3, 48, 40] -> shorter side 32, longer side int(32 * 48 / 40) = 38, centre."""
+    """By open_clip's own functions, and Pillow."""
     model = open_clip.create_model(f"local-dir:{folder}").eval()
-    x = tv.resize(images, [38, 32], tv.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)[:, :, 3:35]
-    x = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
+    pixels = torch.stack([transform(to_pil_image((255 * x).round().byte())) for x in images])
     with torch.no_grad():
-        image = model.encode_image(x, normalize=True)
+        image = model.encode_image(pixels, normalize=True)
         text = model.encode_text(open_clip.tokenize(texts), normalize=True)
     return (image * text).sum(-1)
 
@@ -111,20 +114,43 @@ def test_features_of_a_prompt_do_not_depend_on_what_is_cached(folder: Path) -> N
     assert one.encode_text(texts[:1]).dtype == torch.float32 and calls  # computed again from other weights
 
 
+def test_prompts_first_seen_in_inference_mode_can_be_used_for_gradients(folder: Path, images: Tensor) -> None:
+    clip = CLIPScore(model=f"local-dir:{folder}", weight=-100)
+    with torch.inference_mode():
+        clip.score(images, PROMPTS)
+    x = images.clone().requires_grad_()
+    assert torch.autograd.grad(clip.score(x, PROMPTS).sum(), x)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("height, width", [(40, 40), (48, 77), (77, 48), (32, 32), (20, 31)])
-@pytest.mark.parametrize(
-    "resize_mode, size", [("shortest", 32), ("longest", 32), ("squash", 32), ("shortest", (24, 40))]
-)
-def test_preprocessing_is_open_clips(height: int, width: int, resize_mode: str, size: int | tuple[int, int]) -> None:
-    """Within Pillow's two roundings to 8 bits, of a smooth image: 2 grey levels, in units of the smallest std."""
-    ramp = np.linspace(0, 6, height)[:, None, None] + np.linspace(0, 9, width)[None, :, None] + np.arange(3)
-    picture = (127.5 + 120 * np.sin(ramp)).round().astype(np.uint8)
-    cfg = PreprocessCfg(size=size, resize_mode=resize_mode, fill_color=90)
-    expected = image_transform_v2(cfg, is_train=False)(Image.fromarray(picture))
-    pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
-    ours = resize_normalised(pixels, size=size, mean=cfg.mean, std=cfg.std, resize_mode=resize_mode, fill_color=90)[0]
-    assert ours.shape == expected.shape
-    assert (ours - expected).abs().max() < 2 / 255 / min(cfg.std)
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_preprocessing_is_open_clips(
+    height: int, width: int, resize_mode: str, interpolation: str, folder: Path, tmp_path: Path
+) -> None:
+    """Bit for bit before the normalisation, on noise."""
+    settings = {"resize_mode": resize_mode, "interpolation": interpolation, "fill_color": 90}
+    description = json.loads((folder / "open_clip_config.json").read_text())
+    description["preprocess_cfg"] |= settings
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(description))
+    (tmp_path / "open_clip_model.safetensors").symlink_to(folder / "open_clip_model.safetensors")
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    clip = CLIPScore(model=f"local-dir:{tmp_path}")
+    expected = image_transform_v2(PreprocessCfg(**clip.clip.visual.preprocess_cfg), is_train=False)
+    ours = clip.preprocess(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255)[0]
+    torch.testing.assert_close(ours, expected(Image.fromarray(picture)), atol=1e-6, rtol=0)
+
+
+def test_networks_that_take_oblongs_are_refused(folder: Path, tmp_path: Path) -> None:
+    description = json.loads((folder / "open_clip_config.json").read_text())
+    description["model_cfg"]["vision_cfg"]["image_size"] = [32, 32]  # as many as it was trained with
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(description))
+    (tmp_path / "open_clip_model.safetensors").symlink_to(folder / "open_clip_model.safetensors")
+    assert CLIPScore(model=f"local-dir:{tmp_path}").rule.size == 32
+    clip = CLIPScore(model=f"local-dir:{folder}").clip
+    clip.visual.image_size = (32, 24)
+    with pytest.raises(ValueError, match="takes images of 32 x 24; only square ones"):
+        image_size(clip)
 
 
 def test_is_a_scorer_that_resizes(clip: CLIPScore, images: Tensor) -> None:
@@ -161,8 +187,11 @@ def test_weights_that_cannot_be_loaded_are_one_clear_error(folder: Path, tmp_pat
         CLIPScore(model=f"local-dir:{tmp_path}")
 
 
-def test_gradient_is_the_slope(clip: CLIPScore, images: Tensor) -> None:
-    """Central differences along a random direction, away from the clamp."""
+def test_gradient_is_the_slope(folder: Path, images: Tensor) -> None:
+    """Central differences along a random direction, away from the clamp; without the rounding to 8 bits, which has no
+    slope."""
+    clip = CLIPScore(model=f"local-dir:{folder}")
+    clip.rule = replace(clip.rule, method="antialias")
     k = int(clip.score(images, PROMPTS).argmax())
     x, prompt = images[k : k + 1] * 0.8 + 0.1, [PROMPTS[k]]
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

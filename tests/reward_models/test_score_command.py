@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
-import runpy
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 
 from reward_models import load_scorer, score_files
 from reward_models.cli import main
+from reward_models.preprocess import ImageRule
+from reward_models.scoring import common_rule
 
 ROOT = Path(__file__).parents[2]
 SCORERS = """
@@ -118,12 +121,50 @@ def test_two_scorers_over_subfolders_in_every_format(
     ]
     meta = json.loads((tmp_path / "out/scores.parquet.meta.json").read_text())
     assert json.loads(parquet.schema.metadata[b"reward_models"]) == meta
-    assert meta["scorers"] == {clip: {"unit": "2.5*max(cos,0)"}, red: {"unit": "share"}}
-    assert (meta["scored"], meta["failed"]) == (20, 0)
+    assert [(x["unit"], x["count"]) for x in meta["scorers"].values()] == [("2.5*max(cos,0)", 20), ("share", 20)]
+    assert meta["scorers"][clip]["rule"]["size"] == 32 and meta["scorers"][red]["rule"] is None
+    assert (meta["scored"], meta["failed"], meta["dtype"], meta["batch_size"]) == (20, 0, "fp32", 8)
 
     values = np.array([row[red] for row in rows])
-    numbers = rf"{values.mean():.5g}\s+{values.std():.5g}\s+{values.min():.5g}\s+{values.max():.5g}\s+share"
-    assert re.search(rf"^{red}\s+{numbers}$", capsys.readouterr().out, re.MULTILINE)
+    low, middle, high = np.percentile(values, (5, 50, 95))
+    numbers = (values.mean(), values.std(), values.min(), low, middle, high, values.max())
+    line = rf"^{red}\s+" + r"\s+".join(re.escape(f"{x:.5g}") for x in numbers) + "  share$"
+    assert re.search(line, capsys.readouterr().out, re.MULTILINE)
+
+
+def test_pillow_shrinks_in_the_threads_for_scorers_of_one_rule_and_the_table_stays_the_same(
+    images: Path, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scorers of one rule get small images of one size; one more with another rule, and they get the whole ones."""
+    shapes: set[tuple[int, ...]] = set()
+    whole_rule = ImageRule.__call__
+
+    def seen(rule: ImageRule, pixels: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(pixels.shape[1:]))
+        return whole_rule(rule, pixels)
+
+    monkeypatch.setattr(ImageRule, "__call__", seen)
+    twin = f"{clip},weight=1"
+    assert _run(images, "--scorer", clip, "--scorer", twin, "--out", tmp_path / "small.jsonl", "--batch-size", 8) == 0
+    assert shapes == {(3, 32, 32)}
+    whole = ("--scorer", clip, "--scorer", twin, "--scorer", "command_scorers:Red", "--out", tmp_path / "whole.jsonl")
+    assert _run(images, *whole, "--batch-size", 8) == 0
+    assert shapes == {(3, 32, 32), (3, 40, 36), (3, 50, 32)}
+    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    small = [{k: v for k, v in row.items() if k != "command_scorers:Red"} for row in rows]
+    assert [json.loads(line) for line in (tmp_path / "small.jsonl").read_text().splitlines()] == small
+
+
+def test_rules_that_pillow_does_not_follow_or_that_differ_need_the_whole_image(clip: str) -> None:
+    def ruled(**changes: Any) -> Any:
+        scorer = load_scorer(clip, "cpu")
+        scorer.rule = replace(scorer.rule, **changes)
+        return scorer
+
+    assert common_rule([load_clip(clip), ruled()]) == load_clip(clip).rule
+    assert common_rule([load_clip(clip), ruled(crop="transformers")]) is None
+    assert common_rule([ruled(method="antialias")]) is None
+    assert common_rule([load_clip(clip), load_scorer("command_scorers:Red")]) is None
 
 
 _loaded: dict[str, object] = {}
@@ -141,25 +182,6 @@ def test_batches_hold_one_size_and_keep_their_prompts(images: Path, tmp_path: Pa
     assert seen[0] == ((2, 3, 32, 32), ["prompt 0", "prompt 0"])
     assert seen[1] == ((2, 3, 40, 36), ["prompt 0", "prompt 1"])
     assert sum(shape[0] for shape, _ in seen) == 20 and max(shape[0] for shape, _ in seen) == 2
-
-
-def test_damaged_images_are_listed_and_the_rest_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, out = tmp_path / "in", tmp_path / "s.csv"
-    folder.mkdir()
-    for i in range(4):
-        Image.new("RGB", (80, 80), (255 * (i == 2), 0, 0)).save(folder / f"{i}.png", compress_level=0)
-    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:9000])
-    arguments = (folder, "--prompt", "x", "--scorer", "command_scorers:Red", "--out", out)
-    assert _run(*arguments) == 2
-    rows = ["image,prompt,command_scorers:Red", "0.png,x,0.0", "2.png,x,1.0", "3.png,x,0.0"]
-    assert out.read_text().splitlines() == rows
-    (failed,) = map(json.loads, (tmp_path / "s.csv.failed.jsonl").read_text().splitlines())
-    assert failed["image"] == "1.png" and failed["reason"].startswith("damaged: ")
-    error = capsys.readouterr().err
-    assert "'1.png' is not scored: damaged" in error and "1 images are not scored" in error
-    Image.new("RGB", (80, 80)).save(folder / "1.png")
-    assert _run(*arguments) == 0
-    assert not (tmp_path / "s.csv.failed.jsonl").exists() and "1.png,x,0.0" in out.read_text()
 
 
 def test_a_score_that_is_not_a_number_is_a_failure_and_never_a_row(tmp_path: Path) -> None:
@@ -221,13 +243,6 @@ def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path:
     assert sorted(seen) == of_one
 
 
-def test_recipe_takes_the_same_arguments(images: Path, tmp_path: Path) -> None:
-    recipe = runpy.run_path(str(ROOT / "eval/score_folder.py"))
-    out = tmp_path / "s.csv"
-    assert recipe["main"]([str(images), "--scorer", "command_scorers:Red", "--out", str(out), "--device", "cpu"]) == 0
-    assert len(out.read_text().splitlines()) == 21
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -237,6 +252,12 @@ def test_recipe_takes_the_same_arguments(images: Path, tmp_path: Path) -> None:
         (["IMAGES", "--scorer", "clip", "--scorer", "clip", "--out", "s.csv"], "--scorer clip is given twice"),
         (["nowhere", "--scorer", "clip", "--out", "s.csv"], "'nowhere' does not exist"),
         (["IMAGES/left", "--scorer", "clip", "--out", "s.csv"], "no prompt for 10 of 10 images"),
+        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--report", "s.pdf"], "must end in .html; got 's.pdf'"),
+        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--best", "b.txt"], "--best must end in .csv, .jsonl"),
+        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--best", "s.csv"], "--out and --best are the same file"),
+        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["info", "hps"], "no card of 'hps', did you mean 'hps_v2'?"),
+        (["convert", "nowhere.pt", "x.safetensors"], "'nowhere.pt' does not exist"),
         (["IMAGES", "--scorer", "clip"], "the following arguments are required: --out; see --help"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--batch-size", "0"], "must be a whole number from 1"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--prompt", "x", "--prompts", "y"], "not allowed with"),
@@ -267,3 +288,13 @@ def test_an_error_in_a_scorer_leaves_nothing_behind(
     assert _run(images, "--scorer", "command_scorers:Shape", "--out", tmp_path / "s.csv") == 1
     assert "must return float32 [7] for 7 images" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_dtype_reaches_the_network_and_the_scores_stay_float32(images: Path, clip: str, tmp_path: Path) -> None:
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / f"{dtype}.parquet"
+        assert _run(images, "--scorer", clip, "--out", out, "--dtype", dtype) == 0
+        assert json.loads((tmp_path / f"{dtype}.parquet.meta.json").read_text())["dtype"] == dtype
+    exact, rough = (np.array(pq.read_table(tmp_path / f"{d}.parquet")[clip]) for d in ("fp32", "bf16"))
+    assert exact.dtype == rough.dtype == np.float32
+    assert 0 < np.abs(exact - rough).max() < 0.02 * 2.5

@@ -47,7 +47,7 @@ def test_prompts_in_a_text_file_are_in_the_order_of_the_images(folder: Path, tmp
     file.write_bytes("\ufeffone\r\ntwo\u2028more\n\n four \n\n".encode())
     assert [p for _, p in _pairs(folder, prompts=file)] == ["one", "two\u2028more", "", "four"]
     file.write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="has 3 lines for 4 images"):
+    with pytest.raises(ValueError, match="has 2 lines for 4 images"):
         read_items(folder, prompts=file)
 
 

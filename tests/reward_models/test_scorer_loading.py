@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import subprocess
 import sys
 import textwrap
@@ -11,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from reward_models import load_scorer
+from reward_models import CLIPScorer, load_scorer
+from reward_models.loading import FAMILIES, SCORERS
 
-SCORERS = """
+SOURCE = """
     from typing import Literal
     from torch import nn
 
@@ -41,7 +44,7 @@ SCORERS = """
 
 @pytest.fixture(autouse=True)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "loading_scorers.py").write_text(textwrap.dedent(SCORERS))
+    (tmp_path / "loading_scorers.py").write_text(textwrap.dedent(SOURCE))
     (tmp_path / "loading_broken.py").write_text("import no_such_library")
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -58,7 +61,12 @@ def test_settings_get_the_types_of_the_constructor() -> None:
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("clpi", "no scorer 'clpi', did you mean 'clip'?; known: clip, or your own package.module:Class"),
+        ("clpi", "no scorer 'clpi', did you mean 'clip'?; known: clip, hps_v2, hps_v2.1, pickscore, "),
+        ("hpsv2.1", "did you mean 'hps_v2.1'?"),
+        ("hps_v2,unit=x10", "'unit' must be one of raw, x100, logit; got 'x10'"),
+        ("hps_v2,antialias=no", "'antialias' must be one of true, false; got 'no'"),
+        ("social_reward", "scorer 'social_reward' needs weights: write 'social_reward,weights=...'"),
+        ("reward_models.mixture:WeightedSum", "can be built from Python only: it needs scorers"),
         ("clip,modle=x", "scorer 'clip,modle=x': no setting 'modle', did you mean 'model'?; known: model, pretrained"),
         ("clip,weight=two", "scorer 'clip,weight=two': 'weight' must be float; got 'two'"),
         ("clip,weight", "no setting 'weight'"),
@@ -109,3 +117,65 @@ def test_importing_the_package_and_asking_for_help_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "reward-score images" in done.stdout and "clip" in done.stdout
+
+
+def test_every_name_leads_to_something_that_builds_a_scorer() -> None:
+    for target in (*SCORERS.values(), *FAMILIES.values()):
+        module, _, attribute = target.partition(":")
+        build = getattr(importlib.import_module(module), attribute)
+        assert callable(build) and (target in SCORERS.values() or callable(build.from_folder))
+
+
+def test_published_weights_that_are_not_there_say_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the ten seconds in which a ViT-H-14 fills with random numbers."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    url = r"https://huggingface\.co/xswu/HPSv2/resolve/main/HPS_v2\.1_compressed\.pt"
+    with pytest.raises(FileNotFoundError, match=f"cannot be had: .* Download {url} and give the path"):
+        load_scorer("hps_v2.1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    vision = {"image_size": 28, "layers": 1, "width": 16, "head_width": 16, "patch_size": 14}
+    text = {"width": 8, "heads": 1, "layers": 1}
+    CLIPScorer({"embed_dim": 4, "vision_cfg": vision, "text_cfg": text}, unit="x100").save(tmp_path / "mine, tuned")
+    return tmp_path / "mine, tuned"
+
+
+def test_a_scorer_folder_is_a_spec(folder: Path) -> None:
+    scorer: Any = load_scorer(str(folder), "cpu")
+    assert scorer.unit == "x100" and not scorer.training
+    assert scorer.score(torch.rand(2, 3, 30, 40), ["a", "b"]).shape == (2,)
+
+
+def test_folders_that_are_no_scorers_say_why(folder: Path) -> None:
+    plain = folder.rename(folder.parent / "plain")
+    with pytest.raises(ValueError, match="takes no settings; they are in its reward_config"):
+        load_scorer(f"{plain},unit=raw")
+    with pytest.raises(FileNotFoundError, match="is no scorer folder: it has no reward_config"):
+        load_scorer(str(folder.parent))
+    config = json.loads((plain / "reward_config.json").read_text())
+    for change, message in (
+        ({"family": "clap"}, r"no family 'clap', did you mean 'clip'\?; known: clip, "),
+        ({"family": 3}, "must be an object with the text 'family'"),
+        ({"rule": {"size": 28, "shape": 1}}, r"does not describe a scorer of family 'clip': TypeError.*shape"),
+        ({"architecture": {"embed_dim": 4}}, "lacks vision_cfg, text_cfg"),
+    ):
+        (plain / "reward_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=message):
+            load_scorer(str(plain))
+    del config["unit"]
+    (plain / "reward_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"does not describe a scorer of family 'clip': KeyError.'unit'"):
+        load_scorer(str(plain))
+    (plain / "reward_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        load_scorer(str(plain))
+
+
+def test_dtype_and_compile_are_for_networks() -> None:
+    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16; got 'int8'"):
+        load_scorer("loading_scorers:Net", "cpu", dtype="int8")  # type: ignore[arg-type]
+    scorer: Any = load_scorer("loading_scorers:Net", "cpu", dtype="bf16")
+    assert scorer.linear.weight.dtype == torch.bfloat16
+    assert load_scorer("loading_scorers:Plain", "cpu", dtype="bf16", compile=True).score(torch.ones(1, 3, 2, 2), [""])

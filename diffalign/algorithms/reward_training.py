@@ -1,0 +1,85 @@
+"""Training a scorer on people's choices (Bradley & Terry, 1952).
+
+    loss = mean over pairs of -(1 - e) log sigmoid(s_w - s_l) - e log sigmoid(s_l - s_w)
+
+s is the scorer's logit, e the label noise. HPSv2 (Wu et al., 2023) fine-tunes CLIP with it, ImageReward (Xu et al.,
+2023) and VP-Score (Wu et al., 2024) BLIP.
+
+Differs from the released codes:
+- HPSv2 sums over the batch (`reduction: sum`); with AdamW and no clipping that changes only the size against `eps`.
+- HPSv2's list-wise hinge counts the diagonal and the padding as pairs. Here every ordered pair of a group of K images
+  counts once, the mean over pairs first and over groups then, so a prompt with 9 images weighs as one with 2.
+- Several aspects are several columns of scores, each with its own order; the loss is their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.draws import Draws
+from diffalign.losses import ranking
+from diffalign.types import GroupBatch, Metrics
+
+
+class RewardTraining(Algorithm):
+    """Bradley-Terry on groups of images. The player is `scorer`: (pixels, prompts) -> logits [N] or [N, A].
+
+    Positional: the scorer as prepared by accelerate, the draws of the run, the names of the A aspects.
+
+    Args:
+        reduction: mean over the prompts of a batch, or sum as HPSv2's released code
+        label_smoothing: probability in [0, 0.5) that a label is wrong, for records that do not say it themselves
+        dropout: whether dropout layers are active; drawn by key, so that resuming repeats it
+    """
+
+    def __init__(
+        self,
+        scorer: nn.Module,
+        draws: Draws,
+        aspects: tuple[str, ...] = ("overall",),
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        label_smoothing: float = 0.0,
+        dropout: bool = False,
+    ):
+        self.players = {"scorer": scorer}
+        self.scorer, self.draws, self.aspects = scorer, draws, aspects
+        self.reduction, self.label_smoothing, self.dropout = reduction, label_smoothing, dropout
+
+    def turns(self, step: int) -> tuple[Turn, ...]:
+        return (Turn("scorer", self.loss),)
+
+    def loss(self, batch: GroupBatch) -> tuple[Tensor, Metrics]:
+        """Groups -> (scalar, accuracy and margin of each aspect)."""
+        logits = self._logits(batch)
+        flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
+        losses, right, pairs = ranking(logits, batch.ranks, batch.group, flip)
+        there = pairs > 0
+        each = (losses * batch.weight[:, None]).sum(1) / there.sum(1).clamp(min=1)
+        known = torch.where(there, right.detach(), torch.nan)
+        metrics = {f"accuracy/{name}": known[:, k] for k, name in enumerate(self.aspects)}
+        metrics["logit_std"] = logits.detach().std()
+        return (each.sum() if self.reduction == "sum" else each.mean()), metrics
+
+    def _logits(self, batch: GroupBatch) -> Tensor:
+        """[N, A] in float32, with dropout as a pure function of the keys."""
+        self.scorer.train(self.dropout)
+        with torch.random.fork_rng(enabled=self.dropout):
+            if self.dropout:
+                torch.manual_seed(int(self.draws.integers([tuple(batch.keys)], 0, 2**62, stream="dropout")))
+            return self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
+
+    def verdict(self, recent: Mapping[str, float]) -> str:
+        rates = [f"{name} {recent[f'scorer/accuracy/{name}']:.1%}" for name in self.aspects]
+        return f"accuracy on training pairs over the last steps: {', '.join(rates)}"
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section."""
+        e = cfg["label_smoothing"]
+        return [] if 0 <= e < 0.5 else [f"'algorithm.label_smoothing' = {e} must lie in [0, 0.5)"]

@@ -1,0 +1,156 @@
+"""Groups of images of one prompt in their order of preference, for the training of a scorer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffalign.data.cache import Ranks, check_images
+from diffalign.data.readers import find_reader
+from diffalign.data.records import Record
+from diffalign.data.usable import DropReport, read_some, usable_records
+from diffalign.types import GroupBatch, Key
+
+OVERALL = "overall"
+Prepare = Callable[[bytes], Tensor]
+"""An encoded image -> what the scorer's network takes, [3, h, w]. Must pickle: worker processes call it."""
+
+
+class Group(NamedTuple):
+    """One prompt with K images: pixels [K, 3, h, w], ranks [K, A]; the rest as in GroupBatch."""
+
+    pixels: Tensor
+    prompt: str
+    ranks: Tensor
+    key: Key
+    weight: float
+    flip: float
+
+
+class PreferenceGroups(Dataset):
+    """A preference data set as groups of prepared images. Pairs are groups of two.
+
+    Reads what PreferencePairs reads, and lists what cannot be used in `<folder>/dropped.jsonl`. A prompt is in the
+    validation part or in the training part by a hash of its text, so no prompt is in both and every run agrees.
+
+    Positional: how an image is prepared, the run's folder, its rank, how many there are and what waits for all.
+
+    Args:
+        path: Pick-a-Pic .parquet, .jsonl, HPDv2, HPDv3, ImageRewardDB or VisionPrefer-style files; see the docs
+        validation_path: data set to validate on; when left out, a share of the prompts of `path`
+        validation_share: that share
+        batch_size: prompts a micro-batch and process
+        aspects: train these rated aspects instead of the preference itself, which is `overall` among them
+        max_dropped: stop if more than this share of the labelled records is damaged
+        limit: use only the first so many labelled records
+        num_workers: processes that decode images on each rank; 0 for none
+    """
+
+    draws_per_pair: int | None = None  # nothing is drawn
+
+    def __init__(
+        self,
+        prepare: Prepare,
+        folder: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], object] = lambda: None,
+        part: Literal["train", "validation"] = "train",
+        *,
+        path: str,
+        validation_path: str | None = None,
+        validation_share: float = 0.05,
+        batch_size: int = 16,
+        aspects: tuple[str, ...] = (),
+        max_dropped: float = 0.05,
+        limit: int | None = None,
+        num_workers: int = 0,
+    ):
+        if problems := check_groups(locals()):
+            raise ValueError("\n".join(problems))
+        self.prepare, self.batch_size, self.num_workers = prepare, batch_size, num_workers
+        self.aspects = aspects or (OVERALL,)
+        split = validation_share if validation_path is None else 0.0
+        source = validation_path if part == "validation" and validation_path else path
+        records, dropped = read_some(source, limit)
+        if split:
+            records = [r for r in records if (_share(r.prompt) < split) == (part == "validation")]
+        report = DropReport(folder / f"dropped-{part}.jsonl", rank == 0, source, max_dropped)
+        report.stop_if_damaged(len(records), dropped)
+        images = list(dict.fromkeys(ref for record in records for ref in record.images))
+        seen = check_images(images, 32, Ranks(rank, world_size, barrier, folder))
+        self.records, damaged = usable_records(records, dict(zip(images, seen, strict=True)))
+        dropped += damaged
+        report.stop_if_damaged(len(self.records), dropped)
+        report.summary(len(self.records), sum(1 for r in self.records for _ in r.pairs()), dropped)
+        lacking = {a for a in aspects for r in self.records if a != OVERALL and a not in (r.aspects or {})}
+        if lacking:
+            raise ValueError(
+                f"'{source}' has records without the aspects {', '.join(sorted(lacking))} of 'data.aspects'; it rates "
+                f"{', '.join(self.records[0].aspects or {}) or 'none'}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: tuple[int, int]) -> Group:
+        """Group `index` in `epoch`, from place = (epoch, index). Raises ValueError for an image that went bad."""
+        epoch, index = place
+        record = self.records[index]
+        pixels = torch.stack([self.prepare(ref.read()) for ref in record.images])
+        return Group(pixels, record.prompt, self._ranks(record), (epoch, record.id), record.weight, record.flip)
+
+    def _ranks(self, record: Record) -> Tensor:
+        columns = [record.ranks if a == OVERALL else [-x for x in record.aspects[a]] for a in self.aspects]  # type: ignore[index]
+        return torch.tensor(columns, dtype=torch.float32).T
+
+    def collate(self, items: Sequence[Group]) -> GroupBatch:
+        """Groups -> one batch, their images in a row."""
+        sizes = torch.tensor([len(i.pixels) for i in items])
+        return GroupBatch(
+            torch.cat([i.pixels for i in items]),
+            [i.prompt for i in items for _ in i.pixels],
+            torch.arange(len(items)).repeat_interleave(sizes),
+            torch.cat([i.ranks for i in items]),
+            [i.key for i in items],
+            *(torch.tensor([getattr(i, name) for i in items]) for name in ("weight", "flip")),
+        )
+
+    def encode(self, batch: GroupBatch) -> GroupBatch:
+        """Nothing is left to do in the main process."""
+        return batch
+
+
+def _share(prompt: str) -> float:
+    """A number in [0, 1) that depends on the prompt alone."""
+    return (
+        int.from_bytes(hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=4).digest(), "big")
+        / 2**32
+    )
+
+
+def check_groups(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `data` section, one line each."""
+    problems = []
+    for name in ("path", "validation_path"):
+        try:
+            if cfg[name] is not None:
+                find_reader(cfg[name])
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(f"'data.{name}': {error}")
+    for name in ("batch_size", "limit"):
+        if cfg[name] is not None and cfg[name] < 1:
+            problems.append(f"'data.{name}' = {cfg[name]} must be 1 or more")
+    if cfg["num_workers"] < 0:
+        problems.append(f"'data.num_workers' = {cfg['num_workers']} must be 0 or more")
+    if not 0 <= cfg["max_dropped"] <= 1:
+        problems.append(f"'data.max_dropped' = {cfg['max_dropped']} must be in [0, 1]")
+    if cfg["validation_path"] is None and not 0 < cfg["validation_share"] < 1:
+        problems.append(f"'data.validation_share' = {cfg['validation_share']} must be in (0, 1)")
+    return problems

@@ -1,0 +1,196 @@
+"""Readers of groups of images that people ranked or rated."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.entries import Records, bad_label, bad_labels, bad_prompt, json_lines
+from diffalign.data.records import Dropped, ImageRef, Record
+
+IMAGES, LABELS = ("file_path", "image_path", "generations"), ("human_preference", "rank", "ranking")
+SPLITS = ("train", "validation", "test")
+SHARD = re.compile(rf"({'|'.join(SPLITS)})_([0-9]+)")
+RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
+logger = logging.getLogger(__name__)
+
+
+def read_ratings(path: Path) -> Records:
+    """VisionPrefer-style lines: `prompt`, `images`, `scores` {aspect: one number an image, larger is better}.
+
+    The order is that of `ranking` (one number an image, lower is better) where it is given, else of the mean of the
+    aspects. Image paths are relative to the file.
+    """
+    for id, line in json_lines(path):
+        yield line if isinstance(line, Dropped) else _rated(id, line, path.parent)
+
+
+def _rated(id: str, line: dict[str, Any], folder: Path) -> Record | Dropped:
+    images, scores, ranking = line.get("images"), line.get("scores") or {}, line.get("ranking")
+    images = [x.get("path") if isinstance(x, dict) else x for x in images] if isinstance(images, list) else []
+    if len(images) < 2 or not all(isinstance(x, str) and x for x in images):
+        return Dropped(id, "bad line: 'images' must be two or more image paths")
+    if not isinstance(scores, dict) or not (scores or ranking):
+        return Dropped(id, "bad line: needs 'scores', an object of aspects, or 'ranking'")
+    labels = [*scores.values()] + ([] if ranking is None else [ranking])
+    for reason in (bad_prompt(line.get("prompt")), *(bad_labels(x, len(images)) for x in labels)):
+        if reason:
+            return Dropped(id, reason)
+    if ranking is None:  # fsum: equal means must not differ by the order of the aspects
+        ranking = [-math.fsum(column) / len(scores) for column in zip(*scores.values(), strict=True)]
+    aspects = {aspect: tuple(map(float, x)) for aspect, x in scores.items()}
+    refs = tuple(ImageRef(str(folder / x)) for x in images)
+    return Record(id, line["prompt"], refs, tuple(map(float, ranking)), aspects=aspects or None)
+
+
+def read_json(path: Path) -> Records:
+    """A list of pairs or ranked groups, known by the keys of its entries.
+
+        HPDv2        prompt, file_path, human_preference (1 for the better image), or image_path, rank (lower is better)
+        ImageReward  prompt, generations, ranking (lower is better)
+        HPDv3        prompt, path1, path2[, confidence], the better image first
+
+    Images lie beside the file or in its train/, test/ or test_images/. Raises ValueError when it is no JSON list.
+    """
+    entries = _load(path.read_bytes(), str(path))
+    if any(isinstance(x, dict) and "prompt_id" in x and isinstance(x.get("image_path"), str) for x in entries[:1]):
+        yield from read_image_reward_db([path])
+        return
+    folder = _image_folder(path, entries)
+    for k, entry in enumerate(entries):
+        yield _entry(f"{path.name}:{k}", entry, folder)
+
+
+def read_hpd_v3_lines(path: Path) -> Records:
+    """HPDv3 with one entry a line; image paths relative to the file."""
+    for id, line in json_lines(path):
+        yield line if isinstance(line, Dropped) else _entry(id, line, path.parent)
+
+
+def _load(data: bytes, where: str) -> list[Any]:
+    try:
+        entries = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"'{where}' is not valid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"'{where}' must hold a list of entries, got {type(entries).__name__}")
+    return entries
+
+
+def _entry(id: str, entry: Any, folder: Path) -> Record | Dropped:
+    names = _names(entry)
+    if isinstance(entry, dict) and "path1" in entry:
+        return _hpd_v3(id, entry, names, folder)
+    labels = next((entry[key] for key in LABELS if key in entry), None) if names else None
+    if not isinstance(labels, list) or len(labels) != len(names) or len(names) < 2:
+        return Dropped(
+            id,
+            "bad entry: needs file_path and human_preference, image_path and rank, or generations and ranking, of "
+            "equal length",
+        )
+    pair = "human_preference" in entry
+    reason = bad_prompt(entry.get("prompt"))
+    for label in labels:
+        reason = reason or bad_label(label, (lambda x: x in (0, 0.5, 1)) if pair else math.isfinite)
+    if reason:
+        return Dropped(id, reason)
+    ranks = tuple(float(1 - x if pair else x) for x in labels)
+    return Record(id, entry["prompt"], tuple(ImageRef(str(folder / n)) for n in names), ranks)
+
+
+def _hpd_v3(id: str, entry: dict[str, Any], names: list[str], folder: Path) -> Record | Dropped:
+    if not names:
+        return Dropped(id, "bad entry: 'path1' and 'path2' must be image paths")
+    confidence = entry.get("confidence")
+    reason = bad_prompt(entry.get("prompt"))
+    if confidence is not None:
+        reason = reason or bad_label(confidence, lambda x: 0 <= x <= 1)
+    if reason:
+        return Dropped(id, reason)
+    images = tuple(ImageRef(str(folder / n)) for n in names)
+    if confidence == 0.5:
+        return Record(id, entry["prompt"], images, (0.0, 0.0))
+    # Below one half it cannot be the probability that the label is right: then that is unknown.
+    flip = 1 - confidence if confidence is not None and confidence > 0.5 else 0.0
+    return Record(id, entry["prompt"], images, (0.0, 1.0), flip=flip)
+
+
+def _names(entry: Any) -> list[str]:
+    if not isinstance(entry, dict):
+        return []
+    pair = [entry["path1"], entry.get("path2")] if "path1" in entry else None
+    names = pair or next((entry[key] for key in IMAGES if key in entry), pair)
+    return names if isinstance(names, list) and all(isinstance(n, str) and n for n in names) else []
+
+
+def _image_folder(path: Path, entries: list[Any]) -> Path:
+    """Where the images are: decided once, by the first image that is found."""
+    places = [path.parent / path.stem, path.parent, *(path.parent / x for x in ("train", "test", "test_images"))]
+    names = (name for entry in entries for name in _names(entry))
+    return next((place for name in names for place in places if (place / name).is_file()), path.parent)
+
+
+def image_reward_db_shards(folder: Path) -> list[Path]:
+    """The shards of ImageRewardDB in a folder, in order; of its train split where it holds several. None: empty.
+
+    A shard is test_1.zip, or what was extracted from it: test_1/test_1.json or test_1.json, beside its images.
+    """
+    splits: dict[str, dict[int, Path]] = {}
+    for place in [folder, *(folder / "images" / split for split in SPLITS)]:
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            found = SHARD.fullmatch(path.stem)
+            file = path / f"{path.name}.json" if found and path.is_dir() else path
+            if found and file.suffix in (".zip", ".json") and file.is_file():
+                shards = splits.setdefault(found[1], {})
+                if file.suffix == ".json" or int(found[2]) not in shards:
+                    shards[int(found[2])] = file
+    if len(splits) > 1 and "train" not in splits:
+        raise ValueError(f"'{folder}' holds the splits {', '.join(splits)}; give 'images/{next(iter(splits))}' in it")
+    if len(splits) > 1:
+        logger.info("'%s' holds several splits; only the training shards are read", folder)
+    chosen = splits.get("train") or next(iter(splits.values()), {})
+    return [chosen[number] for number in sorted(chosen)]
+
+
+def read_image_reward_db(shards: Sequence[Path]) -> Records:
+    """ImageRewardDB: the items of one prompt lie in a row; `rank` is lower for the better image, ties are allowed.
+
+    The ratings overall_rating, image_text_alignment_rating and fidelity_rating become aspects of these names. Raises
+    ValueError when a shard is damaged.
+    """
+    for shard in shards:
+        name = f"{shard.stem}.json"
+        data = shard.read_bytes() if shard.suffix == ".json" else _member(shard, name)
+        items = enumerate(_load(data, str(shard)))
+        for _, group in groupby(items, lambda x: x[1].get("prompt_id") if isinstance(x[1], dict) else None):
+            numbers, found = zip(*group, strict=True)
+            yield _image_reward_group(f"{name}:{numbers[0]}", found, shard)
+
+
+def _member(shard: Path, name: str) -> bytes:
+    try:
+        return ImageRef(str(shard), member=name).read()
+    except (FileNotFoundError, OSError) as error:
+        raise ValueError(f"'{shard}' is no readable shard of ImageRewardDB: {error}") from error
+
+
+def _image_reward_group(id: str, items: Sequence[Any], shard: Path) -> Record | Dropped:
+    names = [item.get("image_path") if isinstance(item, dict) else None for item in items]
+    if len(names) < 2 or not all(isinstance(n, str) and n for n in names):
+        return Dropped(id, "bad entry: needs two or more items of one prompt_id, each with its image_path")
+    rated = [key for key in RATINGS if any(key in item for item in items)]
+    columns = {key: [item.get(key) for item in items] for key in ("rank", *rated)}
+    for reason in (bad_prompt(items[0].get("prompt")), *(bad_labels(x, len(items)) for x in columns.values())):
+        if reason:
+            return Dropped(id, reason)
+    ranks, *ratings = (tuple(map(float, column)) for column in columns.values())
+    files = [str(name).rpartition("/")[2] for name in names]  # as they lie in the archive, which has no folders
+    zipped = shard.suffix == ".zip"
+    images = [ImageRef(str(shard), member=f) if zipped else ImageRef(str(shard.parent / f)) for f in files]
+    return Record(id, items[0]["prompt"], tuple(images), ranks, aspects=dict(zip(rated, ratings, strict=True)) or None)

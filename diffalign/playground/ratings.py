@@ -1,0 +1,92 @@
+"""Rated images of the playground world: what a scorer learns from, in the layout of VisionPrefer-style files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import save_image
+
+from diffalign.playground.judge import Judge
+from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Wish, captions, imagine, parse
+
+RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
+"""The aspects of a rating: what of the caption is right; vividness; cleanliness; how well the object is placed.
+Nothing in this world can harm anybody, so the usual fourth aspect, harmlessness, has no counterpart."""
+
+CHOICES: dict[str, Sequence[str | None]] = {
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "background": tuple(BACKGROUNDS),
+    "size": tuple(RADII),
+    "place": (*PLACES, None),
+}
+
+
+def write_ratings(
+    folder: Path,
+    prompts: int,
+    *,
+    images_per_prompt: int = 4,
+    held_out: bool = False,
+    temperature: float = 0.35,
+    seed: int = 0,
+) -> Path:
+    """Render images that follow their captions more or less, let noisy annotators rate and rank them.
+
+    Half of the images miss one attribute of their caption, and some are noisy or blurred. A rating is a whole number
+    from 1 to 5 for each aspect of RATED, from the judge's measurement with normal noise of a tenth of the scale; the
+    ranking follows the judge's true score with the noise of Bradley-Terry choices at `temperature` points. Writes
+    images/ and ratings.jsonl; returns the latter.
+    """
+    texts = captions(prompts, held_out=held_out, seed=seed)
+    asked = [parse(text) for text in texts for _ in range(images_per_prompt)]
+    images = draw(asked, seed=seed)
+    repeated = [wish.caption for wish in asked]
+    measured, g = Judge().measure(images, repeated), torch.Generator().manual_seed(seed)
+    following = torch.stack([measured[x] for x in ("colour", "shape", "background", "size")]).mean(0)
+    values = torch.stack([following, measured["vivid"], measured["clean"], measured["place"]], dim=1)
+    rated = 1 + (4 * (values + 0.1 * torch.randn(values.shape, generator=g)).clamp(0, 1)).round().int()
+    gumbel = -torch.log(-torch.log(torch.rand(len(images), generator=g)))  # makes differences Bradley-Terry's
+    liked = (Judge().score(images, repeated) / temperature + gumbel).view(prompts, images_per_prompt)
+    ranks = liked.argsort(dim=1, descending=True).argsort(dim=1) + 1
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    names = [f"images/{k:05d}_{j}.png" for k in range(prompts) for j in range(images_per_prompt)]
+    for name, image in zip(names, images, strict=True):
+        save_image(image, folder / name)
+    lines = []
+    for k, text in enumerate(texts):
+        mine = slice(k * images_per_prompt, (k + 1) * images_per_prompt)
+        scores = dict(zip(RATED, rated[mine].T.tolist(), strict=True))
+        lines.append(
+            json.dumps({"prompt": text, "images": names[mine], "scores": scores, "ranking": ranks[k].tolist()})
+        )
+    out = folder / "ratings.jsonl"
+    out.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
+    os.replace(out.with_suffix(".tmp"), out)
+    return out
+
+
+def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
+    """One image a wish, [N, 3, SIZE, SIZE] in [0, 1]: half of them of another wish, some of them noisy or blurred."""
+    dice, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    images = imagine([_missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
+    n = len(images)
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.2, blurred, images)
+    strength = 0.15 * torch.rand(n, 1, 1, 1, generator=g) * (torch.rand(n, 1, 1, 1, generator=g) < 0.4)
+    return (images + strength * torch.randn(images.shape, generator=g)).clamp(0, 1)
+
+
+def _missed(wish: Wish, dice: random.Random) -> Wish:
+    """The wish with one attribute changed."""
+    name = dice.choice(list(CHOICES))
+    changed: Any = {name: dice.choice([x for x in CHOICES[name] if x != getattr(wish, name)])}
+    return wish._replace(**changed)

@@ -1,0 +1,166 @@
+"""The benchmark of HPS v2: the mean score of a model's images for published prompts, a style at a time.
+
+    diffalign eval hps_benchmark --images images --prompts HPDv2/benchmark --scorer hps_v2.1,unit=x100
+    python eval/hps_benchmark.py --images images --prompts HPDv2/benchmark --styles drawbench --scorer hps_v2,unit=x100
+
+The image of prompt number k of PROMPTS/STYLE.json, a list of prompts, is IMAGES/STYLE/{k:05d}.jpg; all must be there,
+and nothing else. A style's result is the mean and the standard deviation (of the population) over the means of 80
+prompts each, and the mean of all scores with its 95 % interval over prompts; drawbench has the latter only. Published
+tables are in hundreds of the cosine, unit=x100. FILE.json holds the score of every image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from reward_models.accuracy import interval
+from reward_models.items import Item
+from reward_models.loading import load_scorer
+from reward_models.protocol import Scorer
+from reward_models.scoring import Failed, score_items
+
+STYLES = ("anime", "concept-art", "paintings", "photo")
+PLAIN = "drawbench"
+GROUP = 80
+LIBRARIES = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers")
+SHOWN = 10
+"""Files that an error names; it counts the others."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        benchmark(args)
+    except (ValueError, OSError) as error:
+        print(f"hps_benchmark: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--images", type=Path, required=True, metavar="DIR", help="a folder for each style")
+    add("--prompts", type=Path, required=True, metavar="DIR", help="a .json list for each style")
+    add("--scorer", action="append", required=True, metavar="SPEC", help="name, folder or package.module:Class; again")
+    add("--styles", nargs="+", choices=[*STYLES, PLAIN], default=STYLES, help="default: all but drawbench")
+    add("--out", type=Path, metavar="FILE.json", help="results and scores")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
+    add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
+    add("--seed", type=int, default=0, help="of the bootstrap (0)")
+    return parser
+
+
+def benchmark(args: argparse.Namespace) -> None:
+    """Score every image, print a line for each scorer and style, write the file."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1; got {args.batch_size}")
+    items = find(args.images, args.prompts, list(dict.fromkeys(args.styles)))
+    scorers = {spec: load_scorer(spec, args.device) for spec in args.scorer}
+    scores = score(items, scorers, args.batch_size)
+    results = []
+    for spec, scorer in scorers.items():
+        rows = {style: summary(style, x, args.seed) for style, x in scores[spec].items()}
+        pooled = [x for style, found in scores[spec].items() if style != PLAIN for x in found]
+        if pooled:
+            rows["average"] = summary("average", pooled, args.seed)
+        for style, row in rows.items():
+            print(line(spec, style, row, scorer.unit), flush=True)
+        results.append({"name": spec, "unit": scorer.unit, "results": rows, "scores": scores[spec]})
+    if args.out is not None:
+        found = {"images": str(args.images), "prompts": str(args.prompts), "seed": args.seed, "scorers": results}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.out.with_name(args.out.name + ".tmp")
+        text = json.dumps({**found, "versions": {x: version(x) for x in LIBRARIES}}, indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, args.out)
+
+
+def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[Item]]:
+    """The images of every style with their prompts, in order. Raises ValueError listing what is missing or too much."""
+    found: dict[str, list[Item]] = {}
+    missing, extra = [], []
+    for style in styles:
+        texts = _prompts(prompts / f"{style}.json")
+        folder = images / style
+        there = {x.name for x in folder.iterdir() if x.is_file() and x.name[0] != "."} if folder.is_dir() else set()
+        names = [f"{k:05d}.jpg" for k in range(len(texts))]
+        missing += [f"{style}/{name}" for name in names if name not in there]
+        extra += [f"{style}/{name}" for name in sorted(there - set(names))]
+        found[style] = [Item(f"{style}/{name}", text, folder / name) for name, text in zip(names, texts, strict=True)]
+    problems = [f"'{images}' {what} {_list(x)}" for what, x in (("lacks", missing), ("has besides", extra)) if x]
+    if problems:
+        raise ValueError("; ".join(problems) + "; give one .jpg a prompt, by its number, and nothing else")
+    return found
+
+
+def _prompts(file: Path) -> list[str]:
+    try:
+        texts = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(x, str) for x in texts):
+        raise ValueError(f"'{file}' must hold a list of prompts; got {str(texts)[:80]}")
+    return texts
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def score(
+    items: dict[str, list[Item]], scorers: dict[str, Scorer], batch_size: int
+) -> dict[str, dict[str, list[float]]]:
+    """Scorer -> style -> the scores in the order of the prompts. Raises ValueError listing images without a score."""
+    scores: dict[str, dict[str, list[float]]] = {name: {style: [] for style in items} for name in scorers}
+    bad: list[str] = []
+    with tqdm(total=sum(map(len, items.values())), desc="score", unit="image", leave=False) as bar:
+        for style, whole in items.items():
+            work = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
+            for results in score_items(work, scorers):
+                for result in results:
+                    if isinstance(result, Failed):
+                        bad.append(f"{result.item.image} ({result.reason})")
+                        continue
+                    for name, value in zip(scorers, result.scores, strict=True):
+                        scores[name][style].append(value)
+                bar.update(len(results))
+    if bad:
+        raise ValueError(f"{len(bad)} images cannot be scored: {_list(bad)}")
+    return scores
+
+
+def summary(style: str, scores: Sequence[float], seed: int) -> dict[str, Any]:
+    """Mean of all scores with its interval and, of a style, mean and standard deviation of the means of its groups."""
+    values = np.asarray(scores)
+    low, high = interval(np.stack([values, np.ones(len(values))], axis=1), seed=seed)
+    row: dict[str, Any] = {"images": len(values), "mean": float(values.mean()), "low": low, "high": high}
+    if style in STYLES:
+        groups = [values[i : i + GROUP].mean() for i in range(0, len(values), GROUP)]
+        row |= {"groups": len(groups), "group_mean": float(np.mean(groups)), "group_std": float(np.std(groups))}
+    return row
+
+
+def line(spec: str, style: str, row: dict[str, Any], unit: str) -> str:
+    """One result in a line."""
+    groups = ""
+    if "groups" in row:
+        groups = f", groups {row['group_mean']:.4g} +- {row['group_std']:.4f}"
+    interval_text = f"[{row['low']:.4g}, {row['high']:.4g}]"
+    return f"{spec} {style} {row['mean']:.4g} {interval_text}{groups}, {row['images']} images, unit {unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

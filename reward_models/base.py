@@ -1,0 +1,84 @@
+"""What the scorers that ship here share: preprocessing, then a network, then one number an image."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from reward_models.images import read_image, to_tensor
+from reward_models.preprocess import ImageRule
+from reward_models.protocol import check_images
+
+
+class NetworkScorer(nn.Module, ABC):
+    """A scorer with a network of a fixed input size. Differentiable in the pixels and, through `forward`, trainable.
+
+    rule   how images become the network's input
+    unit   the scale of the scores
+    """
+
+    differentiable: ClassVar[bool] = True
+    rule: ImageRule
+    unit: str
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises ValueError for other images."""
+        check_images(images, prompts)
+        return self.score_pixels(self.preprocess(images), prompts)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] float in [0, 1], any H and W -> float32 [B, 3, h, w], differentiably, by the scorer's rule."""
+        return self.rule(images)
+
+    @torch.no_grad()
+    def score_images(
+        self, images: Sequence[Image.Image | str | PathLike[str]], prompts: Sequence[str], *, batch_size: int = 32
+    ) -> Tensor:
+        """Pillow images or files, of any sizes, each with its prompt -> float32 [N] on the CPU.
+
+        Raises ImageError for what cannot be read. For folders, `reward-score` decodes ahead and goes on after a kill.
+        """
+        if isinstance(prompts, str) or len(prompts) != len(images):
+            raise ValueError(f"one prompt for each image is needed; got {len(images)} images and {prompts!r:.80}")
+        device, scores = next(self.parameters()).device, []
+        for i in range(0, len(images), batch_size):
+            batch = images[i : i + batch_size]
+            decoded = [to_tensor(x) if isinstance(x, Image.Image) else read_image(x) for x in batch]
+            pixels = torch.cat([self.preprocess(x[None].to(device).float() / 255) for x in decoded])
+            scores.append(self.score_pixels(pixels, prompts[i : i + batch_size]).cpu())
+        return torch.cat(scores) if scores else torch.zeros(0)
+
+    @abstractmethod
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What `preprocess` made and B prompts -> float32 [B]. Gradients reach the pixels, not the weights' text side:
+        features of prompts are computed once and kept."""
+
+    @abstractmethod
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The logits that training compares: float32 [B], or [B, A] for a scorer with A aspects. Gradients reach every
+        weight that requires one; nothing is cached."""
+
+    def cast(self, dtype: torch.dtype) -> NetworkScorer:
+        """Hold the network in another floating type. Scores are float32 all the same."""
+        return self.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkScorer:
+        self.forget()  # what is kept lies on the old device, or has the old dtype
+        return super()._apply(fn, recurse)
+
+    def forget(self) -> None:
+        """Drop what is kept of prompts: the weights changed."""
+
+    def load_state_dict(self, *args: Any, **settings: Any) -> Any:
+        self.forget()
+        return super().load_state_dict(*args, **settings)
+
+    def train(self, mode: bool = True) -> NetworkScorer:
+        self.forget()
+        return super().train(mode)

@@ -1,0 +1,88 @@
+"""Prompts as token ids, as the text tower of a CLIP model was trained to read them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import open_clip
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPTokenizerFast
+
+
+class Tokenize(Protocol):
+    """B texts -> token ids int64 [B, L], cut and padded to the context L of the model."""
+
+    def __call__(self, texts: list[str]) -> Tensor: ...
+
+
+class TransformersTokenizer:
+    """A tokenizer of transformers. Other ids than open_clip gives, where that one repairs or unescapes the text."""
+
+    def __init__(self, tokenizer: Any, context_length: int):
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        ids = self.tokenizer(texts, max_length=self.context_length, padding="max_length", truncation=True)["input_ids"]
+        return torch.tensor(ids)
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write it where `find_tokenizer` finds it."""
+        self.tokenizer.save_pretrained(folder)
+
+
+def find_tokenizer(source: str | PathLike[str] | None, text: Mapping[str, Any]) -> Tokenize:
+    """The tokenizer in a folder of transformers; None is open_clip's.
+
+    text is the `text_cfg` of the architecture. Raises ValueError for a tokenizer that the architecture cannot read.
+    """
+    context = text.get("context_length", 77)
+    if source is None:
+        return open_clip.SimpleTokenizer(context_length=context)
+    if not Path(source).is_dir():
+        raise FileNotFoundError(f"the tokenizer '{source}' is no folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer of transformers can be read from '{source}': {error}") from error
+    _check(tokenizer, text, source)
+    return TransformersTokenizer(tokenizer, context)
+
+
+def transformers_clip_tokenizer(text: Mapping[str, Any]) -> TransformersTokenizer:
+    """The tokenizer of transformers' CLIPModel, built from the merges that open_clip carries; needs no network."""
+    ours = open_clip.SimpleTokenizer()
+    renamed = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {renamed.get(token, token): i for token, i in ours.encoder.items()}
+    with tempfile.TemporaryDirectory() as folder:  # files are the one way in that versions 4 and 5 share
+        (Path(folder) / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+        merges = "\n".join(["#version: 0.2", *map(" ".join, ours.bpe_ranks)])
+        (Path(folder) / "merges.txt").write_text(merges, encoding="utf-8")
+        tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+    return TransformersTokenizer(tokenizer, text.get("context_length", 77))
+
+
+def has_tokenizer(folder: str | PathLike[str]) -> bool:
+    """Whether a folder holds a tokenizer of transformers."""
+    names: Sequence[str] = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    return any((Path(folder) / name).is_file() for name in names)
+
+
+def _check(tokenizer: Any, text: Mapping[str, Any], source: str | PathLike[str]) -> None:
+    """The text is pooled where it ends. By default that is where its largest id is, which must then be the end's."""
+    size, end, where = len(tokenizer), tokenizer.eos_token_id, f"the tokenizer '{source}'"
+    if size > text.get("vocab_size", 49408):
+        raise ValueError(f"{where} has {size} tokens, the model {text.get('vocab_size', 49408)} (text_cfg.vocab_size)")
+    if tokenizer.pad_token_id is None or end is None:
+        raise ValueError(f"{where} needs an end-of-text and a padding token")
+    pool = text.get("pool_type", "argmax")
+    if (pool == "argmax" and end != size - 1) or (pool == "eos" and end != text.get("eos_id", 2)):
+        raise ValueError(
+            f"{where} ends texts with id {end}, and the model reads them there by text_cfg.pool_type='{pool}'; "
+            f"set text_cfg pool_type='eos' and eos_id={end}"
+        )

@@ -1,0 +1,116 @@
+"""Several scorers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from reward_models.protocol import Scorer, check_images
+
+
+class WeightedSum(nn.Module):
+    """`sum_k weight_k * (score_k - mean_k) / std_k` over several scorers: itself a scorer, differentiable if all are.
+
+    scorers     name -> (scorer, weight). A negative weight is for what there should be less of
+    normalise   none     mean 0, std 1: units are mixed as they are
+                fixed    `statistics` says, name -> (mean, std)
+                running  of all scores given to `update` so far; float64 and in the state dict
+
+    `score` never changes the statistics, so that the score of an image does not depend on how often it was asked for.
+    A training loop that wants running ones says so, and computes every score once:
+
+        parts = mixture.parts(images, prompts)
+        mixture.update(parts)                     # or the scores gathered from all processes
+        reward = mixture.combine(parts)
+
+    Raises ValueError for weights and statistics that do not fit.
+    """
+
+    def __init__(
+        self,
+        scorers: Mapping[str, tuple[Scorer, float]],
+        *,
+        normalise: Literal["none", "fixed", "running"] = "none",
+        statistics: Mapping[str, tuple[float, float]] | None = None,
+    ):
+        super().__init__()
+        if not scorers:
+            raise ValueError("WeightedSum needs at least one scorer")
+        if (normalise == "fixed") != (statistics is not None):
+            raise ValueError(f"normalise='fixed' needs statistics, and nothing else takes them; it is '{normalise}'")
+        if statistics is not None and statistics.keys() != scorers.keys():
+            raise ValueError(
+                f"statistics must be given for {', '.join(scorers)}; got {', '.join(statistics) or 'none'}"
+            )
+        self.scorers, self.normalise = {name: scorer for name, (scorer, _) in scorers.items()}, normalise
+        self.weights = {name: float(weight) for name, (_, weight) in scorers.items()}
+        self.differentiable = all(scorer.differentiable for scorer in self.scorers.values())
+        terms = (f"{weight:g}*{name} ({self.scorers[name].unit})" for name, weight in self.weights.items())
+        self.unit = " + ".join(terms) + ("" if normalise == "none" else f", each normalised ({normalise})")
+        self._networks = nn.ModuleList(x for x in self.scorers.values() if isinstance(x, nn.Module))
+        self.count: Tensor
+        self.mean: Tensor
+        self.squares: Tensor  # summed squared deviations from the mean
+        given = [(statistics or {}).get(name, (0.0, 1.0)) for name in scorers]
+        bad = [name for name, (_, std) in zip(scorers, given, strict=True) if not std > 0]
+        if bad:
+            raise ValueError(f"the standard deviation of '{bad[0]}' must be above 0; got {given}")
+        start = [(0.0, 0.0)] * len(given) if normalise == "running" else [(m, s**2) for m, s in given]
+        self.register_buffer("count", torch.tensor(float(normalise != "running"), dtype=torch.float64))
+        self.register_buffer("mean", torch.tensor([m for m, _ in start], dtype=torch.float64))
+        self.register_buffer("squares", torch.tensor([s for _, s in start], dtype=torch.float64))
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises ValueError for other images."""
+        return self.combine(self.parts(images, prompts))
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The score of every scorer, float32 [B], on the device of the images, neither normalised nor weighted."""
+        check_images(images, prompts)
+        return {
+            name: scorer.score(images.to(_device(scorer)), prompts).to(images.device)
+            for name, scorer in self.scorers.items()
+        }
+
+    def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """What `parts` gave -> float32 [B]. Raises ValueError while all scores of the running statistics are equal."""
+        total: Tensor | None = None
+        for i, (name, weight) in enumerate(self.weights.items()):
+            score = parts[name]
+            if self.normalise != "none":
+                std = (self.squares[i] / self.count.clamp(min=1)).sqrt().item()
+                if not std > 0:
+                    raise ValueError(
+                        f"the scores of '{name}' seen so far ({int(self.count)}) do not differ, so they cannot be "
+                        "normalised; give `update` more of them, or fixed statistics"
+                    )
+                score = (score - self.mean[i].item()) / std
+            total = weight * score if total is None else total + weight * score
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def update(self, parts: Mapping[str, Tensor]) -> None:
+        """Take the scores [B] of every scorer into the running statistics (Welford, merged as Chan et al., 1979).
+
+        Raises ValueError if normalise is not `running`, or for scores that are not finite.
+        """
+        if self.normalise != "running":
+            raise ValueError(f"update is for normalise='running'; it is '{self.normalise}'")
+        scores = torch.stack([parts[name].detach().double().to(self.mean.device) for name in self.scorers])
+        if not scores.isfinite().all():
+            raise ValueError("scores that are nan or infinite cannot be taken into the statistics")
+        batch, new = scores.mean(1), scores.shape[1]
+        total, step = self.count + new, batch - self.mean
+        self.squares += (scores - batch[:, None]).square().sum(1) + step.square() * self.count * new / total
+        self.mean += step * new / total
+        self.count.copy_(total)
+
+
+def _device(scorer: Scorer) -> torch.device:
+    """Where a scorer wants its images, as the protocol says."""
+    weights = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
+    return torch.device(getattr(scorer, "device", "cpu")) if weights is None else weights.device

@@ -1,0 +1,146 @@
+"""What recipes that train a scorer need from here: the network to start from, and which of its weights train."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from reward_models.base import NetworkScorer
+from reward_models.blip_networks import IMAGE_REWARD, TOKENIZER
+from reward_models.blip_scorers import IMAGE_REWARD_TRAINS, BLIPScorer
+from reward_models.clip_networks import clip_config
+from reward_models.clip_scorers import CLIPScorer
+from reward_models.images import to_tensor
+from reward_models.playground import PLAYGROUND
+from reward_models.preprocess import ImageRule
+from reward_models.weights import read_config
+
+HPS_TRAINS = (
+    r"clip\.visual\.transformer\.resblocks\.(1[3-9]|2\d|3[01])\..*",
+    r"clip\.visual\.ln_post\..*",
+    r"clip\.visual\.proj",
+    r"clip\.transformer\.resblocks\.(1[3-9]|2[0-3])\..*",
+    r"clip\.ln_final\..*",
+    r"clip\.text_projection",
+    r"clip\.logit_scale",
+)
+"""The weights of ViT-H-14 that HPSv2's released script trains: 514,793,729 of 986,109,441. By name, because open_clip's
+`lock_text_tower` counts its groups differently from release to release."""
+
+
+def clip_to_train(
+    device: torch.device,
+    *,
+    architecture: str = "ViT-H-14",
+    weights: str | None = "laion2b_s32b_b79k",
+    trains: tuple[str, ...] = HPS_TRAINS,
+    resize: Literal["shortest", "longest"] = "longest",
+    seed: int = 0,
+) -> CLIPScorer:
+    """A CLIP model as the start of an HPS-style scorer.
+
+    Args:
+        architecture: open_clip's name, a .json file of its layout, or playground for the tiny one that ships here
+        weights: open_clip's tag, a file, a folder or a hub id; null for random ones
+        trains: regular expressions of whole parameter names that train; all when empty
+        resize: longest pads the shorter side, as HPSv2; shortest crops the longer one, as PickScore
+        seed: of random weights
+    """
+    method: Any = {"method": "antialias", "clamp": False} if resize == "longest" else {}
+    tokenizer = None
+    described: Any = architecture
+    if architecture == "playground":
+        described, tokenizer = read_config(PLAYGROUND / "hps")["architecture"], str(PLAYGROUND / "hps")
+    rule = ImageRule(clip_config(described)["vision_cfg"]["image_size"], resize=resize, **method)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scorer = CLIPScorer(described, rule, weights=weights, tokenizer=tokenizer)
+    train_only(scorer, trains)
+    return scorer.to(device)
+
+
+def blip_to_train(
+    device: torch.device,
+    aspects: Sequence[str] = (),
+    *,
+    architecture: str = "published",
+    weights: str | None = None,
+    body: str | None = None,
+    tokenizer: str | None = None,
+    trains: tuple[str, ...] = IMAGE_REWARD_TRAINS,
+    aspect_weights: tuple[float, ...] | None = None,
+    seed: int = 0,
+) -> BLIPScorer:
+    """A BLIP model as the start of an ImageReward- or VP-Score-style scorer; aspects: names of the heads, none for one.
+
+    Args:
+        architecture: published (ImageReward's), a .json file, or playground for the tiny one that ships here
+        weights: file, folder or hub id in ImageReward's layout, heads included; null for random ones
+        body: the same without the heads, which stay random; BLIP's and transformers' layouts are read too
+        tokenizer: folder or hub id of a BERT tokenizer; null for bert-base-uncased, or the playground's
+        trains: regular expressions of whole parameter names that train; all when empty
+        aspect_weights: of the standardised rewards of `data.aspects` in the score; equal when left out
+        seed: of random weights
+    """
+    described: Any = IMAGE_REWARD if architecture == "published" else architecture
+    if architecture == "playground":
+        described, tokenizer = read_config(PLAYGROUND / "vp_score")["architecture"], str(PLAYGROUND / "vp_score")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        scorer = BLIPScorer(
+            described,
+            weights=weights,
+            body=body,
+            tokenizer=tokenizer or TOKENIZER,
+            aspects=tuple(aspects),
+            aspect_weights=aspect_weights,
+        )
+    train_only(scorer, trains)
+    return scorer.to(device)
+
+
+def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
+    """Let the parameters train whose whole name matches one of the regular expressions; all without any.
+
+    Raises ValueError for an expression that matches nothing.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    idle = [p for p in patterns if not any(re.fullmatch(p, name) for name in names)]
+    if idle:
+        raise ValueError(f"'scorer.trains': {', '.join(idle)} matches no parameter; the first is '{names[0]}'")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not patterns or any(re.fullmatch(p, name) for p in patterns))
+
+
+def prepare(rule: ImageRule) -> Any:
+    """A function from an encoded image to what the network takes, [3, h, w]; it pickles."""
+    return partial(_prepare, rule)
+
+
+def _prepare(rule: ImageRule, data: bytes) -> Tensor:
+    return rule(to_tensor(Image.open(io.BytesIO(data)))[None].float() / 255)[0]
+
+
+class LimitLogitScale:
+    """Keeps CLIP's logit_scale in [0, ln 100] after each step, as CLIP's own training does (Radford et al., 2021)."""
+
+    def __init__(self, scorer: NetworkScorer):
+        self.scale: Any = scorer.get_parameter("clip.logit_scale")
+
+    def start(self, trainer: object) -> None:
+        """Nothing to do."""
+
+    @torch.no_grad()
+    def after_step(self, trainer: object) -> None:
+        self.scale.clamp_(0, math.log(100))
+
+    def end(self, trainer: object) -> None:
+        """Nothing to do."""

@@ -1,0 +1,193 @@
+"""Files of weights: find them, read them without running code, load them strictly, write them whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG = "reward_config.json"
+"""What makes a folder a scorer folder. Beside it lie WEIGHTS and, where it is not the default one, a tokenizer."""
+WEIGHTS = "model.safetensors"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NAMED = 5
+_DAMAGE = (RuntimeError, EOFError, struct.error, LookupError, ValueError, TypeError, AttributeError, AssertionError)
+"""What torch.load raises on damaged bytes: whatever its reader stumbles over."""
+
+
+def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
+    """The file behind a local file, a local folder that holds `filename`, or a hub id `owner/name` that does.
+
+    filename None stands for `model.safetensors`. A hub id is looked up in the local cache first and downloaded
+    otherwise; HF_HUB_OFFLINE and HF_HOME are honoured. Raises FileNotFoundError that says where to put what.
+    """
+    path, filename = Path(source), filename or WEIGHTS
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / filename).is_file():
+            there = ", ".join(sorted(x.name for x in path.iterdir())[:10]) or "nothing"
+            raise FileNotFoundError(f"no '{filename}' in the folder '{path}'; it holds {there}")
+        return path / filename
+    if not _HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"'{source}' is no file, no folder and no hub id owner/name")
+    try:
+        return Path(hf_hub_download(str(source), filename))
+    except (OSError, ValueError, EntryNotFoundError) as error:  # not there, not reachable, not allowed, or offline
+        offline = isinstance(error, LocalEntryNotFoundError)
+        why = "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set" if offline else _line(error)
+        url = f"https://huggingface.co/{source}/resolve/main/{filename}"
+        raise FileNotFoundError(
+            f"'{source}' is no local file or folder, and '{filename}' of that hub id cannot be had: {why}. "
+            f"Download {url} and give the path of the file or of its folder"
+        ) from error
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of what torch.save wrote, on the CPU in the dtype of the file.
+
+    Nothing in the file is executed. A dict under `state_dict` or `model` is unwrapped, and `module.`, which parallel
+    training puts before every name, is taken off. Raises ValueError for files that are damaged or hold something else.
+    """
+    path = Path(path)
+    state: Any = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state:
+        raise ValueError(f"'{path}' holds no state dict but {_kind(state)}")
+    other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ValueError(
+            f"'{path}' holds no state dict: under '{other}' lies {_kind(state[other])}, not a tensor; "
+            "expected names and tensors, at the top or under 'state_dict'"
+        )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return dict(state)
+
+
+def load_strict(
+    module: nn.Module, state: Mapping[str, Tensor], *, where: str | os.PathLike[str], ignore: Sequence[str] = ()
+) -> None:
+    """Copy a state dict into a module, in the module's dtype: all its tensors, and nothing else.
+
+    where   the file, for the error
+    ignore  patterns such as `blip.vision_proj.*` of names that the file may have and the module needs not
+
+    Raises ValueError that names the first missing, unexpected and mis-shaped tensors.
+    """
+    wanted = module.state_dict()
+    extra = [x for x in state if x not in wanted and not any(fnmatchcase(x, pattern) for pattern in ignore)]
+    shapes = [
+        f"{x} {list(state[x].shape)} (expected {list(wanted[x].shape)})"
+        for x in wanted
+        if x in state and state[x].shape != wanted[x].shape
+    ]
+    missing = [x for x in wanted if x not in state]
+    wrong = [_listed("missing", missing), _listed("unexpected", extra), _listed("of another shape", shapes)]
+    if any(wrong):
+        raise ValueError(f"the tensors in '{where}' are not those of the model: {'; '.join(filter(None, wrong))}")
+    module.load_state_dict({x: state[x] for x in wanted}, strict=True)
+
+
+def save_state(
+    state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors as safetensors, with text beside them: all of the file appears, or none of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({key: _own(value) for key, value in state.items()}, temporary, dict(metadata or {}))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What reward_config.json of a scorer folder says. Raises FileNotFoundError or ValueError."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' is no scorer folder: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("family"), str):
+        raise ValueError(f"'{path}' must be an object with the text 'family', which names the kind of scorer")
+    return config
+
+
+def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
+    """Write reward_config.json, whole or not at all. Last of a folder's files: with it, the folder is a scorer."""
+    path = Path(folder) / CONFIG
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged, or no safetensors file ({error}); download it again") from error
+
+
+def _load_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]*)", str(error))
+        if named is None:
+            raise ValueError(f"'{path}' is no file of torch.save, or damaged; download it again") from error
+        raise ValueError(
+            f"'{path}' holds pickled Python objects ({named[1]}), which can run code when read, so it is not. "
+            "Where you trust it, save its state_dict() to a file"
+        ) from error
+    except _DAMAGE as error:
+        if "TorchScript" in str(error):
+            raise ValueError(
+                f"'{path}' is a TorchScript program, not weights; take the safetensors file of the same model "
+                "(OpenAI's ViT-L/14: hub id timm/vit_large_patch14_clip_224.openai)"
+            ) from error
+        raise ValueError(f"'{path}' is damaged or cut off ({type(error).__name__}); download it again") from error
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU, contiguous and in memory of its own: safetensors writes no views."""
+    tensor = tensor.detach().cpu().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone()
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{len(names)} {what}: {', '.join(names[:_NAMED])}{more}" if names else ""
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "an empty dict" if not value else f"a dict with {_few(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _few(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, list(names)[:_NAMED]))
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -1,0 +1,99 @@
+"""Groups of prepared images: what a scorer trains on."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+
+from diffalign.data.groups import PreferenceGroups, check_groups
+from diffalign.data.images import pixels
+
+SIZE = 8
+prepare = partial(pixels, resolution=SIZE)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """20 prompts; number k has 2 + k % 3 images, ranked backwards, of brightness (image number) / 10."""
+    lines = []
+    for k in range(20):
+        names = [f"{k}_{j}.png" for j in range(2 + k % 3)]
+        for j, name in enumerate(names):
+            save_image(torch.full((3, 12, 10), j / 10) + 0.005 * k, tmp_path / name)
+        ranks = [len(names) - j for j in range(len(names))]
+        scores = {"light": list(range(len(names))), "same": [3] * len(names)}
+        lines.append(json.dumps({"prompt": f"prompt {k}", "images": names, "ranking": ranks, "scores": scores}))
+    (tmp_path / "ratings.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "ratings.jsonl"
+
+
+def _groups(file: Path, part: str = "train", **config: object) -> PreferenceGroups:
+    return PreferenceGroups(prepare, file.parent / "run", part=part, path=str(file), **config)  # type: ignore[arg-type]
+
+
+def test_a_batch_holds_the_images_of_its_prompts_in_a_row(file: Path) -> None:
+    groups = _groups(file, validation_share=1e-9)
+    assert len(groups) == 20 and groups.aspects == ("overall",)
+    batch = groups.collate([groups[0, 1], groups[3, 2]])
+    assert batch.prompts == ["prompt 1"] * 3 + ["prompt 2"] * 4
+    assert batch.group.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert batch.ranks[:, 0].tolist() == [3, 2, 1, 4, 3, 2, 1]
+    assert batch.keys == [(0, groups.records[1].id), (3, groups.records[2].id)]
+    assert batch.pixels.shape == (7, 3, SIZE, SIZE)
+    light = batch.pixels.mean((1, 2, 3))
+    expected = torch.tensor([0.005, 0.105, 0.205, 0.01, 0.11, 0.21, 0.31])
+    torch.testing.assert_close(light, expected, atol=3e-3, rtol=0)
+
+
+def test_aspects_are_ranked_by_their_ratings(file: Path) -> None:
+    """Larger ratings are better, smaller ranks are: so a rank is the rating with its sign turned."""
+    groups = _groups(file, aspects=("light", "same", "overall"), validation_share=1e-9)
+    ranks: Tensor = groups[0, 0].ranks
+    assert ranks.tolist() == [[0, -3, 2], [-1, -3, 1]]
+    with pytest.raises(ValueError, match=r"without the aspects taste of 'data.aspects'; it rates light, same"):
+        _groups(file, aspects=("taste",))
+
+
+def test_no_prompt_is_in_both_parts_whatever_the_file_holds_besides(file: Path) -> None:
+    parts = [{r.prompt for r in _groups(file, part, validation_share=0.3).records} for part in ("train", "validation")]
+    assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 20 and 1 <= len(parts[1]) <= 12
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[10:]) + "\n")
+    fewer = {r.prompt for r in _groups(file, "validation", validation_share=0.3).records}
+    assert fewer == {p for p in parts[1] if int(p.split()[1]) >= 10}
+
+
+def test_a_validation_file_of_its_own(file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(file.read_text().splitlines()[:4]) + "\n")
+    train = _groups(file, validation_path=str(other))
+    validation = _groups(file, "validation", validation_path=str(other))
+    assert (len(train), len(validation)) == (20, 4)
+
+
+def test_damaged_images_drop_their_group_with_a_reason(file: Path) -> None:
+    (file.parent / "4_1.png").write_bytes(b"no image")
+    (file.parent / "7_0.png").unlink()
+    groups = _groups(file, max_dropped=0.2, validation_share=1e-9)
+    assert {r.prompt for r in groups.records} == {f"prompt {k}" for k in range(20) if k not in (4, 7)}
+    dropped = [json.loads(x) for x in (file.parent / "run" / "dropped-train.jsonl").read_text().splitlines()]
+    assert sorted(d["reason"].split(":")[0] for d in dropped) == ["corrupt image", "missing image"]
+    with pytest.raises(ValueError, match=r"2 of 20 records .* are damaged"):
+        _groups(file, validation_share=1e-9)
+
+
+def test_impossible_settings_are_listed(file: Path) -> None:
+    cfg = {"path": str(file), "validation_path": None, "validation_share": 1.0, "batch_size": 0, "limit": None}
+    problems = check_groups(cfg | {"num_workers": -1, "max_dropped": 2.0})
+    assert [p.split("'")[1] for p in problems] == [
+        "data.batch_size",
+        "data.num_workers",
+        "data.max_dropped",
+        "data.validation_share",
+    ]

@@ -1,0 +1,165 @@
+"""Every published definition of accuracy, against numbers worked out by hand.
+
+The two prompts of the specification: scores .3 .3 .1 .2 with ranks 1 2 2 4, and scores .5 .4 with ranks 2 1.
+Pairs of the first: (0,1) scored equal; (0,2), (0,3), (1,3) right; (1,2) a label tie; (2,3) wrong.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from reward_models.accuracy import (
+    METRICS,
+    THRESHOLDS,
+    Group,
+    accuracy,
+    always_tie,
+    argmax,
+    best_threshold,
+    ge,
+    hps_inversion,
+    interval,
+    ir_macro,
+    ir_micro,
+    kendall_tau_b,
+    mps_inversion,
+    pick_threshold,
+    pick_trainer,
+    strict,
+)
+
+FIRST = ((0.3, 0.3, 0.1, 0.2), (1, 2, 2, 4))
+SECOND = ((0.5, 0.4), (2, 1))
+GROUPS = [Group("first", *FIRST), Group("second", *SECOND)]
+SIXTH = pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    "metric, first, second, value",
+    [
+        (hps_inversion, (SIXTH, 1), (0, 1), 5 / 12),  # inverts (2, 3) only
+        (mps_inversion, (SIXTH, 1), (0, 1), 5 / 12),
+        (ir_macro, (0.6, 1), (0, 1), 0.3),
+        (ir_micro, (3, 5), (0, 1), 0.5),
+        (strict, (3, 5), (0, 1), 0.5),
+        (ge, (4, 5), (0, 1), 4 / 6),
+        (pick_trainer, (3.5, 6), (0, 1), 3.5 / 7),  # (0,1) is worth nothing, (1,2) one half
+        (argmax, (1, 1), (0, 1), 0.5),
+        (kendall_tau_b, (pytest.approx(2 / 5), 1), (pytest.approx(-1), 1), -0.3),  # (3 - 1) / sqrt(5 * 5)
+    ],
+)
+def test_every_definition_on_two_prompts(metric, first, second, value) -> None:  # type: ignore[no-untyped-def]
+    assert (metric(*FIRST), metric(*SECOND)) == (first, second)
+    result = accuracy(metric.__name__, GROUPS, resamples=50)
+    assert result.value == pytest.approx(value)
+    assert (result.prompts, result.pairs, result.ties, result.score_ties) == (2, 7, 1, 1)
+
+
+def test_equal_scores_go_by_the_order_of_the_images_in_hps_inversion_only() -> None:
+    assert hps_inversion((1, 1), (0, 1)) == (1, 1)
+    assert hps_inversion((1, 1), (1, 0)) == (0, 1)
+    assert mps_inversion((1, 1), (1, 0)) == (1, 1)
+    scores = np.arange(64) % 2  # the odd images first, in their order, then the even ones
+    assert hps_inversion(scores, np.where(scores, 0, 64) + np.arange(64)) == (1, 1)
+    assert argmax((1, 1), (1, 0)) == (0, 1) and argmax((1, 1), (0, 1)) == (1, 1)
+
+
+def test_a_prompt_whose_labels_all_tie() -> None:
+    tie = ((0.1, 0.2), (3, 3))
+    assert hps_inversion(*tie) == mps_inversion(*tie) == (1, 1)
+    assert ir_macro(*tie) == ir_micro(*tie) == strict(*tie) == ge(*tie) == argmax(*tie) == kendall_tau_b(*tie) == (0, 0)
+    assert pick_trainer(*tie) == (0.5, 1)
+    result = accuracy("ir_macro", [*GROUPS, Group("third", *tie)], resamples=50)
+    assert (result.value, result.prompts, result.pairs, result.ties) == (pytest.approx(0.3), 2, 8, 2)
+
+
+PICKS = [
+    Group(f"{k}", (d, 0), {1.0: (0, 1), 0.0: (1, 0), 0.5: (0, 0)}[label])
+    for k, (d, label) in enumerate(zip((1.0, 0.2, 0.1, 3.0, -0.5), (1.0, 0.0, 0.5, 0.5, 1.0), strict=True))
+]
+"""Differences of the logits and label_0."""
+
+
+def test_pick_threshold_at_every_threshold() -> None:
+    """|p1 - p0| = tanh(|d| / 2) = .46, .0997, .05, .91, .24. At 0.1 the second and third become ties."""
+    values = [accuracy("m4", PICKS, partial(pick_threshold, threshold=t), resamples=20).value for t in THRESHOLDS]
+    assert values == pytest.approx([0.4, 0.6, 0.6, 0.7, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.7])
+    assert best_threshold(PICKS) == 0.3  # the smallest of .3, .4 and 1
+    assert pick_threshold((1, 1), (2, 2), 0) == (1, 1)
+
+
+def test_always_answering_tie_is_worth_as_much_as_its_share_and_half_of_the_rest() -> None:
+    """2 of 5 labels tie: 2/5 + (3/5) / 2 = 0.7; 76 of 500 ties give the 57.6 % of Pick-a-Pic v2."""
+    assert always_tie(PICKS) == pytest.approx(0.7)
+    assert accuracy("m4", PICKS, partial(pick_threshold, threshold=1.0), resamples=20).value == always_tie(PICKS)
+    groups = [Group(str(k), (0, 1), (0, 0) if k < 76 else (0, 1)) for k in range(500)]
+    assert always_tie(groups) == pytest.approx(0.576)
+
+
+def _random(seed: int, prompts: int = 40) -> list[Group]:
+    """Scores and ranks of few values, so that both tie now and then."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(2, 6, size=prompts)
+    return [Group(str(k), rng.integers(6, size=n) / 8, rng.integers(1, 5, size=n)) for k, n in enumerate(sizes)]
+
+
+def test_the_opposite_scorer_is_right_where_this_one_is_wrong() -> None:
+    """Without ties in the scores a definition and its opposite add up to 1, tau-b to 0; with them, strict and ge do."""
+    for group in _random(0):
+        (right, counted), (other, _) = strict(*group[1:]), ge(-np.asarray(group.scores), group.ranks)
+        assert right + other == counted
+        scores = np.random.default_rng(1).permutation(len(group.scores)) + 0.5
+        for metric in (ir_micro, ge, ir_macro, pick_trainer):
+            (a, n), (b, _) = metric(scores, group.ranks), metric(-scores, group.ranks)
+            assert a + b == pytest.approx(n)
+        assert kendall_tau_b(scores, group.ranks)[0] == pytest.approx(-kendall_tau_b(-scores, group.ranks)[0])
+        ties = np.mean(np.equal.outer(group.ranks, group.ranks)[np.triu_indices(len(scores), 1)])
+        for metric in (hps_inversion, mps_inversion):
+            assert metric(scores, group.ranks)[0] + metric(-scores, group.ranks)[0] == pytest.approx(1 + ties)
+
+
+def test_an_order_of_the_images_does_not_matter_without_equal_scores() -> None:
+    rng = np.random.default_rng(2)
+    for group in _random(3):
+        scores, ranks = rng.permutation(len(group.scores)), np.asarray(group.ranks)
+        shuffled = rng.permutation(len(scores))
+        for metric in METRICS.values():
+            assert metric(scores, ranks) == pytest.approx(metric(scores[shuffled], ranks[shuffled]))
+
+
+def test_the_interval_resamples_prompts_not_pairs() -> None:
+    """16 prompts, half of them wholly right: the interval of 16 coins, however many pairs there are. P(4 or fewer) is
+    .038 and P(3 or fewer) .011, so the percentiles are 4 and 12 of 16; 144 pairs would give .42 and .58."""
+    right, wrong = ((9, 8, 7), (1, 2, 3)), ((7, 8, 9), (1, 2, 3))
+    groups = [Group(str(k % 16), *(right if k % 2 else wrong)) for k in range(48)]
+    result = accuracy("ir_micro", groups)
+    assert (result.value, result.low, result.high) == (0.5, pytest.approx(0.25), pytest.approx(0.75))
+    assert (result.prompts, result.pairs) == (16, 144)
+    assert accuracy("ir_micro", groups) == result
+    assert accuracy("ir_micro", _random(4), seed=1) != accuracy("ir_micro", _random(4), seed=2)
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    """200 samples of 60 prompts right with probability 0.7: nominal coverage 95 %, percentile bootstrap 92 to 95 %."""
+    rng = np.random.default_rng(5)
+    covered = 0
+    for seed in range(200):
+        right = rng.random(60) < 0.7
+        low, high = interval(np.stack([right, np.ones(60)], axis=1), seed=seed, resamples=300)
+        covered += low <= 0.7 <= high
+    assert 175 <= covered <= 199
+
+
+def test_what_cannot_be_counted_is_refused() -> None:
+    with pytest.raises(ValueError, match="no metric 'ir'; known: hps_inversion, "):
+        accuracy("ir", GROUPS)
+    with pytest.raises(ValueError, match="at least 2 prompts with something to count; got 1"):
+        accuracy("ge", GROUPS[:1])
+    with pytest.raises(ValueError, match=r"one number for each of two or more images; got \(3,\), \(2,\)"):
+        strict((1, 2, 3), (1, 2))
+    for metric in METRICS.values():
+        with pytest.raises(ValueError, match="must be finite"):
+            metric((1, float("nan")), (1, 2))

@@ -1,0 +1,116 @@
+"""Several scorers as one: weights, normalisation, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reward_models import Scorer, WeightedSum
+
+
+class Mean(nn.Module):
+    """The mean of an image times a factor."""
+
+    differentiable, unit = True, "raw"
+
+    def __init__(self, factor: float = 1.0):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor), requires_grad=False)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.factor * images.mean((1, 2, 3))
+
+
+class Length:
+    """The length of the prompt."""
+
+    differentiable, unit = False, "letters"
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def _grey(*levels: float) -> Tensor:
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
+
+
+def test_weights_without_normalisation() -> None:
+    """2 * 0.5 - 0.25 * 3 = 0.25; 2 * 1 - 0.25 * 1 = 1.75."""
+    mixture = WeightedSum({"hps_v2.1": (Mean(), 2.0), "length": (Length(), -0.25)})
+    scores = mixture.score(_grey(0.5, 1.0), ["abc", "a"])
+    torch.testing.assert_close(scores, torch.tensor([0.25, 1.75]))
+    assert scores.dtype == torch.float32 and isinstance(mixture, Scorer)
+    assert mixture.unit == "2*hps_v2.1 (raw) + -0.25*length (letters)"
+
+
+def test_fixed_normalisation() -> None:
+    """(0.5 - 0.25) / 0.5 = 0.5, three times; (3 - 1) / 4 = 0.5: 1.5 + 0.5."""
+    scorers: dict[str, tuple[Scorer, float]] = {"mean": (Mean(), 3.0), "length": (Length(), 1.0)}
+    mixture = WeightedSum(scorers, normalise="fixed", statistics={"mean": (0.25, 0.5), "length": (1.0, 4.0)})
+    torch.testing.assert_close(mixture.score(_grey(0.5), ["abc"]), torch.tensor([2.0]))
+    assert mixture.unit.endswith("each normalised (fixed)")
+
+
+def test_running_normalisation() -> None:
+    """0, 0.5, 1 and 0.5 have mean 0.5 and variance 0.125, however they are cut into batches; 1 is then 1.41421."""
+    values = [0.0, 0.5, 1.0, 0.5]
+    for cut in (1, 2, 3):
+        mixture = WeightedSum({"mean": (Mean(), 1.0)}, normalise="running")
+        for part in (values[:cut], values[cut:]):
+            mixture.update(mixture.parts(_grey(*part), ["x"] * len(part)))
+        torch.testing.assert_close(mixture.score(_grey(1.0), ["x"]), torch.tensor([2**0.5]), atol=1e-6, rtol=0)
+        assert mixture.count == 4
+    before = mixture.mean.clone()
+    mixture.train().score(_grey(0.1, 0.2), ["x", "y"])
+    assert torch.equal(mixture.mean, before)  # only update changes it
+
+
+def test_running_statistics_survive_a_checkpoint() -> None:
+    mixture, other = (WeightedSum({"mean": (Mean(), 1.0)}, normalise="running") for _ in range(2))
+    mixture.update(mixture.parts(_grey(0.1, 0.9, 0.3), ["x"] * 3))
+    other.load_state_dict(mixture.state_dict())
+    assert torch.equal(other.score(_grey(0.4), ["x"]), mixture.score(_grey(0.4), ["x"]))
+
+
+def test_gradients_pass_through_the_normalisation_but_not_into_the_statistics() -> None:
+    """d/dx of weight * mean(x) / std: each of 48 values gets 2 / 48 / std."""
+    mixture = WeightedSum({"mean": (Mean(), 2.0)}, normalise="running")
+    x = _grey(0.2, 0.6).requires_grad_()
+    parts = mixture.parts(x, ["a", "b"])
+    mixture.update(parts)
+    assert not mixture.mean.requires_grad and not mixture.squares.requires_grad
+    (gradient,) = torch.autograd.grad(mixture.combine(parts).sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(x, 2 / 48 / 0.2), atol=1e-5, rtol=0)
+    assert mixture.differentiable
+    assert not WeightedSum({"mean": (Mean(), 1.0), "length": (Length(), 1.0)}).differentiable
+
+
+def test_networks_move_with_the_mixture() -> None:
+    mixture = WeightedSum({"a.b": (Mean(), 1.0), "length": (Length(), 1.0)})
+    assert [p.shape for p in mixture.parameters()] == [torch.Size([])]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    scorers: dict[str, tuple[Scorer, float]] = {"mean": (Mean(), 1.0)}
+    with pytest.raises(ValueError, match="needs at least one scorer"):
+        WeightedSum({})
+    with pytest.raises(ValueError, match="normalise='fixed' needs statistics"):
+        WeightedSum(scorers, normalise="fixed")
+    with pytest.raises(ValueError, match="nothing else takes them; it is 'none'"):
+        WeightedSum(scorers, statistics={"mean": (0, 1)})
+    with pytest.raises(ValueError, match="statistics must be given for mean; got maen"):
+        WeightedSum(scorers, normalise="fixed", statistics={"maen": (0, 1)})
+    with pytest.raises(ValueError, match="deviation of 'mean' must be above 0"):
+        WeightedSum(scorers, normalise="fixed", statistics={"mean": (0, 0)})
+    mixture = WeightedSum(scorers, normalise="running")
+    with pytest.raises(ValueError, match=r"scores of 'mean' seen so far \(0\) do not differ"):
+        mixture.score(_grey(0.5), ["x"])
+    with pytest.raises(ValueError, match="nan or infinite"):
+        mixture.update({"mean": torch.tensor([float("nan")])})
+    with pytest.raises(ValueError, match="update is for normalise='running'; it is 'none'"):
+        WeightedSum(scorers).update({"mean": torch.zeros(1)})
+    with pytest.raises(ValueError, match="images must be float"):
+        WeightedSum(scorers).score(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["x"])

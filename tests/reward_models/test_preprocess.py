@@ -1,0 +1,170 @@
+"""Preprocessing: Pillow's resize bit for bit, with gradients; the geometry of torchvision, transformers and HPSv2."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as classic
+import torchvision.transforms.v2.functional as tv
+from PIL import Image
+from torch import Tensor
+
+from reward_models.images import to_rgb, to_tensor
+from reward_models.preprocess import CLIP_MEAN, CLIP_STD, ImageRule, Interpolation, bands, resize
+
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+GEOMETRIES = [(300, 500), (333, 777), (512, 512), (224, 100), (100, 224), (225, 224), (160, 128), (227, 300), (40, 1)]
+
+
+def _image(rng: np.random.Generator, height: int, width: int, mode: str = "RGB") -> Image.Image:
+    """Noise over hard edges, in a mode; with real transparency where the mode has any."""
+    pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
+    pixels[: height // 2, : width // 2] = (255, 0, 255, 255)
+    image = Image.fromarray(pixels, "RGBA")
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+def _bytes(x: Tensor) -> np.ndarray:
+    return (x[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+
+def _sizes(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """(height, width) between 1 x 1 and 1500 x 2000, most of them small: every twentieth may be as large as that."""
+    limits = [(1500, 2000) if k % 20 == 0 else (160, 160) for k in range(count)]
+    return [(int(rng.integers(1, h + 1)), int(rng.integers(1, w + 1))) for h, w in limits]
+
+
+def test_resize_has_the_bytes_of_pillow() -> None:
+    """200 sizes, to the squares and shorter sides that networks want and to any other, up and down: no byte differs."""
+    rng = np.random.default_rng(0)
+    modes = ("RGB", "L", "P", "RGBA")
+    for k, (height, width) in enumerate(_sizes(rng, 200)):
+        image, filter = _image(rng, height, width, modes[k % 4]), list(FILTERS)[k // 4 % 2]
+        image = image if image.mode == "L" else to_rgb(image)
+        to = [(224, 224), (int(rng.integers(1, 300)), int(rng.integers(1, 300))), ImageRule(96).target(height, width)]
+        h, w = to[k % 3] if to[k % 3][0] * to[k % 3][1] < 10**6 else (224, 224)
+        expected = np.asarray(image.resize((w, h), FILTERS[filter])).reshape(h, w, -1)
+        array = np.array(image).reshape(height, width, -1)
+        x = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+        ours = _bytes(resize(x, (h, w), interpolation=filter))  # type: ignore[arg-type]
+        assert np.array_equal(ours, expected), f"{image.mode} {height}x{width} to {h}x{w} {filter}"
+
+
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
+def test_few_pixels_and_few_outputs_have_the_bytes_of_pillow(filter: Interpolation) -> None:
+    """Where both orders of the passes give the same for most images, and Pillow's must be found all the same."""
+    rng = np.random.default_rng(6)
+    sizes = [(689, 170, 7, 7), (976, 481, 7, 7), (12, 2, 3, 3), (6, 3, 3, 2), (7, 9, 2, 11)]
+    sizes += [tuple(rng.integers(1, 13, 4).tolist()) for _ in range(300)]
+    for height, width, h, w in sizes:
+        for _ in range(3):
+            array = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            expected = np.asarray(Image.fromarray(array).resize((w, h), FILTERS[filter]))
+            ours = resize(torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255, (h, w), interpolation=filter)
+            assert np.array_equal(_bytes(ours), expected), f"{height}x{width} to {h}x{w}"
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [(5, 4), (11, 17)])
+def test_gradient_is_that_of_the_linear_filter(interpolation: Interpolation, size: tuple[int, int]) -> None:
+    """Against finite differences of Pillow's resize of an image of floats, where pixels are at the limits too. It is
+    linear, so a step of 1 has no error but that of float32."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 1, 9, 7).mul(1.4).sub(0.2).clamp(0, 1).requires_grad_()
+    weights = torch.randn(1, 1, *size)
+    (gradient,) = torch.autograd.grad((resize(x, size, interpolation=interpolation) * weights).sum(), x)
+
+    def unrounded(image: Tensor) -> float:
+        """By Pillow, which neither rounds nor clamps images of floats."""
+        done = Image.fromarray(image[0, 0].numpy()).resize(size[::-1], FILTERS[interpolation])
+        return float((np.asarray(done, dtype=np.float64) * weights[0, 0].numpy()).sum())
+
+    for row, column in ((0, 0), (4, 3), (8, 6), (2, 5)):
+        moved = x.detach().clone()
+        moved[0, 0, row, column] += 1
+        difference = unrounded(moved) - unrounded(x.detach())
+        assert gradient[0, 0, row, column].item() == pytest.approx(difference, abs=1e-3)
+
+
+def test_coefficients_by_hand() -> None:
+    """Bilinear from 4 to 2: output 0 sits at 1, the triangle of half width 2 weighs pixels 0..2 by 3/4, 3/4, 1/4 over
+    7/4: 3/7, 3/7, 1/7. From 2 to 4, output 0 sits at 1/4 and sees pixel 0 alone, output 1 at 3/4: 3/4 and 1/4."""
+    (_, _, down), (_, _, up) = bands(4, 2, 0, 2, "bilinear")[0], bands(2, 4, 0, 4, "bilinear")[0]
+    np.testing.assert_allclose(down, [[3 / 7, 3 / 7, 1 / 7, 0], [0, 1 / 7, 3 / 7, 3 / 7]], atol=2**-22)
+    np.testing.assert_allclose(up, [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]], atol=2**-22)
+    assert (down * 2**22 == np.round(down * 2**22)).all()
+
+
+@pytest.mark.parametrize("height, width", GEOMETRIES)
+def test_shortest_is_torchvision_or_transformers(height: int, width: int) -> None:
+    """Their own classes on Pillow images, to zero: the resize, and the crop that each rounds in its way."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    image = _image(np.random.default_rng(1), height, width)
+    x = to_tensor(image)[None].float() / 255
+    official = classic.Compose(
+        [
+            classic.Resize(224, classic.InterpolationMode.BICUBIC),
+            classic.CenterCrop(224),
+            classic.ToTensor(),
+            classic.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+    torch.testing.assert_close(ImageRule(224)(x)[0], official(image), atol=1e-6, rtol=0)
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224)(image, return_tensors="pt")
+    torch.testing.assert_close(ImageRule(224, crop="transformers")(x), theirs["pixel_values"], atol=1e-5, rtol=0)
+
+
+def test_the_two_crops_differ_where_half_a_pixel_is_left() -> None:
+    """227 high: (227 - 224) / 2 = 1.5 is 2 to even and 1 cut off."""
+    x = torch.rand(1, 3, 227, 224)
+    rows = ImageRule(224, method="plain", mean=(0, 0, 0), std=(1, 1, 1))
+    assert torch.equal(rows(x), x[:, :, 2:226])
+    assert torch.equal(replace(rows, crop="transformers")(x), x[:, :, 1:225])
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("height, width", [*GEOMETRIES, (600, 1)])
+def test_longest_is_what_hpsv2_does(height: int, width: int, antialias: bool) -> None:
+    """Restated: the longer side to 224, sides rounded to even, bicubic on the float tensor, overshoot kept, black
+    around it. Always padded, and never a side of 0, where the original fails."""
+    x = to_tensor(_image(np.random.default_rng(2), height, width))[None].float() / 255
+    rule = ImageRule(224, resize="longest", method="antialias" if antialias else "plain", clamp=False)
+    scale = 224 / max(height, width)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    small = x if scale == 1 else tv.resize(x, [h, w], tv.InterpolationMode.BICUBIC, antialias=antialias)
+    expected = torch.zeros(1, 3, 224, 224)
+    top, left = (224 - h) // 2, (224 - w) // 2
+    expected[:, :, top : top + h, left : left + w] = small
+    expected = (expected - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    torch.testing.assert_close(rule(x), expected, atol=1e-5, rtol=0)
+    if scale != 1 and min(h, w) > 1:
+        assert (rule(x) - ImageRule(224, resize="longest", method=rule.method)(x)).abs().max() > 0
+
+
+@pytest.mark.parametrize("how", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("height, width", [(300, 500), (333, 777), (90, 64), (64, 64), (31, 67)])
+def test_shrunk_by_pillow_it_is_the_same_input(how: str, height: int, width: int) -> None:
+    """Bit for bit, for the decoders of `reward-score`."""
+    image = _image(np.random.default_rng(3), height, width)
+    rule = ImageRule(64, resize=how)  # type: ignore[arg-type]
+    whole, shrunk = (rule(to_tensor(i)[None].float() / 255) for i in (image, rule.shrink(image)))
+    assert rule.shrink(image).size == (64, 64) and torch.equal(whole, shrunk)
+
+
+def test_gradients_reach_every_pixel_of_the_crop_and_no_other() -> None:
+    x = torch.rand(2, 3, 48, 80).requires_grad_()
+    ImageRule(32)(x).square().sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    columns = x.grad.abs().sum((0, 1, 2)) > 0  # 80 wide becomes 53, of which 10 are cut off on either side
+    assert columns[20:60].all() and not columns[:8].any() and not columns[-8:].any()
+
+
+def test_autocast_and_half_precision_do_not_touch_it() -> None:
+    x = to_tensor(_image(np.random.default_rng(4), 50, 70))[None].float() / 255
+    expected = ImageRule(32)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ImageRule(32)(x), expected)

@@ -1,0 +1,45 @@
+"""HPS-style scorer (Wu et al., 2023): a CLIP model fine-tuned on pairs and rankings of images of one prompt.
+
+    accelerate launch train/hps.py --config configs/hps/hpsv2.yaml data.path=HPD/train.json
+    diffalign train hps --config playground data.path=ratings run.folder=runs/scorer
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl, checkpoints/ and export/, the best weights, which
+`reward-score --scorer <run.folder>/export` and `load_scorer` read.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.reward_training import RewardTraining
+from diffalign.data.groups import PreferenceGroups, check_groups
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+from diffalign.validation import scorer_hooks
+from reward_models.training import LimitLogitScale, clip_to_train, prepare
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={"data": check_groups, "algorithm": RewardTraining.check},
+        run=Run,
+        scorer=clip_to_train,
+        data=PreferenceGroups,
+        algorithm=RewardTraining,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=scorer_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    scorer = clip_to_train(run.device, **cfg.scorer)
+    groups, validation = (run.groups(prepare(scorer.rule), part, **cfg.data) for part in ("train", "validation"))
+    policy = run.prepare(scorer)
+    algorithm = RewardTraining(policy, run.draws, groups.aspects, **cfg.algorithm)
+    players = {"scorer": adamw(policy, **cfg.optimizer)}
+    hooks = [LimitLogitScale(scorer), *scorer_hooks(run, scorer, validation, **cfg.hooks)]
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(groups))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""VP-Score-style scorer (Wu et al., 2024; network of ImageReward, Xu et al., 2023): BLIP with a head for each aspect.
+
+    accelerate launch train/vp_score.py --config configs/vp_score/image_reward.yaml data.path=ImageRewardDB
+    diffalign train vp_score --config playground data.path=ratings run.folder=runs/scorer
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl, checkpoints/ and export/, the best weights, which
+`reward-score --scorer <run.folder>/export` and `load_scorer` read.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.reward_training import RewardTraining
+from diffalign.data.groups import PreferenceGroups, check_groups
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+from diffalign.validation import scorer_hooks
+from reward_models.training import blip_to_train, prepare
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={"data": check_groups, "algorithm": RewardTraining.check},
+        run=Run,
+        scorer=blip_to_train,
+        data=PreferenceGroups,
+        algorithm=RewardTraining,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=scorer_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    scorer = blip_to_train(run.device, cfg.data["aspects"], **cfg.scorer)
+    groups, validation = (run.groups(prepare(scorer.rule), part, **cfg.data) for part in ("train", "validation"))
+    policy = run.prepare(scorer)
+    algorithm = RewardTraining(policy, run.draws, groups.aspects, **cfg.algorithm)
+    players = {"scorer": adamw(policy, **cfg.optimizer)}
+    hooks = scorer_hooks(run, scorer, validation, **cfg.hooks)
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(groups))
+
+
+if __name__ == "__main__":
+    main()
