@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import NetworkScorer
-from reward_models.images import ImageError, read_image, to_tensor
+from reward_models.images import ImageError, read_image, read_rgb, to_tensor
 from reward_models.items import Item
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer
@@ -76,9 +75,11 @@ def score_items(
 
     work         batches, taken as they are needed
     scorers      name -> scorer
-    num_workers  threads that decode (Pillow frees the interpreter while it works); default: the cores, at most 16
+    num_workers  threads that decode (Pillow frees the interpreter while it works; worker processes were no faster);
+                 default: this process's share of the machine's cores, at most 16
     """
-    workers = num_workers or min(16, os.cpu_count() or 1)
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = num_workers or min(16, max(1, share))
     for items, images in _decoded(work, common_rule(scorers.values()), workers):
         good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
         pixels = [image for image in images if isinstance(image, Tensor)]
@@ -99,7 +100,10 @@ def score_items(
 def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
     """The rule by which Pillow can resize an image once for all scorers, in the threads that decode; None if there is
     none, and they get the whole image."""
-    rules = {scorer.rule if isinstance(scorer, NetworkScorer) else None for scorer in scorers}
+    rules = {
+        x.rule if isinstance(x, NetworkScorer) and type(x).preprocess is NetworkScorer.preprocess else None
+        for x in scorers
+    }
     rule = rules.pop() if len(rules) == 1 else None
     return rule if rule is not None and rule.method == "pil" else None
 
@@ -125,10 +129,9 @@ def _decoded(
 
 def _read(path: Path, rule: ImageRule | None) -> Tensor | str:
     try:
-        image = read_image(path)
+        return read_image(path) if rule is None else to_tensor(rule.shrink(read_rgb(path)))
     except ImageError as error:
         return str(error)
-    return image if rule is None else to_tensor(rule.shrink(Image.fromarray(image.permute(1, 2, 0).numpy())))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from reward_models.images import ImageError, read_image, to_tensor
+from reward_models.images import ImageError, read_image, read_rgb, to_tensor
 
 
 def _pixel(image: Image.Image) -> list[int]:
@@ -51,3 +51,13 @@ def test_orientation_tags_are_applied(tmp_path: Path) -> None:
     upright = read_image(tmp_path / "lying.png")
     assert upright.shape == (3, 5, 3)
     assert torch.equal(upright, torch.from_numpy(np.rot90(np.asarray(lying), k=-1).copy()).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
+def test_what_was_read_can_still_be_resized_after_the_file_is_closed(suffix: str, tmp_path: Path) -> None:
+    """Pillow reads lazily, and `read_rgb` does not copy an image that is RGB already."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    image.save(tmp_path / f"x.{suffix}")
+    read = read_rgb(tmp_path / f"x.{suffix}")
+    (tmp_path / f"x.{suffix}").unlink()
+    assert read.mode == "RGB" and torch.equal(to_tensor(read.resize((30, 20))), to_tensor(read))

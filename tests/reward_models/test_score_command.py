@@ -216,7 +216,7 @@ def _arguments(images: Path, out: Path, *scorers: str) -> list[str]:
 
 def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path: Path) -> None:
     """Threads stand for the processes: they share nothing but the files and the barrier. Batches are shared whole."""
-    whole, out, barrier, codes = tmp_path / "one.jsonl", tmp_path / "two.jsonl", threading.Barrier(2), {}
+    whole, out, barrier, codes = tmp_path / "one.jsonl", tmp_path / "two.jsonl", threading.Barrier(2, timeout=60), {}
     assert main([*_arguments(images, whole, clip, "command_scorers:Red"), "--batch-size", "6"]) == 0
     seen = sys.modules["command_scorers"].Red.batches
     of_one = sorted(seen)

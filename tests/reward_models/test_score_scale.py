@@ -124,7 +124,7 @@ def test_killed_halfway_and_resumed_equals_uninterrupted(folder: Path, peaks: di
 
 def test_two_processes_write_the_table_of_one(folder: Path, peaks: dict[str, int], tmp_path: Path) -> None:
     """Threads stand for the processes: they share nothing but the files and the barrier."""
-    out, barrier, codes = tmp_path / "all.csv", threading.Barrier(2), {}
+    out, barrier, codes = tmp_path / "all.csv", threading.Barrier(2, timeout=60), {}
 
     def process(rank: int) -> None:
         codes[rank] = main(
