@@ -36,7 +36,7 @@ from reward_models.playground import PLAYGROUND
 
 RESULTS = Path(__file__).parent / "results" / "scorers.json"
 RECIPES = ("hps", "vp_score")
-PROMPTS = 2000
+PROMPTS = 8000
 
 
 def train(recipe: str, ratings: Path, run: Path, seed: int) -> float:

@@ -75,7 +75,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
     p = commands.add_parser("ratings", help="render rated and ranked images: data to train a scorer on")
-    p.add_argument("--prompts", type=int, default=2000, help="captions, each with four images")
+    p.add_argument("--prompts", type=int, default=8000, help="captions, each with four images")
     p.add_argument("--held-out", action="store_true", help="combinations that the shipped models never saw")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and ratings.jsonl")

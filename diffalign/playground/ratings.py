@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Wish, captions, imagine, parse
@@ -20,6 +21,9 @@ from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAP
 RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
 """The aspects of a rating: what of the caption is right; vividness; cleanliness; how well the object is placed.
 Nothing in this world can harm anybody, so the usual fourth aspect, harmlessness, has no counterpart."""
+
+CHUNK = 500
+"""Captions rendered and measured at once."""
 
 CHOICES: dict[str, Sequence[str | None]] = {
     "colour": tuple(COLOURS),
@@ -47,31 +51,36 @@ def write_ratings(
     images/ and ratings.jsonl; returns the latter.
     """
     texts = captions(prompts, held_out=held_out, seed=seed)
-    asked = [parse(text) for text in texts for _ in range(images_per_prompt)]
-    images = draw(asked, seed=seed)
-    repeated = [wish.caption for wish in asked]
-    measured, g = Judge().measure(images, repeated), torch.Generator().manual_seed(seed)
-    following = torch.stack([measured[x] for x in ("colour", "shape", "background", "size")]).mean(0)
-    values = torch.stack([following, measured["vivid"], measured["clean"], measured["place"]], dim=1)
-    rated = 1 + (4 * (values + 0.1 * torch.randn(values.shape, generator=g)).clamp(0, 1)).round().int()
-    gumbel = -torch.log(-torch.log(torch.rand(len(images), generator=g)))  # makes differences Bradley-Terry's
-    liked = (Judge().score(images, repeated) / temperature + gumbel).view(prompts, images_per_prompt)
-    ranks = liked.argsort(dim=1, descending=True).argsort(dim=1) + 1
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    names = [f"images/{k:05d}_{j}.png" for k in range(prompts) for j in range(images_per_prompt)]
-    for name, image in zip(names, images, strict=True):
-        save_image(image, folder / name)
     lines = []
-    for k, text in enumerate(texts):
-        mine = slice(k * images_per_prompt, (k + 1) * images_per_prompt)
-        scores = dict(zip(RATED, rated[mine].T.tolist(), strict=True))
-        lines.append(
-            json.dumps({"prompt": text, "images": names[mine], "scores": scores, "ranking": ranks[k].tolist()})
-        )
+    for start in tqdm(range(0, prompts, CHUNK), "render and rate", disable=prompts <= CHUNK):
+        some = texts[start : start + CHUNK]
+        images, rated, ranks = _rated(some, images_per_prompt, temperature, seed * 1_000_003 + start)
+        for k, text in enumerate(some):
+            names = [f"images/{start + k:05d}_{j}.png" for j in range(images_per_prompt)]
+            for name, image in zip(names, images[k], strict=True):
+                save_image(image, folder / name)
+            scores = dict(zip(RATED, rated[k].T.tolist(), strict=True))
+            lines.append(json.dumps({"prompt": text, "images": names, "scores": scores, "ranking": ranks[k].tolist()}))
     out = folder / "ratings.jsonl"
     out.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
     os.replace(out.with_suffix(".tmp"), out)
     return out
+
+
+def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [P, each, 3, SIZE, SIZE], ratings int [P, each, aspects] and ranks [P, each] of P captions."""
+    asked = [parse(text) for text in texts for _ in range(each)]
+    repeated = [text for text in texts for _ in range(each)]
+    images, g = draw(asked, seed=seed), torch.Generator().manual_seed(seed)
+    measured = Judge().measure(images, repeated)
+    following = torch.stack([measured[x] for x in ("colour", "shape", "background", "size")]).mean(0)
+    values = torch.stack([following, measured["vivid"], measured["clean"], measured["place"]], dim=1)
+    rated = 1 + (4 * (values + 0.1 * torch.randn(values.shape, generator=g)).clamp(0, 1)).round().int()
+    gumbel = -torch.log(-torch.log(torch.rand(len(images), generator=g)))  # makes differences Bradley-Terry's
+    liked = (Judge().score(images, repeated) / temperature + gumbel).view(-1, each)
+    ranks = liked.argsort(dim=1, descending=True).argsort(dim=1) + 1
+    return images.unflatten(0, (-1, each)), rated.unflatten(0, (-1, each)), ranks
 
 
 def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
