@@ -103,6 +103,11 @@ def blip_to_train(
             aspects=tuple(aspects),
             aspect_weights=aspect_weights,
         )
+        if (
+            weights is None and body is None
+        ):  # ImageReward's tiny start suits a trained body; a random one is stuck in it
+            for layer in (x for x in scorer.mlp.modules() if isinstance(x, nn.Linear)):
+                layer.reset_parameters()
     train_only(scorer, trains)
     return scorer.to(device)
 
