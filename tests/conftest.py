@@ -13,6 +13,9 @@ import torch
 from torchvision.utils import save_image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already; those they start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 
 
