@@ -52,7 +52,7 @@ def train(recipe: str, ratings: Path, run: Path, seed: int) -> float:
 class HeldOut:
     """Rated images of held-out captions: `truth` [N] by the judge, `rated` [N] by an annotator, four a caption."""
 
-    def __init__(self, folder: Path, prompts: int = 180, seed: int = 1000):
+    def __init__(self, folder: Path, prompts: int = 720, seed: int = 1000):
         lines = write_ratings(folder, prompts, held_out=True, seed=seed).read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         self.images = torch.stack([read_image(folder / name) for row in rows for name in row["images"]]).float() / 255

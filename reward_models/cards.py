@@ -214,6 +214,30 @@ CARDS = {
         (),
         ("reconstructed from secondary sources; hyper-parameters and accuracies of the paper are unverified",),
     ),
+    "playground_hps": Card(
+        "HPS-style scorer of the playground",
+        "ships with the package; made by train/hps.py, see reward_models/playground/BUILD.md",
+        "Apache-2.0",
+        "CLIP: ViT with patches of 4 x 4, 3 layers of width 64, text tower of 2; 0.3 M parameters",
+        "Pillow's bicubic resize to 32 x 32 pixels",
+        "12 tokens; every word of the playground's captions is one",
+        "logit: exp(logit_scale) * cosine",
+        "differences within a caption of a few units",
+        (Accuracy("held-out playground captions, true preference", 78.6, "benchmarks/results/scorers.json, seed 0"),),
+        ("means nothing outside the playground", _RELATIVE),
+    ),
+    "playground_vp_score": Card(
+        "VP-Score-style scorer of the playground",
+        "ships with the package; made by train/vp_score.py, see reward_models/playground/BUILD.md",
+        "Apache-2.0",
+        "BLIP: ViT with patches of 4 x 4, 3 layers of width 64, text encoder of 2 with cross-attention; five heads",
+        "Pillow's bicubic resize to 32 x 32 pixels",
+        "12 tokens; every word of the playground's captions is one",
+        "standardised: the head of the overall preference; score_aspects gives the other four too",
+        "-2 to 2",
+        (Accuracy("held-out playground captions, true preference", 76.8, "benchmarks/results/scorers.json, seed 0"),),
+        ("means nothing outside the playground", "knows little of composition (56 % of pairs)", _RELATIVE),
+    ),
 }
 """Name -> card. Accuracies as published, with what was compared; those not listed are unverified."""
 

@@ -117,7 +117,7 @@ def _info(words: Sequence[str]) -> int:
     parser = _Parser(prog="reward-score info", description="What a scorer is: source, input, unit, known failures.")
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; all in short without it")
     name = parser.parse_args(words).name
-    print(card_text(name) if name else "\n".join(f"{name:<16}{card.title}" for name, card in CARDS.items()))
+    print(card_text(name) if name else "\n".join(f"{name:<22}{card.title}" for name, card in CARDS.items()))
     return 0
 
 

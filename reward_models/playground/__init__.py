@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from reward_models.blip_scorers import BLIPScorer
-    from reward_models.clip_scorers import CLIPScorer
+from typing import Any
 
 PLAYGROUND = Path(__file__).parent
 
 
-def hps() -> CLIPScorer:
-    """The CLIP that learned the playground's common taste."""
+def hps() -> Any:
+    """The CLIPScorer that learned the playground's common taste."""
     from reward_models.clip_scorers import CLIPScorer
     from reward_models.weights import read_config
 
     return CLIPScorer.from_folder(PLAYGROUND / "hps", read_config(PLAYGROUND / "hps"))
 
 
-def vp_score() -> BLIPScorer:
-    """The BLIP that learned the playground's common taste and four aspects of it."""
+def vp_score() -> Any:
+    """The BLIPScorer that learned the playground's common taste and four aspects of it."""
     from reward_models.blip_scorers import BLIPScorer
     from reward_models.weights import read_config
 
