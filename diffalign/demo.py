@@ -15,14 +15,14 @@ from diffalign import launch
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 2.0 --size 32 --batch-size 64"
 STORY = f"""
 # Captions of a small world; the model has seen every combination of these attributes.
-diffalign playground prompts --n 384 --out OUT/prompts.jsonl
+diffalign playground prompts --n 320 --out OUT/prompts.jsonl
 # Two images for each, from the shipped 1.3 M parameter Stable Diffusion.
 diffalign eval generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPLING} --seed 1 --out OUT/images
 # Simulated people choose. They like vivid colours and objects in their place, and they err.
 diffalign playground label OUT/images --out OUT/pairs.jsonl
 # Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.
 accelerate launch --config_file CONFIGS/accelerate/cpu.yaml TRAIN/diffusion_dpo.py --config playground \
-    run.folder=OUT/run data.path=OUT/pairs.jsonl data.cache=OUT/cache trainer.steps=160
+    run.folder=OUT/run data.path=OUT/pairs.jsonl data.cache=OUT/cache trainer.steps=100
 # Captions whose combination of colour, shape and background the model has never seen.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
 # The same prompts and the same noise for the base model ...
