@@ -1,13 +1,13 @@
 """Does it align? Every algorithm, with its controls and three seeds, judged exactly on held-out playground prompts.
 
     python benchmarks/learning.py                                  # everything that results/learning.json lacks
-    python benchmarks/learning.py --case diffusion_dpo/lora --seed 0 --labels flipped
+    python benchmarks/learning.py --case inpo/lora --seed 0 --labels flipped
 
 Per case and seed: the same pairs of the base model's own samples, labelled by simulated annotators truly, with every
-label flipped, and at random; train by the recipe; generate from held-out prompts; win rate of the judge's score against
-the base model's images of the same prompts, from equal noise and from other noise. True labels must win (lower bound
-over one half), flipped ones must lose, random ones must do neither. Writes benchmarks/results/learning.json, one object
-a run, and the table of docs/learning.md.
+label flipped, at random, or with three labels of ten swapped; train by the recipe; generate from held-out prompts; win
+rate of the judge's score against the base model's images of the same prompts, from equal noise and from other noise.
+True labels must win (lower bound over one half), flipped ones must lose, random ones must do neither. Writes
+benchmarks/results/learning.json, one object a run, and the tables of docs/learning.md.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ import runpy
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from diffalign import launch
+from diffalign.backbones import Denoiser
 from diffalign.playground import Judge
-from diffalign.playground.annotators import Labels, label, load
+from diffalign.playground.annotators import label, load, rank
 from diffalign.playground.world import captions
 from diffalign.report import paired_win_rate
 
@@ -32,19 +37,45 @@ RESULTS = Path(__file__).parent / "results" / "learning.json"
 PAGE = Path(__file__).parent.parent / "docs" / "learning.md"
 MARK = "<!-- what follows is written by benchmarks/learning.py -->"
 SAMPLING = ["--steps=10", "--guidance=2.0", "--size=32", "--batch-size=64"]
+BOTH, ALL = ("true", "flipped"), ("true", "flipped", "random")
+NOISY = "noisy"  # true labels, of which SWAPPED were swapped
+SWAPPED = 0.3
+
+
+class Case(NamedTuple):
+    """A recipe, what it changes in its playground config, which labels it is run on, and which model."""
+
+    recipe: str
+    changes: tuple[str, ...] = ()
+    labels: tuple[str, ...] = BOTH
+    model: str = "playground"
+
+
+SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1")
 CASES = {
-    "diffusion_dpo/lora": ("diffusion_dpo", []),
-    "diffusion_dpo/full": ("diffusion_dpo", ["backbone.lora_rank=0", "optimizer.lr=3e-5"]),
+    "diffusion_dpo/lora": Case("diffusion_dpo", (), (*ALL, NOISY)),
+    "diffusion_dpo/full": Case("diffusion_dpo", ("backbone.lora_rank=0", "optimizer.lr=3e-5"), ALL),
+    "inpo/lora": Case("inpo"),
+    "smpo/lora": Case("inpo", SMPO),
+    "rank_dpo/lora": Case("rank_dpo"),
+    "kto/lora": Case("kto"),
+    "mapo/lora": Case("mapo"),
+    "sft/lora": Case("sft", (), ("true",)),
+    "conservative/lora": Case(
+        "diffusion_dpo", ("algorithm.loss=conservative", "algorithm.label_smoothing=0.3"), (NOISY,)
+    ),
+    "robust/lora": Case("diffusion_dpo", ("algorithm.loss=robust", "algorithm.label_smoothing=0.3"), (NOISY,)),
 }
-"""Recipe and what it changes in its playground config."""
 
 
 class World:
-    """Samples of the base model on training prompts (to compare) and on held-out prompts (to be beaten), made once."""
+    """Samples of a base model on training prompts (to compare) and on held-out prompts (to be beaten), made once."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, model: str = "playground"):
+        self.folder, self.model = folder, model
+        folder.mkdir(parents=True, exist_ok=True)
         self._prompts("train", 768, held_out=False)
+        self._prompts("ranked", 384, held_out=False)
         self._prompts("held_out", 128, held_out=True)
         self.generate("train", "pairs", "--seed=1")
         self.generate("held_out", "base")
@@ -54,11 +85,26 @@ class World:
         lines = [json.dumps({"prompt": p, "prompt_id": str(i)}) for i, p in enumerate(captions(n, held_out=held_out))]
         (self.folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
-    def generate(self, prompts: str, out: str, *more: str) -> None:
-        arguments = ["--pipeline=playground", f"--prompts={self.folder / prompts}.jsonl", f"--out={self.folder / out}"]
+    def generate(self, prompts: str, out: str, *more: str, samples: int = 2) -> None:
+        arguments = [
+            f"--pipeline={self.model}",
+            f"--prompts={self.folder / prompts}.jsonl",
+            f"--out={self.folder / out}",
+        ]
         recipe = runpy.run_path(str(launch.find("eval", "generate")))
-        if recipe["main"]([*arguments, "--samples-per-prompt=2", *SAMPLING, *more]):
+        if recipe["main"]([*arguments, f"--samples-per-prompt={samples}", *SAMPLING, *more]):
             raise RuntimeError(f"generating '{out}' failed")
+
+    def labelled(self, name: str, case: Case, labels: str, seed: int) -> Path:
+        """The data set of a run: pairs, or for RankDPO groups of four out of as many images."""
+        out, kind = self.folder / f"{name}.jsonl", "true" if labels == NOISY else labels
+        if case.recipe == "rank_dpo":
+            self.generate("ranked", "groups", "--seed=1", samples=4)
+            rank(self.folder / "groups", out, labels=kind, seed=seed)  # type: ignore[arg-type]
+        else:
+            noise = SWAPPED if labels == NOISY else 0.0
+            label(self.folder / "pairs", out, labels=kind, noise=noise, seed=seed)  # type: ignore[arg-type]
+        return out
 
     def win_rate(self, aligned: str, base: str = "base") -> Any:
         """The judge's win rate of one folder of held-out images over another of the same prompts."""
@@ -68,16 +114,32 @@ class World:
         return paired_win_rate(*scores, [row["prompt_id"] for row in rows])
 
 
-def learn(world: World, case: str, labels: Labels, seed: int) -> dict[str, Any]:
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """Counts the images that go through a denoiser forwards, the reference's and those of inversions among them."""
+    count = {"forwards": 0}
+
+    def hook(module: Any, arguments: Any, out: Any) -> None:
+        if isinstance(module, Denoiser):
+            count["forwards"] += len(arguments[0])
+
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
     """Label, train, generate, judge: one row of the table."""
-    recipe, changes = CASES[case]
+    chosen = CASES[case]
     name = f"{case.replace('/', '-')}-{labels}-{seed}"
-    pairs, run = world.folder / f"{name}.jsonl", world.folder / name
-    label(world.folder / "pairs", pairs, labels=labels, seed=seed)
-    settings = [f"run.folder={run}", f"run.seed={seed}", f"data.path={pairs}", "hooks.sample_every=0"]
-    settings += [f"backbone.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false", *changes]
+    data, run = world.labelled(name, chosen, labels, seed), world.folder / name
+    settings = [f"run.folder={run}", f"run.seed={seed}", f"data.path={data}", "hooks.sample_every=0"]
+    settings += [f"backbone.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false", *chosen.changes]
     started = time.time()
-    runpy.run_path(str(launch.find("train", recipe)))["main"](["--config=playground", *settings])
+    with counted() as count:
+        runpy.run_path(str(launch.find("train", chosen.recipe)))["main"](["--config=playground", *settings])
     seconds = time.time() - started
     export = run / "export"
     full = (export / "model_index.json").exists()
@@ -85,7 +147,7 @@ def learn(world: World, case: str, labels: Labels, seed: int) -> dict[str, Any]:
     rate, other = (world.win_rate(f"{name}-images", base) for base in ("base", "base-other-noise"))
     return {
         "algorithm": case,
-        "backbone": "playground",
+        "backbone": chosen.model,
         "labels": labels,
         "seed": seed,
         "n": rate.n,
@@ -95,6 +157,7 @@ def learn(world: World, case: str, labels: Labels, seed: int) -> dict[str, Any]:
         "points": round(rate.mean_difference, 4),
         "other_noise": [round(x, 4) for x in (other.win_rate, other.low, other.high)],
         "seconds": round(seconds, 1),
+        "forwards": count["forwards"],
         "commit": commit(),
     }
 
@@ -129,19 +192,19 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
-    parser.add_argument("--labels", choices=("true", "flipped", "random"), action="append", help="default: all")
+    parser.add_argument("--labels", choices=(*ALL, NOISY), action="append", help="default: all")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     args = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     done = {(r["algorithm"], r["labels"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
-        world = World(Path(folder))
+        worlds = {m: World(Path(folder, m), m) for m in dict.fromkeys(CASES[c].model for c in args.case or CASES)}
         for seed in args.seed or (0, 1, 2):
             for case in args.case or CASES:
-                for labels in args.labels or ("true", "flipped", "random"):
-                    if (case, labels, seed) in done:
+                for labels in CASES[case].labels:
+                    if (case, labels, seed) in done or labels not in (args.labels or CASES[case].labels):
                         continue
-                    rows.append(learn(world, case, labels, seed))
+                    rows.append(learn(worlds[CASES[case].model], case, labels, seed))
                     print(json.dumps(rows[-1]), flush=True)
                     write(RESULTS, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     before = PAGE.read_text().split(MARK)[0]

@@ -115,7 +115,7 @@ def ours(path: Path, pairs: Path, resolution: int, batch: int, rank: int, device
         batch_size=batch,
         cache=str(folder / "cache"),
         hflip=True,
-        draws_per_pair=2,
+        draws_per_sample=2,
     )
     reference = reference_for(backbone.denoiser)
     policy = run.prepare(backbone.denoiser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffalign import launch
@@ -71,9 +71,18 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=0.35, help="noise of the choices, in points of the judge")
     p.add_argument("--min-margin", type=float, default=0.3, help="leave out pairs closer than this many points")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
+    p.add_argument("--noise", type=float, default=0.0, help="share of the labels swapped at random")
+    p.add_argument("--votes", type=int, default=1, help="people who compare each pair; how many agree becomes `prob`")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
+    p = commands.add_parser("rank", help="let simulated annotators rank all samples of each prompt in a folder")
+    p.add_argument("folder", type=Path, help="written by `diffalign eval generate --samples-per-prompt 4`")
+    p.add_argument("--votes", type=int, default=3, help="people who rank each group")
+    p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True, help=".jsonl of prompt, images and win rates phi")
+    p.set_defaults(run=_rank)
     p = commands.add_parser("ratings", help="render rated and ranked images: data to train a scorer on")
     p.add_argument("--prompts", type=int, default=8000, help="captions, each with four images")
     p.add_argument("--held-out", action="store_true", help="combinations that the shipped models never saw")
@@ -81,10 +90,12 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and ratings.jsonl")
     p.set_defaults(run=_ratings)
     p = commands.add_parser("build", help="train the shipped weights again from nothing (hours on a CPU)")
+    p.add_argument("--model", choices=("sd", "flow"), default="sd", help="flow: SD3 around the shipped autoencoder")
     p.add_argument("--out", type=Path, required=True, help="folder of the new pipeline")
     p.add_argument("--work", type=Path, required=True, help="checkpoints; a killed build resumes from here")
     p.add_argument("--autoencoder-steps", type=int, default=4000)
     p.add_argument("--unet-steps", type=int, default=7000)
+    p.add_argument("--flow-steps", type=int, default=6000)
     p.add_argument("--images", type=int, default=20000, help="rendered images whose latents are cached")
     p.set_defaults(run=_build)
 
@@ -132,9 +143,19 @@ def _label(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         min_margin=args.min_margin,
         labels=args.labels,
+        noise=args.noise,
+        votes=args.votes,
         seed=args.seed,
     )
     print(f"{kept} pairs in '{args.out}' ({compared} compared, the others closer than {args.min_margin} points)")
+    return 0
+
+
+def _rank(args: argparse.Namespace) -> int:
+    from diffalign.playground.annotators import rank
+
+    groups = rank(args.folder, args.out, votes=args.votes, labels=args.labels, seed=args.seed)
+    print(f"{groups} ranked groups in '{args.out}'")
     return 0
 
 
@@ -147,11 +168,16 @@ def _ratings(args: argparse.Namespace) -> int:
 
 
 def _build(args: argparse.Namespace) -> int:
+    from diffalign.playground import BASE
     from diffalign.playground.build import build
+    from diffalign.playground.build_flow import build_flow
 
-    card = build(
-        args.out, args.work, autoencoder_steps=args.autoencoder_steps, unet_steps=args.unet_steps, images=args.images
-    )
+    card: Mapping[str, object]
+    if args.model == "flow":
+        card = build_flow(args.out, args.work, BASE, steps=args.flow_steps, images=args.images)
+    else:
+        steps = {"autoencoder_steps": args.autoencoder_steps, "unet_steps": args.unet_steps}
+        card = build(args.out, args.work, **steps, images=args.images)
     print(json.dumps(card, indent=2))
     return 0
 

@@ -64,9 +64,24 @@ def parse(
     names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
     parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
-    args = parser.parse_args(argv)
+    parser.add_argument("--sweep", action="append", default=[], metavar="section.key=v1,v2", help="docs/sweep.md")
+    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts, which the playground has")
+    parser.add_argument("--sweep-scorer", metavar="SPEC", help="who judges their images; the playground has a judge")
+    args = parser.parse_intermixed_args(argv)
+    if (args.sweep_prompts or args.sweep_scorer) and not args.sweep:
+        parser.error("--sweep-prompts and --sweep-scorer belong to --sweep")
     try:
-        return resolve(read(args.config, folder), args.overrides, sections, checks or {})
+        content = read(args.config, folder)
+        if args.sweep:
+            from diffalign.sweep import sweep
+
+            def resolved(more: Sequence[str]) -> Config:
+                return resolve(content, [*args.overrides, *more], sections, checks or {})
+
+            arguments = [*(["--config", args.config] if args.config else []), *args.overrides]
+            judging = {"prompts": args.sweep_prompts, "scorer": args.sweep_scorer}
+            raise SystemExit(sweep(file.resolve(), args.sweep, arguments, resolved, **judging))
+        return resolve(content, args.overrides, sections, checks or {})
     except ConfigError as error:
         print(f"{file.name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -88,8 +88,7 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
 def own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> torch.Tensor:
     """What the present weights draw from latents [B, C, h, w] in the stock pipeline, on the CPU in float32."""
     network = copy.deepcopy(backbone.denoiser.network).cpu().float()
-    pipeline = backbone.pipeline(network).to("cpu")
-    pipeline.vae.float(), pipeline.text_encoder.float()
+    pipeline = backbone.pipeline(network).to("cpu").to(torch.float32)
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": resolution, "width": resolution}
     images = pipeline("", latents=latents, output_type="pt", **settings).images
     backbone.release()  # its encoders were moved with the pipeline

@@ -199,7 +199,7 @@ class SampleGrid(_Hook):
         self.cond, self.uncond = backbone.encode_text(prompts), backbone.encode_text([""] * len(prompts))
         shape = backbone.latent_shape(resolution)
         self.noise = run.draws.normal(list(prompts), shape, stream="sample grid").to(run.device)
-        self.timesteps = backbone.schedule.grid(steps, "trailing")
+        self.timesteps = backbone.grid(steps, resolution)
         self.columns = max(1, round(len(prompts) ** 0.5))
 
     def start(self, trainer: Trainer) -> None:

@@ -32,7 +32,7 @@ def gain(err_ref: Tensor, err_policy: Tensor) -> Tensor:
     return err_ref - err_policy
 
 
-def margin(gain_w: Tensor, gain_l: Tensor, beta: float) -> Tensor:
+def margin(gain_w: Tensor, gain_l: Tensor, beta: float | Tensor) -> Tensor:
     """beta/2 (gain_w - gain_l), [B]: positive where the policy ranks the pair as labelled (Wallace et al., 2023)."""
     return beta / 2 * (gain_w - gain_l)
 
@@ -51,7 +51,7 @@ class PairTerms(NamedTuple):
 
     err_w, err_l  the policy's errors on winner and loser
     ref_w, ref_l  the reference's errors on the same inputs
-    beta          mean-form error, factor 1/2
+    beta          mean-form error, factor 1/2; one number, or one for each pair
     flip          probability e that the label is wrong, in [0, 0.5): conservative, robust, exo, aot
     offset        reward difference, in units of the margin, that the margin should exceed: offset
     sft_weight    weight of the winner's own likelihood, in units of its reward: dpo_sft, slic
@@ -62,7 +62,7 @@ class PairTerms(NamedTuple):
     err_l: Tensor
     ref_w: Tensor
     ref_l: Tensor
-    beta: float
+    beta: float | Tensor
     flip: Tensor
     offset: Tensor | float = 0.0
     sft_weight: float = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +14,11 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffalign.config import Config
-from diffalign.data import KeyedLoader, PreferenceGroups, PreferencePairs
+from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents
+from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
+
+Latents = TypeVar("Latents", bound=PreferenceLatents)
 
 MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "data.num_workers")
 MAY_NOT_CHANGE = ("run.seed", "hooks.ema_decay")
@@ -92,12 +95,10 @@ class Run:
         """The module as accelerate wants it for training (DDP and so on)."""
         return self.accelerator.prepare_model(module)
 
-    def pairs(self, encoder: Any, **config: Any) -> PreferencePairs:
-        """The preference pairs of this run, with its draws, ranks and folder."""
+    def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
+        """A preference data set of this run as latents, with its draws, ranks and folder."""
         a = self.accelerator
-        return PreferencePairs(
-            encoder, self.draws, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config
-        )
+        return kind(encoder, self.draws, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
 
     def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
         """The training or validation part of a data set of this run, as groups of images for a scorer."""
@@ -106,17 +107,21 @@ class Run:
             prepare, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, part, **config
         )
 
-    def loader(self, pairs: PreferencePairs | PreferenceGroups) -> KeyedLoader:
+    def loader(self, dataset: KeyedDataset) -> KeyedLoader:
         """This rank's micro-batches of the data set, on the device."""
         return KeyedLoader(
-            pairs,
+            dataset,
             self.draws,
-            batch_size=pairs.batch_size,
+            batch_size=dataset.batch_size,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            num_workers=pairs.num_workers,
+            num_workers=dataset.num_workers,
             device=self.device,
         )
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over all ranks."""
+        return self.accelerator.reduce(value, reduction="mean")
 
     def gather(self, values: list[Any]) -> list[Any]:
         """The lists of all ranks as one."""

@@ -124,24 +124,3 @@ def sample(
         if eta and draws is not None and keys is not None:
             x = x + std * draws.normal([(key, k) for key in keys], x.shape[1:], stream="sampler").to(x.device)
     return x
-
-
-def invert(denoiser: Network, schedule: Schedule, cond: Cond, x0: Tensor, t: Tensor, *, steps: int) -> Tensor:
-    """DDIM inversion of each x0 [B, C, h, w] to exactly its own level t [B], in `steps` equal steps from the clean end.
-
-    Returns x_t [B, C, h, w], float32. Each step asks the network at the level it leaves, except that the first asks at
-    t = 0: no network knows level -1. Raises ValueError for steps < 1. Song et al., 2021, section 4.3, reversed.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
-    x, now = upcast(x0), torch.full_like(t, schedule.t_clean)
-    for k in range(1, steps + 1):
-        then = schedule.t_clean + (t - schedule.t_clean) * k / steps
-        then = then if t.is_floating_point() else then.round().to(t.dtype)
-        asked = now.clamp(min=0)
-        _, eps = schedule.split(denoiser(x, asked, cond), x, asked)
-        # The network was asked at 0, but x lies at level -1: x0 comes from x's own level.
-        a, s = map(per_sample, schedule.coefficients(now))
-        a2, s2 = map(per_sample, schedule.coefficients(then))
-        x, now = a2 * (x - s * eps) / a + s2 * eps, then
-    return x

@@ -27,6 +27,9 @@ class Prediction(Enum):
     FLOW = "flow"
 
 
+ErrorUnit = Literal["native", "epsilon", "x0"]
+"""Whose squared error is meant: of what the network predicts, of the noise, or of the clean latent."""
+
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The `beta_schedule` values of diffusers that a VPSchedule can be built from."""
 
@@ -53,6 +56,14 @@ class Schedule(ABC):
         """t [B] -> a [B], s [B] on t's device."""
 
     @abstractmethod
+    def at(self, fraction: Tensor) -> Tensor:
+        """The timestep [B] that lies at a fraction [B] in [0, 1) of the way from clean to pure noise."""
+
+    @abstractmethod
+    def fraction(self, t: Tensor) -> Tensor:
+        """How far from clean to pure noise t [B] lies, in [0, 1]."""
+
+    @abstractmethod
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
         """Uniform training timesteps [B] on the CPU, a pure function of (seed, key); stream "timestep"."""
 
@@ -70,6 +81,19 @@ class Schedule(ABC):
             return eps - x0
         a, s = map(per_sample, self.coefficients(t))
         return a * eps - s * x0
+
+    def error_weight(self, t: Tensor, unit: ErrorUnit) -> Tensor:
+        """[B]: what turns the squared error of the network's output into that of eps or of x0.
+
+        eps-error = w * error with w = 1 (eps), a^2 (v and flow); x0-error with w = (s / a)^2 (eps), s^2 (v and flow).
+        `native` is 1: the network's own target. Not finite for x0 of an eps-prediction where a = 0.
+        """
+        a, s = self.coefficients(t)
+        if unit == "native" or (unit == "epsilon" and self.prediction is Prediction.EPSILON):
+            return torch.ones_like(a)
+        if unit == "epsilon":
+            return a**2
+        return (s / a) ** 2 if self.prediction is Prediction.EPSILON else s**2
 
     def split(self, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The (x0, eps) a network output implies, both [B, C, h, w]; the only place that knows prediction types.
@@ -132,6 +156,12 @@ class VPSchedule(Schedule):
         a2 = table.to(t.device)[t]
         return a2.sqrt(), (1 - a2).sqrt()
 
+    def at(self, fraction: Tensor) -> Tensor:
+        return (fraction * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return (t + 1) / self.num_timesteps
+
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
         return draws.integers(keys, 0, self.num_timesteps, stream="timestep")
 
@@ -165,6 +195,11 @@ class FlowSchedule(Schedule):
         t = upcast(t)
         return 1 - t, t
 
+    def at(self, fraction: Tensor) -> Tensor:
+        return fraction.clamp(min=torch.finfo(torch.float32).eps)  # exactly 0 is no noise at all
+
+    def fraction(self, t: Tensor) -> Tensor:
+        return t
+
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
-        # The draw may be exactly 0, which is no noise at all.
-        return draws.uniform(keys, stream="timestep").clamp(min=torch.finfo(torch.float32).eps)
+        return self.at(draws.uniform(keys, stream="timestep"))

@@ -1,9 +1,9 @@
-"""The few types that travel between modules: text conditions, pair batches, metrics, encoders."""
+"""The few types that travel between modules: text conditions, batches, metrics, encoders."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,34 +40,55 @@ class Cond(NamedTuple):
         """Every field moved with `Tensor.to`."""
         return Cond._make(None if x is None else x.to(*args, **kwargs) for x in self)  # type: ignore[call-overload]
 
+    def at(self, index: Tensor) -> Cond:
+        """The batch entries `index` [N], in that order."""
+        return Cond._make(None if x is None else x[index] for x in self)
+
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
         """Concatenate along the batch axis. Every cond must fill the same fields."""
         return Cond._make(None if xs[0] is None else torch.cat(xs) for xs in zip(*conds, strict=True))
 
 
-class PairBatch(NamedTuple):
-    """B preference pairs ready for a denoiser. Winners first on the batch axis of everything that is 2B long.
+class LatentBatch(NamedTuple):
+    """G preferences over N images, ready for a denoiser. One per pair, per ranked group, or per single image.
 
-    x0     [2B, C, h, w]  scaled latents, winners then losers
-    cond   batch of B     the prompt of each pair (the empty prompt where the caption was dropped)
-    keys   B keys         (epoch, sample id) of each pair: noise and timestep are drawn from them
-    weight [B]            importance of the pair in the loss
-    flip   [B]            probability in [0, 0.5) that the label is wrong; 0 when unknown
+    Images lie first ones first: of pairs all winners, then all losers, so `x0.chunk(2)` parts them.
+
+    x0      [N, C, h, w]  scaled latents
+    cond    batch of G    the prompt of each preference (the empty prompt where the caption was dropped)
+    group   int64 [N]     which preference an image belongs to, 0 to G-1
+    keys    G keys        (epoch, sample id) of each preference: noise and timestep are drawn from them
+    weight  [G]           importance in the loss
+    flip    [G]           probability in [0, 0.5) that the label is wrong; 0 when unknown
+    scores  [N]           how good an image is, larger is better: the data set's own scores (NaN where it has none), a
+                          ranked group's win rates in [0, 1], or 1 for liked and 0 for disliked single images
+    size    [N, 6]        original height and width, crop top and left, target height and width in pixels, or None
     """
 
     x0: Tensor
     cond: Cond
+    group: Tensor
     keys: Sequence[Key]
     weight: Tensor
     flip: Tensor
+    scores: Tensor
+    size: Tensor | None = None
 
-    def to(self, device: torch.device) -> PairBatch:
-        """The batch on a device, without waiting for the copy."""
-        moved: dict[str, Any] = {
-            name: x.to(device, non_blocking=True) for name, x in self._asdict().items() if name != "keys"
-        }
-        return self._replace(**moved)
+    @property
+    def sample_cond(self) -> Cond:
+        """The condition of each image: a Cond of batch N."""
+        return self.cond.at(self.group)._replace(size=self.size)
+
+    @property
+    def sample_keys(self) -> list[Key]:
+        """A key for each image: (its preference's key, its number within it)."""
+        seen = [0] * len(self.keys)
+        keys: list[Key] = []
+        for g in self.group.tolist():
+            keys.append((self.keys[g], seen[g]))
+            seen[g] += 1
+        return keys
 
 
 class GroupBatch(NamedTuple):
@@ -90,12 +111,16 @@ class GroupBatch(NamedTuple):
     weight: Tensor
     flip: Tensor
 
-    def to(self, device: torch.device) -> GroupBatch:
-        """The batch on a device, without waiting for the copy."""
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in self._asdict().items() if isinstance(v, Tensor)
-        }
-        return self._replace(**moved)
+
+Batch = TypeVar("Batch", LatentBatch, GroupBatch)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, without waiting for the copy."""
+    moved: dict[str, Any] = {
+        k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if isinstance(v, (Tensor, Cond))
+    }
+    return batch._replace(**moved)
 
 
 class Encoder(Protocol):

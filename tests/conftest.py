@@ -7,6 +7,7 @@ import os
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,71 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "pairs.jsonl"
+
+
+def clip_text(words: Any, kind: Any, width: int) -> Any:
+    """A CLIP text encoder of two layers for a tokenizer's vocabulary, with random weights."""
+    from transformers import CLIPTextConfig
+
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=width,
+            intermediate_size=16,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            eos_token_id=words.eos_token_id,
+            bos_token_id=words.bos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+    )
+
+
+def t5_text(width: int) -> tuple[Any, Any]:
+    """A T5 encoder of one layer with random weights, and a Unigram tokenizer that knows the playground's words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    from diffalign.playground.build import WORDS
+
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((f"\u2581{w}", -float(i)) for i, w in enumerate(WORDS)),
+    ]
+    unigram = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    unigram.normalizer = normalizers.Lowercase()
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config), T5TokenizerFast(tokenizer_object=unigram, extra_ids=0)
+
+
+def tiny_vae(channels: int, **config: Any) -> Any:
+    """An autoencoder of factor 4 with random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 8, 8),
+        norm_num_groups=2,
+        latent_channels=channels,
+        sample_size=32,
+        **config,
+    )
+
+
+def two_tokenizers(folder: Path) -> tuple[Any, Any]:
+    """The playground's tokenizer twice; the second pads with a letter, as SDXL's and SD3's second one does."""
+    from diffalign.playground.build import tokenizer
+
+    first, second = tokenizer(folder / "words"), tokenizer(folder / "words")
+    second.pad_token = "a"
+    return first, second
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +167,114 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusionXLPipeline with SDXL's scheduler settings and random weights."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("tiny_sdxl")
+    torch.manual_seed(0)
+    words, words_2 = two_tokenizers(folder)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16 + 24,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(4, scaling_factor=0.13025, force_upcast=True),
+        text_encoder=clip_text(words, CLIPTextModel, 16),
+        text_encoder_2=clip_text(words_2, CLIPTextModelWithProjection, 24),
+        tokenizer=words,
+        tokenizer_2=words_2,
+        unet=unet,
+        scheduler=scheduler,
+        add_watermarker=False,
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A StableDiffusion3Pipeline without T5, with SD3's scheduler and autoencoder settings and random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from transformers import CLIPTextModelWithProjection
+
+    folder = tmp_path_factory.mktemp("tiny_sd3")
+    torch.manual_seed(0)
+    words, words_2 = two_tokenizers(folder)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=48,
+        caption_projection_dim=16,
+        pooled_projection_dim=16 + 24,
+        pos_embed_max_size=8,
+    )
+    StableDiffusion3Pipeline(
+        vae=tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_text(words, CLIPTextModelWithProjection, 16),
+        text_encoder_2=clip_text(words_2, CLIPTextModelWithProjection, 24),
+        text_encoder_3=None,
+        tokenizer=words,
+        tokenizer_2=words_2,
+        tokenizer_3=None,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FluxPipeline as FLUX.1-dev: distilled for guidance, dynamic shift; random weights."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("tiny_flux")
+    torch.manual_seed(0)
+    words, _ = two_tokenizers(folder)
+    t5, t5_words = t5_text(32)
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=True,
+    )
+    FluxPipeline(
+        vae=tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_text(words, CLIPTextModel, 16),
+        text_encoder_2=t5,
+        tokenizer=words,
+        tokenizer_2=t5_words,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder / "pipeline")
     return folder / "pipeline"
 
 

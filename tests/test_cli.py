@@ -115,6 +115,6 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
         return done.stdout
 
     assert "playground, sd15, sd15_lora" in run("recipes")
-    tiny = ["trainer.steps=1", "data.draws_per_pair=1", "data.limit=16", "hooks.verify_export=false"]
+    tiny = ["trainer.steps=1", "data.draws_per_sample=1", "data.limit=16", "hooks.verify_export=false"]
     assert "exported" in run("train", "diffusion_dpo", "--config", "playground", "run.folder=run", *tiny)
     assert (tmp_path / "empty" / "run" / "export" / "pytorch_lora_weights.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Moving in t: parity with diffusers' schedulers at every timestep of several grids, inversion, densities, guidance.
+"""Moving in t: parity with diffusers' schedulers at every timestep of several grids, densities, guidance.
 
 A whole grid is one batch here: ours takes it in one call with one timestep a sample, diffusers in a loop. Latents and
 network outputs are random, so the deviation allowed is 1e-5 relative where x0 = (x - s out)/a is large.
@@ -6,7 +6,6 @@ network outputs are random, so the deviation allowed is 1e-5 relative where x0 =
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from diffalign.draws import Draws
-from diffalign.sampling import flow_sde_step, gaussian_step, guided, invert, log_prob, renoise_step, sample
+from diffalign.sampling import flow_sde_step, gaussian_step, guided, log_prob, renoise_step, sample
 from diffalign.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
 from diffalign.types import Cond
 
@@ -391,82 +390,3 @@ def test_sample_refuses_what_it_cannot_do() -> None:
         sample(Affine(), schedule, prompts(1, 2), noise, torch.tensor([100, 500]))
     with pytest.raises(ValueError, match="must descend"):
         sample(Affine(), FlowSchedule(), prompts(1, 2), noise, torch.tensor([1.0, 0.0]))
-
-
-FIELD = normal(1, 7, torch.float64)
-
-
-def constant(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    return FIELD.expand_as(x_t)
-
-
-def test_inversion_in_a_constant_flow_is_exact() -> None:
-    """x_t = x0 + t v, and sampling along any grid returns."""
-    x0, t = normal(3, 0, torch.float64), torch.tensor([1.0, 0.5, 0.01], dtype=torch.float64)
-    x_t = invert(constant, FlowSchedule(), COND, x0, t, steps=7)
-    assert torch.allclose(x_t, x0 + t[:, None, None, None] * FIELD, atol=1e-12)
-    grid = torch.tensor([1.0, 0.4, 0.3], dtype=torch.float64)
-    assert torch.allclose(sample(constant, FlowSchedule(), COND, x_t[:1], grid), x0[:1], atol=1e-12)
-
-
-@pytest.mark.parametrize("prediction", [Prediction.EPSILON, Prediction.V])
-def test_inversion_with_constant_noise_is_exact(prediction: Prediction) -> None:
-    """Where a network always means eps = e0, x_t = a x0 + s e0 at every t (implied noise e0); sampling returns."""
-    schedule = VPSchedule(VPSchedule.from_config(SD).alphas_cumprod.double(), prediction)
-
-    def network(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        a, s = (c[:, None, None, None] for c in schedule.coefficients(t))
-        return FIELD.expand_as(x_t) if prediction is Prediction.EPSILON else (FIELD - s * x_t) / a
-
-    x0, t = normal(5, 0, torch.float64), torch.tensor([0, 3, 101, 437, 999])
-    x_t = invert(network, schedule, COND, x0, t, steps=10)
-    assert torch.allclose(x_t, schedule.add_noise(x0, FIELD.expand_as(x0), t), atol=1e-10)
-    for i in (1, 4):
-        grid = torch.linspace(t[i].item(), 1, 3).long()
-        assert torch.allclose(sample(network, schedule, COND, x_t[i : i + 1], grid), x0[i : i + 1], atol=1e-9)
-
-
-def test_inversion_reaches_zero_terminal_snr() -> None:
-    schedule = VPSchedule.from_config(SD | ZERO_SNR)
-    x_t = invert(Affine(), schedule, prompts(0), normal(1, 0), torch.tensor([999]), steps=4)
-    assert x_t.isfinite().all()
-
-
-@pytest.mark.parametrize("schedule", [VPSchedule.from_config(SD), FlowSchedule()])
-def test_inversion_of_a_batch_equals_each_alone(schedule: Schedule) -> None:
-    t = torch.tensor([999, 437, 3]) if isinstance(schedule, VPSchedule) else torch.tensor([1.0, 0.44, 0.003])
-    x0, cond = normal(3, 0), prompts(0.3, -0.2, 1)
-    together = invert(Affine(), schedule, cond, x0, t, steps=5)
-    for i in range(3):
-        alone = invert(Affine(), schedule, Cond(cond.tokens[i : i + 1]), x0[i : i + 1], t[i : i + 1], steps=5)
-        close(together[i : i + 1], alone)
-
-
-def test_inversion_asks_on_each_samples_own_grid() -> None:
-    """4 steps from -1 to 10: levels -1, 1.75, 4.5, 7.25, rounded, asked at 0, 2, 4, 7. To 999: -1, 249, 499, 749."""
-    asked = []
-
-    def network(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        asked.append(t.tolist())
-        return x_t
-
-    invert(network, VPSchedule.from_config(SD), COND, normal(2, 0), torch.tensor([10, 999]), steps=4)
-    assert asked == [[0, 0], [2, 249], [4, 499], [7, 749]]
-    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
-        invert(network, VPSchedule.from_config(SD), COND, normal(1, 0), torch.tensor([7]), steps=0)
-
-
-def test_inversion_converges_with_the_number_of_steps() -> None:
-    """For data N(0, 1.4) the exact map to level t scales by sqrt((1.4 a^2 + s^2) / 1.4); the error is first order."""
-    schedule, t = VPSchedule.from_config(SD), torch.tensor([700])
-    a, s = (c.item() for c in schedule.coefficients(t))
-
-    def network(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        a, s = (c[:, None, None, None] for c in schedule.coefficients(t))
-        return s * x / (a**2 * 1.4 + s**2)
-
-    x0 = normal(1, 0)
-    exact = x0 * math.sqrt((1.4 * a**2 + s**2) / 1.4)
-    few, many = ((invert(network, schedule, COND, x0, t, steps=n) - exact).abs().max() for n in (10, 100))
-    assert many < 0.01 * exact.abs().max()
-    assert many < 0.15 * few

@@ -86,7 +86,7 @@ def one_thread():
     ("when", "settings"),
     [
         (3, ["backbone.lora_rank=2"]),
-        (3, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "data.draws_per_pair=1"]),
+        (3, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "data.draws_per_sample=1"]),
         (1, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "hooks.ema_decay=0.9"]),
         (-4, ["backbone.lora_rank=2", "hooks.ema_decay=0.9", "trainer.grad_accum=2"]),
     ],
@@ -115,7 +115,7 @@ def test_killed_and_resumed_equals_never_killed(
 
 
 def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
-    settings = ["trainer.steps=3", "hooks.checkpoint_every=0", "data.draws_per_pair=2"]
+    settings = ["trainer.steps=3", "hooks.checkpoint_every=0", "data.draws_per_sample=2"]
     recipe("diffusion_dpo", *arguments(tmp_path / "one", pairs_file, *settings, "trainer.grad_accum=2"))
     launched = subprocess.run(
         [
@@ -184,9 +184,9 @@ def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, 
     monkeypatch.setattr(Trainer, "fit", count)
     for k, settings in enumerate(
         (
-            ["backbone.lora_rank=2", "data.draws_per_pair=null"],
-            ["backbone.lora_rank=0", "data.draws_per_pair=null"],
-            ["backbone.lora_rank=0", "data.draws_per_pair=1"],
+            ["backbone.lora_rank=2", "data.draws_per_sample=null"],
+            ["backbone.lora_rank=0", "data.draws_per_sample=null"],
+            ["backbone.lora_rank=0", "data.draws_per_sample=1"],
         )
     ):
         recipe("diffusion_dpo", *arguments(tmp_path / str(k), pairs_file, *settings))

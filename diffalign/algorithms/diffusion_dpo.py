@@ -9,61 +9,56 @@ Differs from the released code:
 - reference and policy errors are float32 (there the reference's are half precision: 0.3 logits an ulp at beta 5000);
 - crop, flip and caption dropout are drawn once a pair (there the flip differs between winner and loser);
 - latents are the mean of the VAE's posterior (there a sample of it);
-- v-prediction works (there only eps); the weighting of timesteps is that of the network's own target.
+- v-prediction and flow matching work (there only eps); the weighting of timesteps is that of the network's own target
+  unless `noising.error_weight` says otherwise;
+- SDXL is told each image's own size and crop (there a constant; `data.size_conditions` = square is that).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.algorithms.base import Algorithm
-from diffalign.draws import Draws
-from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss, denoising_error
-from diffalign.schedule import VPSchedule
-from diffalign.types import Cond, Key, Metrics, PairBatch
-
-BUCKETS = 4
-"""Metrics are logged for each quarter of the timesteps as well."""
+from diffalign.algorithms.denoising import Denoising, verdict
+from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss
+from diffalign.noising import Noising, errors
+from diffalign.sampling import Network
+from diffalign.types import LatentBatch, Metrics
 
 
-class Noised(NamedTuple):
-    """2B noised latents as a network takes them, (x_t, t, cond), and what it should answer."""
-
-    input: tuple[Tensor, Tensor, Cond]
-    target: Tensor
-
-
-class DiffusionDPO(Algorithm):
+class DiffusionDPO(Denoising):
     """Raises the policy's implicit reward of winners over losers, relative to a frozen reference.
+
+    Positional: policy, reference, noising, and the number of values in a latent.
 
     Args:
         beta: strength of the pull to the reference; mean-form error, factor 1/2 (5000 as released for SD1.5 and SDXL)
         loss: which function of the margin; see diffalign/losses.py
         label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
+        sft_weight: weight of the winners' own likelihood in the losses dpo_sft and slic, in units of the reward
+        offset_scale: loss offset demands this margin for each point between the scores that the data set gives a pair
     """
 
     def __init__(
         self,
         policy: nn.Module,
-        reference: Callable[[Tensor, Tensor, Cond], Tensor],
-        schedule: VPSchedule,
-        draws: Draws,
+        reference: Network,
+        noising: Noising,
         dims: int,
         *,
         beta: float = 5000.0,
         loss: str = "dpo",
         label_smoothing: float = 0.0,
+        sft_weight: float = 0.1,
+        offset_scale: float = 0.0,
     ):
-        self.players = {"policy": policy}
-        self.policy, self.schedule, self.draws = policy, schedule, draws
-        self.reference: Callable[[Tensor, Tensor, Cond], Tensor] | None = reference
+        super().__init__(policy, reference, noising)
         self.beta, self.name, self.label_smoothing, self.dims = beta, loss, label_smoothing, dims
+        self.sft_weight, self.offset_scale = sft_weight, offset_scale
         self.pair_loss = PAIR_LOSSES[loss]
-        self.known: dict[Key, tuple[float, float]] = {}
 
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
@@ -71,39 +66,19 @@ class DiffusionDPO(Algorithm):
         problems = check_pair_loss(cfg["loss"], cfg["label_smoothing"], data["batch_size"])
         if not cfg["beta"] > 0:
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual")
+        if (cfg["loss"] == "offset") != (cfg["offset_scale"] != 0):
+            problems.append(
+                "'algorithm.loss' = offset and 'algorithm.offset_scale' belong together; give both or neither"
+            )
         return problems
 
-    def remember_reference(self, batches: Iterable[PairBatch], gather: Callable[[list[Any]], list[Any]]) -> None:
-        """Run the reference on every draw of every pair, once; afterwards it is not needed and is let go.
-
-        batches  this rank's share of the draws
-        gather   all ranks' lists -> one list
-        """
-        assert self.reference is not None
-        found: list[tuple[Key, tuple[float, float]]] = []
-        for batch in batches:
-            noised = self._noised(batch)
-            errors = denoising_error(self.reference(*noised.input), noised.target).view(2, -1).T.tolist()
-            found += [(key, (w, l_)) for key, (w, l_) in zip(batch.keys, errors, strict=True)]
-        self.known, self.reference = dict(gather(found)), None
-
-    def _noised(self, batch: PairBatch) -> Noised:
-        """Noise a pair's two images alike, with the timestep and noise of its key."""
-        t = self.schedule.sample_timesteps(self.draws, batch.keys).to(batch.x0.device).repeat(2)
-        eps = self.draws.normal(batch.keys, batch.x0.shape[1:], stream="noise").to(batch.x0.device).repeat(2, 1, 1, 1)
-        x_t, target = self.schedule.add_noise(batch.x0, eps, t), self.schedule.target(batch.x0, eps, t)
-        return Noised((x_t, t, batch.cond.repeat(2)), target)
-
-    def loss(self, batch: PairBatch) -> tuple[Tensor, Metrics]:
-        """B pairs -> mean loss, and per pair [B]: accuracy, margin, error changes, each also by timestep quarter."""
-        noised = self._noised(batch)
-        if self.reference is None:
-            ref_w, ref_l = torch.tensor([self.known[k] for k in batch.keys], device=batch.x0.device).T
-        else:
-            ref_w, ref_l = denoising_error(self.reference(*noised.input), noised.target).chunk(2)
-        err_w, err_l = denoising_error(self.policy(*noised.input), noised.target).chunk(2)
+    def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
+        """B pairs -> mean loss, and per pair [B]: accuracy, margin, error changes, each also by noise level."""
+        noised = self.noised(batch)
+        ref_w, ref_l = self.reference_errors(batch, noised).chunk(2)
+        err_w, err_l = errors(self.policy, noised).chunk(2)
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
-        terms = PairTerms(err_w, err_l, ref_w, ref_l, self.beta, flip)
+        terms = PairTerms(err_w, err_l, ref_w, ref_l, self.betas(batch), flip, self._offset(batch), self.sft_weight)
         losses = batch.weight * self.pair_loss(terms)
         margin = terms.margin.detach()
         metrics = {
@@ -114,30 +89,33 @@ class DiffusionDPO(Algorithm):
             "loser_error_change": (err_l - ref_l).detach(),
             "reference_error": ref_w,
         }
-        return losses.mean(), metrics | self._by_timestep(metrics, noised.input[1].chunk(2)[0])
+        return losses.mean(), metrics | self.by_level(metrics, noised)
 
-    def _by_timestep(self, metrics: Metrics, t: Tensor) -> dict[str, Tensor]:
-        width = self.schedule.num_timesteps // BUCKETS
-        quarter = (t // width).clamp(max=BUCKETS - 1)
-        return {
-            f"{name}@t{k * width:03d}": torch.where(quarter == k, values, torch.nan)
-            for name, values in metrics.items()
-            for k in range(BUCKETS)
-        }
+    def betas(self, batch: LatentBatch) -> float | Tensor:
+        """beta, or one for each pair [B]."""
+        return self.beta
+
+    def _offset(self, batch: LatentBatch) -> Tensor | float:
+        if not self.offset_scale:
+            return 0.0
+        return self.offset_scale * score_gap(batch)
 
     def describe(self) -> list[str]:
         others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
         return [f"beta {self.beta:g} (mean-form error, factor 1/2), loss '{self.name}'; the same elsewhere:", *others]
 
     def verdict(self, recent: Mapping[str, float]) -> str:
-        accuracy, winner = recent["policy/accuracy"], recent["policy/winner_error_change"]
-        drift = winner / recent["policy/reference_error"]
-        ranks = "ranks pairs as people did" if accuracy > 0.5 else "does not rank pairs as people did"
-        if drift > 0.1:
-            state = "the winners' own error rose by over 10 %, which destroys images: lower the lr or raise beta"
-        else:
-            state = "judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"
-        return (
-            f"verdict: implicit accuracy {accuracy:.2f} over the last steps, the policy {ranks}; "
-            f"winner error {drift:+.1%} of the reference's; {state}"
+        return verdict(recent)
+
+
+def score_gap(batch: LatentBatch) -> Tensor:
+    """How many points the data set scores each winner above its loser, [B]. Raises ValueError without scores."""
+    score_w, score_l = batch.scores.chunk(2)
+    gap = score_w - score_l
+    if gap.isnan().any():
+        names = [key for key, one in zip(batch.keys, gap.isnan().tolist(), strict=True) if one]
+        raise ValueError(
+            f"pairs without scores: {names[:3]}; score the data set first (eval/rank_images.py), or do without "
+            "'algorithm.offset_scale' and 'algorithm.smoothing'"
         )
+    return gap

@@ -11,17 +11,28 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 
-from diffalign.backbones.base import Backbone, Denoiser
+from diffalign.backbones.base import Backbone, Denoiser, Source
+from diffalign.backbones.flux import FluxBackbone
 from diffalign.backbones.sd import SDBackbone
+from diffalign.backbones.sd3 import SD3Backbone
+from diffalign.backbones.sdxl import SDXLBackbone
 from diffalign.lora import add_lora
 from diffalign.playground import BASE
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 
-FAMILIES: dict[str, type[SDBackbone]] = {"StableDiffusionPipeline": SDBackbone}
+FAMILIES: dict[str, type[Backbone]] = {
+    "StableDiffusionPipeline": SDBackbone,
+    "StableDiffusionXLPipeline": SDXLBackbone,
+    "StableDiffusion3Pipeline": SD3Backbone,
+    "FluxPipeline": FluxBackbone,
+}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+MOST_T5_TOKENS = 512
+"""What the pipelines of SD3 and FLUX accept at most."""
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The same names in every family. What SD3 and FLUX have for the prompt alone (add_q_proj, ...) gets no LoRA."""
 
 
 def load_backbone(
@@ -34,6 +45,8 @@ def load_backbone(
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
     attention: Literal["sdpa", "xformers"] = "sdpa",
     gradient_checkpointing: bool = False,
+    max_sequence_length: int = 256,
+    guidance_embedding: float = 1.0,
     seed: int = 0,
 ) -> Backbone:
     """Load a pretrained pipeline for training.
@@ -46,6 +59,8 @@ def load_backbone(
         dtype: of the weights that do not train; what trains is always float32
         attention: implementation of attention
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
+        max_sequence_length: tokens of a prompt in T5 (SD3 and FLUX; the others have none)
+        guidance_embedding: guidance scale that a guidance-distilled network (FLUX.1-dev) is told in training
         seed: of the LoRA's initial weights
 
     Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
@@ -54,11 +69,12 @@ def load_backbone(
     family = json.loads((folder / "model_index.json").read_text())["_class_name"]
     if family not in FAMILIES:
         raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
-    backbone = FAMILIES[family](folder, encoder_fingerprint(folder), device, DTYPES[dtype])
+    fingerprint = encoder_fingerprint(folder, max_sequence_length)
+    network_dtype = DTYPES[dtype] if lora_rank else torch.float32
+    source = Source(folder, fingerprint, device, DTYPES[dtype], network_dtype, max_sequence_length, guidance_embedding)
+    backbone = FAMILIES[family](source)
     network = backbone.denoiser.network
     if lora_rank:
-        if dtype != "fp32":
-            network.to(DTYPES[dtype])
         add_lora(network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
     if attention == "xformers":
         network.enable_xformers_memory_efficient_attention()
@@ -85,6 +101,10 @@ def check_backbone(cfg: dict[str, Any]) -> list[str]:
         problems.append(
             "'backbone.lora_alpha' has no effect while 'backbone.lora_rank' is 0; set a rank or leave it out"
         )
+    if not 1 <= cfg["max_sequence_length"] <= MOST_T5_TOKENS:
+        problems.append(
+            f"'backbone.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
+        )
     return problems
 
 
@@ -100,12 +120,18 @@ def find_pipeline(path: str) -> Path:
     return folder
 
 
-def encoder_fingerprint(folder: Path) -> str:
-    """A hash of the files that decide latents and text embeddings, so that a cache never outlives its encoder."""
-    digest = hashlib.blake2b(digest_size=8)
+def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
+    """A hash of what decides latents and text embeddings, so that a cache never outlives its encoder.
+
+    That is the files of every encoder and tokenizer that the pipeline uses, and how many tokens T5 reads.
+    """
+    digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
+    index = json.loads((folder / "model_index.json").read_text())
     for part in ENCODERS:
+        if index.get(part, [None])[0] is None:  # left out of the pipeline, even where its files lie there
+            continue
         for file in sorted((folder / part).glob("*")):
-            if file.suffix in (".safetensors", ".json", ".txt", ".bin"):
+            if file.suffix in (".safetensors", ".json", ".txt", ".bin", ".model"):
                 digest.update(f"{part}/{file.name}".encode())
                 with file.open("rb") as stream:
                     while chunk := stream.read(1 << 24):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import _collate_lora_metadata
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from diffalign.schedule import VPSchedule
+from diffalign.lora import lora_layers
+from diffalign.reference import frozen
+from diffalign.schedule import FlowSchedule, Schedule, VPSchedule
 from diffalign.types import Cond
 
 
@@ -21,7 +28,33 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """[B, C, h, w], t [B], cond of batch B -> the network's prediction [B, C, h, w]."""
+        """[B, C, h, w], t [B], cond of batch B -> the network's prediction [B, C, h, w], float32."""
+
+
+def tokenizer_of(text_encoder: str) -> str:
+    """The name in the pipeline of a text encoder's tokenizer."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+class Source(NamedTuple):
+    """What a backbone is made from.
+
+    path                 the diffusers folder
+    fingerprint          of its encoders
+    device               where everything goes
+    dtype                of the autoencoder and the text encoders, which never train
+    network_dtype        of the network
+    max_sequence_length  tokens of a prompt in T5, where the family has one
+    guidance_embedding   what a guidance-distilled network is told where a Cond has no guidance
+    """
+
+    path: Path
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    network_dtype: torch.dtype
+    max_sequence_length: int
+    guidance_embedding: float
 
 
 class Backbone(ABC):
@@ -32,39 +65,185 @@ class Backbone(ABC):
     fingerprint  changes with the weights and settings that decide latents and text embeddings
     path         the diffusers folder it came from
     dtype        of the weights that never train
+
+    A family says what its parts are: the classes of the pipeline and of the network, the network's name in the
+    pipeline, each text encoder's name with its class and its tokenizer's, and what makes `pipeline` leave a part out.
     """
 
+    pipeline_class: ClassVar[Any]
+    network_class: ClassVar[Any]
+    network_name: ClassVar[str]
+    text_classes: ClassVar[dict[str, tuple[Any, Any]]]
+    left_out: ClassVar[dict[str, Any]] = {}
+
     denoiser: Denoiser
-    schedule: VPSchedule
-    fingerprint: str
-    path: Path
-    device: torch.device
-    dtype: torch.dtype
+    schedule: Schedule
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.path, self.fingerprint, self.device, self.dtype = source[:4]
+        self.vae_config = self._json("vae/config.json")
+        self.vae_dtype = self.dtype
+        index = self._json("model_index.json")
+        # A folder may leave an encoder out: its entry is then null, even where its files lie there.
+        self._tokenizers = {
+            name: tokenizer.from_pretrained(self.path, subfolder=tokenizer_of(name))
+            for name, (_, tokenizer) in self.text_classes.items()
+            if index.get(name, [None])[0] is not None
+        }
+        self._parts: dict[str, Any] = {}
+
+    def _json(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text())
+
+    def _network(self) -> Any:
+        network = self.network_class.from_pretrained(
+            self.path, subfolder=self.network_name, torch_dtype=self.source.network_dtype
+        )
+        return network.to(self.device)
+
+    def _part(self, name: str, kind: Any, dtype: torch.dtype) -> Any:
+        """A frozen part of the pipeline. Cast while it loads, so that what T5 needs in float32 stays in it."""
+        if name not in self._parts:
+            part = kind.from_pretrained(self.path, subfolder=name, torch_dtype=dtype)
+            self._parts[name] = frozen(part.to(self.device))
+        return self._parts[name]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder, loaded when first used."""
+        return self._part("vae", AutoencoderKL, self.vae_dtype)
+
+    def text_encoder(self, name: str) -> Any:
+        """A text encoder by its name in the pipeline, loaded when first used."""
+        return self._part(name, self.text_classes[name][0], self.dtype)
+
+    def release(self) -> None:
+        """Free the autoencoder and the text encoders; they load again when used."""
+        self._parts.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        """B prompts -> a Cond with batch axis B. Long prompts are cut at the text encoder's length."""
+        """B prompts -> a Cond with batch axis B, without size. Prompts are cut at the text encoders' length."""
 
-    @abstractmethod
+    @torch.no_grad()
+    def _read(self, name: str, prompts: Sequence[str], length: int | None = None, **options: Any) -> Any:
+        """What a text encoder gives for B prompts of `length` tokens, the tokenizer's own length when left out."""
+        tokenizer = self._tokenizers[name]
+        ids = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=length or tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return self.text_encoder(name)(ids.to(self.device), **options)
+
+    def _read_clip_pair(self, prompts: Sequence[str]) -> tuple[Tensor, list[Any]]:
+        """Two CLIP encoders: their last but one hidden states side by side [B, L, D1 + D2], and both outputs."""
+        outputs = [self._read(name, prompts, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+        return torch.cat([out.hidden_states[-2].float() for out in outputs], dim=-1), outputs
+
+    @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the mean of the posterior."""
+        pixels = pixels.to(self.device, self.vae_dtype) * 2 - 1
+        mean = self.vae.encode(pixels).latent_dist.mode().float()
+        return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1], differentiable."""
+        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
+        return (self.vae.decode(latents.to(self.vae_dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-    @abstractmethod
+    @property
+    def factor(self) -> int:
+        """How many pixels wide a latent is."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def patch(self) -> int:
+        """How many latents wide the smallest piece is that the network can take."""
+        return 1
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image of `resolution` pixels."""
+        """(C, h, w) of the latents of a square image of `resolution` pixels. ValueError where it does not divide."""
+        if resolution % (self.factor * self.patch):
+            raise ValueError(
+                f"'data.resolution' = {resolution} is not a multiple of {self.factor * self.patch}, the pixels of the "
+                "smallest piece of an image that this model draws"
+            )
+        return self.vae_config["latent_channels"], resolution // self.factor, resolution // self.factor
 
     @abstractmethod
+    def grid(self, steps: int, resolution: int) -> Tensor:
+        """Descending sampling timesteps [steps] in the schedule's t, for square images of `resolution` pixels."""
+
     def pipeline(self, network: Any) -> Any:
         """The stock diffusers pipeline around `network`, sharing the encoders of this backbone."""
+        parts: dict[str, Any] = {self.network_name: network, "vae": self.vae}
+        for name in self.text_classes:  # diffusers loads a folder without T5 only when told None
+            parts[name] = self.text_encoder(name) if name in self._tokenizers else None
+            parts[tokenizer_of(name)] = self._tokenizers.get(name)
+        pipeline = self.pipeline_class.from_pretrained(self.path, **parts, **self.left_out)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    @abstractmethod
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the `latents` argument of the stock pipeline takes them."""
+        return latents
+
     def save(self, folder: Path) -> None:
         """Write the denoiser's present weights in diffusers layout: a LoRA file, or the whole pipeline."""
+        network = self.denoiser.network
+        if not lora_layers(network):
+            self.pipeline(network).save_pretrained(folder)
+            return
+        layers = {f"{self.network_name}_lora_layers": get_peft_model_state_dict(network)}
+        # Without the metadata a loader takes the rank for alpha.
+        metadata = _collate_lora_metadata({self.network_name: network})
+        self.pipeline_class.save_lora_weights(folder, **layers, **metadata)
 
-    @abstractmethod
-    def release(self) -> None:
-        """Free the autoencoder and the text encoder; they load again when used."""
+
+class UNetBackbone(Backbone):
+    """What Stable Diffusion and SDXL share: a U-Net that predicts eps or v on a variance-preserving schedule."""
+
+    network_name = "unet"
+    schedule: VPSchedule
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.schedule = VPSchedule.from_config(self._json("scheduler/scheduler_config.json"))
+
+    def _network(self) -> Any:
+        return super()._network().to(memory_format=torch.channels_last)
+
+    def grid(self, steps: int, resolution: int) -> Tensor:
+        return self.schedule.grid(steps, "trailing")
+
+
+class FlowBackbone(Backbone):
+    """What SD3 and FLUX share: a transformer over patches that predicts the velocity of a rectified flow."""
+
+    network_name = "transformer"
+    schedule: FlowSchedule
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.schedule = FlowSchedule()
+
+    def _levels(self, steps: int, resolution: int, sigmas: list[float] | None = None) -> Tensor:
+        """Noise levels [steps] of the pipeline's scheduler, with the shift that it gives images of this size.
+
+        sigmas are the levels before the shift, the scheduler's own when left out.
+        """
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(self.path, subfolder="scheduler")
+        config, mu = scheduler.config, None
+        if config.use_dynamic_shifting:
+            tokens = (self.latent_shape(resolution)[1] // self.patch) ** 2
+            lengths = (config.base_image_seq_len, config.max_image_seq_len)
+            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
+        return scheduler.sigmas[:-1].clone()

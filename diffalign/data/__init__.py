@@ -2,19 +2,27 @@
 
 from diffalign.data.cache import LatentCache
 from diffalign.data.groups import PreferenceGroups
+from diffalign.data.latents import PreferenceLatents, check_latents, check_reference_free
+from diffalign.data.liked import Balanced, LikedImages
 from diffalign.data.loader import KeyedLoader
-from diffalign.data.pairs import PreferencePairs, check_pairs
+from diffalign.data.pairs import PreferencePairs
+from diffalign.data.ranked import RankedImages
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
 
 __all__ = [
+    "Balanced",
     "Dropped",
     "ImageRef",
     "KeyedLoader",
     "LatentCache",
+    "LikedImages",
     "PreferenceGroups",
+    "PreferenceLatents",
     "PreferencePairs",
+    "RankedImages",
     "Record",
-    "check_pairs",
+    "check_latents",
+    "check_reference_free",
     "read_records",
 ]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data.images import look_ahead, pixels
+from diffalign.data.images import Square, look_ahead, square
 from diffalign.data.records import ImageRef
 from diffalign.data.shards import Rows, Shards
 from diffalign.types import Cond, Encoder
@@ -36,10 +36,10 @@ class Seen(NamedTuple):
 
 
 class Look(NamedTuple):
-    """An image as a thread hands it over: `pixels` [3, R, R] where they are needed and there are any."""
+    """An image as a thread hands it over, cut to a square where that is needed and can be done."""
 
     seen: Seen
-    pixels: Tensor | None = None
+    square: Square | None = None
 
 
 def look(ref: ImageRef, resolution: int, known: Callable[[str], str | None] = lambda digest: None) -> Look:
@@ -55,7 +55,7 @@ def look(ref: ImageRef, resolution: int, known: Callable[[str], str | None] = la
     if reason is not None:
         return Look(Seen(digest, reason))
     try:
-        return Look(Seen(digest, ""), pixels(data, resolution))
+        return Look(Seen(digest, ""), square(data, resolution))
     except ValueError as error:
         return Look(Seen(digest, str(error)))
 
@@ -144,7 +144,7 @@ class LatentCache:
         self.ranks = Ranks(rank, world_size, barrier, exchange or folder)
         self.variants = ("", "-hflip") if hflip else ("",)
         home = folder.expanduser() / encoder.fingerprint
-        self._images, self._prompts = Shards(home / f"images-{resolution}-center"), Shards(home / "prompts")
+        self._images, self._prompts = Shards(home / f"squares-{resolution}-center"), Shards(home / "prompts")
 
     def add_images(self, images: Sequence[ImageRef]) -> list[Seen]:
         """Encode what is missing. One Seen an image, the same list on every rank."""
@@ -169,7 +169,7 @@ class LatentCache:
         seen: list[Seen] = []
         rows: dict[str, dict[str, Tensor]] = {}
         bad: dict[str, str] = {}
-        waiting: dict[str, Tensor] = {}
+        waiting: dict[str, Square] = {}
         size = max(1, min(64, 8 * 512**2 // self.resolution**2))
         for one, image in looks:
             seen.append(one)
@@ -180,7 +180,7 @@ class LatentCache:
             for variant in self.variants:
                 key = one.digest + variant
                 if key not in self._images and key not in rows:
-                    waiting[key] = image.flip(-1) if variant else image
+                    waiting[key] = image.mirrored() if variant else image
             if len(waiting) >= size:
                 rows |= self._encode(waiting)
                 waiting = {}
@@ -191,9 +191,12 @@ class LatentCache:
         return seen
 
     @torch.no_grad()
-    def _encode(self, images: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        latents = self.encoder.encode_pixels(torch.stack(list(images.values()))).cpu()
-        return {key: {"latent": latent} for key, latent in zip(images, latents, strict=True)}
+    def _encode(self, images: dict[str, Square]) -> dict[str, dict[str, Tensor]]:
+        latents = self.encoder.encode_pixels(torch.stack([x.pixels for x in images.values()])).cpu()
+        return {
+            key: {"latent": latent, "size": image.size}
+            for (key, image), latent in zip(images.items(), latents, strict=True)
+        }
 
     @torch.no_grad()
     def add_prompts(self, prompts: Iterable[str]) -> None:
@@ -217,7 +220,7 @@ class LatentCache:
         self._prompts.refresh()
 
     def latents(self, digests: Sequence[str], *, flipped: bool = False) -> Rows:
-        """The rows of these images, field "latent" [C, h, w]. Raises ValueError when one was never added."""
+        """The rows of these images: "latent" [C, h, w] and "size" [6]. Raises ValueError when one was never added."""
         return self._images.rows([digest + "-hflip" * flipped for digest in digests])
 
     def texts(self, prompts: Sequence[str]) -> Rows:

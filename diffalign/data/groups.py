@@ -52,7 +52,7 @@ class PreferenceGroups(Dataset):
         num_workers: processes that decode images on each rank; 0 for none
     """
 
-    draws_per_pair: int | None = None  # nothing is drawn
+    draws_per_sample: int | None = None  # nothing is drawn
 
     def __init__(
         self,

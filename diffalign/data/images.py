@@ -9,7 +9,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -47,13 +47,29 @@ def decode(data: bytes) -> Image.Image:
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def pixels(data: bytes, resolution: int, *, at: float = 0.5, flip: bool = False) -> Tensor:
-    """An encoded image -> [3, resolution, resolution] in [0, 1].
+class Square(NamedTuple):
+    """A square cut out of an image: pixels [3, R, R] in [0, 1], and its size as in LatentBatch, [6]."""
+
+    pixels: Tensor
+    size: Tensor
+
+    def mirrored(self) -> Square:
+        """The same cut out of the mirrored image."""
+        height, width, _, left, resolution, _ = self.size.tolist()
+        resized = max(resolution, round(width * (resolution / min(height, width))))
+        size = self.size.clone()
+        size[3] = resized - resolution - left
+        return Square(self.pixels.flip(-1), size)
+
+
+def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
+    """An encoded image -> a square of `resolution` pixels.
 
     The shorter side is resized (bilinear, antialiased), the longer one cropped: `at` is where, from 0 (left or top)
-    over 0.5 (centre) to 1. `flip` mirrors left and right after the crop. Raises ValueError when it is damaged.
+    over 0.5 (centre) to 1. Raises ValueError when it is damaged.
     """
     image = decode(data)
+    original = (image.height, image.width)
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
         raise ValueError(f"unsupported image: {image.width} x {image.height} pixels is more than {MAX_ASPECT}:1")
@@ -62,9 +78,8 @@ def pixels(data: bytes, resolution: int, *, at: float = 0.5, flip: bool = False)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((side - resolution) * at) for side in (width, height))
     image = image.crop((left, top, left + resolution, top + resolution))
-    if flip:
-        image = ImageOps.mirror(image)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    size = torch.tensor([*original, top, left, resolution, resolution], dtype=torch.float32)
+    return Square(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255, size)
 
 
 def look_ahead(

@@ -9,12 +9,15 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffalign.draws import Draws
+from diffalign.types import on_device
 
 
 class KeyedDataset(Protocol):
-    """What a KeyedLoader reads: items by (epoch, index), drawn by key; see PreferencePairs."""
+    """What a KeyedLoader reads: items by (epoch, index), drawn by key; see PreferenceLatents."""
 
-    draws_per_pair: int | None
+    draws_per_sample: int | None
+    batch_size: int
+    num_workers: int
 
     def __len__(self) -> int: ...
     def __getitem__(self, place: tuple[int, int]) -> Any: ...
@@ -51,11 +54,11 @@ class KeyedLoader:
         return self._load(_Stream(self, micro))
 
     def once(self) -> Iterator[Any]:
-        """This rank's share of every pair with each of its `draws_per_pair` draws, in fixed order.
+        """This rank's share of every example with each of its `draws_per_sample` draws, in fixed order.
 
-        Every rank gets the same number of batches; the last ones begin again at the first pair.
+        Every rank gets the same number of batches; the last ones begin again at the first example.
         """
-        everything = [(k, i) for k in range(self.dataset.draws_per_pair or 1) for i in range(len(self.dataset))]
+        everything = [(k, i) for k in range(self.dataset.draws_per_sample or 1) for i in range(len(self.dataset))]
         chunk = self.batch_size * self.world_size
         everything += everything[: -len(everything) % chunk]
         starts = range(self.rank * self.batch_size, len(everything), chunk)
@@ -73,7 +76,7 @@ class KeyedLoader:
         for raw in loader:
             batch = self.dataset.encode(raw)
             keys = [tuple(key) for key in batch.keys]  # type: ignore[arg-type]  # older torch pins tuples as lists
-            yield batch._replace(keys=keys).to(self.device)
+            yield on_device(batch._replace(keys=keys), self.device)
 
 
 class _Stream:
@@ -92,6 +95,6 @@ class _Stream:
             orders = {
                 e: orders[e] if e in orders else loader.draws.permutation(n, key=e, stream="order") for e in needed
             }
-            cycle = loader.dataset.draws_per_pair
+            cycle = loader.dataset.draws_per_sample
             yield [(epoch % cycle if cycle else epoch, int(orders[epoch][k])) for epoch, k in places]
             micro += 1

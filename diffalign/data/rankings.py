@@ -21,11 +21,16 @@ RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 logger = logging.getLogger(__name__)
 
 
+PHI = "phi"
+"""The aspect that is a win rate over the other images of the prompt under several scorers (Syn-Pic)."""
+
+
 def read_ratings(path: Path) -> Records:
     """VisionPrefer-style lines: `prompt`, `images`, `scores` {aspect: one number an image, larger is better}.
 
-    The order is that of `ranking` (one number an image, lower is better) where it is given, else of the mean of the
-    aspects. Image paths are relative to the file.
+    The order is that of `ranking` (one number an image, lower is better) where it is given, else of `phi` (win rates as
+    eval/rank_images.py writes them) where that is an aspect, else of the mean of the aspects. phi, or the only aspect,
+    is the record's score as well. Image paths are relative to the file.
     """
     for id, line in json_lines(path):
         yield line if isinstance(line, Dropped) else _rated(id, line, path.parent)
@@ -43,10 +48,12 @@ def _rated(id: str, line: dict[str, Any], folder: Path) -> Record | Dropped:
         if reason:
             return Dropped(id, reason)
     if ranking is None:  # fsum: equal means must not differ by the order of the aspects
-        ranking = [-math.fsum(column) / len(scores) for column in zip(*scores.values(), strict=True)]
+        judged = [scores[PHI]] if PHI in scores else list(scores.values())
+        ranking = [-math.fsum(column) / len(judged) for column in zip(*judged, strict=True)]
     aspects = {aspect: tuple(map(float, x)) for aspect, x in scores.items()}
     refs = tuple(ImageRef(str(folder / x)) for x in images)
-    return Record(id, line["prompt"], refs, tuple(map(float, ranking)), aspects=aspects or None)
+    overall = aspects.get(PHI) or (next(iter(aspects.values())) if len(aspects) == 1 else None)
+    return Record(id, line["prompt"], refs, tuple(map(float, ranking)), overall, aspects=aspects or None)
 
 
 def read_json(path: Path) -> Records:

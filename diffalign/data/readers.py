@@ -1,7 +1,7 @@
 """Preference data sets on disk -> records. The layout is chosen by what lies at the path.
 
     *.parquet, or a folder of them    Pick-a-Pic: caption, jpg_0, jpg_1, label_0 in {0, 0.5, 1}[, has_label, user_id]
-    *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, annotator]; image paths relative to the file;
+    *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, scores, annotator]; paths relative to the file;
                                       or prompt, images, scores {aspect: numbers}[, ranking]
     a folder with w/ and l/           winners and losers under equal names, and prompts.txt or prompts.jsonl
     *.json, or a folder with          HPDv2: prompt, file_path, human_preference, or prompt, image_path, rank;
@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.entries import Records, bad_label, bad_prompt, json_lines
+from diffalign.data.entries import Records, bad_label, bad_labels, bad_prompt, json_lines
 from diffalign.data.rankings import (
     image_reward_db_shards,
     read_hpd_v3_lines,
@@ -155,14 +155,20 @@ def _pickapic(id: str, row: dict[str, Any], images: tuple[ImageRef, ...]) -> Rec
 
 
 def read_jsonl(path: Path) -> Records:
-    """One pair a line. `prob` is the probability that `chosen` is really the better one: 0.5 is a tie."""
+    """One pair a line.
+
+    `prob` is the probability that `chosen` is really the better one, such as the share of annotators who agree: 0.5 is
+    a tie. `scores` are two numbers for chosen and rejected, larger is better.
+    """
     for id, line in json_lines(path):
         if isinstance(line, Dropped):
             yield line
             continue
         names: list[Any] = [line.get("chosen"), line.get("rejected")]
         prob = line.get("prob", 1.0)
+        scores = line.get("scores")
         reason = bad_prompt(line.get("prompt")) or bad_label(prob, lambda x: 0.5 <= x <= 1)
+        reason = reason or ("" if scores is None else bad_labels(scores, 2))
         if not all(isinstance(n, str) and n for n in names):
             reason = "bad line: 'chosen' and 'rejected' must be image paths"
         if reason:
@@ -171,7 +177,8 @@ def read_jsonl(path: Path) -> Records:
             images = tuple(ImageRef(str(path.parent / n)) for n in names)
             annotator = None if line.get("annotator") is None else str(line["annotator"])
             ranks, flip = ((0.0, 0.0), 0.0) if prob == 0.5 else ((0.0, 1.0), 1 - prob)
-            yield Record(id, line["prompt"], images, ranks, annotator=annotator, flip=flip)
+            given = None if scores is None else tuple(map(float, scores))
+            yield Record(id, line["prompt"], images, ranks, given, annotator, flip=flip)
 
 
 def read_folders(folder: Path, prompts: Path) -> Records:

@@ -1,7 +1,8 @@
 """A small text-to-image world with shipped weights and an exact judge: alignment proved on a laptop.
 
-BASE is the shipped StableDiffusionPipeline, PAIRS the shipped preference pairs (its own samples, labelled by simulated
-annotators). Whatever takes the path of a model or of a data set takes the word `playground` for them.
+BASE is the shipped StableDiffusionPipeline, FLOW a StableDiffusion3Pipeline of the same world, PAIRS the shipped
+preference pairs (samples of BASE, labelled by simulated annotators). Whatever takes the path of a model or of a data
+set takes the word `playground` for BASE and PAIRS.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from diffalign.playground.judge import Judge
 
 BASE = Path(__file__).parent / "base"
+FLOW = Path(__file__).parent / "flow"
 PAIRS = Path(__file__).parent / "pairs.parquet"
 
-__all__ = ["BASE", "PAIRS", "Judge"]
+__all__ = ["BASE", "FLOW", "PAIRS", "Judge"]

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,6 +60,17 @@ def load(folder: Path) -> tuple[list[dict[str, Any]], Tensor]:
     return rows, torch.stack(images).float() / 255
 
 
+class Compared(NamedTuple):
+    """One labelled pair: the prompt, the rows of the winner and the loser, how sure, their scores, who said so."""
+
+    prompt: str
+    chosen: int
+    rejected: int
+    prob: float
+    scores: tuple[float, float]
+    annotator: str
+
+
 def label(
     folder: Path,
     out: Path,
@@ -68,37 +79,85 @@ def label(
     temperature: float = 0.35,
     min_margin: float = 0.3,
     labels: Labels = "true",
+    noise: float = 0.0,
+    votes: int = 1,
     seed: int = 0,
 ) -> tuple[int, int]:
     """Compare the samples of each prompt in a generated folder, write the pairs; returns (pairs kept, pairs compared).
 
     Prompts go to the annotators in turn. Pairs whose true margin is under `min_margin` points are left out: nobody can
-    tell. `flipped` swaps every label, and `random` says nothing: the controls of an alignment experiment. `out` ends in
-    .jsonl (prompt, chosen, rejected, annotator) or .parquet (Pick-a-Pic's columns, images inside).
+    tell. `flipped` swaps every label and turns the scores round, and `random` says nothing: the controls. `noise` is a
+    share of labels swapped at random. With several votes the majority's choice is written, and as `prob` the chance
+    that it is right, (agreeing + 1) / (votes + 2). `out` ends in .jsonl (prompt, chosen, rejected, prob, scores,
+    annotator) or .parquet (Pick-a-Pic's columns, images inside). Raises ValueError for an even number of votes.
     """
+    if votes < 1 or votes % 2 == 0:
+        raise ValueError(f"votes must be odd, so that there is a majority; got {votes}")
     rows, images = load(folder)
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row["prompt_id"], []).append(i)
+    groups = _samples(rows)
     pairs = [(g, a, b) for g, ids in groups.items() for a, b in zip(ids[::2], ids[1::2], strict=False)]
     kept = []
     for turn, name in enumerate(annotators):
         mine = [p for k, p in enumerate(pairs) if k % len(annotators) == turn]
         first, second = [a for _, a, _ in mine], [b for _, _, b in mine]
         annotator = Annotator(name, temperature=temperature, seed=seed)
-        keys = [(g, a, b) for g, a, b in mine]
         prompts = [rows[a]["prompt"] for a in first]
-        chosen, margin = annotator.choose(images[first], images[second], prompts, keys)
+        ballots, margin = [], torch.zeros(0)
+        for vote in range(votes):
+            keys: list[Any] = [pair if votes == 1 else (*pair, vote) for pair in mine]
+            chosen, margin = annotator.choose(images[first], images[second], prompts, keys)
+            ballots.append(chosen)
+        agreed = torch.stack(ballots).sum(0)
+        chosen = agreed > votes / 2
+        prob = torch.ones(len(mine)) if votes == 1 else (torch.maximum(agreed, votes - agreed) + 1) / (votes + 2)
         if labels == "flipped":
             chosen = ~chosen
         elif labels == "random":
-            chosen = _uninformative(margin, annotator.draws.uniform(keys, stream="random label") < 0.5)
-        for (_, a, b), won, gap in zip(mine, chosen.tolist(), margin.abs().tolist(), strict=True):
-            if gap >= min_margin:
-                kept.append((rows[a]["prompt"], a, b, won, name))
+            chosen = _uninformative(margin, annotator.draws.uniform(mine, stream="random label") < 0.5)
+        chosen = chosen ^ (annotator.draws.uniform(mine, stream="label noise") < noise)
+        sign = -1 if labels == "flipped" else 1
+        points = [(sign * annotator.judge.score(images[some], prompts)).tolist() for some in (first, second)]
+        for k, (_, a, b) in enumerate(mine):
+            if margin[k].abs() >= min_margin:
+                won = bool(chosen[k])
+                scores = (points[not won][k], points[won][k])
+                kept.append(Compared(rows[a]["prompt"], *((a, b) if won else (b, a)), prob[k].item(), scores, name))
     write = _write_parquet if out.suffix == ".parquet" else _write_jsonl
     write(kept, [folder / row["image"] for row in rows], out)
     return len(kept), len(pairs)
+
+
+def rank(
+    folder: Path, out: Path, *, votes: int = 3, temperature: float = 0.35, labels: Labels = "true", seed: int = 0
+) -> int:
+    """Rank all samples of each prompt in a generated folder by several noisy annotators; returns how many groups.
+
+    phi is the share of the other samples that one beats, over all votes (each a ranking with the noise of Bradley-Terry
+    choices). Labels as in `label`: flipped turns every ranking round, random shuffles them. Writes lines of prompt,
+    images and scores {phi}.
+    """
+    rows, images = load(folder)
+    judged = Judge().score(images, [row["prompt"] for row in rows])
+    draws, lines = Draws(seed), []
+    for prompt_id, ids in _samples(rows).items():
+        uniform = draws.uniform([(prompt_id, k, v) for k in ids for v in range(votes)], stream="ranking")
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))  # makes differences Bradley-Terry's
+        liked = {"true": 1, "flipped": -1, "random": 0}[labels] * judged[ids, None] / temperature + gumbel.view(
+            -1, votes
+        )
+        phi = (liked[:, None] > liked[None]).float().sum((1, 2)) / (votes * (len(ids) - 1))
+        names = [os.path.relpath(folder / rows[k]["image"], out.parent) for k in ids]
+        lines.append(json.dumps({"prompt": rows[ids[0]]["prompt"], "images": names, "scores": {"phi": phi.tolist()}}))
+    _write(out, "\n".join(lines) + "\n")
+    return len(lines)
+
+
+def _samples(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+    """prompt_id -> where its samples are."""
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(row["prompt_id"], []).append(i)
+    return groups
 
 
 def _uninformative(margin: Tensor, coin: Tensor) -> Tensor:
@@ -114,30 +173,35 @@ def _uninformative(margin: Tensor, coin: Tensor) -> Tensor:
     return better == torch.empty_like(coin).index_copy_(0, order, right)
 
 
-def _write_jsonl(pairs: list[tuple[str, int, int, bool, str]], paths: list[Path], out: Path) -> None:
-    def line(prompt: str, a: int, b: int, won: bool, name: str) -> str:
-        chosen, rejected = (a, b) if won else (b, a)
-        images = {k: os.path.relpath(paths[i], out.parent) for k, i in (("chosen", chosen), ("rejected", rejected))}
-        return json.dumps({"prompt": prompt, **images, "annotator": name})
+def _write_jsonl(pairs: list[Compared], paths: list[Path], out: Path) -> None:
+    def line(p: Compared) -> str:
+        images = {k: os.path.relpath(paths[i], out.parent) for k, i in (("chosen", p.chosen), ("rejected", p.rejected))}
+        said = {"scores": [round(x, 4) for x in p.scores], "annotator": p.annotator}
+        return json.dumps({"prompt": p.prompt, **images, **({} if p.prob == 1 else {"prob": p.prob}), **said})
 
+    _write(out, "".join(line(p) + "\n" for p in pairs))
+
+
+def _write(out: Path, text: str) -> None:
     temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text("".join(line(*p) + "\n" for p in pairs))
+    temporary.write_text(text)
     os.replace(temporary, out)
 
 
-def _write_parquet(pairs: list[tuple[str, int, int, bool, str]], paths: list[Path], out: Path) -> None:
+def _write_parquet(pairs: list[Compared], paths: list[Path], out: Path) -> None:
     def jpeg(i: int) -> bytes:
         buffer = io.BytesIO()
         Image.open(paths[i]).convert("RGB").save(buffer, "JPEG", quality=95, subsampling=0)
         return buffer.getvalue()
 
+    first_won = [p.chosen < p.rejected for p in pairs]
     table = pa.table(
         {
-            "caption": [p[0] for p in pairs],
-            "jpg_0": [jpeg(p[1]) for p in pairs],
-            "jpg_1": [jpeg(p[2]) for p in pairs],
-            "label_0": [float(p[3]) for p in pairs],
-            "label_1": [1.0 - p[3] for p in pairs],
+            "caption": [p.prompt for p in pairs],
+            "jpg_0": [jpeg(min(p.chosen, p.rejected)) for p in pairs],
+            "jpg_1": [jpeg(max(p.chosen, p.rejected)) for p in pairs],
+            "label_0": [float(won) for won in first_won],
+            "label_1": [float(not won) for won in first_won],
             "has_label": [True] * len(pairs),
         }
     )

@@ -13,16 +13,17 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.utils import save_image
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, captions, imagine, wishes
@@ -30,6 +31,7 @@ from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAP
 WORDS = (*RADII, *COLOURS, *SHAPES, *PLACES, "on", *BACKGROUNDS)
 LENGTH = 12
 BATCH = 32
+Clip = TypeVar("Clip", CLIPTextModel, CLIPTextModelWithProjection)
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
@@ -86,14 +88,14 @@ def unet() -> UNet2DConditionModel:
     )
 
 
-def text_encoder(vocabulary: CLIPTokenizer) -> CLIPTextModel:
-    """79 k parameters, trained with the U-Net; larger embeddings and final gain than the default make it learn fast."""
-    model = CLIPTextModel(
+def text_encoder(vocabulary: CLIPTokenizer, kind: type[Clip] = CLIPTextModel, *, width: int = 64) -> Clip:
+    """79 k parameters, trained with the denoiser; larger embeddings and final gain than the default learn fast."""
+    model = kind(
         CLIPTextConfig(
             vocab_size=len(vocabulary),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=width,
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=LENGTH,
@@ -240,9 +242,18 @@ def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> Stabl
 
 
 def report_card(
-    pipeline: StableDiffusionPipeline, grid: Path | None = None, *, n: int = 512, guidance: float = 2.0, steps: int = 10
+    pipeline: DiffusionPipeline,
+    grid: Path | None = None,
+    *,
+    n: int = 512,
+    guidance: float = 2.0,
+    steps: int = 10,
+    **more: int,
 ) -> dict[str, float]:
-    """What the judge measures on n samples of held-out combinations, mean of each aspect; `grid` shows 64 of them."""
+    """What the judge measures on n samples of held-out combinations, mean of each aspect; `grid` shows 64 of them.
+
+    more: further arguments of the pipeline's call.
+    """
     pipeline.set_progress_bar_config(disable=True)
     prompts, judge = captions(n, held_out=True), Judge()
     images = []
@@ -251,7 +262,7 @@ def report_card(
         images += [
             pipeline(
                 prompts[i : i + 64], latents=noise, num_inference_steps=steps, guidance_scale=guidance,
-                height=32, width=32, output_type="pt",
+                height=32, width=32, output_type="pt", **more,
             ).images
         ]  # fmt: skip
     sampled = torch.cat(images).float()
@@ -259,7 +270,7 @@ def report_card(
         save_image(sampled[:64], grid, nrow=16, padding=1)
     measured = {k: round(v.mean().item(), 4) for k, v in judge.measure(sampled, prompts).items()}
     score = round(judge.score(sampled, prompts).mean().item(), 3)
-    return {"held_out_samples": n, "guidance": guidance, "steps": steps, "score": score, **measured}
+    return {"held_out_samples": n, "guidance": guidance, "steps": steps, **more, "score": score, **measured}
 
 
 def build(

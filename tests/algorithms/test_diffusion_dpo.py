@@ -12,62 +12,37 @@ from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.backbones import load_backbone
 from diffalign.draws import Draws
 from diffalign.losses import PAIR_LOSSES
+from diffalign.noising import Noising
 from diffalign.reference import reference_for
-from diffalign.schedule import Prediction, VPSchedule
-from diffalign.types import Cond, PairBatch
+from diffalign.schedule import Prediction
+from diffalign.types import LatentBatch
 
 CPU = torch.device("cpu")
 
 
-class Constant(torch.nn.Module):
-    """Predicts the same number everywhere."""
-
-    def __init__(self, value: float):
-        super().__init__()
-        self.value = torch.nn.Parameter(torch.tensor(value))
-
-    def forward(self, x_t, t, cond):
-        return self.value.expand_as(x_t)
-
-
-def pair_batch(n: int = 3, shape: tuple[int, ...] = (4, 8, 8), length: int = 12, width: int = 16) -> PairBatch:
-    g = torch.Generator().manual_seed(1)
-    return PairBatch(
-        torch.randn(2 * n, *shape, generator=g),
-        Cond(torch.randn(n, length, width, generator=g)),
-        [(0, str(i)) for i in range(n)],
-        torch.ones(n),
-        torch.zeros(n),
-    )
-
-
-def schedule() -> VPSchedule:
-    return VPSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
-
-
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("loss", ["dpo", "conservative", "robust", "offset", "aot"])
-def test_step_zero_is_ln_2(tiny_sd: Path, rank: int, loss: str) -> None:
+def test_step_zero_is_ln_2(tiny_sd: Path, batch_of, rank: int, loss: str) -> None:
     """Policy equals reference: margin 0 exactly, so -log sigmoid(0) = ln 2, for LoRA and for a frozen copy."""
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=rank)
     algorithm = DiffusionDPO(
-        backbone.denoiser, reference_for(backbone.denoiser), backbone.schedule, Draws(0), 256, loss=loss
+        backbone.denoiser, reference_for(backbone.denoiser), Noising(backbone.schedule, Draws(0)), 256, loss=loss
     )
-    value, metrics = algorithm.loss(pair_batch())
+    value, metrics = algorithm.loss(batch_of([2] * 3, [0.0] * 6))
     assert abs(value.item() - math.log(2)) < 1e-6
     assert metrics["margin"].abs().max() == 0
     assert torch.equal(metrics["accuracy"], torch.full((3,), 0.5))
 
 
-def test_golden_loss() -> None:
+def test_golden_loss(constant, noising_of, batch_of) -> None:
     """eps-prediction, policy 0 and reference c everywhere, eps shared: err(0) = mean eps^2, err(c) = mean (eps - c)^2.
 
     Winner and loser see the same eps and constants, so the margin is 0 whatever c. Give the loser's target another
     noise by hand instead: gains g = err(c) - err(0) = c^2 - 2 c mean(eps); margin beta/2 (g_w - g_l) = 0.
     """
-    policy, reference = Constant(0.0), Constant(0.3)
-    algorithm = DiffusionDPO(policy, reference, schedule(), Draws(0), 256, beta=100.0)
-    batch = pair_batch()
+    policy, reference = constant(0.0), constant(0.3)
+    algorithm = DiffusionDPO(policy, reference, noising_of(), 256, beta=100.0)
+    batch = batch_of([2] * 3)
     loss, metrics = algorithm.loss(batch)
     eps = Draws(0).normal(batch.keys, (4, 8, 8), stream="noise")
     gain = 0.3**2 - 2 * 0.3 * eps.mean((1, 2, 3))
@@ -76,29 +51,25 @@ def test_golden_loss() -> None:
     assert abs(loss.item() - math.log(2)) < 1e-5
 
 
-def test_v_prediction_margin_by_hand() -> None:
+def test_v_prediction_margin_by_hand(constant, noising_of, batch_of) -> None:
     """v target a eps - s x0; policy 0, reference c: gain = c^2 - 2 c mean(target), so
     margin = beta/2 * 2 c (mean target_l - mean target_w) = beta c s (mean x0_w - mean x0_l).
     """
-    v = VPSchedule.from_config(
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction"}
-    )
-    assert v.prediction is Prediction.V
-    batch = pair_batch()
-    algorithm = DiffusionDPO(Constant(0.0), Constant(0.3), v, Draws(0), 256, beta=10.0)
+    batch = batch_of([2] * 3)
+    algorithm = DiffusionDPO(constant(0.0), constant(0.3), noising_of(Prediction.V), 256, beta=10.0)
     _, metrics = algorithm.loss(batch)
-    t = v.sample_timesteps(Draws(0), batch.keys)
-    s = v.coefficients(t)[1]
+    t = algorithm.noising.sample(batch.keys)
+    s = algorithm.noising.schedule.coefficients(t)[1]
     means = batch.x0.mean((1, 2, 3))
     assert torch.allclose(metrics["margin"], 10.0 * 0.3 * s * (means[:3] - means[3:]), atol=1e-5)
 
 
-def test_a_step_lowers_the_winner_error_and_raises_the_loser_error(tiny_sd: Path) -> None:
+def test_a_step_lowers_the_winner_error_and_raises_the_loser_error(tiny_sd: Path, batch_of) -> None:
     backbone = load_backbone(CPU, path=str(tiny_sd))
     algorithm = DiffusionDPO(
-        backbone.denoiser, reference_for(backbone.denoiser), backbone.schedule, Draws(0), 256, beta=1000.0
+        backbone.denoiser, reference_for(backbone.denoiser), Noising(backbone.schedule, Draws(0)), 256, beta=1000.0
     )
-    batch = pair_batch()
+    batch = batch_of([2] * 3)
     optimizer = torch.optim.SGD(backbone.denoiser.parameters(), lr=1e-4)
     loss, _ = algorithm.loss(batch)
     loss.backward()
@@ -110,34 +81,34 @@ def test_a_step_lowers_the_winner_error_and_raises_the_loser_error(tiny_sd: Path
     assert algorithm.loss(swapped)[0] > math.log(2)
 
 
-def test_weights_and_flips_reach_the_loss() -> None:
-    batch = pair_batch()
-    v = VPSchedule(schedule().alphas_cumprod, Prediction.V)
+def test_weights_and_flips_reach_the_loss(constant, noising_of, batch_of) -> None:
+    batch = batch_of([2] * 3)
 
-    def loss(batch: PairBatch, **settings) -> torch.Tensor:
-        return DiffusionDPO(Constant(0.0), Constant(0.3), v, Draws(0), 256, beta=100.0, **settings).loss(batch)[0]
+    def loss(batch: LatentBatch, **settings) -> torch.Tensor:
+        networks = constant(0.0), constant(0.3)
+        return DiffusionDPO(*networks, noising_of(Prediction.V), 256, beta=100.0, **settings).loss(batch)[0]
 
     only_first = batch._replace(weight=torch.tensor([3.0, 0.0, 0.0]))
-    alone = PairBatch(batch.x0[[0, 3]], Cond(batch.cond.tokens[:1]), batch.keys[:1], torch.ones(1), torch.zeros(1))
+    alone = batch_of([2])._replace(x0=batch.x0[[0, 3]], cond=batch.cond.at(torch.tensor([0])))
     assert torch.allclose(loss(only_first), loss(alone))
     flipped = batch._replace(flip=torch.full((3,), 0.2))
     assert torch.allclose(loss(flipped, loss="conservative"), loss(batch, loss="conservative", label_smoothing=0.2))
     assert not torch.allclose(loss(flipped, loss="conservative"), loss(batch, loss="conservative"))
 
 
-def test_metrics_by_timestep_cover_every_sample_once() -> None:
-    v = VPSchedule(schedule().alphas_cumprod, Prediction.V)
-    _, metrics = DiffusionDPO(Constant(0.0), Constant(0.3), v, Draws(0), 256).loss(pair_batch(20))
+def test_metrics_by_noise_level_cover_every_sample_once(constant, noising_of, batch_of) -> None:
+    noising = noising_of(Prediction.V)
+    _, metrics = DiffusionDPO(constant(0.0), constant(0.3), noising, 256).loss(batch_of([2] * 20))
     parts = torch.stack([metrics[f"margin@t{k}"] for k in ("000", "250", "500", "750")])
     assert torch.equal((~parts.isnan()).sum(0), torch.ones(20, dtype=torch.long))
     assert torch.equal(parts.nansum(0), metrics["margin"])
-    t = v.sample_timesteps(Draws(0), pair_batch(20).keys)
+    t = noising.sample(batch_of([2] * 20).keys)
     assert torch.equal(~parts[3].isnan(), t >= 750)
 
 
 def test_impossible_settings_are_listed() -> None:
     def check(**changes):
-        cfg = {"beta": 5000.0, "loss": "dpo", "label_smoothing": 0.0} | changes
+        cfg = {"beta": 5000.0, "loss": "dpo", "label_smoothing": 0.0, "offset_scale": 0.0} | changes
         return DiffusionDPO.check(cfg, {"batch_size": changes.get("batch_size", 4)})
 
     assert check() == []
@@ -146,25 +117,28 @@ def test_impossible_settings_are_listed() -> None:
     assert "exo needs" in check(loss="exo")[0]
     assert "aot sorts" in check(loss="aot", batch_size=1)[0]
     assert "must be positive" in check(beta=0.0)[0]
-    assert all(check(loss=name) == [] for name in PAIR_LOSSES if name != "exo")
+    assert all(check(loss=name) == [] for name in PAIR_LOSSES if name not in ("exo", "offset"))
+    assert "belong together" in check(loss="offset")[0]
+    assert "belong together" in check(offset_scale=1.0)[0]
+    assert check(loss="offset", offset_scale=1.0) == []
 
 
-def test_description_and_verdict_are_plain() -> None:
-    algorithm = DiffusionDPO(Constant(0.0), Constant(0.0), schedule(), Draws(0), 16384, beta=5000.0)
+def test_description_and_verdict_are_plain(constant, noising_of) -> None:
+    algorithm = DiffusionDPO(constant(0.0), constant(0.0), noising_of(), 16384, beta=5000.0)
     assert any("0.152588 sum form" in line for line in algorithm.describe())
     good = {"policy/accuracy": 0.7, "policy/winner_error_change": -0.001, "policy/reference_error": 0.1}
-    assert "ranks pairs as people did" in algorithm.verdict(good)
+    assert "ranks images as people did" in algorithm.verdict(good)
     assert "destroys" in algorithm.verdict(good | {"policy/winner_error_change": 0.02})
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_remembered_reference_gives_the_loss_of_the_reference_itself(tiny_sd: Path, rank: int) -> None:
+def test_remembered_reference_gives_the_loss_of_the_reference_itself(tiny_sd: Path, batch_of, rank: int) -> None:
     """After some steps, so that policy and reference differ; the reference is let go."""
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=rank)
-    wiring = (backbone.schedule, Draws(0), 256)
+    wiring = (Noising(backbone.schedule, Draws(0)), 256)
     algorithm = DiffusionDPO(backbone.denoiser, reference_for(backbone.denoiser), *wiring)
     remembering = DiffusionDPO(backbone.denoiser, algorithm.reference, *wiring)
-    batch = pair_batch()
+    batch = batch_of([2] * 3)
     remembering.remember_reference([batch], gather=lambda found: found)
     assert remembering.reference is None
     assert abs(remembering.loss(batch)[0].item() - math.log(2)) < 1e-6

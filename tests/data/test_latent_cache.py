@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffalign.data import ImageRef, LatentCache
 from diffalign.data.cache import cond_of
-from diffalign.data.images import pixels
+from diffalign.data.images import square
 from diffalign.types import Cond
 
 FORK = multiprocessing.get_context("fork")
@@ -71,7 +71,7 @@ def test_every_latent_is_that_of_its_image_and_a_second_build_encodes_nothing(tm
     assert encoder.images == 21 and not any(s.reason for s in seen)
     assert numbers(cache, seen) == list(range(21))
     rows = cache.latents([s.digest for s in seen])
-    expected = torch.nn.functional.adaptive_avg_pool2d(pixels(images[3].read(), 8), 2)
+    expected = torch.nn.functional.adaptive_avg_pool2d(square(images[3].read(), 8).pixels, 2)
     torch.testing.assert_close(rows.read(3)["latent"], expected.half().float(), rtol=0, atol=0)
     again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
     assert again.add_images(images) == seen
@@ -163,7 +163,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     images = gallery(tmp_path / "images", 24)
     process = FORK.Process(target=build, args=(tmp_path / "cache", images, 0.2))
     process.start()
-    shards = tmp_path / "cache/pool/images-256-center"
+    shards = tmp_path / "cache/pool/squares-256-center"
     give_up = time.monotonic() + 20
     while len(list(shards.glob("*.json"))) < 2 and time.monotonic() < give_up:
         time.sleep(0.01)
@@ -182,7 +182,7 @@ def test_what_a_kill_leaves_half_written_is_not_used(tmp_path):
     """An array without its list of keys, one cut short, and temporary files."""
     images = gallery(tmp_path / "images", 12)
     LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4).add_images(images)
-    folder = tmp_path / "cache/pool/images-8-center"
+    folder = tmp_path / "cache/pool/squares-8-center"
     lists = sorted(folder.glob("*.json"))
     lists[0].unlink()
     with lists[1].with_suffix(".latent.npy").open("rb+") as file:

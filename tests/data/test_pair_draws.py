@@ -51,7 +51,7 @@ def test_crop_and_flip_are_drawn_once_a_pair_from_its_key(tmp_path):
         assert item.key == key
         left = round(8 * draws.uniform([key], stream="crop").item())
         flipped = draws.uniform([key], stream="hflip").item() < 0.5
-        for x, start in ((item.x_w, 0), (item.x_l, 1)):
+        for x, start in ((item.x[0], 0), (item.x[1], 1)):
             columns = [round(v * 25.5) - start for v in x[0, 0].tolist()]
             assert columns == list(range(left, left + 8))[:: -1 if flipped else 1]
         flips.add((left, flipped))
@@ -66,4 +66,4 @@ def test_cached_flips_are_those_of_the_draws_and_of_the_pixels(tmp_path):
         a, b = (p.encode(p.collate([p[epoch, 0]])) for p in (cached, fresh))
         torch.testing.assert_close(a.x0, b.x0, rtol=1e-3, atol=0)
         assert (a.keys, a.weight, a.flip) == (b.keys, b.weight, b.flip)
-    assert len({cached[e, 0].x_w[0, 0, 0].item() for e in range(8)}) == 2
+    assert len({cached[e, 0].x[0, 0, 0, 0].item() for e in range(8)}) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,13 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from diffalign.data.groups import PreferenceGroups, check_groups
-from diffalign.data.images import pixels
+from diffalign.data.images import square
 
 SIZE = 8
-prepare = partial(pixels, resolution=SIZE)
+
+
+def prepare(data):
+    return square(data, SIZE).pixels
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.data import PreferencePairs, check_pairs
+from diffalign.data import PreferencePairs, check_latents
 from diffalign.draws import Draws
-from diffalign.types import Cond, PairBatch
+from diffalign.types import Cond, LatentBatch
 
 W, L = 200, 100  # the blue of winners and losers
 
@@ -193,7 +193,7 @@ def test_a_sample_keeps_its_id_and_draws_when_others_are_dropped(tmp_path):
     assert part.ids == whole.ids[:1] + whole.ids[2:]
     for n in range(2, 6):
         a, b = whole[3, n], part[3, n - 1]
-        assert a.key == b.key and torch.equal(a.x_w, b.x_w) and torch.equal(a.text.tokens, b.text.tokens)
+        assert a.key == b.key and torch.equal(a.x, b.x) and torch.equal(a.text.tokens, b.text.tokens)
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
@@ -210,7 +210,7 @@ def test_a_batch_has_winners_first_and_what_the_types_say(tmp_path):
     path = jsonl(tmp_path / "data", 3, {1: {"prob": 0.9}})
     pairs = pairs_of(tmp_path, path)
     batch = pairs.collate([pairs[0, i] for i in (2, 1)])
-    assert isinstance(batch, PairBatch)
+    assert isinstance(batch, LatentBatch)
     assert batch.x0.shape == (4, 3, 2, 2) and batch.x0.dtype == torch.float32
     assert [number(x) for x in batch.x0] == [(2, W), (1, W), (2, L), (1, L)]
     assert batch.cond.tokens.shape == (2, 2, 3)
@@ -240,13 +240,13 @@ def test_impossible_settings_are_told_all_together(tmp_path):
     given = {"path": str(tmp_path / "no"), "resolution": 0, "batch_size": 0, "crop": "random", "cache": None}
     given |= {
         "limit": 0,
-        "draws_per_pair": 0,
+        "draws_per_sample": 0,
         "num_workers": -1,
         "caption_dropout": 1.5,
         "max_dropped": -0.1,
         "hflip": False,
     }
-    problems = check_pairs(given)
+    problems = check_latents(given)
     names = [p.split("'")[1] for p in problems]
     assert sorted(names) == sorted(f"data.{n}" for n in given if n not in ("cache", "hflip"))
     assert "'data.crop' = random needs 'data.cache' = off: latents are cached for the centre crop only" in problems
@@ -259,9 +259,9 @@ def test_impossible_settings_are_told_all_together(tmp_path):
         "batch_size": 1,
         "cache": "off",
         "limit": None,
-        "draws_per_pair": None,
+        "draws_per_sample": None,
     }
-    assert check_pairs(given | fine | {"num_workers": 0, "caption_dropout": 0.0, "max_dropped": 0.05}) == []
+    assert check_latents(given | fine | {"num_workers": 0, "caption_dropout": 0.0, "max_dropped": 0.05}) == []
 
 
 def test_the_cache_folder_comes_from_the_environment(tmp_path, monkeypatch):
@@ -283,7 +283,7 @@ def rank_of_two(tmp_path, path, rank, barrier):
         resolution=8,
         cache=str(tmp_path / "cache"),
     )
-    numbers = [number(pairs[0, i].x_w)[0] for i in range(len(pairs))]
+    numbers = [number(pairs[0, i].x[0])[0] for i in range(len(pairs))]
     (tmp_path / f"{rank}.json").write_text(json.dumps([pairs.ids, numbers, pairs.encoder.calls]))
 
 

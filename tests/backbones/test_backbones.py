@@ -71,13 +71,11 @@ def test_latents_have_the_scale_the_network_expects() -> None:
 
 def test_encoders_load_when_used_and_leave_when_released() -> None:
     backbone = load_backbone(CPU, path="playground")
-    assert backbone._vae is None
-    assert backbone._text is None
+    assert not backbone._parts
     backbone.encode_text(["red circle on white"])
-    assert backbone._text is not None
-    assert backbone._vae is None
+    assert backbone._parts.keys() == {"text_encoder"}
     backbone.release()
-    assert backbone._text is None
+    assert not backbone._parts
 
 
 def test_lora_starts_as_the_base_and_switches_off_exactly(tiny_sd: Path) -> None:
@@ -166,22 +164,26 @@ def test_fingerprint_follows_the_encoders(tiny_sd: Path, tmp_path: Path) -> None
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny_sd, copy)
-    assert encoder_fingerprint(copy) == encoder_fingerprint(tiny_sd)
+    assert encoder_fingerprint(copy, 256) == encoder_fingerprint(tiny_sd, 256)
     config = json.loads((copy / "vae" / "config.json").read_text())
     (copy / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    assert encoder_fingerprint(copy) != encoder_fingerprint(tiny_sd)
+    assert encoder_fingerprint(copy, 256) != encoder_fingerprint(tiny_sd, 256)
 
 
 def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no diffusers pipeline at .*model_index\.json"):
         find_pipeline(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(ValueError, match="holds a KandinskyPipeline; supported pipelines: StableDiffusionPipeline"):
+    with pytest.raises(
+        ValueError, match=r"holds a KandinskyPipeline; supported pipelines: StableDiffusionPipeline, .*Flux"
+    ):
         load_backbone(CPU, path=str(tmp_path))
     fine = {"attention": "sdpa", "lora_rank": 0, "lora_alpha": None, "lora_targets": ("to_q",)}
+    fine["max_sequence_length"] = 512
     assert check_backbone(fine) == []
     assert "needs the xformers package" in check_backbone({**fine, "attention": "xformers"})[0]
     assert "lora_alpha" in check_backbone({**fine, "lora_alpha": 4.0})[0]
     assert "lora_targets" in check_backbone({**fine, "lora_rank": 4, "lora_targets": ()})[0]
+    assert "must be in [1, 512]" in check_backbone({**fine, "max_sequence_length": 513})[0]
     with pytest.raises(ValueError, match="Target modules"):
         load_backbone(CPU, path="playground", lora_rank=2, lora_targets=("nothing",))

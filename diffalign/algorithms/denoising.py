@@ -1,0 +1,94 @@
+"""What the algorithms on fixed preferences share: one forward for all images, and a reference that is asked once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.algorithms.base import Algorithm
+from diffalign.noising import Noised, Noising, errors
+from diffalign.sampling import Network
+from diffalign.types import Key, LatentBatch, Metrics
+
+BUCKETS = 4
+"""Metrics are logged for each quarter of the noise levels as well."""
+
+
+class Denoising(Algorithm):
+    """An algorithm whose loss is a function of denoising errors.
+
+    Positional: the policy as prepared by accelerate, the frozen reference (None for reference-free methods), the
+    noising of the run.
+    """
+
+    shares_noise: bool = True
+    """Whether all images of a preference get the same eps; their timestep they share always."""
+    remembers_latents: ClassVar[bool] = False
+    """Whether a noised latent costs network evaluations, and is kept with the reference's error on it."""
+
+    def __init__(self, policy: nn.Module, reference: Network | None, noising: Noising):
+        self.players = {"policy": policy}
+        self.policy, self.reference, self.noising = policy, reference, noising
+        self.known: dict[Key, tuple[float, Tensor | None]] = {}
+
+    @abstractmethod
+    def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]: ...
+
+    def noised(self, batch: LatentBatch) -> Noised:
+        """The batch's N images, noised with the timestep and the noise of their keys."""
+        t = self.noising.sample(batch.keys).to(batch.x0.device)[batch.group]
+        if self.shares_noise:
+            eps = self.noising.noise(batch.keys, batch.x0)[batch.group]
+        else:
+            eps = self.noising.noise(batch.sample_keys, batch.x0)
+        return self.noising.add(batch.x0, eps, t, batch.sample_cond)
+
+    def remember_reference(self, batches: Iterable[LatentBatch], gather: Callable[[list[Any]], list[Any]]) -> None:
+        """Run the reference on every draw of every preference, once; afterwards it is not needed and is let go.
+
+        batches  this rank's share of the draws
+        gather   all ranks' lists -> one list
+        """
+        assert self.reference is not None
+        found: list[tuple[Key, tuple[float, Tensor | None]]] = []
+        for batch in batches:
+            noised = self.noised(batch)
+            latents = noised.input[0].cpu() if self.remembers_latents else [None] * len(batch.x0)
+            values = zip(errors(self.reference, noised).tolist(), latents, strict=True)
+            found += zip(batch.sample_keys, values, strict=True)
+        self.known, self.reference = dict(gather(found)), None
+
+    def reference_errors(self, batch: LatentBatch, noised: Noised) -> Tensor:
+        """[N], as remembered or from a forward of the reference."""
+        if self.reference is None:
+            return torch.tensor([self.known[k][0] for k in batch.sample_keys], device=batch.x0.device)
+        return errors(self.reference, noised)
+
+    def by_level(self, metrics: Metrics, noised: Noised) -> dict[str, Tensor]:
+        """Each metric [n] again for each quarter of the noise levels, NaN elsewhere; n is N, or G for pairs."""
+        fraction = self.noising.schedule.fraction(noised.input[1])
+        quarter = (fraction * BUCKETS).ceil().long().clamp(1, BUCKETS) - 1
+        return {
+            f"{name}@t{k * 1000 // BUCKETS:03d}": torch.where(quarter[: len(values)] == k, values, torch.nan)
+            for name, values in metrics.items()
+            for k in range(BUCKETS)
+        }
+
+
+def verdict(recent: Mapping[str, float]) -> str:
+    """One line from the mean of the last metrics: implicit accuracy, and the drift of the preferred images' error."""
+    accuracy, change = recent["policy/accuracy"], recent["policy/winner_error_change"]
+    drift = change / recent["policy/reference_error"]
+    ranks = "ranks images as people did" if accuracy > 0.5 else "does not rank images as people did"
+    if drift > 0.1:
+        state = "the winners' own error rose by over 10 %, which destroys images: lower the lr or raise beta"
+    else:
+        state = "judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"
+    return (
+        f"verdict: implicit accuracy {accuracy:.2f} over the last steps, the policy {ranks}; "
+        f"winner error {drift:+.1%} of the reference's; {state}"
+    )

@@ -1,0 +1,102 @@
+"""Diffusion-KTO (Li et al., 2024, arXiv 2404.04465): from images that people liked or did not, without pairs.
+
+    z = w (r - max(0, mean r)),  r = beta/2 gain,  w = +1 liked, -1 disliked;  loss = lambda_w (1 - U(z))
+
+gain as in Diffusion-DPO; the mean is over the batch of all processes and carries no gradient. U: kahneman_tversky
+sigmoid(z), loss_averse log sigmoid(z), risk_seeking -log sigmoid(-z).
+
+beta carries the factor 1/2 here as everywhere, in the paper and its code it does not: their 5000 is 10000 here.
+
+Differs from the released code: the reference is another network or the adapters off (there its weights are swapped into
+the policy, which casts a full fine-tune to half precision); the mean is over all processes in every configuration.
+The paper takes that mean over unrelated images; its code, as here, over those of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffalign.algorithms.denoising import Denoising, verdict
+from diffalign.losses import beta_in_other_units, gain
+from diffalign.noising import Noising, errors
+from diffalign.sampling import Network
+from diffalign.types import LatentBatch, Metrics
+
+UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "kahneman_tversky": torch.sigmoid,
+    "loss_averse": F.logsigmoid,
+    "risk_seeking": lambda z: -F.logsigmoid(-z),
+}
+
+
+class KTO(Denoising):
+    """Raises the implicit reward of liked images over a common reference point and lowers that of disliked ones.
+
+    Positional: policy, reference, noising, the number of values in a latent, and the mean over all processes of a
+    scalar (accelerator.reduce).
+
+    Args:
+        beta: strength of the pull to the reference; mean-form error, factor 1/2
+        utility: of the reward over the reference point
+        weight_liked: lambda of liked images
+        weight_disliked: lambda of disliked images
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: Network,
+        noising: Noising,
+        dims: int,
+        mean: Callable[[Tensor], Tensor],
+        *,
+        beta: float = 10000.0,
+        utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking"] = "kahneman_tversky",
+        weight_liked: float = 1.0,
+        weight_disliked: float = 1.0,
+    ):
+        super().__init__(policy, reference, noising)
+        self.dims, self.mean, self.beta, self.utility = dims, mean, beta, utility
+        self.weights = (weight_disliked, weight_liked)
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section."""
+        problems = [] if cfg["beta"] > 0 else [f"'algorithm.beta' = {cfg['beta']} must be positive; 1000 to 10000"]
+        if min(cfg["weight_liked"], cfg["weight_disliked"]) < 0:
+            problems.append("'algorithm.weight_liked' and 'algorithm.weight_disliked' must be 0 or more")
+        return problems
+
+    def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
+        """B images -> mean loss, and per image [B]: accuracy, rewards, error changes, each also by noise level."""
+        noised = self.noised(batch)
+        ref, err = self.reference_errors(batch, noised), errors(self.policy, noised)
+        reward = self.beta / 2 * gain(ref, err)
+        point = self.mean(reward.detach().mean()).clamp(min=0)
+        liked = batch.scores > 0.5
+        z = torch.where(liked, 1.0, -1.0) * (reward - point)
+        weight = batch.weight * torch.where(liked, self.weights[1], self.weights[0])
+        losses = weight * (1 - UTILITIES[self.utility](z))
+        change, unknown = (err - ref).detach(), torch.full_like(ref, torch.nan)
+        metrics = {
+            "loss": losses.detach(),
+            "accuracy": (z.detach() > 0).float() + 0.5 * (z.detach() == 0).float(),
+            "reward_liked": torch.where(liked, reward.detach(), unknown),
+            "reward_disliked": torch.where(liked, unknown, reward.detach()),
+            "winner_error_change": torch.where(liked, change, unknown),
+            "loser_error_change": torch.where(liked, unknown, change),
+            "reference_error": ref,
+        }
+        return losses.mean(), metrics | self.by_level(metrics, noised) | {"reference_point": point}
+
+    def describe(self) -> list[str]:
+        others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
+        return [f"beta {self.beta:g} (mean-form error, factor 1/2), utility {self.utility}; elsewhere:", *others]
+
+    def verdict(self, recent: Mapping[str, float]) -> str:
+        return verdict(recent)

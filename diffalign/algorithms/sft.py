@@ -1,0 +1,37 @@
+"""Supervised fine-tuning on the winners: the baseline that every preference method has to beat.
+
+loss = err_w = mean over C, h, w of (network(x_t, t, c) - target)^2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from diffalign.algorithms.denoising import Denoising
+from diffalign.noising import Noising, errors
+from diffalign.types import LatentBatch, Metrics
+
+
+class SFT(Denoising):
+    """Plain diffusion training on the winners of preference pairs; losers are never looked at.
+
+    Positional: policy and noising.
+    """
+
+    def __init__(self, policy: nn.Module, noising: Noising):
+        super().__init__(policy, None, noising)
+
+    def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
+        """B pairs -> mean loss, and per pair [B] the winner's error, also by noise level."""
+        count = len(batch.keys)
+        size = None if batch.size is None else batch.size[:count]
+        winners = batch._replace(x0=batch.x0[:count], group=batch.group[:count], scores=batch.scores[:count], size=size)
+        noised = self.noised(winners)
+        error = errors(self.policy, noised)
+        metrics = {"winner_error": error.detach()}
+        return (batch.weight * error).mean(), metrics | self.by_level(metrics, noised)
+
+    def verdict(self, recent: Mapping[str, float]) -> str:
+        return f"verdict: winner error {recent['policy/winner_error']:.4f}; judge its images with eval/win_rate.py"

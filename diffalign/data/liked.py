@@ -1,0 +1,82 @@
+"""Single images that people liked or did not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from diffalign.data.latents import Example, Item, PreferenceLatents
+from diffalign.data.records import ImageRef, Record
+from diffalign.draws import Draws
+
+
+class LikedImages(PreferenceLatents):
+    """Every image of every prompt once: its score is 1 if it was ever preferred to another, else 0 (Diffusion-KTO)."""
+
+    @staticmethod
+    def examples(records: Sequence[Record]) -> Iterator[Example]:
+        liked: dict[tuple[str, ImageRef], tuple[str, float, float]] = {}
+        for record in records:
+            winners = {w for w, _ in record.pairs()}
+            for k, image in enumerate(record.images):
+                id, score, weight = liked.get((record.prompt, image), (f"{record.id}#{k}", 0.0, record.weight))
+                liked[record.prompt, image] = (id, max(score, float(k in winners)), weight)
+        for (prompt, image), (id, score, weight) in liked.items():
+            yield Example(id, prompt, (image,), (score,), weight)
+
+    @property
+    def liked(self) -> list[int]:
+        """The numbers of the examples that were liked."""
+        return self._scores.nonzero()[:, 0].tolist()
+
+    @property
+    def disliked(self) -> list[int]:
+        """The numbers of the others."""
+        return (self._scores == 0).nonzero()[:, 0].tolist()
+
+
+class Balanced:
+    """LikedImages drawn with replacement, a fixed share of them liked, as Diffusion-KTO trains.
+
+    Positional: the images and the run's draws. Draws are a function of (epoch, slot), stream "balance".
+
+    Args:
+        positive_ratio: share of liked images among those drawn; null for every image once an epoch, as they come
+
+    Raises ValueError when there is no image of either kind.
+    """
+
+    def __init__(self, images: LikedImages, draws: Draws, *, positive_ratio: float | None = 0.8):
+        self.images, self.draws, self.positive_ratio = images, draws, positive_ratio
+        self.batch_size, self.num_workers = images.batch_size, images.num_workers
+        self.draws_per_sample = images.draws_per_sample
+        self.classes = (images.disliked, images.liked)
+        if not all(self.classes):
+            raise ValueError("KTO needs liked and disliked images; this data set holds only one kind")
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `balance` section."""
+        ratio = cfg["positive_ratio"]
+        if ratio is None or 0 < ratio < 1:
+            return []
+        return [f"'balance.positive_ratio' = {ratio} must lie between 0 and 1, or be null"]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: tuple[int, int]) -> Item:
+        """The image in slot `index` of `epoch`, from place = (epoch, index)."""
+        epoch, slot = place
+        if self.positive_ratio is None:
+            return self.images[place]
+        which, among = self.draws.uniform([(epoch, slot, 0), (epoch, slot, 1)], stream="balance").tolist()
+        these = self.classes[which < self.positive_ratio]
+        index = these[int(among * len(these))]
+        return self.images.draw((epoch, f"{slot} {self.images.ids[index]}"), index)
+
+    def collate(self, items: Sequence[Item]) -> Any:
+        return self.images.collate(items)
+
+    def encode(self, batch: Any) -> Any:
+        return self.images.encode(batch)

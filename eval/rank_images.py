@@ -1,0 +1,135 @@
+"""Rank the images that one or several models made of each prompt, by how often each beats the others (Syn-Pic).
+
+    diffalign eval rank_images sdxl sd3 flux --scorer hps_v2.1 --scorer pickscore --out ranked.jsonl
+    diffalign eval rank_images images --scorer diffalign.playground:Judge --scorer playground_hps --out ranked.jsonl
+
+Each FOLDER is written by eval/generate.py; images of the same prompt_id compete, whichever folder they are in. Every
+image is decoded once for all scorers. FILE.jsonl has a line for each prompt, as `data.path` of the train recipes reads
+it: prompt, images (relative to the file), scores (the numbers of each scorer, and phi, the share of comparisons won
+over all scorers; a tie is a win for neither), and ranking (1 for the best, equal where phi is).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from diffalign.report import read_manifest
+from reward_models.agreement import win_rates
+from reward_models.items import Item
+from reward_models.loading import load_scorer
+from reward_models.protocol import Scorer
+from reward_models.scoring import Failed, score_items
+
+SHOWN = 20
+"""Images that cannot be scored which an error names."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        rank(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"rank_images: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+", metavar="FOLDER", help="images of one model; all of the same prompts")
+    add("--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; repeat it")
+    add("--out", type=Path, required=True, metavar="FILE.jsonl", help="ranked groups")
+    add("--min-images", type=int, default=2, metavar="K", help="leave out prompts with fewer images (2)")
+    add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
+    return parser
+
+
+def rank(args: argparse.Namespace) -> None:
+    """Read the folders, score every image with every scorer, write the file."""
+    if args.out.suffix != ".jsonl":
+        raise ValueError(f"--out must end in .jsonl; got '{args.out}'")
+    for option, value, least in (("--min-images", args.min_images, 2), ("--batch-size", args.batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}; got {value}")
+    for given in (args.scorer, [str(folder.resolve()) for folder in args.folders]):
+        if twice := [one for one in given if given.count(one) > 1]:
+            raise ValueError(f"'{twice[0]}' is given twice, and would count twice")
+    found = read_groups(args.folders)
+    groups = [items for items in found.values() if len(items) >= args.min_images]
+    if not groups:
+        raise ValueError(f"none of the {len(found)} prompts has {args.min_images} images; give more folders")
+    scorers = {spec: load_scorer(spec, args.device) for spec in args.scorer}
+    scores = iter(score([item for items in groups for item in items], scorers, args.batch_size))
+    lines = [line(items, [next(scores) for _ in items], args.scorer, args.out.parent) for items in groups]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, args.out)
+    few = len(found) - len(groups)
+    left = f"; prompts with fewer than {args.min_images} images, left out: {few}" if few else ""
+    print(f"{sum(map(len, groups))} images of {len(groups)} prompts ranked in '{args.out}'{left}")
+
+
+def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
+    """prompt_id -> its images in all folders, in their order. Raises ValueError where one id means several prompts."""
+    groups: dict[str, list[Item]] = {}
+    for folder in folders:
+        for row in read_manifest(folder):
+            path = folder / row["image"]
+            items = groups.setdefault(row["prompt_id"], [])
+            if items and items[0].prompt != row["prompt"]:
+                raise ValueError(
+                    f"prompt_id {row['prompt_id']!r} is {items[0].prompt!r} for '{items[0].image}' and "
+                    f"{row['prompt']!r} for '{path}'; generate all folders from the same prompts"
+                )
+            items.append(Item(str(path), row["prompt"], path))
+    return groups
+
+
+def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int) -> list[tuple[float, ...]]:
+    """The scores of every image, one a scorer. Raises ValueError naming all images that have none."""
+    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    scores: list[tuple[float, ...]] = []
+    failed: list[Failed] = []
+    with tqdm(total=len(items), desc="rank_images", unit="image") as bar:
+        for results in score_items(batches, scorers):
+            bar.update(len(results))
+            scores += [result.scores for result in results if not isinstance(result, Failed)]
+            failed += [result for result in results if isinstance(result, Failed)]
+            if failed:
+                break  # nothing will come of it; only look at the other images, to name all that are bad at once
+    if failed:
+        rest = score_items(batches[-(-(len(scores) + len(failed)) // batch_size) :], {})
+        failed += [result for results in rest for result in results if isinstance(result, Failed)]
+        names = "\n".join(f"  '{one.item.image}': {one.reason}" for one in failed[:SHOWN])
+        more = f"\n  and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
+        raise ValueError(f"{len(failed)} of {len(items)} images cannot be scored; make them again:\n{names}{more}")
+    return scores
+
+
+def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path) -> str:
+    """One prompt as a line of the file that lies in `folder`."""
+    columns = dict(zip(names, zip(*scores, strict=True), strict=True))
+    phi = win_rates(torch.tensor(list(columns.values()), dtype=torch.float64)).tolist()
+    group = {
+        "prompt": items[0].prompt,
+        "images": [os.path.relpath(item.path, folder) for item in items],
+        "scores": {**columns, "phi": phi},
+        "ranking": [1 + sum(other > one for other in phi) for one in phi],
+    }
+    return json.dumps(group) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

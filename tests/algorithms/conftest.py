@@ -1,0 +1,71 @@
+"""Tiny networks, schedules and batches for the tests of algorithms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from diffalign.draws import Draws
+from diffalign.noising import Noising
+from diffalign.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
+from diffalign.types import Cond, LatentBatch
+
+
+class Constant(torch.nn.Module):
+    """Predicts the same number everywhere."""
+
+    def __init__(self, value: float):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.tensor(value))
+
+    def forward(self, x_t, t, cond):
+        return self.value.expand_as(x_t)
+
+
+@pytest.fixture(scope="session")
+def constant() -> type[Constant]:
+    return Constant
+
+
+@pytest.fixture(scope="session")
+def schedule_of() -> Callable[[Prediction], Schedule]:
+    def make(prediction: Prediction = Prediction.EPSILON) -> Schedule:
+        if prediction is Prediction.FLOW:
+            return FlowSchedule()
+        settings = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+        return VPSchedule.from_config({**settings, "prediction_type": prediction.value})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def noising_of(schedule_of: Callable[..., Schedule]) -> Callable[..., Noising]:
+    """noising_of(Prediction.V, error_weight="epsilon"): seed 0."""
+
+    def make(prediction: Prediction = Prediction.EPSILON, **settings) -> Noising:
+        return Noising(schedule_of(prediction), Draws(0), **settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch_of() -> Callable[..., LatentBatch]:
+    """batch_of([2, 2, 2]): groups of so many images, first ones first; tiny_sd's text embeddings."""
+
+    def make(sizes: list[int], scores: list[float] | None = None, shape: tuple[int, ...] = (4, 8, 8)) -> LatentBatch:
+        g = torch.Generator().manual_seed(1)
+        group = torch.tensor([i for k in range(max(sizes)) for i, size in enumerate(sizes) if k < size])
+        n = len(sizes)
+        return LatentBatch(
+            torch.randn(len(group), *shape, generator=g),
+            Cond(torch.randn(n, 12, 16, generator=g)),
+            group,
+            [(0, str(i)) for i in range(n)],
+            torch.ones(n),
+            torch.zeros(n),
+            torch.full((len(group),), torch.nan) if scores is None else torch.tensor(scores),
+        )
+
+    return make

@@ -1,0 +1,136 @@
+"""eval/rank_images.py on rendered playground images of two pretended models."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.utils import save_image
+
+from diffalign.data.readers import read_records
+from diffalign.data.records import Record
+from diffalign.playground import Judge
+from diffalign.playground.world import captions, imagine, parse
+from reward_models import load_scorer
+
+ROOT = Path(__file__).parents[2]
+SCORERS = ("diffalign.playground:Judge", "playground_hps")
+PROMPTS = captions(3, held_out=False)
+
+
+@pytest.fixture
+def rank() -> Callable[..., int]:
+    main = runpy.run_path(str(ROOT / "eval" / "rank_images.py"))["main"]
+    return lambda *words: main([str(word) for word in words] + [w for s in SCORERS for w in ("--scorer", s)])
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> tuple[Path, Path]:
+    """A model that draws what is asked, vivid and in place, twice; and one that draws it pale and off its place."""
+    return _model(tmp_path / "good", [(1.2, 0.0), (0.9, 1.0)]), _model(tmp_path / "poor", [(0.3, 6.0)])
+
+
+def _model(folder: Path, looks: list[tuple[float, float]], prompts: list[str] = PROMPTS) -> Path:
+    """Images of (vividness, distance from the place) for each prompt, as eval/generate.py lays them out."""
+    (folder / "images").mkdir(parents=True)
+    scene, rows = imagine([parse(p) for p in prompts], seed=0), []
+    for k, (vivid, away) in enumerate(looks):
+        images = scene._replace(colour=(scene.colour - 0.55) * vivid + 0.55, x=scene.x + away).render().clamp(0, 1)
+        for i, image in enumerate(images):
+            save_image(image, folder / "images" / f"{i:05d}_{k}.png")
+            row = {"prompt": prompts[i], "prompt_id": f"{i:05d}", "seed": 0, "sample": k}
+            rows.append(json.dumps({"image": f"images/{i:05d}_{k}.png", **row}))
+    (folder / "manifest.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def _records(path: Path) -> list[Record]:
+    found = list(read_records(str(path)))
+    assert all(isinstance(one, Record) for one in found), found
+    return found  # type: ignore[return-value]
+
+
+def _pixels(ref: Any) -> torch.Tensor:
+    data = torch.frombuffer(bytearray(Image.open(ref.path).convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.view(1, 32, 32, 3).permute(0, 3, 1, 2).float() / 255
+
+
+def test_what_is_written_is_what_the_reader_reads(
+    models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three images a prompt from two folders; the numbers are the scorers' own, phi is counted from them by hand."""
+    assert rank(*models, "--out", tmp_path / "sub" / "ranked.jsonl") == 0
+    assert "9 images of 3 prompts ranked" in capsys.readouterr().out
+    records = _records(tmp_path / "sub" / "ranked.jsonl")
+    assert [r.prompt for r in records] == PROMPTS
+    for record in records:
+        assert [Path(ref.path).parts[-3] for ref in record.images] == ["good", "good", "poor"]
+        assert record.aspects is not None and list(record.aspects) == [*SCORERS, "phi"]
+        for name in SCORERS:
+            own = [load_scorer(name, "cpu").score(_pixels(ref), [record.prompt]).item() for ref in record.images]
+            assert record.aspects[name] == pytest.approx(own, abs=1e-4)
+        wins = [
+            sum(record.aspects[s][i] > record.aspects[s][j] for s in SCORERS for j in range(3) if j != i) / (2 * 2)
+            for i in range(3)
+        ]
+        assert record.scores == record.aspects["phi"] == tuple(wins)
+        assert record.ranks == tuple(1 + sum(other > phi for other in wins) for phi in wins)
+        assert Judge().score(_pixels(record.images[0]), [record.prompt]) > record.aspects[SCORERS[0]][2]
+        assert all(w in (0, 1) for w, _ in record.pairs()), "the pale and misplaced image never wins"
+
+
+def test_equal_images_tie(models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int]) -> None:
+    for name in ("images/00000_1.png", "images/00001_1.png", "images/00002_1.png"):
+        (models[0] / name).write_bytes((models[0] / name.replace("_1", "_0")).read_bytes())
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl") == 0
+    lines = [json.loads(x) for x in (tmp_path / "ranked.jsonl").read_text().splitlines()]
+    assert all(x["scores"]["phi"] == [0.5, 0.5, 0.0] and x["ranking"] == [1, 1, 3] for x in lines)
+
+
+def test_all_damaged_images_are_named_and_nothing_is_written(
+    models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One in the first batch and one in the last; the second is found although scoring has stopped by then."""
+    (models[0] / "images" / "00000_1.png").write_bytes(b"no image")
+    (models[1] / "images" / "00002_0.png").unlink()
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2) == 2
+    error = capsys.readouterr().err
+    assert "2 of 9 images cannot be scored" in error
+    assert f"'{models[0]}/images/00000_1.png': not an image" in error
+    assert f"'{models[1]}/images/00002_0.png': no such file" in error
+    assert not list(tmp_path.glob("ranked.jsonl*"))
+
+
+def test_prompts_with_few_images_are_left_out_and_counted(
+    models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = models[1] / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--min-images", 3) == 0
+    said = capsys.readouterr().out
+    assert "6 images of 2 prompts ranked" in said and "prompts with fewer than 3 images, left out: 1" in said
+    assert len(_records(tmp_path / "ranked.jsonl")) == 2
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--min-images", 4) == 2
+    assert "none of the 3 prompts has 4 images" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_is_refused(
+    models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = _model(tmp_path / "other", [(1.0, 0.0)], PROMPTS[::-1])
+    for words, complaint in (
+        ([*models, other, "--out", tmp_path / "x.jsonl"], "prompt_id '00000' is"),
+        ([models[0], models[0], "--out", tmp_path / "x.jsonl"], "is given twice"),
+        ([*models, "--out", tmp_path / "x.csv"], "--out must end in .jsonl"),
+        ([*models, "--out", tmp_path / "x.jsonl", "--min-images", 1], "--min-images must be at least 2; got 1"),
+        ([*models, "--out", tmp_path / "x.jsonl", "--scorer", "playground_hsp"], "did you mean 'playground_hps'"),
+        ([tmp_path, "--out", tmp_path / "x.jsonl"], "manifest.jsonl' does not exist"),
+    ):
+        assert rank(*words) == 2
+        assert complaint in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""Diffusion-KTO (Li et al., 2024) on images that people liked or did not.
+
+    accelerate launch train/kto.py --config configs/kto/sd15.yaml data.path=/data/pickapic_v2
+    diffalign train kto --config playground run.folder=runs/kto
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tqdm import tqdm
+
+from diffalign import config
+from diffalign.algorithms.kto import KTO
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import Balanced, LikedImages, check_latents
+from diffalign.hooks import standard_hooks
+from diffalign.noising import Noising
+from diffalign.reference import reference_for
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "data": check_latents,
+            "noising": Noising.check,
+            "balance": Balanced.check,
+            "algorithm": KTO.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        data=LikedImages,
+        balance=Balanced,
+        noising=Noising,
+        algorithm=KTO,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    images = Balanced(run.latents(LikedImages, backbone, **cfg.data), run.draws, **cfg.balance)
+    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
+    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
+    policy = run.prepare(backbone.denoiser)
+    dims = math.prod(backbone.latent_shape(cfg.data["resolution"]))
+    algorithm = KTO(policy, reference, noising, dims, run.mean, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
+    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
+    loader = run.loader(images)
+    if images.draws_per_sample:
+        algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
+    del reference
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""RankDPO (Karthik et al., 2024) on groups of ranked images.
+
+    accelerate launch train/rank_dpo.py --config configs/rank_dpo/sdxl.yaml data.path=/data/ranked.jsonl
+    diffalign train rank_dpo --config playground run.folder=runs/rank
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tqdm import tqdm
+
+from diffalign import config
+from diffalign.algorithms.rank_dpo import RankDPO
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import RankedImages, check_latents
+from diffalign.hooks import standard_hooks
+from diffalign.noising import Noising
+from diffalign.reference import reference_for
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "data": check_latents,
+            "noising": Noising.check,
+            "algorithm": RankDPO.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        data=RankedImages,
+        noising=Noising,
+        algorithm=RankDPO,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    groups = run.latents(RankedImages, backbone, **cfg.data)
+    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
+    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
+    policy = run.prepare(backbone.denoiser)
+    dims = math.prod(backbone.latent_shape(cfg.data["resolution"]))
+    algorithm = RankDPO(policy, reference, noising, dims, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
+    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
+    loader = run.loader(groups)
+    if groups.draws_per_sample:
+        algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
+    del reference
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Fine-tuning on the winners of preference pairs: the baseline.
+
+    accelerate launch train/sft.py --config configs/sft/sd15.yaml data.path=/data/pickapic_v2
+    diffalign train sft --config playground run.folder=runs/sft
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.sft import SFT
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import PreferencePairs, check_reference_free
+from diffalign.hooks import standard_hooks
+from diffalign.noising import Noising
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "data": check_reference_free,
+            "noising": Noising.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        data=PreferencePairs,
+        noising=Noising,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    pairs = run.latents(PreferencePairs, backbone, **cfg.data)
+    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
+    policy = run.prepare(backbone.denoiser)
+    algorithm = SFT(policy, noising)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
+    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(pairs))
+
+
+if __name__ == "__main__":
+    main()
