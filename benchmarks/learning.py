@@ -51,6 +51,7 @@ class Case(NamedTuple):
     model: str = "playground"
 
 
+FLOW = ("backbone.path=playground_flow", "backbone.max_sequence_length=8")
 SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1")
 CASES = {
     "diffusion_dpo/lora": Case("diffusion_dpo", (), (*ALL, NOISY)),
@@ -61,6 +62,8 @@ CASES = {
     "kto/lora": Case("kto"),
     "mapo/lora": Case("mapo"),
     "sft/lora": Case("sft", (), ("true",)),
+    "diffusion_dpo/flow": Case("diffusion_dpo", FLOW, model="playground_flow"),
+    "inpo/flow": Case("inpo", FLOW, model="playground_flow"),
     "conservative/lora": Case(
         "diffusion_dpo", ("algorithm.loss=conservative", "algorithm.label_smoothing=0.3"), (NOISY,)
     ),
@@ -92,7 +95,8 @@ class World:
             f"--out={self.folder / out}",
         ]
         recipe = runpy.run_path(str(launch.find("eval", "generate")))
-        if recipe["main"]([*arguments, f"--samples-per-prompt={samples}", *SAMPLING, *more]):
+        short = ["--max-sequence-length=8"] if self.model == "playground_flow" else []
+        if recipe["main"]([*arguments, f"--samples-per-prompt={samples}", *SAMPLING, *short, *more]):
             raise RuntimeError(f"generating '{out}' failed")
 
     def labelled(self, name: str, case: Case, labels: str, seed: int) -> Path:

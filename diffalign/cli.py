@@ -110,7 +110,8 @@ def _listing(kind: str) -> str:
 
 def _recipe(args: argparse.Namespace) -> int:
     recipe = launch.find(args.kind, args.name)
-    processes = args.num_processes or (1 if args.kind == "eval" else None)
+    alone = args.kind == "eval" or any(word.split("=")[0] == "--sweep" for word in args.rest)
+    processes = args.num_processes or (1 if alone else None)
     return launch.start(recipe, args.rest, processes=processes, config=args.accelerate_config)
 
 

@@ -65,6 +65,7 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
     Both run on the CPU in float32 from the same latents, so the difference is that of the weights.
     """
     latents = torch.randn(1, *backbone.latent_shape(resolution), generator=torch.Generator().manual_seed(0))
+    latents = backbone.pipeline_latents(latents)
     lora = bool(lora_layers(backbone.denoiser))
     with tempfile.TemporaryDirectory() as scratch:
         given, out = Path(scratch, "given.safetensors"), Path(scratch, "out.safetensors")

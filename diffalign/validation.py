@@ -17,6 +17,7 @@ from diffalign.hooks import Checkpoint
 from diffalign.losses import ranking
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
+from diffalign.types import on_device
 
 
 def scorer_hooks(
@@ -108,7 +109,7 @@ class Validation:
         self.scorer.eval()
         found = []
         for raw in tqdm(loader, "validate", disable=not self.run.main, leave=False, mininterval=1):
-            batch = raw.to(self.run.device)
+            batch = on_device(raw, self.run.device)
             with a.autocast():
                 logits = self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
             _, right, pairs = ranking(logits, batch.ranks, batch.group, batch.flip)

@@ -35,7 +35,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffalign.draws import Draws
-from diffalign.playground import BASE
+from diffalign.playground import SHIPPED
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--pipeline", required=True, help="diffusers folder, hub id, or `playground` for the shipped small model")
+    add("--pipeline", required=True, help="diffusers folder, hub id, or `playground`, `playground_flow` (shipped)")
     add("--lora", type=Path, help="LoRA folder or file in diffusers layout, such as the export/ of a LoRA run")
     add("--prompts", type=Path, required=True, help='.txt, one a line; or .jsonl of {"prompt": ..., "prompt_id": ...}')
     add("--out", type=Path, required=True, help="output folder")
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=50, help="denoising steps (50)")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (7.5)")
     add("--size", type=int, metavar="PX", help="width and height; default: what the model was trained at")
+    add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt in T5 (SD3); default: the pipeline's")
     add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
     add("--seed", type=int, default=0, help="of the noise (0); compare models at the same seed")
     add("--device", default="auto", help="auto (one GPU a process, else the CPU), cpu, cuda:1, ...")
@@ -150,7 +151,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
 
 def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     """The pipeline on the CPU, quiet, without a safety checker. Raises FileNotFoundError for missing folders."""
-    path = str(BASE) if name == "playground" else name
+    path = str(SHIPPED.get(name, name))
     if not Path(path).exists() and path.count("/") != 1:
         raise FileNotFoundError(f"--pipeline '{name}' is neither a folder nor a hub id such as 'owner/model'")
     if lora is not None and not lora.exists():
@@ -183,10 +184,11 @@ def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
 
 def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
     """What decides the images, for settings.json."""
-    own = {k: getattr(args, k) for k in ("samples_per_prompt", "steps", "guidance", "seed", "dtype")}
+    names = ("samples_per_prompt", "steps", "guidance", "seed", "dtype", "max_sequence_length")
+    own = {k: getattr(args, k) for k in names}
     return {
         "pipeline": args.pipeline,
-        "pipeline_weights": _weights(BASE if args.pipeline == "playground" else Path(args.pipeline)),
+        "pipeline_weights": _weights(Path(SHIPPED.get(args.pipeline, args.pipeline))),
         "lora": None if args.lora is None else str(args.lora),
         "lora_weights": None if args.lora is None else _weights(args.lora),
         "prompts": f"{len(prompts)} prompts, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}",
@@ -236,6 +238,7 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
         height=size,
         width=size,
         output_type="pt",
+        **({} if args.max_sequence_length is None else {"max_sequence_length": args.max_sequence_length}),
     ).images.float()
     for task, image in zip(batch, pixels, strict=True):
         if not torch.isfinite(image).all():

@@ -19,6 +19,8 @@ MAY_IMPORT = {
     "schedule": {"types", "draws"},
     "sampling": {"types", "draws", "schedule"},
     "losses": {"types", "draws", "schedule"},
+    "noising": {"types", "draws", "schedule", "sampling", "losses"},
+    "inversion": {"types", "draws", "schedule", "sampling"},
     "lora": {"types"},
     "ema": {"types"},
     "reference": {"types", "draws", "schedule", "lora"},

@@ -17,7 +17,7 @@ from diffalign.backbones.sd import SDBackbone
 from diffalign.backbones.sd3 import SD3Backbone
 from diffalign.backbones.sdxl import SDXLBackbone
 from diffalign.lora import add_lora
-from diffalign.playground import BASE
+from diffalign.playground import SHIPPED
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 
@@ -52,7 +52,7 @@ def load_backbone(
     """Load a pretrained pipeline for training.
 
     Args:
-        path: pipeline folder, hub id, or the word `playground` for the shipped small model
+        path: pipeline folder, hub id, or `playground`, `playground_flow` for the shipped small models
         lora_rank: train a LoRA of this rank; 0 trains the whole network
         lora_alpha: LoRA scale times rank; the rank when left out
         lora_targets: names of the linear layers that get a LoRA
@@ -110,8 +110,8 @@ def check_backbone(cfg: dict[str, Any]) -> list[str]:
 
 def find_pipeline(path: str) -> Path:
     """The folder of a pipeline: itself, the shipped playground, or a hub id's files (downloaded when missing)."""
-    if path == "playground":
-        return BASE
+    if path in SHIPPED:
+        return SHIPPED[path]
     folder = Path(path).expanduser()
     if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         folder = Path(DiffusionPipeline.download(path))
