@@ -95,7 +95,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--work", type=Path, required=True, help="checkpoints; a killed build resumes from here")
     p.add_argument("--autoencoder-steps", type=int, default=4000)
     p.add_argument("--unet-steps", type=int, default=7000)
-    p.add_argument("--flow-steps", type=int, default=6000)
+    p.add_argument("--flow-steps", type=int, default=5000)
     p.add_argument("--images", type=int, default=20000, help="rendered images whose latents are cached")
     p.set_defaults(run=_build)
 

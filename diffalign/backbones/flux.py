@@ -91,4 +91,4 @@ class FluxBackbone(FlowBackbone):
         return self._levels(steps, resolution, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
-        return packed(latents)
+        return packed(latents).contiguous()

@@ -1,0 +1,84 @@
+"""Every recipe on fixed preferences: on every family of models, and in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+RECIPES = ("diffusion_dpo", "inpo", "rank_dpo", "kto", "mapo", "sft")
+TINY = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "run.log_every=1"]
+
+
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_flux"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_steps_on_every_family(
+    tmp_path: Path, request: pytest.FixtureRequest, pairs_file: Path, recipe: Callable, family: str, name: str
+) -> None:
+    """Two steps of a LoRA, saved, loaded by stock diffusers; its images move with it. That stock pipelines reproduce
+    ours to 1e-4, with LoRA and whole, is tests/backbones/test_every_family.py.
+    """
+    model, out = request.getfixturevalue(family), tmp_path / "run"
+    settings = [f"backbone.path={model}", "backbone.lora_rank=2", "backbone.max_sequence_length=8", "optimizer.lr=1e-2"]
+    settings += [f"run.folder={out}", f"data.path={pairs_file}", "data.batch_size=2", "data.limit=4", "trainer.steps=2"]
+    recipe(name, "--config=playground", *settings, *TINY, "optimizer.lr_warmup_steps=0")
+    losses = [json.loads(line)["policy/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 2
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "pt"}
+
+    def images() -> torch.Tensor:
+        return pipeline("red circle", generator=torch.Generator().manual_seed(0), **call).images
+
+    before = images()
+    pipeline.load_lora_weights(out / "export")
+    assert not torch.equal(before, images())
+
+
+def test_the_exporter_verifies_packed_latents_too(
+    tmp_path: Path, tiny_flux: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"backbone.path={tiny_flux}", "backbone.lora_rank=2", f"run.folder={tmp_path / 'run'}"]
+    settings += [
+        f"data.path={pairs_file}",
+        "data.batch_size=2",
+        "data.limit=4",
+        "trainer.steps=1",
+        "hooks.sample_steps=2",
+    ]
+    recipe("sft", "--config=playground", *settings, "hooks.sample_every=1", "hooks.checkpoint_every=0")
+    assert "verified in a fresh process" in capsys.readouterr().out
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "diffusion_dpo"])
+def test_two_processes_equal_one(tmp_path: Path, pairs_file: Path, recipe: Callable, name: str) -> None:
+    """Two processes with four samples each against one with eight: KTO's reference point is the mean over all eight."""
+    more = [f"data.path={pairs_file}", "trainer.steps=2", *TINY, "data.draws_per_sample=null"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    recipe(name, "--config=playground", f"run.folder={one}", "data.batch_size=8", *more)
+    command = [sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", name, "--config=playground"]
+    launched = subprocess.run(
+        [*command, f"run.folder={two}", "data.batch_size=4", *more],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    rows = [[json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
+        for key in (k for k in a if not k.startswith("perf/")):
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), (a["step"], key)
+    first, second = (load_file(next((folder / "export").glob("*.safetensors"))) for folder in (one, two))
+    assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)
