@@ -119,7 +119,7 @@ class World:
 
 
 @contextmanager
-def counted() -> Iterator[dict[str, int]]:
+def counting() -> Iterator[dict[str, int]]:
     """Counts the images that go through a denoiser forwards, the reference's and those of inversions among them."""
     count = {"forwards": 0}
 
@@ -142,7 +142,7 @@ def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
     settings = [f"run.folder={run}", f"run.seed={seed}", f"data.path={data}", "hooks.sample_every=0"]
     settings += [f"backbone.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false", *chosen.changes]
     started = time.time()
-    with counted() as count:
+    with counting() as count:
         runpy.run_path(str(launch.find("train", chosen.recipe)))["main"](["--config=playground", *settings])
     seconds = time.time() - started
     export = run / "export"
@@ -175,16 +175,18 @@ def commit() -> str:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The docs' table: one line a case and kind of labels, the seeds beside each other."""
-    names = ("algorithm", "labels", "noise", "win rate [95 % interval] of each seed", "points", "seconds")
+    names = ("algorithm", "labels", "noise", "win rate [95 % interval] of each seed", "points", "seconds", "forwards")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for case, labels in dict.fromkeys((r["algorithm"], r["labels"]) for r in rows):
         mine = sorted((r for r in rows if (r["algorithm"], r["labels"]) == (case, labels)), key=lambda r: r["seed"])
         points = ", ".join(f"{r['points']:+.3f}" for r in mine)
         seconds = sum(r["seconds"] for r in mine) / len(mine)
+        counted = [r["forwards"] for r in mine if "forwards" in r]
+        forwards = f"{counted[0]:,}" if counted else ""
         for noise in ("equal", "other"):
             three = [r["other_noise"] if noise == "other" else (r["win_rate"], r["low"], r["high"]) for r in mine]
             rates = ", ".join(f"{rate:.3f} [{low:.3f}, {high:.3f}]" for rate, low, high in three)
-            lines.append(f"| {case} | {labels} | {noise} | {rates} | {points} | {seconds:.0f} |")
+            lines.append(f"| {case} | {labels} | {noise} | {rates} | {points} | {seconds:.0f} | {forwards} |")
     return "\n".join(lines) + "\n"
 
 
