@@ -1,4 +1,4 @@
-"""Every command of docs/scoring.md runs, and so does its code; tiny inputs stand for downloads."""
+"""Every command of two pages of docs/ runs, and so does their code; tiny inputs stand for downloads."""
 
 from __future__ import annotations
 
@@ -78,3 +78,17 @@ def test_every_command_and_the_code_run(here: Path, recipe: Callable) -> None:
     made_here: dict = {}
     exec("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)), made_here)
     assert made_here["images"].grad.abs().sum() > 0
+
+
+def test_every_command_of_the_algorithms_page_runs(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    tiny = ["trainer.steps=1", "data.limit=4", "hooks.sample_every=0", "hooks.verify_export=false"]
+    for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):
+        words = shlex.split(line.replace("--n 64", "--n 4").replace("--steps 10", "--steps 2"))
+        words += tiny if words[1] == "train" else []
+        words += ["--min-margin", "0"] if "label" in words else []
+        assert _run(words, recipe) == 0, line
+    assert (tmp_path / "runs/voted/export").exists()
