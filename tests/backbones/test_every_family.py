@@ -91,6 +91,12 @@ def test_decode_carries_a_gradient_and_half_precision_stays_inside(load: Load) -
     assert any(g is not None and g.abs().max() > 0 for g in gradients)
 
 
+def test_a_network_that_trains_whole_is_float32_whatever_the_dtype(load: Load) -> None:
+    backbone = load(dtype="bf16")
+    assert {p.dtype for p in backbone.denoiser.parameters()} == {torch.float32}
+    assert backbone.vae.dtype == torch.bfloat16
+
+
 def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Load, tmp_path: Path) -> None:
     """Rank 2 and alpha 6: a loader that took the rank for alpha would scale it by 1 instead of 3."""
     backbone = moved(load(lora_rank=2, lora_alpha=6.0))

@@ -98,6 +98,15 @@ def test_size_conditions_are_the_stock_pipeline_s(tiny_sdxl: Path) -> None:
     torch.testing.assert_close(half, torch.stack([explicit[0], cropped[1]]))
 
 
+def test_sizes_reach_a_bfloat16_network_unrounded(tiny_sdxl: Path) -> None:
+    """The nearest bfloat16 of 1023 is 1024."""
+    backbone = load_backbone(CPU, path=str(tiny_sdxl), dtype="bf16", lora_rank=2)
+    cond, sizes, seen = backbone.encode_text(PROMPTS), torch.tensor([[1023.0, 769, 1, 0, 1023, 1023]] * 2), {}
+    backbone.denoiser.network.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
+    backbone.denoiser(noise(), torch.tensor([1, 1]), cond._replace(size=sizes))
+    assert torch.equal(seen["added_cond_kwargs"]["time_ids"], sizes)
+
+
 @pytest.mark.parametrize(
     ("dtype", "upcast", "expected"),
     [
