@@ -23,13 +23,17 @@ DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_A
 
 FRESH = '''
 """Run by a process in which diffalign cannot be imported."""
-import sys
+import json, sys
+from pathlib import Path
 sys.modules["diffalign"] = None
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-base, lora, given, out, steps, size, dtype = sys.argv[1:]
-pipeline = DiffusionPipeline.from_pretrained(base, safety_checker=None).to(getattr(torch, dtype)).to(torch.float32)
+base, lora, given, out, steps, size, dtype, vae_dtype = sys.argv[1:]
+index = json.loads(Path(base, "model_index.json").read_text())
+left_out = {"safety_checker": None} | {name: None for name, part in index.items() if part == [None, None]}
+rounded = {"default": getattr(torch, dtype), "vae": getattr(torch, vae_dtype)}
+pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=rounded, **left_out).to(torch.float32)
 if lora:
     pipeline.load_lora_weights(lora)
 pipeline.set_progress_bar_config(disable=True)
@@ -72,7 +76,8 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
         save_file({"latents": latents}, given)
         base = str(backbone.path if lora else folder)
         arguments = [base, str(folder) if lora else "", str(given), str(out), str(VERIFY_STEPS), str(resolution)]
-        arguments.append(str(backbone.dtype).removeprefix("torch.") if lora else "float32")
+        dtypes = (backbone.dtype, backbone.vae_dtype) if lora else (torch.float32, torch.float32)
+        arguments += [str(dtype).removeprefix("torch.") for dtype in dtypes]
         environment = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED} | {"CUDA_VISIBLE_DEVICES": ""}
         fresh = subprocess.run(
             [sys.executable, "-c", FRESH, *arguments], capture_output=True, text=True, env=environment, check=False

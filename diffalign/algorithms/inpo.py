@@ -66,7 +66,7 @@ class InPO(DiffusionDPO):
     ):
         super().__init__(policy, reference, noising, dims, beta=beta, loss=loss, label_smoothing=label_smoothing)
         # Ranks invert to different depths: with DDP's wrapper around it, every forward would have to be matched.
-        self.inverter, self.inversion, self.empty = denoiser if invert_by == "policy" else reference, inversion, empty
+        self.denoiser, self.inversion, self.empty, self.invert_by = denoiser, inversion, empty, invert_by
         self.smoothing, self.score_range = smoothing, score_range
 
     @staticmethod
@@ -98,7 +98,8 @@ class InPO(DiffusionDPO):
             return torch.stack([x for x in kept if x is not None]).to(batch.x0.device)
         cond = batch.sample_cond
         uncond = self.empty.repeat(len(t))._replace(size=cond.size)
-        return self.inversion(self.inverter, batch.x0, t, cond, uncond, batch.sample_keys)
+        inverter = self.denoiser if self.invert_by == "policy" else self.reference
+        return self.inversion(inverter, batch.x0, t, cond, uncond, batch.sample_keys)
 
     def betas(self, batch: LatentBatch) -> float | Tensor:
         """beta, times SmPO's weight [B] where it is asked for; negative where the scores contradict the label."""
