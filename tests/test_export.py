@@ -57,7 +57,7 @@ def test_full_export_is_a_whole_pipeline_with_the_same_images(tiny_sd: Path, tmp
 def test_parts_left_out_and_autoencoders_kept_in_float32_are_verified(
     request: pytest.FixtureRequest, tmp_path: Path, family: str, settings: dict
 ) -> None:
-    """Stock diffusers wants to be told of parts that a folder leaves out; SDXL's autoencoder is never rounded to fp16."""
+    """Stock diffusers wants to be told of parts that a folder leaves out; SDXL's autoencoder never goes to fp16."""
     backbone = trained(request.getfixturevalue(family), **settings)
     assert "verified in a fresh process" in export(backbone, tmp_path / "export", 32, verify=True)
 
