@@ -177,10 +177,14 @@ def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, 
     held: list[tuple[int, int, int]] = []
     kinds = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
 
-    def count(self, loader) -> None:
+    def alive() -> list[int]:
         gc.collect()
-        held.append(tuple(sum(isinstance(o, kind) for o in gc.get_objects()) for kind in kinds))  # type: ignore[arg-type]
+        return [sum(isinstance(o, kind) for o in gc.get_objects()) for kind in kinds]
 
+    def count(self, loader) -> None:
+        held.append(tuple(now - others for now, others in zip(alive(), before, strict=True)))  # type: ignore[arg-type]
+
+    before = alive()  # fixtures of other tests
     monkeypatch.setattr(Trainer, "fit", count)
     for k, settings in enumerate(
         (
