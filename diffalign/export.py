@@ -37,8 +37,9 @@ pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=rounded, **left_o
 if lora:
     pipeline.load_lora_weights(lora)
 pipeline.set_progress_bar_config(disable=True)
+fixed = torch.Generator().manual_seed(0)
 images = pipeline("", latents=load_file(given)["latents"], num_inference_steps=int(steps), guidance_scale=1.0,
-                  height=int(size), width=int(size), output_type="pt").images
+                  generator=fixed, height=int(size), width=int(size), output_type="pt").images
 save_file({"images": images.contiguous()}, out)
 '''
 
@@ -96,6 +97,7 @@ def own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> to
     network = copy.deepcopy(backbone.denoiser.network).cpu().float()
     pipeline = backbone.pipeline(network).to("cpu").to(torch.float32)
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": resolution, "width": resolution}
-    images = pipeline("", latents=latents, output_type="pt", **settings).images
+    fixed = torch.Generator().manual_seed(0)  # of few-step samplers, which add noise on the way
+    images = pipeline("", latents=latents, generator=fixed, output_type="pt", **settings).images
     backbone.release()  # its encoders were moved with the pipeline
     return images

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchvision.utils import save_image
 
+from diffalign.algorithms.base import Algorithm
 from diffalign.backbones import Backbone
 from diffalign.ema import Ema
 from diffalign.export import export
 from diffalign.run import Run
-from diffalign.sampling import sample
+from diffalign.sampler import Sampler
 from diffalign.trainer import Hook, Trainer
 
 
@@ -28,6 +29,8 @@ def standard_hooks(
     run: Run,
     backbone: Backbone,
     resolution: int,
+    algorithm: Algorithm | None = None,
+    sampler: Sampler | None = None,
     *,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
@@ -39,6 +42,9 @@ def standard_hooks(
     verify_export: bool = True,
 ) -> list[Hook]:
     """The hooks of every recipe that trains a backbone's denoiser; samples are `resolution` pixels wide and high.
+
+    algorithm  whose state checkpoints hold, where it has one
+    sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -54,11 +60,12 @@ def standard_hooks(
     averaged = ema.applied if ema else nullcontext
     hooks: list[Hook] = [Averaging(ema)] if ema else []
     if checkpoint_every:
-        hooks.append(Checkpoint(run, ema, checkpoint_every, keep_checkpoints))
+        hooks.append(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, algorithm))
     if sample_every and sample_prompts:
-        hooks.append(
-            SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sample_steps, sample_guidance, resolution)
-        )
+        if sampler is None:
+            settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
+            sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
+        hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
     return [*hooks, Export(run, backbone, averaged, resolution, verify_export)]
 
 
@@ -90,8 +97,8 @@ class Checkpoint(_Hook):
     Only weights that train are in it.
     """
 
-    def __init__(self, run: Run, ema: Ema | None, every: int, keep: int):
-        self.run, self.ema, self.every, self.keep = run, ema, every, keep
+    def __init__(self, run: Run, ema: Ema | None, every: int, keep: int, algorithm: Algorithm | None = None):
+        self.run, self.ema, self.every, self.keep, self.algorithm = run, ema, every, keep, algorithm
         self.folder = run.folder / "checkpoints"
         run.accelerator.register_save_state_pre_hook(_save_trained)
         run.accelerator.register_load_state_pre_hook(_load_trained)
@@ -111,6 +118,8 @@ class Checkpoint(_Hook):
             state = json.loads((path / "state.json").read_text())
             if self.ema:
                 self.ema.load(load_file(path / "ema.safetensors"), state["step"])
+            if self.algorithm and (path / "algorithm.safetensors").exists():
+                self.algorithm.load(load_file(path / "algorithm.safetensors"))
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"checkpoint '{path}' cannot be read ({error}); delete that folder to resume from the one before"
@@ -152,6 +161,8 @@ class Checkpoint(_Hook):
         if self.run.main:
             if self.ema:
                 save_file(self.ema.tensors(), folder / "ema.safetensors")
+            if self.algorithm and (state := self.algorithm.state()):
+                save_file(state, folder / "algorithm.safetensors")
             (folder / "state.json").write_text(json.dumps({"step": trainer.step, "micro": trainer.micro}))
 
 
@@ -184,22 +195,11 @@ class SampleGrid(_Hook):
     """Draws the same prompts from the same noise every so many steps, step 0 first: `samples/step-000500.png`."""
 
     def __init__(
-        self,
-        run: Run,
-        backbone: Backbone,
-        averaged: Any,
-        every: int,
-        prompts: Sequence[str],
-        steps: int,
-        guidance: float,
-        resolution: int,
+        self, run: Run, backbone: Backbone, averaged: Any, every: int, prompts: Sequence[str], sampler: Sampler
     ):
         self.run, self.backbone, self.averaged = run, backbone, averaged
-        self.every, self.guidance = every, guidance
-        self.cond, self.uncond = backbone.encode_text(prompts), backbone.encode_text([""] * len(prompts))
-        shape = backbone.latent_shape(resolution)
-        self.noise = run.draws.normal(list(prompts), shape, stream="sample grid").to(run.device)
-        self.timesteps = backbone.grid(steps, resolution)
+        self.every, self.prompts, self.sampler = every, prompts, sampler
+        self.cond = backbone.encode_text(prompts)
         self.columns = max(1, round(len(prompts) ** 0.5))
 
     def start(self, trainer: Trainer) -> None:
@@ -214,15 +214,7 @@ class SampleGrid(_Hook):
     def draw(self, step: int) -> None:
         if self.run.main:
             with self.averaged(), self.run.accelerator.autocast():
-                latents = sample(
-                    self.backbone.denoiser,
-                    self.backbone.schedule,
-                    self.cond,
-                    self.noise,
-                    self.timesteps,
-                    uncond=self.uncond,
-                    guidance=self.guidance,
-                )
+                latents = self.sampler.sample(self.backbone.denoiser, self.cond, self.prompts)
             folder = self.run.folder / "samples"
             folder.mkdir(exist_ok=True)
             save_image(self.backbone.decode(latents), folder / f"step-{step:06d}.png", nrow=self.columns, padding=1)

@@ -1,4 +1,4 @@
-"""LoRA by peft on diffusers models: attach, find what trains, switch off for a while."""
+"""LoRA by peft on diffusers models: attach, find what trains, switch off or to another one for a while."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+GENERATOR = "default"
+"""peft's name of the first adapter, the one that is exported."""
 
 
-def add_lora(network: Any, *, rank: int, alpha: float | None, targets: Sequence[str], seed: int) -> None:
+def add_lora(
+    network: Any, *, rank: int, alpha: float | None, targets: Sequence[str], seed: int, name: str = GENERATOR
+) -> None:
     """Freeze a diffusers model and add a trainable float32 LoRA to the layers whose names end in one of `targets`.
 
     alpha defaults to rank. A is Gaussian and keyed by `seed`, B is zero, so the model does not change at first
-    (Hu et al., 2021). Raises ValueError when no layer matches.
+    (Hu et al., 2021). A second LoRA needs another name, and an Adapter for each. ValueError when no layer matches.
     """
     network.requires_grad_(False)
     with torch.random.fork_rng():
@@ -27,10 +33,10 @@ def add_lora(network: Any, *, rank: int, alpha: float | None, targets: Sequence[
             target_modules=list(targets),
             init_lora_weights="gaussian",
         )
-        network.add_adapter(config)
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        network.add_adapter(config, adapter_name=name)
+    for layer in lora_layers(network):
+        for parameters in (layer.lora_A, layer.lora_B):
+            parameters.requires_grad_(True).float()  # of every adapter: adding one freezes those before it
 
 
 def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
@@ -42,6 +48,7 @@ def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
 def adapters_off(network: nn.Module) -> Iterator[None]:
     """Run the model as it was before LoRA. Adapters are on again afterwards, whatever happens inside."""
     layers = lora_layers(network)
+    trained = [p for p in network.parameters() if p.requires_grad]
     try:
         for layer in layers:
             layer.enable_adapters(False)
@@ -49,3 +56,67 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        for parameter in trained:  # peft unfreezes only those of the adapter that is active
+            parameter.requires_grad_(True)
+
+
+class Adapter(nn.Module):
+    """One of several LoRAs on a shared denoiser as a network of its own: its parameters are those of that LoRA.
+
+    A backward pass recomputes checkpointed activations with the LoRA that is active then: differentiate inside `using`,
+    or call `activate` before a loss is left to others to differentiate.
+    """
+
+    def __init__(self, denoiser: Any, name: str):
+        super().__init__()
+        self.denoiser, self.name = denoiser, name
+        # DistributedDataParallel waits for the gradients of all others otherwise.
+        everything = [n for n, _ in super().named_parameters()]
+        self._ddp_params_and_buffers_to_ignore = [n for n in everything if not self._mine(n)]
+
+    @property
+    def network(self) -> Any:
+        """The diffusers model."""
+        return self.denoiser.network
+
+    def _mine(self, parameter: str) -> bool:
+        return f".{self.name}." in parameter
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in super().named_parameters(*args, **kwargs) if self._mine(n))
+
+    def activate(self) -> str:
+        """Switch the denoiser to this LoRA, leaving every one trainable; returns the name of the one before."""
+        return _switch(self.denoiser, self.name)
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Inside, the denoiser has this LoRA; afterwards the one before."""
+        before = self.activate()
+        try:
+            yield
+        finally:
+            _switch(self.denoiser, before)
+
+    def forward(self, *inputs: Any) -> Any:
+        """As the denoiser's, with this LoRA."""
+        with self.using():
+            return self.denoiser(*inputs)
+
+
+def _switch(network: nn.Module, name: str) -> str:
+    before = name
+    for layer in lora_layers(network):
+        before = layer.active_adapters[0]
+        if before != name:
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            layer.set_adapter(name)  # which freezes the others
+            for parameter in trained:
+                parameter.requires_grad_(True)
+    return before
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a network that train, wrapped for several processes or not."""
+    inner = module.module if isinstance(module, DistributedDataParallel) else module
+    return [p for p in inner.parameters() if p.requires_grad]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.lora import adapters_off, lora_layers
+from diffalign.lora import adapters_off, lora_layers, trained_parameters
 from diffalign.types import Cond
 
 
@@ -22,6 +23,10 @@ class FrozenReference:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Same arguments and result as the denoiser: [B, C, h, w], [B], cond -> [B, C, h, w]."""
         return self.denoiser(x_t, t, cond)
+
+    def using(self) -> AbstractContextManager[None]:
+        """Nothing has to change for `denoiser` to be the reference."""
+        return nullcontext()
 
 
 class AdapterOffReference:
@@ -37,13 +42,43 @@ class AdapterOffReference:
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Same arguments and result as the denoiser: [B, C, h, w], [B], cond -> [B, C, h, w]."""
-        with adapters_off(self.denoiser):
+        with self.using():
             return self.denoiser(x_t, t, cond)
+
+    def using(self) -> AbstractContextManager[None]:
+        """Inside, `denoiser` is the reference, for gradients in its input as well."""
+        return adapters_off(self.denoiser)
 
 
 def reference_for(denoiser: nn.Module) -> FrozenReference | AdapterOffReference:
     """Adapters off where the denoiser has a LoRA, else a frozen copy of it as it is now."""
     return AdapterOffReference(denoiser) if lora_layers(denoiser) else FrozenReference(denoiser)
+
+
+class DistanceToStart:
+    """|theta - theta_start|^2 of the weights that train, differentiable.
+
+    Of a LoRA it is that of the change it makes, (alpha / rank)^2 |B A|^2, exactly, from r x r matrices; decay of A and
+    B themselves is not the same. Of a whole network it needs a copy of the weights as they are now.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.layers = lora_layers(module)
+        self.parameters = [] if self.layers else trained_parameters(module)
+        self.start = [p.detach().clone() for p in self.parameters]
+
+    def __call__(self) -> Tensor:
+        """A scalar."""
+        if not self.layers:
+            return torch.stack(
+                [(p - p0).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]
+            ).sum()
+        terms = []
+        for layer in self.layers:
+            name = layer.active_adapters[0]
+            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            terms.append(layer.scaling[name] ** 2 * ((down @ down.T) * (up.T @ up)).sum())
+        return torch.stack(terms).sum()
 
 
 Module = TypeVar("Module", bound=nn.Module)

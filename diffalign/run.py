@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from diffalign.config import Config
-from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents
+from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
 
@@ -99,6 +99,11 @@ class Run:
         """A preference data set of this run as latents, with its draws, ranks and folder."""
         a = self.accelerator
         return kind(encoder, self.draws, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
+
+    def prompts(self, encoder: Any, **config: Any) -> Prompts:
+        """A list of prompts of this run with their text embeddings."""
+        a = self.accelerator
+        return Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
 
     def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
         """The training or validation part of a data set of this run, as groups of images for a scorer."""

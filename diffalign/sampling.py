@@ -40,14 +40,20 @@ def gaussian_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_nex
     return a2 * x0 + (s2**2 - std**2).clamp(min=0).sqrt() * eps, std
 
 
-def renoise_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor) -> Step:
-    """Predict x0 and noise it afresh to t_next: N(a2 x0, s2^2), as LCM, DMD2 and one-step generators sample.
+def renoise_step(
+    schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float | Tensor = 1.0
+) -> Step:
+    """Predict x0 and noise it again, by a part eta afresh: N(a2 x0 + s2 sqrt(1 - eta^2) eps, eta^2 s2^2).
 
+    eta 1 is how LCM, DMD2 and one-step generators sample, 0 is DDIM; a tensor [B, 1, 1, 1] of random ones is R0's.
     LCM's boundary scaling (x0 <- c_out x0 + c_skip x_t, c_skip <= 7e-6 for t >= 19) is left out.
     """
-    x0, _ = schedule.split(out, x_t, t)
+    x0, eps = schedule.split(out, x_t, t)
     a2, s2 = map(per_sample, schedule.coefficients(t_next))
-    return a2 * x0, s2
+    if isinstance(eta, float) and eta == 1:
+        return a2 * x0, s2
+    kept = torch.as_tensor(1 - eta**2).sqrt()
+    return a2 * x0 + s2 * kept * eps, eta * s2
 
 
 def flow_sde_step(

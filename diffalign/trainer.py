@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.lora import trained_parameters
 from diffalign.run import Run
 from diffalign.types import Metrics
 
@@ -58,7 +59,7 @@ def adamw(
         lr_warmup_steps: optimizer steps from 0 to lr
         lr_cosine_steps: steps after which a cosine has brought the lr to 0; constant when left out
     """
-    parameters = _trained(module)
+    parameters = trained_parameters(module)
     decayed = [p for p in parameters if decay_vectors or p.ndim >= 2]
     spared = [p for p in parameters if not (decay_vectors or p.ndim >= 2)]
     groups: list[Any] = [{"params": decayed}]
@@ -157,7 +158,9 @@ class Trainer:
                 f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
                 f"this rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
             )
-        values["grad_norm"] = accelerator.clip_grad_norm_(_trained(player.module), self.max_grad_norm).detach()
+        values["grad_norm"] = accelerator.clip_grad_norm_(
+            trained_parameters(player.module), self.max_grad_norm
+        ).detach()
         lr = player.lr_at(self.step)
         for group in player.optimizer.param_groups:
             group["lr"] = lr
@@ -187,10 +190,6 @@ class Trainer:
             f"{world} processes; {self.steps} steps see {self.steps * effective} samples of {len(loader.dataset)}"
         ]
         for name, player in self.players.items():
-            count = sum(p.numel() for p in _trained(player.module))
+            count = sum(p.numel() for p in trained_parameters(player.module))
             lines.append(f"player '{name}': {count:,} trainable parameters, lr {player.lr:g} (not scaled by the batch)")
         return lines + list(self.algorithm.describe())
-
-
-def _trained(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]

@@ -112,7 +112,20 @@ class GroupBatch(NamedTuple):
     flip: Tensor
 
 
-Batch = TypeVar("Batch", LatentBatch, GroupBatch)
+class PromptBatch(NamedTuple):
+    """B prompts for methods that draw their own samples.
+
+    prompts  B strings
+    cond     batch of B
+    keys     B keys: (epoch, prompt id)
+    """
+
+    prompts: Sequence[str]
+    cond: Cond
+    keys: Sequence[Key]
+
+
+Batch = TypeVar("Batch", LatentBatch, GroupBatch, PromptBatch)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

@@ -34,6 +34,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
+from diffalign.data.prompts import read_prompts
 from diffalign.draws import Draws
 from diffalign.playground import SHIPPED
 
@@ -114,39 +115,6 @@ def generate(args: argparse.Namespace) -> None:
         order = ("image", "prompt", "prompt_id", "seed", "sample")
         write(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
         print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
-
-
-def read_prompts(path: Path) -> dict[str, str]:
-    """prompt_id -> prompt, in file order. Without an id it is the prompt's number, from 00000. Blank lines are skipped.
-
-    Raises FileNotFoundError, and ValueError for other files, rows without a prompt and ids that come twice.
-    """
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"--prompts must end in .txt (one a line) or .jsonl; got '{path}'")
-    if not path.exists():
-        raise FileNotFoundError(f"--prompts '{path}' does not exist")
-    prompts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        row = {"prompt": line.strip()} if path.suffix == ".txt" else _row(path, number, line)
-        key = str(row.get("prompt_id", f"{len(prompts):05d}"))
-        if key in prompts:
-            raise ValueError(f"'{path}' line {number}: prompt_id {key!r} comes twice")
-        prompts[key] = row["prompt"]
-    if not prompts:
-        raise ValueError(f"'{path}' holds no prompts")
-    return prompts
-
-
-def _row(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f"'{path}' line {number} needs a string under \"prompt\"; got {line[:80]}")
-    return row
 
 
 def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:

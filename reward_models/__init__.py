@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from reward_models.images import read_image as read_image
     from reward_models.loading import load_scorer as load_scorer
     from reward_models.mixture import WeightedSum as WeightedSum
+    from reward_models.mixture import check_mixture as check_mixture
+    from reward_models.mixture import load_mixture as load_mixture
     from reward_models.preprocess import ImageRule as ImageRule
     from reward_models.protocol import Scorer as Scorer
     from reward_models.protocol import check_images as check_images
@@ -30,6 +32,8 @@ _HOME = {
     "WeightedSum": "mixture",
     "card_text": "cards",
     "check_images": "protocol",
+    "check_mixture": "mixture",
+    "load_mixture": "mixture",
     "load_scorer": "loading",
     "read_image": "images",
     "score_files": "scoring",
@@ -44,6 +48,8 @@ __all__ = [
     "WeightedSum",
     "card_text",
     "check_images",
+    "check_mixture",
+    "load_mixture",
     "load_scorer",
     "read_image",
     "score_files",

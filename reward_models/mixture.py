@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from reward_models.loading import load_scorer
 from reward_models.protocol import Scorer, check_images
 
 
@@ -108,6 +109,40 @@ class WeightedSum(nn.Module):
         self.squares += (scores - batch[:, None]).square().sum(1) + step.square() * self.count * new / total
         self.mean += step * new / total
         self.count.copy_(total)
+
+
+def load_mixture(
+    device: str | torch.device,
+    *,
+    scorers: tuple[str, ...],
+    weights: tuple[float, ...] = (),
+    normalise: Literal["none", "running"] = "none",
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> WeightedSum:
+    """What trainers optimise: scorers by `load_scorer` and their weights.
+
+    Args:
+        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class
+        weights: one for each scorer; 1 for all when left out
+        normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter
+        dtype: of the scorers' networks
+    """
+    if problems := check_mixture({"scorers": scorers, "weights": weights}):
+        raise ValueError("\n".join(problems))
+    given = weights or (1.0,) * len(scorers)
+    loaded = {spec: (load_scorer(spec, device, dtype=dtype), w) for spec, w in zip(scorers, given, strict=True)}
+    return WeightedSum(loaded, normalise=normalise)
+
+
+def check_mixture(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `reward` section, one line each."""
+    scorers, weights = cfg["scorers"], cfg["weights"]
+    problems = [] if scorers else ["'reward.scorers' is empty; name at least one scorer"]
+    if len(set(scorers)) < len(scorers):
+        problems.append(f"'reward.scorers' names one twice: {', '.join(scorers)}")
+    if weights and len(weights) != len(scorers):
+        problems.append(f"'reward.weights' has {len(weights)} numbers for {len(scorers)} scorers")
+    return problems
 
 
 def _device(scorer: Scorer) -> torch.device:

@@ -38,6 +38,14 @@ class Algorithm(ABC):
     def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
         """A micro-batch -> (scalar loss, values to log: scalars or one value a sample)."""
 
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides the players' weights."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state()`."""
+        assert not state
+
     def keys(self, batch: Any) -> Sequence[Key]:
         """The sample keys of a micro-batch, for error messages."""
         return batch.keys

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -65,6 +66,7 @@ class Backbone(ABC):
     fingerprint  changes with the weights and settings that decide latents and text embeddings
     path         the diffusers folder it came from
     dtype        of the weights that never train
+    scheduler_config  of the stock pipeline's scheduler; change it and what is exported samples by another one
 
     A family says what its parts are: the classes of the pipeline and of the network, the network's name in the
     pipeline, each text encoder's name with its class and its tokenizer's, and what makes `pipeline` leave a part out.
@@ -83,6 +85,7 @@ class Backbone(ABC):
         self.source = source
         self.path, self.fingerprint, self.device, self.dtype = source[:4]
         self.vae_config = self._json("vae/config.json")
+        self.scheduler_config = self._json("scheduler/scheduler_config.json")
         self.vae_dtype = self.dtype
         index = self._json("model_index.json")
         # A folder may leave an encoder out: its entry is then null, even where its files lie there.
@@ -187,7 +190,8 @@ class Backbone(ABC):
         for name in self.text_classes:  # diffusers loads a folder without T5 only when told None
             parts[name] = self.text_encoder(name) if name in self._tokenizers else None
             parts[tokenizer_of(name)] = self._tokenizers.get(name)
-        pipeline = self.pipeline_class.from_pretrained(self.path, **parts, **self.left_out)
+        scheduler = getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
+        pipeline = self.pipeline_class.from_pretrained(self.path, scheduler=scheduler, **parts, **self.left_out)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -215,7 +219,7 @@ class UNetBackbone(Backbone):
 
     def __init__(self, source: Source):
         super().__init__(source)
-        self.schedule = VPSchedule.from_config(self._json("scheduler/scheduler_config.json"))
+        self.schedule = VPSchedule.from_config(self.scheduler_config)
 
     def _network(self) -> Any:
         return super()._network().to(memory_format=torch.channels_last)

@@ -6,9 +6,11 @@ from diffalign.data.latents import PreferenceLatents, check_latents, check_refer
 from diffalign.data.liked import Balanced, LikedImages
 from diffalign.data.loader import KeyedLoader
 from diffalign.data.pairs import PreferencePairs
+from diffalign.data.prompts import Prompts
 from diffalign.data.ranked import RankedImages
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
+from diffalign.data.targets import TargetImages
 
 __all__ = [
     "Balanced",
@@ -20,8 +22,10 @@ __all__ = [
     "PreferenceGroups",
     "PreferenceLatents",
     "PreferencePairs",
+    "Prompts",
     "RankedImages",
     "Record",
+    "TargetImages",
     "check_latents",
     "check_reference_free",
     "read_records",

@@ -114,7 +114,7 @@ class PreferenceLatents(Dataset):
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
         self.draws_per_sample, self.size_conditions = draws_per_sample, size_conditions
         ranks = Ranks(rank, world_size, barrier, folder)
-        records, dropped = read_some(path, limit)
+        records, dropped = self.read(path, limit)
         report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
         report.stop_if_damaged(len(records), dropped)  # labels first: images may take hours
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
@@ -132,6 +132,8 @@ class PreferenceLatents(Dataset):
         report.summary(len(records), len(self), dropped)
         if store is not None:
             self._locate(store, seen)
+
+    read = staticmethod(read_some)
 
     @staticmethod
     @abstractmethod

@@ -1,0 +1,60 @@
+"""DRaFT-K (Clark et al., 2023, arXiv 2309.17400): back-propagate rewards through the last K steps of the sampler.
+
+    loss = -r(x0(z, c), c) + reference_weight mean over the K steps of (policy - reference)^2
+
+AlignProp (Prabhudesai et al., 2023) is the same with eta 1 and a random K. The steps before run without a graph;
+rewards are differentiated first, down to x0, and their graph is gone when the sampler's is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
+from diffalign.reference import AdapterOffReference, FrozenReference
+from diffalign.rewards import Rewards
+from diffalign.sampler import Move, Sampler
+from diffalign.types import PromptBatch
+
+
+class DRaFT(RewardGradient):
+    """Positional: the policy, the frozen reference, the sampler and the rewards.
+
+    Args:
+        last_steps: K, through how many steps gradients go back; all of the sampler's for DRaFT without K
+        reference_weight: of the squared difference between policy and reference, the KL of their moves up to a factor
+        start_weight: of the squared distance of the weights from where they started
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: FrozenReference | AdapterOffReference,
+        sampler: Sampler,
+        rewards: Rewards,
+        *,
+        last_steps: int = 1,
+        reference_weight: float = 0.0,
+        start_weight: float = 0.0,
+    ):
+        super().__init__(
+            policy, reference, sampler, rewards, reference_weight=reference_weight, start_weight=start_weight
+        )
+        self.graded = range(len(sampler) - last_steps, len(sampler))
+
+    @staticmethod
+    def check(cfg: dict[str, Any], sampler: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with this `sampler` section, one line each."""
+        count = len(sampler["timesteps"]) or sampler["steps"]
+        problems = check_anchors(cfg)
+        if not 1 <= cfg["last_steps"] <= count:
+            problems.append(
+                f"'algorithm.last_steps' = {cfg['last_steps']} must be in [1, {count}], the sampler's steps"
+            )
+        return problems
+
+    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
+        moves = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=self.graded)
+        return [moves[k] for k in self.graded], moves[-1].x_next

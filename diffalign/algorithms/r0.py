@@ -1,0 +1,94 @@
+"""R0, "Rewards Are Enough" (Luo et al., 2025, arXiv 2503.13070): a few-step generator from rewards and weight decay.
+
+    maximise sum_k w_k r_k(x0(z, c, eta), c) - start_weight |theta - theta_start|^2,   each gradient scaled to norm 1
+
+No code was released. What its text leaves open is chosen so: gradients are scaled for each sample in the latent; the
+reward of guidance is the constant direction a (score(x_t|c) - score(x_t)) of the frozen reference at a random level,
+scaled like the others; random eta is sampler.law=random, anew for each sample and step. R0+ rewards what the generator
+sees at one random step, which carries the only graph; R0 goes back through all steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
+from diffalign.noising import Noising
+from diffalign.reference import AdapterOffReference, FrozenReference
+from diffalign.rewards import Ascent, Rewards, cosine, norm, unit_length
+from diffalign.sampler import Move, Sampler
+from diffalign.types import Cond, PromptBatch
+
+
+class R0(RewardGradient):
+    """Positional: the policy, the frozen reference, the sampler, the rewards, the noising, the empty prompt's Cond.
+
+    Args:
+        rewarded: final, the image, through all steps (R0); any, what is seen at a random step (R0+)
+        guidance_weight: of the reward of classifier-free guidance, whose gradient is scaled like the others; 0 for none
+        unit_gradients: scale every reward's gradient to norm 1 for each sample
+        reference_weight: of the squared difference between policy and reference
+        start_weight: of the squared distance of the weights from where they started
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: FrozenReference | AdapterOffReference,
+        sampler: Sampler,
+        rewards: Rewards,
+        noising: Noising,
+        empty: Cond,
+        *,
+        rewarded: Literal["final", "any"] = "any",
+        guidance_weight: float = 1.0,
+        unit_gradients: bool = True,
+        reference_weight: float = 0.0,
+        start_weight: float = 0.0,
+    ):
+        super().__init__(
+            policy, reference, sampler, rewards, reference_weight=reference_weight, start_weight=start_weight
+        )
+        self.noising, self.empty, self.final = noising, empty, rewarded == "final"
+        self.guidance_weight, self.unit_gradients = guidance_weight, unit_gradients
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section, one line each."""
+        problems = check_anchors(cfg)
+        if not cfg["reference_weight"] and not cfg["start_weight"]:
+            problems.append(
+                "R0 collapses without an anchor: give 'algorithm.start_weight' or 'algorithm.reference_weight' a value"
+            )
+        return problems
+
+    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
+        if self.final:
+            moves = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=range(len(self.sampler)))
+            return moves, moves[-1].x_next
+        stop = self.sampler.draw_step(batch.keys)
+        move = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
+        return [move], move.x0
+
+    def ascend(self, x0: Tensor, batch: PromptBatch) -> Ascent:
+        ascent = self.rewards.ascend(x0, batch.prompts, unit=self.unit_gradients)
+        if not self.guidance_weight:
+            return ascent
+        towards = unit_length(self._guidance(x0.detach(), batch))
+        metrics = {"cosine@guidance, rewards": cosine(towards, ascent.direction)}
+        direction = ascent.direction + self.guidance_weight * towards
+        return Ascent(ascent.total, direction, ascent.metrics | metrics | {"reward_gradient": norm(direction)})
+
+    @torch.no_grad()
+    def _guidance(self, x0: Tensor, batch: PromptBatch) -> Tensor:
+        """a / s (eps(x_t) - eps(x_t|c)): where the reference's guidance would move x0."""
+        schedule, n = self.noising.schedule, len(x0)
+        t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
+        x_t = schedule.add_noise(x0, eps, t)
+        both = Cond.cat([batch.cond, self.empty.repeat(n)._replace(size=batch.cond.size)])
+        out = self.reference(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
+        given, empty = schedule.split(out, x_t.repeat(2, 1, 1, 1), t.repeat(2))[1].chunk(2)
+        return empty - given  # its length is scaled away

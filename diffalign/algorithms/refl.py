@@ -1,0 +1,65 @@
+"""ReFL (Xu et al., 2023, arXiv 2304.05977): reward what the model sees at one late step of its sampling.
+
+    loss = max(0, ceiling - r(x0_hat, c)) + reference_weight (policy - reference)^2
+
+x0_hat is the prediction of the clean image at a step drawn from the last part of the sampler's; only that step carries
+a graph. Differs from the released code: guidance is possible; the anchor is the distance to the reference on the
+model's own samples, where the paper trains on images besides; the scale of the reward is 1, for Adam undoes any.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
+from diffalign.reference import AdapterOffReference, FrozenReference
+from diffalign.rewards import Ascent, Rewards
+from diffalign.sampler import Move, Sampler
+from diffalign.types import PromptBatch
+
+
+class ReFL(RewardGradient):
+    """Positional: the policy, the frozen reference, the sampler and the rewards.
+
+    Args:
+        first_step: of the sampler's steps, counted from 0, the first that may be rewarded (30 of 40 as released)
+        ceiling: samples with a higher reward pull no more; null for none (2 for ImageReward as released)
+        reference_weight: of the squared difference between policy and reference
+        start_weight: of the squared distance of the weights from where they started
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: FrozenReference | AdapterOffReference,
+        sampler: Sampler,
+        rewards: Rewards,
+        *,
+        first_step: int,
+        ceiling: float | None = None,
+        reference_weight: float = 0.0,
+        start_weight: float = 0.0,
+    ):
+        super().__init__(
+            policy, reference, sampler, rewards, reference_weight=reference_weight, start_weight=start_weight
+        )
+        self.first_step, self.ceiling = first_step, ceiling
+
+    @staticmethod
+    def check(cfg: dict[str, Any], sampler: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with this `sampler` section, one line each."""
+        count = len(sampler["timesteps"]) or sampler["steps"]
+        problems = check_anchors(cfg)
+        if not 0 <= cfg["first_step"] < count:
+            problems.append(f"'algorithm.first_step' = {cfg['first_step']} must be in [0, {count - 1}]")
+        return problems
+
+    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
+        stop = self.sampler.draw_step(batch.keys, self.first_step)
+        move = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
+        return [move], move.x0
+
+    def ascend(self, x0: Tensor, batch: PromptBatch) -> Ascent:
+        return self.rewards.ascend(x0, batch.prompts, ceiling=self.ceiling)

@@ -1,0 +1,85 @@
+"""What ReFL, DRaFT and R0 share: samples that carry a graph, the direction in which rewards rise, and anchors."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.algorithms.base import Algorithm
+from diffalign.losses import denoising_error
+from diffalign.reference import AdapterOffReference, DistanceToStart, FrozenReference
+from diffalign.rewards import Ascent, Rewards, climb
+from diffalign.sampler import Move, Sampler
+from diffalign.types import Metrics, PromptBatch
+
+
+class RewardGradient(Algorithm):
+    """Climbs rewards through the sampler, the decoder and the scorers.
+
+    Positional: the policy, the frozen reference, the sampler and the rewards.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: FrozenReference | AdapterOffReference,
+        sampler: Sampler,
+        rewards: Rewards,
+        *,
+        reference_weight: float,
+        start_weight: float,
+    ):
+        rewards.require_gradient(type(self).__name__)
+        self.players = {"policy": policy}
+        self.policy, self.reference, self.sampler, self.rewards = policy, reference, sampler, rewards
+        self.reference_weight, self.start_weight = reference_weight, start_weight
+        self.distance = DistanceToStart(policy) if start_weight else None
+
+    @abstractmethod
+    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
+        """The moves of B samples that carry a graph, and the x0 [B, C, h, w] to be rewarded."""
+
+    def ascend(self, x0: Tensor, batch: PromptBatch) -> Ascent:
+        """Where the rewards of x0 [B, C, h, w] rise."""
+        return self.rewards.ascend(x0, batch.prompts)
+
+    def loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
+        """B prompts -> minus the reward and what the anchors cost; per sample [B] rewards and their gradients."""
+        moves, x0 = self.moves(batch)
+        ascent = self.ascend(x0, batch)
+        loss, metrics = climb(x0, ascent).mean(), dict(ascent.metrics)
+        if self.reference_weight:
+            drift = torch.stack([self._drift(move, batch) for move in moves]).mean(0)
+            loss, metrics["reference_error"] = loss + self.reference_weight * drift.mean(), drift.detach()
+        if self.distance is not None:
+            away = self.distance()
+            loss, metrics["start_distance"] = loss + self.start_weight * away, away.detach()
+        return loss, metrics
+
+    def _drift(self, move: Move, batch: PromptBatch) -> Tensor:
+        with torch.no_grad():
+            theirs = self.sampler.ask(self.reference, move.x_t.detach(), move.t, batch.cond)
+        return denoising_error(move.out, theirs)
+
+    def state(self) -> dict[str, Tensor]:
+        return self.rewards.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.rewards.load(state)
+
+    def verdict(self, recent: Mapping[str, float]) -> str:
+        return (
+            f"verdict: reward {recent['policy/reward']:.4g} over the last steps, {recent['policy/clamped']:.1%} of the "
+            "pixels clamped (over 5 % above the start is over-saturation); judge its images with another scorer than "
+            "this one: eval/win_rate.py"
+        )
+
+
+def check_anchors(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work of the anchors in an `algorithm` section, one line each."""
+    names = ("reference_weight", "start_weight")
+    return [f"'algorithm.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]

@@ -1,0 +1,173 @@
+"""Watches a run that climbs rewards for the ways in which rewards are hacked, and says so in plain words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffalign.backbones import Backbone
+from diffalign.data.prompts import find_prompts
+from diffalign.rewards import Rewards
+from diffalign.run import Run, write
+from diffalign.sampler import Sampler
+from diffalign.trainer import Trainer
+
+LIMITS = {
+    "saturation": (1.5, "colours are {:.0%} more saturated than at the start"),
+    "contrast": (1.5, "contrast is {:.0%} higher than at the start"),
+    "high_frequency": (2.0, "fine noise or texture is {:.0%} stronger than at the start"),
+}
+"""Measure -> how many times its start it may reach, and what is said beyond."""
+CHUNK = 32
+LEAST_DIVERSITY = 0.5
+MOST_CLAMPED = 0.05
+
+
+class Monitor:
+    """Looks at samples of fixed prompts and noise, before the first step and every so many steps.
+
+    Positional: the run, the backbone, its sampler, the rewards that are trained on, and what loads a scorer by name.
+
+    `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, diversity (the distance between samples of one
+    prompt), clamped, and trained_gain and held_out_gain: how far the mean score rose, in standard deviations of the
+    scores at the start.
+
+    Args:
+        prompts: .txt or .jsonl of prompts that are not trained on, or playground; nothing is watched without
+        prompt_count: how many of them, each drawn twice
+        held_out: a scorer that is never trained on (name, folder or package.module:Class)
+        every: steps between looks
+        stop: end the run at the first warning
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        backbone: Backbone,
+        sampler: Sampler,
+        rewards: Rewards,
+        load_scorer: Callable[..., Any],
+        *,
+        prompts: str | None = None,
+        prompt_count: int = 32,
+        held_out: str | None = None,
+        every: int = 50,
+        stop: bool = False,
+    ):
+        self.run, self.backbone, self.sampler, self.rewards = run, backbone, sampler, rewards
+        self.every, self.stop, self.warned = every, stop, list[int]()
+        self.file = run.folder / "monitor.json"
+        self.scorer = load_scorer(held_out, run.device) if held_out and prompts else None
+        weights = next(self.scorer.parameters(), None) if isinstance(self.scorer, nn.Module) else None
+        self.device = "cpu" if weights is None else weights.device
+        self.prompts: list[str] = []
+        if prompts:
+            found = list(find_prompts(prompts, held_out=True).values())[:prompt_count]
+            self.prompts = [*found, *found]
+            self.cond = backbone.encode_text(found).repeat(2)
+            self.keys = [(k, p) for k in (0, 1) for p in found]
+        self.before: dict[str, Tensor] = {}
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `monitor` section, one line each."""
+        problems = [f"'monitor.{k}' = {cfg[k]} must be 1 or more" for k in ("every", "prompt_count") if cfg[k] < 1]
+        if cfg["prompts"] is None:
+            return problems
+        try:
+            find_prompts(cfg["prompts"], held_out=True)
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(f"'monitor.prompts': {error}")
+        return problems
+
+    def start(self, trainer: Trainer) -> None:
+        """Measure the model as it begins; a resumed run reads what was measured then."""
+        if self.prompts and trainer.step == 0:
+            self.before = self._measure()
+            self._warn(trainer, self.before)
+            if self.run.main:
+                write(self.file, json.dumps({k: v.tolist() for k, v in self.before.items()}))
+        elif self.prompts:
+            self.before = {k: torch.tensor(v) for k, v in json.loads(self.file.read_text()).items()}
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self.prompts and (trainer.step % self.every == 0 or trainer.step == trainer.steps):
+            self._warn(trainer, self._measure())
+
+    def end(self, trainer: Trainer) -> None:
+        if self.warned:
+            self.run.print(f"{len(self.warned)} warnings of the monitor, the first at step {self.warned[0]}")
+
+    @torch.no_grad()
+    def _measure(self) -> dict[str, Tensor]:
+        """Every measure of each sample [2N], or pair of samples [N], on the CPU. Every rank measures the same."""
+        images, scores, theirs = [], [], []
+        for i in range(0, len(self.keys), CHUNK):
+            here = slice(i, i + CHUNK)
+            cond = self.cond.at(torch.arange(len(self.keys))[here])
+            with self.run.accelerator.autocast():
+                x0 = self.sampler.sample(self.backbone.denoiser, cond, self.keys[here])
+            images.append(self.backbone.decode(x0))
+            scores.append(self.rewards.look(images[-1], self.prompts[here]))
+            if self.scorer is not None:
+                theirs.append(self.scorer.score(images[-1].to(self.device), self.prompts[here]))
+        pixels = torch.cat(images)
+        found = {**look_of(pixels), "trained": torch.cat(scores)}
+        if theirs:
+            found["held_out"] = torch.cat(theirs)
+        return {k: v.float().cpu() for k, v in found.items()}
+
+    def _warn(self, trainer: Trainer, now: dict[str, Tensor]) -> None:
+        """Log the measures and say what is suspicious about them."""
+        values = {k: v.mean() for k, v in now.items() if k not in ("trained", "held_out")}
+        gains = {k: (now[k] - self.before[k]) / self.before[k].std() for k in ("trained", "held_out") if k in now}
+        values |= {f"{k}_gain": v.mean() for k, v in gains.items()}
+        self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
+        said = suspicions(self.before, now)
+        for line in said:
+            self.run.print(f"step {trainer.step}: {line}")
+        if said:
+            self.warned.append(trainer.step)
+            if self.stop:
+                trainer.stop = f"the monitor warned: {said[0]}"
+
+
+def look_of(pixels: Tensor) -> dict[str, Tensor]:
+    """Images [2N, 3, H, W] in [0, 1], first and last N of the same prompts -> measures [2N], diversity [N]."""
+    grey = pixels.mean(1, keepdim=True)
+    smooth = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    one, other = pixels.chunk(2)
+    return {
+        "saturation": (pixels.amax(1) - pixels.amin(1)).flatten(1).mean(1),
+        "contrast": grey.flatten(1).std(1),
+        "high_frequency": (grey - smooth).square().flatten(1).mean(1),
+        "clamped": ((pixels <= 0) | (pixels >= 1)).float().flatten(1).mean(1),
+        "diversity": (one - other).square().flatten(1).mean(1).sqrt(),
+    }
+
+
+def suspicions(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """What the measures of before and now say about reward hacking, in plain words; empty for nothing."""
+    said = []
+    for name, (limit, words) in LIMITS.items():
+        times = (now[name].mean() / before[name].mean().clamp(min=1e-6)).item()
+        if times > limit:
+            said.append(f"{words.format(times - 1)}; rewards may be hacked by it")
+    if (less := (now["diversity"].mean() / before["diversity"].mean().clamp(min=1e-6)).item()) < LEAST_DIVERSITY:
+        said.append(f"samples of one prompt differ by {less:.0%} of what they did; the model is losing its diversity")
+    if (more := (now["clamped"].mean() - before["clamped"].mean()).item()) > MOST_CLAMPED:
+        said.append(f"{more:.1%} more of the pixels are clamped than at the start; images are over-saturated")
+    if "held_out" in now:
+        lost, won = now["held_out"] - before["held_out"], now["trained"] - before["trained"]
+        if lost.mean() < -2 * lost.std() / len(lost) ** 0.5 and won.mean() > 0:
+            fall = -(lost.mean() / before["held_out"].std()).item()
+            said.append(
+                f"the held-out scorer fell by {fall:.2f} standard deviations "
+                "while the trained reward rose: this is reward hacking; stop, or anchor the model more strongly"
+            )
+    return said

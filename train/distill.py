@@ -1,0 +1,66 @@
+"""Diff-Instruct (Luo et al., 2023): distil a model into one that draws in one step or a few, from prompts alone.
+
+    accelerate launch train/distill.py --config configs/distill/sd15.yaml data.path=prompts.txt
+    diffalign train distill --config playground run.folder=runs/student
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads with
+the few-step scheduler of the student.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.diff_instruct_star import DiffInstructStar
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.backbones.scores import score_networks
+from diffalign.data import Prompts
+from diffalign.hooks import standard_hooks
+from diffalign.noising import Noising
+from diffalign.run import Run
+from diffalign.sampler import Sampler, few_step_scheduler
+from diffalign.trainer import Trainer, adamw
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "teacher": check_backbone,
+            "data": Prompts.check,
+            "sampler": Sampler.check,
+            "noising": Noising.check,
+            "algorithm": DiffInstructStar.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        teacher=load_backbone,
+        data=Prompts,
+        sampler=Sampler,
+        noising=Noising,
+        algorithm=DiffInstructStar,
+        optimizer=adamw,
+        aux_optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    backbone.scheduler_config = few_step_scheduler(backbone.scheduler_config)
+    prompts = run.prompts(backbone, **cfg.data)
+    resolution = cfg.data["resolution"]
+    scores = score_networks(backbone, run.device, cfg.backbone["path"], **cfg.teacher)
+    sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)
+    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
+    generator, aux = run.prepare(backbone.denoiser), run.prepare(scores.aux)
+    empty = backbone.encode_text([""])
+    algorithm = DiffInstructStar(generator, aux, scores, sampler, noising, empty, **cfg.algorithm)
+    players = {"generator": adamw(generator, **cfg.optimizer), "aux": adamw(aux, **cfg.aux_optimizer)}
+    hooks = standard_hooks(run, backbone, resolution, algorithm, sampler, **cfg.hooks)
+    backbone.release()
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(prompts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""DRaFT-K (Clark et al., 2023): rewards, back-propagated through the last steps of the sampler.
+
+    accelerate launch train/draft.py --config configs/draft/sd15.yaml data.path=prompts.txt
+    diffalign train draft --config playground run.folder=runs/draft
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.draft import DRaFT
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import Prompts
+from diffalign.hooks import standard_hooks
+from diffalign.monitor import Monitor
+from diffalign.reference import reference_for
+from diffalign.rewards import Rewards
+from diffalign.run import Run
+from diffalign.sampler import Sampler
+from diffalign.trainer import Trainer, adamw
+from reward_models import check_mixture, load_mixture, load_scorer
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "data": Prompts.check,
+            "sampler": Sampler.check,
+            "reward": check_mixture,
+            "monitor": Monitor.check,
+            "algorithm sampler": DRaFT.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        data=Prompts,
+        sampler=Sampler,
+        reward=load_mixture,
+        algorithm=DRaFT,
+        optimizer=adamw,
+        trainer=Trainer,
+        monitor=Monitor,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    prompts = run.prompts(backbone, **cfg.data)
+    sampler = Sampler(backbone, run.draws, cfg.data["resolution"], **cfg.sampler)
+    rewards = Rewards(load_mixture(run.device, **cfg.reward), backbone.decode, run.gather)
+    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
+    policy = run.prepare(backbone.denoiser)
+    algorithm = DRaFT(policy, reference, sampler, rewards, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
+    Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""R0 and R0+ (Luo et al., 2025): a few-step generator from rewards alone.
+
+    accelerate launch train/r0.py --config configs/r0/sd15.yaml data.path=prompts.txt
+    diffalign train r0 --config playground run.folder=runs/r0
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.r0 import R0
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import Prompts
+from diffalign.hooks import standard_hooks
+from diffalign.monitor import Monitor
+from diffalign.noising import Noising
+from diffalign.reference import reference_for
+from diffalign.rewards import Rewards
+from diffalign.run import Run
+from diffalign.sampler import Sampler
+from diffalign.trainer import Trainer, adamw
+from reward_models import check_mixture, load_mixture, load_scorer
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "data": Prompts.check,
+            "sampler": Sampler.check,
+            "reward": check_mixture,
+            "monitor": Monitor.check,
+            "noising": Noising.check,
+            "algorithm": R0.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        data=Prompts,
+        sampler=Sampler,
+        reward=load_mixture,
+        noising=Noising,
+        algorithm=R0,
+        optimizer=adamw,
+        trainer=Trainer,
+        monitor=Monitor,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    prompts = run.prompts(backbone, **cfg.data)
+    sampler = Sampler(backbone, run.draws, cfg.data["resolution"], **cfg.sampler)
+    rewards = Rewards(load_mixture(run.device, **cfg.reward), backbone.decode, run.gather)
+    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
+    empty = backbone.encode_text([""])
+    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
+    policy = run.prepare(backbone.denoiser)
+    algorithm = R0(policy, reference, sampler, rewards, noising, empty, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
+    Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))
+
+
+if __name__ == "__main__":
+    main()
