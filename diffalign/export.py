@@ -37,6 +37,7 @@ pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=rounded, **left_o
 if lora:
     pipeline.load_lora_weights(lora)
 pipeline.set_progress_bar_config(disable=True)
+torch.manual_seed(0)
 fixed = torch.Generator().manual_seed(0)
 images = pipeline("", latents=load_file(given)["latents"], num_inference_steps=int(steps), guidance_scale=1.0,
                   generator=fixed, height=int(size), width=int(size), output_type="pt").images
@@ -98,6 +99,8 @@ def own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> to
     pipeline = backbone.pipeline(network).to("cpu").to(torch.float32)
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": resolution, "width": resolution}
     fixed = torch.Generator().manual_seed(0)  # of few-step samplers, which add noise on the way
-    images = pipeline("", latents=latents, generator=fixed, output_type="pt", **settings).images
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the flow pipelines do not pass theirs on
+        images = pipeline("", latents=latents, generator=fixed, output_type="pt", **settings).images
     backbone.release()  # its encoders were moved with the pipeline
     return images

@@ -143,22 +143,27 @@ class Run:
             write(self.metrics, "".join(x + "\n" for x in kept))
 
     def log(self, step: int, values: dict[str, Tensor]) -> None:
-        """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for."""
+        """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.
+
+        What hooks add to the step that was logged last goes into its line.
+        """
         names = sorted(values)
-        self._pending.append((step, names, torch.stack([values[n].float() for n in names])))
-        if step % self.log_every == 0:
+        if self._pending and self._pending[-1][0] < step and self._pending[-1][0] % self.log_every == 0:
             self.flush()
+        self._pending.append((step, names, torch.stack([values[n].float() for n in names])))
 
     def flush(self) -> None:
         """Write the pending metrics: one JSON object a step, NaN left out."""
         if not self.main or not self._pending:
             self._pending.clear()
             return
-        lines = []
+        rows: dict[int, dict[str, float]] = {}
         for step, names, values in self._pending:
             finite = {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}
-            lines.append(json.dumps({"step": step, **finite}))
-            self.accelerator.log(finite, step=step)
+            rows.setdefault(step, {}).update(finite)
+        lines = [json.dumps({"step": step, **row}) for step, row in rows.items()]
+        for step, row in rows.items():
+            self.accelerator.log(row, step=step)
         with self.metrics.open("a") as file:
             file.write("\n".join(lines) + "\n")
         self._pending.clear()
