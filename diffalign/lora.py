@@ -48,7 +48,7 @@ def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
 def adapters_off(network: nn.Module) -> Iterator[None]:
     """Run the model as it was before LoRA. Adapters are on again afterwards, whatever happens inside."""
     layers = lora_layers(network)
-    trained = [p for p in network.parameters() if p.requires_grad]
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     try:
         for layer in layers:
             layer.enable_adapters(False)

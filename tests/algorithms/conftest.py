@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from diffalign.backbones import Backbone, load_backbone
 from diffalign.draws import Draws
 from diffalign.noising import Noising
+from diffalign.playground.world import captions
+from diffalign.rewards import Rewards
 from diffalign.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
-from diffalign.types import Cond, LatentBatch
+from diffalign.types import Cond, LatentBatch, PromptBatch
+from reward_models import WeightedSum
 
 
 class Constant(torch.nn.Module):
@@ -69,3 +74,42 @@ def batch_of() -> Callable[..., LatentBatch]:
         )
 
     return make
+
+
+class Brightness:
+    """A scorer that likes bright images: the mean of the pixels, times `scale`."""
+
+    differentiable, unit = True, "raw"
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def score(self, images, prompts):
+        return self.scale * images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope="session")
+def rewards_of() -> Callable[..., Rewards]:
+    """rewards_of(backbone.decode, 2.0): Brightness of that scale."""
+
+    def make(decode, scale: float = 1.0) -> Rewards:
+        return Rewards(WeightedSum({"brightness": (Brightness(scale), 1.0)}), decode, lambda values: values)
+
+    return make
+
+
+@pytest.fixture
+def prompts_of() -> Callable[..., PromptBatch]:
+    """prompts_of(backbone, 3): a batch of so many prompts."""
+
+    def make(backbone, n: int = 2, epoch: int = 0) -> PromptBatch:
+        prompts = captions(n, held_out=False)
+        return PromptBatch(prompts, backbone.encode_text(prompts), [(epoch, str(i)) for i in range(n)])
+
+    return make
+
+
+@pytest.fixture
+def backbone_of(tiny_sd: Path) -> Callable[..., Backbone]:
+    """backbone_of(lora_rank=2): tiny_sd with the settings of load_backbone."""
+    return lambda **settings: load_backbone(torch.device("cpu"), path=str(tiny_sd), **settings)

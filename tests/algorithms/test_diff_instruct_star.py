@@ -1,0 +1,139 @@
+"""Diff-Instruct* on tiny networks: what is zero at first, whose gradients flow, which settings are the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.algorithms.diff_instruct_star import DiffInstructStar
+from diffalign.backbones import Backbone
+from diffalign.backbones.scores import Scores, score_networks
+from diffalign.draws import Draws
+from diffalign.lora import trained_parameters
+from diffalign.noising import Noising
+from diffalign.sampler import Sampler
+
+CPU = torch.device("cpu")
+
+
+class Made:
+    """An algorithm on tiny_sd, and its parts."""
+
+    def __init__(self, backbone_of: Callable[..., Backbone], shared: bool, rewards: Any = None, **settings: Any):
+        checkpointing = settings.pop("gradient_checkpointing", False)
+        steps = settings.pop("steps", 1)
+        self.backbone = backbone_of(lora_rank=2, gradient_checkpointing=checkpointing)
+        path = str(self.backbone.path)
+        teacher = {"path": path, "lora_rank": 2, "gradient_checkpointing": checkpointing, "seed": 1}
+        teacher |= {"lora_alpha": None, "lora_targets": ("to_q", "to_k", "to_v", "to_out.0")}
+        self.scores: Scores = score_networks(self.backbone, CPU, path if shared else "another", **teacher)
+        self.backbone.denoiser.network.train()
+        draws = Draws(0)
+        sampler = Sampler(self.backbone, draws, 32, timesteps=(999, 749, 499, 249)[:steps], law="renoise")
+        noising = Noising(self.backbone.schedule, draws)
+        empty = self.backbone.encode_text([""])
+        rewards = rewards and rewards(self.backbone.decode)
+        self.algorithm = DiffInstructStar(
+            self.backbone.denoiser, self.scores.aux, self.scores, sampler, noising, empty, rewards, **settings
+        )
+
+    def stir(self) -> Made:
+        for k, module in enumerate((self.backbone.denoiser, self.scores.aux)):
+            g = torch.Generator().manual_seed(k)
+            with torch.no_grad():
+                for p in trained_parameters(module):
+                    p.add_(0.2 * torch.randn(p.shape, generator=g))
+        return self
+
+    def gradient(self, batch: Any) -> Tensor:
+        loss, _ = self.algorithm.loss(batch)
+        loss.backward()
+        grads = [p.grad for p in trained_parameters(self.backbone.denoiser)]
+        return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("distance", ["huber", "l2", "sid", "kl"])
+def test_without_reward_and_guidance_nothing_moves_at_first(
+    backbone_of: Callable, prompts_of: Callable, distance: str, shared: bool
+) -> None:
+    """C9: aux and reference agree exactly, so the gradient is exactly zero."""
+    made = Made(backbone_of, shared, distance=distance)
+    batch = prompts_of(made.backbone)
+    assert (made.gradient(batch) == 0).all()
+    _, metrics = made.algorithm.loss(batch)
+    assert (metrics["score_gap"] == 0).all() and (metrics["distance_gradient"] == 0).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_products_one_after_the_other_are_the_gradient_of_the_whole_graph(
+    backbone_of: Callable, prompts_of: Callable, shared: bool, checkpointing: bool
+) -> None:
+    """C5: the vjp order, with checkpointing too, against one plain graph through two networks without."""
+    settings: dict[str, Any] = {"guidance": 2.0, "steps": 2}
+    plain = Made(backbone_of, False, graph="plain", **settings).stir()
+    batch = prompts_of(plain.backbone, 3)
+    expected = plain.gradient(batch)
+    assert expected.abs().max() > 1e-3
+    found = Made(backbone_of, shared, gradient_checkpointing=checkpointing, **settings).stir().gradient(batch)
+    torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
+
+
+def test_guidance_inside_kl_is_guidance_beside_it(backbone_of: Callable, prompts_of: Callable) -> None:
+    """C6: distilling a guided teacher is a KL and the reward of guidance, weight omega - 1."""
+    inner = Made(backbone_of, True, distance="kl", guidance=3.0).stir()
+    outer = Made(backbone_of, True, distance="kl", guidance=3.0, guidance_place="outer").stir()
+    batch = prompts_of(inner.backbone, 3)
+    a, b = inner.gradient(batch), outer.gradient(batch)
+    # Both are scaled by the distance of x0 to what the reference sees, which inside is the guided one.
+    assert torch.cosine_similarity(a, b, dim=0) > 0.99
+    plain = Made(backbone_of, True, distance="kl").stir().gradient(batch)
+    assert (b - plain).abs().max() > 1e-4
+
+
+def test_each_turn_moves_its_own_player(backbone_of: Callable, prompts_of: Callable, rewards_of: Callable) -> None:
+    """C8; and the reward alone moves the generator."""
+    made = Made(backbone_of, True, rewards_of, aux_rounds=3)
+    batch = prompts_of(made.backbone)
+    turns = made.algorithm.turns(0)
+    assert [turn.player for turn in turns] == ["aux", "aux", "aux", "generator"]
+    loss, metrics = turns[0].loss(batch)
+    loss.backward()
+    assert any(p.grad is not None for p in made.scores.aux.parameters())
+    assert all(p.grad is None for p in made.backbone.denoiser.parameters())
+    for p in made.scores.aux.parameters():
+        p.grad = None
+    assert (made.gradient(batch) != 0).any()
+    assert all(p.grad is None for p in made.scores.aux.parameters())
+    value, metrics = made.algorithm.loss(batch)
+    assert value.item() == pytest.approx(-metrics["reward"].mean().item(), abs=1e-5)
+
+
+def test_reward_and_distance_add_up(backbone_of: Callable, prompts_of: Callable, rewards_of: Callable) -> None:
+    both = Made(backbone_of, True, rewards_of, reward_weight=5.0).stir()
+    batch = prompts_of(both.backbone, 3)
+    distance = Made(backbone_of, True).stir().gradient(batch)
+    once = Made(backbone_of, True, rewards_of, reward_weight=1.0).stir().gradient(batch)
+    torch.testing.assert_close(both.gradient(batch), distance + 5 * (once - distance), atol=1e-5, rtol=1e-3)
+
+
+def test_a_generator_of_several_steps_is_trained_at_one_of_them(backbone_of: Callable, prompts_of: Callable) -> None:
+    made = Made(backbone_of, True, steps=4)
+    stops = set()
+    for epoch in range(20):
+        batch = prompts_of(made.backbone, 1, epoch)
+        moves = made.algorithm.sampler.walk(made.backbone.denoiser, batch.cond, batch.keys, stop=3)
+        x0 = made.algorithm.samples(batch, grad=False)
+        stops |= {k for k, move in enumerate(moves) if torch.equal(move.x0, x0)}
+    assert stops == {0, 1, 2, 3}
+
+
+def test_impossible_settings_are_listed() -> None:
+    cfg = {"huber_c": 0.0, "aux_rounds": 0, "reward_weight": -1.0, "sid_alpha": 1.2, "distance": "kl"}
+    problems = DiffInstructStar.check(cfg)
+    assert len(problems) == 4 and "'algorithm.sid_alpha' has an effect on 'algorithm.distance' = sid only" in problems

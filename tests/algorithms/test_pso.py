@@ -1,0 +1,171 @@
+"""PSO: ln 2 at first, stored densities, direction, clamp, trained timesteps, ties, the released loss that cancels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.algorithms import pso
+from diffalign.algorithms.pso import PSO, PSOCustomization, Rollouts
+from diffalign.backbones import Backbone
+from diffalign.draws import Draws
+from diffalign.lora import trained_parameters
+from diffalign.noising import Noising
+from diffalign.reference import reference_for
+from diffalign.sampler import Move, Sampler
+from diffalign.sampling import log_prob
+from diffalign.types import Cond
+
+
+def pso_of(backbone: Backbone, rewards: Any, law: Any = "ancestral", **settings: Any) -> PSO:
+    sampler = Sampler(backbone, Draws(0), 32, timesteps=(999, 749, 499, 249), law=law)
+    return PSO(backbone.denoiser, reference_for(backbone.denoiser), sampler, rewards, **settings)
+
+
+@pytest.fixture
+def made(backbone_of: Callable, rewards_of: Callable) -> Callable[..., tuple[Backbone, PSO]]:
+    def make(**settings: Any) -> tuple[Backbone, PSO]:
+        backbone = backbone_of(lora_rank=2)
+        return backbone, pso_of(backbone, rewards_of(backbone.decode), **settings)
+
+    return make
+
+
+@pytest.mark.parametrize("law", ["ancestral", "renoise", "random"])
+@pytest.mark.parametrize("per", ["step", "trajectory"])
+def test_the_first_loss_is_ln_2_and_densities_are_those_of_the_rollout(
+    made: Callable, prompts_of: Callable, law: str, per: str
+) -> None:
+    """3.8 a, b, e, g: unchanged weights give ratio 1; the trained timesteps are the sampler's own but the last."""
+    backbone, algorithm = made(law=law, per=per)
+    rollouts = algorithm.roll_out(prompts_of(backbone))
+    loss, metrics = algorithm.loss(rollouts)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert [move.t[0].item() for move in rollouts.moves] == [999, 749, 499]
+    assert metrics["ties"].tolist() == [0, 0]
+    for move in rollouts.moves:
+        stored = log_prob(move.x_next, move.mean, move.std)
+        out = algorithm.sampler.ask(backbone.denoiser, move.x_t, move.t, rollouts.cond)
+        keys = [(key, k) for k in (0, 1) for key in rollouts.keys]
+        again = log_prob(move.x_next, *algorithm.sampler.transition(out, move.x_t, move.t, move.t_next, keys))
+        torch.testing.assert_close(again, stored, atol=1e-4, rtol=0)
+
+
+def test_noise_of_a_pair_is_shared_only_when_asked(made: Callable, prompts_of: Callable) -> None:
+    for shared in (True, False):
+        backbone, algorithm = made(shared_noise=shared)
+        first, second = algorithm.roll_out(prompts_of(backbone)).moves[0].x_t.chunk(2)
+        assert torch.equal(first, second) is shared
+    first, second = algorithm.roll_out(prompts_of(backbone)).moves[-1].x_next.chunk(2)
+    assert not torch.equal(first, second)
+
+
+def one_ratio(algorithm: PSO, better: float, ratio: Tensor) -> Tensor:
+    """The loss of one move where the policy's log densities of (first, second) exceed the reference's by `ratio`."""
+    x, t = torch.zeros(2, 4, 8, 8), torch.full((2,), 999)
+    move = Move(x, t, t - 250, x, x, x, torch.ones(2, 1, 1, 1), x)
+    rollouts = Rollouts([move], Cond(torch.zeros(2, 12, 16)), [(0, "a")], torch.tensor([better]), torch.zeros(2))
+    densities = iter((torch.zeros(2), ratio))  # the reference is asked first
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pso, "log_prob", lambda *arguments: next(densities))
+        return algorithm.loss(rollouts)[0]
+
+
+def test_direction_and_clamp(made: Callable) -> None:
+    """3.8 d: d loss / d (better's ratio) = -beta sigmoid(-margin) inside the clamp, 0 outside it."""
+    _, algorithm = made(beta=50.0, clip=0.1)
+    ratio = torch.tensor([0.01, -0.02], requires_grad=True)
+    loss = one_ratio(algorithm, 1.0, ratio)
+    margin = 50 * 0.03
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)
+    (slope,) = torch.autograd.grad(loss, ratio)
+    expected = 50 / (1 + math.exp(margin))
+    assert slope.tolist() == pytest.approx([-expected, expected], rel=1e-3)
+    far = torch.tensor([0.2, -0.2], requires_grad=True)  # outside [ln .9, ln 1.1]
+    (slope,) = torch.autograd.grad(one_ratio(algorithm, 1.0, far), far)
+    assert slope.tolist() == [0, 0]
+    saturated = one_ratio(algorithm, -1.0, far.detach()).item()
+    assert saturated == pytest.approx(50 * (math.log(1.1) - math.log(0.9)), abs=1e-2)  # 10.03
+    _, free = made(beta=50.0, clip=None)
+    (slope,) = torch.autograd.grad(one_ratio(free, -1.0, far), far)
+    assert slope[0] > 0 > slope[1]
+    assert one_ratio(algorithm, 0.0, ratio.detach()).item() == 0  # a tie
+
+
+def test_it_makes_the_better_sample_likelier(made: Callable, prompts_of: Callable) -> None:
+    """A few steps on one batch of rollouts: the margin grows, and with the pair turned round it falls."""
+    margins = []
+    for sign in (1, -1):
+        backbone, algorithm = made(beta=50.0)
+        rollouts = algorithm.roll_out(prompts_of(backbone, 4))
+        trained = rollouts._replace(better=sign * rollouts.better)
+        optimizer = torch.optim.Adam(trained_parameters(backbone.denoiser), lr=1e-2)
+        for _ in range(6):
+            optimizer.zero_grad()
+            algorithm.loss(trained)[0].backward()
+            optimizer.step()
+        margins.append(algorithm.loss(rollouts)[1]["margin"].mean().item())
+    assert margins[0] > 0.01 > -0.01 > margins[1]
+
+
+def test_a_deterministic_sampler_is_refused(backbone_of: Callable, rewards_of: Callable) -> None:
+    backbone = backbone_of(lora_rank=2)
+    with pytest.raises(ValueError, match=r"law 'deterministic'.*set 'sampler\.steps' to 2 or more"):
+        pso_of(backbone, rewards_of(backbone.decode), law="deterministic")
+    assert len(PSO.check({"beta": 0, "clip": 1.5})) == 2
+
+
+def customization(backbone: Backbone, **settings: Any) -> PSOCustomization:
+    sampler = Sampler(backbone, Draws(0), 32, timesteps=(999, 749, 499, 249), law="renoise")
+    levels = tuple(float(t) for t in sampler.timesteps)
+    noising = Noising(backbone.schedule, Draws(0), timesteps="grid", levels=levels, error_weight="epsilon")
+    reference = reference_for(backbone.denoiser)
+    return PSOCustomization(backbone.denoiser, reference, noising, 256, sampler, None, **settings)
+
+
+def test_targets_are_preferred_to_samples_that_are_drawn_anew(backbone_of: Callable, batch_of: Callable) -> None:
+    backbone = backbone_of(lora_rank=2)
+    algorithm = customization(backbone, redraw_every=10)
+    batch = batch_of([1, 1, 1])
+    algorithm.turns(0)
+    pairs = algorithm.paired(batch)
+    assert torch.equal(pairs.x0[:3], batch.x0) and pairs.group.tolist() == [0, 1, 2, 0, 1, 2]
+    expected = algorithm.sampler.sample(algorithm.reference, batch.cond, [(0, key[1]) for key in batch.keys])
+    torch.testing.assert_close(pairs.x0[3:], expected, atol=1e-5, rtol=1e-5)
+    loss, _ = algorithm.loss(pairs)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
+    algorithm.turns(9)
+    assert torch.equal(algorithm.paired(batch).x0, pairs.x0)
+    algorithm.turns(10)
+    assert not torch.equal(algorithm.paired(batch).x0[3:], pairs.x0[3:])
+    named = backbone.encode_text(["blue square"])
+    algorithm = PSOCustomization(
+        backbone.denoiser, algorithm.reference, algorithm.noising, 256, algorithm.sampler, named
+    )
+    algorithm.turns(0)
+    assert not torch.allclose(algorithm.paired(batch).x0[3:], pairs.x0[3:])
+
+
+def test_levels_of_customization_are_the_samplers(backbone_of: Callable) -> None:
+    algorithm = customization(backbone_of(lora_rank=2))
+    drawn = algorithm.noising.sample([(0, str(k)) for k in range(60)])
+    assert set(drawn.tolist()) == {999, 749, 499, 249}
+
+
+def released(err_w: Tensor, err_l: Tensor, defactor: float, beta: float, prior: float) -> Tensor:
+    """The DreamBooth loss of the released scripts."""
+    return torch.relu(1 + beta * (err_w - defactor * err_l)) + prior * err_l
+
+
+def test_the_released_customisation_loss_cancels_its_losers() -> None:
+    """3.8 f: with (0.1, 5, 0.5), as all 30 scripts have it, the loser's gradient is exactly 0; ours never is."""
+    err_w, err_l = torch.tensor(0.3), torch.tensor(0.4, requires_grad=True)
+    (slope,) = torch.autograd.grad(released(err_w, err_l, 0.1, 5.0, 0.5), err_l)
+    assert slope.item() == 0
+    (slope,) = torch.autograd.grad(released(err_w, err_l, 1.0, 5.0, 0.5), err_l)
+    assert slope.item() == -4.5
