@@ -36,21 +36,26 @@ from diffalign.report import paired_win_rate
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 PAGE = Path(__file__).parent.parent / "docs" / "learning.md"
 MARK = "<!-- what follows is written by benchmarks/learning.py -->"
-SAMPLING = ["--steps=10", "--guidance=2.0", "--size=32", "--batch-size=64"]
+STEPS = {"playground_one_step": 1, "playground_four_step": 4}  # the others draw in 10 with guidance 2
 BOTH, ALL = ("true", "flipped"), ("true", "flipped", "random")
 NOISY = "noisy"  # true labels, of which SWAPPED were swapped
 SWAPPED = 0.3
 
 
 class Case(NamedTuple):
-    """A recipe, what it changes in its playground config, which labels it is run on, and which model."""
+    """A recipe, what it changes in its playground config, which labels it is run on, and which model.
+
+    Where `scored`, it trains on prompts and a learned scorer, or on the judge; its flipped labels are the weight -1.
+    """
 
     recipe: str
     changes: tuple[str, ...] = ()
     labels: tuple[str, ...] = BOTH
     model: str = "playground"
+    scored: bool = False
 
 
+ONE, FOUR = STEPS
 FLOW = ("backbone.path=playground_flow", "backbone.max_sequence_length=8")
 SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1")
 CASES = {
@@ -68,6 +73,19 @@ CASES = {
         "diffusion_dpo", ("algorithm.loss=conservative", "algorithm.label_smoothing=0.3"), (NOISY,)
     ),
     "robust/lora": Case("diffusion_dpo", ("algorithm.loss=robust", "algorithm.label_smoothing=0.3"), (NOISY,)),
+    "refl/lora": Case("refl", scored=True),
+    "draft/lora": Case("draft", scored=True),
+    "pso/four_step": Case("pso", model=FOUR, scored=True),
+    "pso judge/four_step": Case("pso", ("reward.scorers=[diffalign.playground:Judge]",), model=FOUR, scored=True),
+    "pso_offline/four_step": Case("pso_offline", model=FOUR),
+    "naive/four_step": Case("sft", (f"backbone.path={FOUR}", "hooks.sample_every=0"), ("true",), model=FOUR),
+    "diff_instruct_star/one_step": Case("diff_instruct_star", model=ONE, scored=True),
+    "diff_instruct_star/four_step": Case(
+        "diff_instruct_star", (f"backbone.path={FOUR}", "sampler.steps=4"), model=FOUR, scored=True
+    ),
+    "r0 plus/one_step": Case("r0", (f"backbone.path={ONE}", "sampler.steps=1"), model=ONE, scored=True),
+    "r0 plus/four_step": Case("r0", model=FOUR, scored=True),
+    "r0/four_step": Case("r0", ("algorithm.rewarded=final",), model=FOUR, scored=True),
 }
 
 
@@ -80,7 +98,6 @@ class World:
         self._prompts("train", 768, held_out=False)
         self._prompts("ranked", 384, held_out=False)
         self._prompts("held_out", 128, held_out=True)
-        self.generate("train", "pairs", "--seed=1")
         self.generate("held_out", "base")
         self.generate("held_out", "base-other-noise", "--seed=1")
 
@@ -95,8 +112,10 @@ class World:
             f"--out={self.folder / out}",
         ]
         recipe = runpy.run_path(str(launch.find("eval", "generate")))
-        short = ["--max-sequence-length=8"] if self.model == "playground_flow" else []
-        if recipe["main"]([*arguments, f"--samples-per-prompt={samples}", *SAMPLING, *short, *more]):
+        steps = STEPS.get(self.model)
+        sampling = ["--size=32", "--batch-size=64", f"--steps={steps or 10}", f"--guidance={1.0 if steps else 2.0}"]
+        sampling += ["--max-sequence-length=8"] if self.model == "playground_flow" else []
+        if recipe["main"]([*arguments, f"--samples-per-prompt={samples}", *sampling, *more]):
             raise RuntimeError(f"generating '{out}' failed")
 
     def labelled(self, name: str, case: Case, labels: str, seed: int) -> Path:
@@ -106,6 +125,7 @@ class World:
             self.generate("ranked", "groups", "--seed=1", samples=4)
             rank(self.folder / "groups", out, labels=kind, seed=seed)  # type: ignore[arg-type]
         else:
+            self.generate("train", "pairs", "--seed=1")
             noise = SWAPPED if labels == NOISY else 0.0
             label(self.folder / "pairs", out, labels=kind, noise=noise, seed=seed)  # type: ignore[arg-type]
         return out
@@ -138,8 +158,12 @@ def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
     """Label, train, generate, judge: one row of the table."""
     chosen = CASES[case]
     name = f"{case.replace('/', '-')}-{labels}-{seed}"
-    data, run = world.labelled(name, chosen, labels, seed), world.folder / name
-    settings = [f"run.folder={run}", f"run.seed={seed}", f"data.path={data}", "hooks.sample_every=0"]
+    run = world.folder / name
+    settings = [f"run.folder={run}", f"run.seed={seed}", "hooks.sample_every=0"]
+    if chosen.scored:
+        settings += ["monitor.prompts=null", f"reward.weights=[{1 if labels == 'true' else -1}]"]
+    else:
+        settings += [f"data.path={world.labelled(name, chosen, labels, seed)}"]
     settings += [f"backbone.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false", *chosen.changes]
     started = time.time()
     with counting() as count:

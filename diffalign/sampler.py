@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffalign.backbones import Backbone
 from diffalign.draws import Draws
+from diffalign.noising import Noising
 from diffalign.sampling import Network, Step, gaussian_step, guided, renoise_step
 from diffalign.schedule import VPSchedule, per_sample
 from diffalign.types import Cond, Key
@@ -165,6 +166,11 @@ class Sampler:
             return renoise_step(self.schedule, out, x_t, t, t_next)
         eta = self.draws.uniform([(key, level) for key, level in zip(keys, t.tolist(), strict=True)], stream="eta")
         return renoise_step(self.schedule, out, x_t, t, t_next, per_sample(eta).to(x_t.device))
+
+    def noising(self) -> Noising:
+        """Training at the sampler's own timesteps and no others, with errors of the noise."""
+        levels = tuple(self.timesteps.tolist())
+        return Noising(self.schedule, self.draws, timesteps="grid", levels=levels, error_weight="epsilon")
 
     @torch.no_grad()
     def sample(self, network: Network, cond: Cond, keys: Sequence[Key], x: Tensor | None = None) -> Tensor:

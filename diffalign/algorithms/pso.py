@@ -18,7 +18,7 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -223,3 +223,12 @@ class PSOCustomization(DiffusionDPO):
         return batch._replace(
             x0=torch.cat([batch.x0, losers]), group=batch.group.repeat(2), scores=batch.scores.repeat(2), size=size
         )
+
+
+def subject(encode_text: Callable[[Sequence[str]], Cond], *, prompt: str | None = None) -> Cond | None:
+    """The Cond of the prompt from which samples to compare with are drawn.
+
+    Args:
+        prompt: of the class that a subject belongs to ("a photo of a dog"); each target's own caption when left out
+    """
+    return None if prompt is None else encode_text([prompt])

@@ -107,7 +107,7 @@ class PreferenceLatents(Dataset):
         draws_per_sample: int | None = None,
         num_workers: int = 0,
     ):
-        if problems := check_latents(locals()):  # the config checker calls it with the same names
+        if problems := self.check(locals()):  # the config checker calls it with the same names
             raise ValueError("\n".join(problems))
         self.encoder: Encoder | None = encoder
         self.draws, self.resolution, self.batch_size, self.num_workers = draws, resolution, batch_size, num_workers
@@ -134,6 +134,11 @@ class PreferenceLatents(Dataset):
             self._locate(store, seen)
 
     read = staticmethod(read_some)
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `data` section, one line each."""
+        return check_latents(cfg)
 
     @staticmethod
     @abstractmethod

@@ -1,0 +1,87 @@
+"""Prompts from files and from the playground, encoded once; images of a style or a subject with their captions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.backbones import load_backbone
+from diffalign.data import KeyedLoader, Prompts, TargetImages
+from diffalign.data.prompts import find_prompts
+from diffalign.data.targets import read_targets
+from diffalign.draws import Draws
+
+CPU = torch.device("cpu")
+
+
+def test_prompts_are_encoded_once_and_drawn_by_key(tmp_path: Path, tiny_sd: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "red circle", "prompt_id": "r"}\n{"prompt": "blue square", "prompt_id": "b"}\n')
+    backbone = load_backbone(CPU, path=str(tiny_sd))
+    settings: dict[str, Any] = {"path": str(file), "batch_size": 2, "resolution": 32, "cache": str(tmp_path / "cache")}
+    prompts = Prompts(backbone, tmp_path / "run", **settings)
+    calls = []
+    backbone.encode_text = lambda texts: calls.append(texts)  # type: ignore[method-assign, assignment, func-returns-value]
+    again = Prompts(backbone, tmp_path / "run", **settings)
+    assert not calls and len(again) == 2
+    loader = KeyedLoader(prompts, Draws(0), batch_size=2, device=CPU)
+    batches = [batch for batch, _ in zip(loader.start(0), range(3), strict=False)]
+    assert [sorted(batch.keys) for batch in batches] == [[(e, "b"), (e, "r")] for e in range(3)]
+    fresh = load_backbone(CPU, path=str(tiny_sd))
+    torch.testing.assert_close(
+        batches[0].cond.tokens, fresh.encode_text(batches[0].prompts).tokens, atol=2e-3, rtol=1e-3
+    )
+    assert next(iter(loader.start(2))).keys == batches[2].keys
+
+
+def test_playground_prompts_are_of_training_or_held_out() -> None:
+    assert not set(find_prompts("playground").values()) & set(find_prompts("playground", held_out=True).values())
+    cfg = {"path": "nowhere.txt", "batch_size": 0, "resolution": 32, "limit": None, "cache": None}
+    assert Prompts.check(cfg) == [
+        "'data.path': 'nowhere.txt' does not exist",
+        "'data.batch_size' = 0 must be 1 or more",
+    ]
+
+
+def picture(file: Path, colour: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (40, 32), colour).save(file)
+
+
+def test_captions_of_targets_in_three_layouts(tmp_path: Path, tiny_sd: Path) -> None:
+    style, subject, beside = tmp_path / "style", tmp_path / "subject", tmp_path / "beside"
+    for folder in (style, subject, beside):
+        picture(folder / "a.png", "red"), picture(folder / "b.jpg", "blue")
+    rows = [{"file_name": "b.jpg", "text": "blue"}, {"file_name": "a.png", "text": "red"}]
+    (style / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (subject / "prompt.txt").write_text("a photo of [V] dog\n")
+    (beside / "a.txt").write_text("red thing")
+    assert [r.prompt for r in read_targets(style)] == ["red", "blue"]  # type: ignore[union-attr]
+    assert [r.prompt for r in read_targets(subject)] == ["a photo of [V] dog"] * 2  # type: ignore[union-attr]
+    found = read_targets(beside)
+    assert found[0].prompt == "red thing" and found[1].kind == "empty caption"  # type: ignore[union-attr]
+    backbone = load_backbone(CPU, path=str(tiny_sd))
+    settings: dict[str, Any] = {"resolution": 32, "cache": str(tmp_path / "cache"), "batch_size": 2}
+    targets = TargetImages(backbone, Draws(0), tmp_path / "run", path=str(style), **settings)
+    batch = targets.collate([targets[0, 0], targets[0, 1]])
+    assert batch.x0.shape == (2, 4, 8, 8) and batch.group.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"1 of 2 records .*damaged"):
+        TargetImages(backbone, Draws(0), tmp_path / "run", path=str(beside), **settings)
+
+
+def test_what_is_wrong_with_a_folder_of_targets(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder of images at"):
+        read_targets(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no images"):
+        read_targets(tmp_path)
+    picture(tmp_path / "a.png", "red")
+    with pytest.raises(ValueError, match=r"needs captions: metadata\.jsonl, a \.txt beside each image, or one"):
+        read_targets(tmp_path)
+    (tmp_path / "metadata.jsonl").write_text('{"file": "a.png"}\n')
+    with pytest.raises(ValueError, match=r"metadata\.jsonl' line 1 needs file_name and text"):
+        read_targets(tmp_path)

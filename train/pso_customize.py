@@ -1,0 +1,63 @@
+"""PSO (Miao et al., 2024) for a style or a subject: given images against a distilled model's own samples.
+
+    accelerate launch train/pso_customize.py --config configs/pso_customize/sdxl_turbo.yaml data.path=images/
+    diffalign train pso_customize --config playground run.folder=runs/style data.path=images/
+
+images/ holds the images and their captions: metadata.jsonl, a .txt beside each, or one prompt.txt for all ("a photo of
+[V] dog"; then say subject.prompt="a photo of a dog", from which the samples to compare with are drawn).
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+import math
+
+from diffalign import config
+from diffalign.algorithms.pso import PSOCustomization, subject
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import TargetImages
+from diffalign.hooks import standard_hooks
+from diffalign.reference import reference_for
+from diffalign.run import Run
+from diffalign.sampler import Sampler
+from diffalign.trainer import Trainer, adamw
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "data": TargetImages.check,
+            "sampler": Sampler.check,
+            "algorithm": PSOCustomization.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        data=TargetImages,
+        subject=subject,
+        sampler=Sampler,
+        algorithm=PSOCustomization,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    resolution = cfg.data["resolution"]
+    targets = run.latents(TargetImages, backbone, **cfg.data)
+    sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)
+    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
+    policy = run.prepare(backbone.denoiser)
+    dims = math.prod(backbone.latent_shape(resolution))
+    drawn_from = subject(backbone.encode_text, **cfg.subject)
+    algorithm = PSOCustomization(policy, reference, sampler.noising(), dims, sampler, drawn_from, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    hooks = standard_hooks(run, backbone, resolution, algorithm, sampler, **cfg.hooks)
+    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(targets))
+
+
+if __name__ == "__main__":
+    main()
