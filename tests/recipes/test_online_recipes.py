@@ -1,0 +1,220 @@
+"""Recipes that train on samples of their own: families, exports, two processes, a kill and resume, wrong settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+SCORED = ("refl", "draft", "r0", "pso", "diff_instruct_star")
+BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "run.log_every=1"]
+TINY = [*BARE, "data.limit=8", "trainer.steps=2"]
+SHORT = {
+    "refl": ["sampler.steps=2", "algorithm.first_step=1"],
+    "draft": ["sampler.steps=2", "algorithm.last_steps=1"],
+    "r0": ["sampler.steps=2"],
+    "pso": ["sampler.steps=2", "sampler.law=renoise"],
+    "diff_instruct_star": ["teacher.lora_rank=2", "algorithm.aux_rounds=1"],
+    "distill": ["sampler.steps=1", "algorithm.aux_rounds=1"],
+}
+DARK = ["reward.scorers=['tests_dark:Dark']", "monitor.prompts=null"]
+
+
+@pytest.fixture(autouse=True)
+def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scorer of the user's own, which likes dark images; also for processes that are started."""
+    code = "class Dark:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
+    (tmp_path / "tests_dark.py").write_text(code + "        return -images.mean((1, 2, 3))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def prompts(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("".join(f"small red circle on white {k}\n" for k in range(8)))
+    return folder / "prompts.txt"
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("name", [*SCORED, "distill"])
+def test_two_steps_on_every_family(
+    tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, family: str, name: str
+) -> None:
+    """Two steps, saved, loaded by stock diffusers; of Diff-Instruct* two LoRAs on one network."""
+    model, out = request.getfixturevalue(family), tmp_path / "run"
+    settings = [f"run.folder={out}", f"data.path={prompts(tmp_path)}", "data.batch_size=2", f"backbone.path={model}"]
+    settings += ["backbone.max_sequence_length=8", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0", *TINY]
+    if name == "distill":
+        settings += [f"teacher.path={model}", "teacher.max_sequence_length=8"]
+    else:
+        settings += ["backbone.lora_rank=2", *DARK]
+    if name == "diff_instruct_star":
+        settings += [f"teacher.path={model}"]
+    recipe(name, "--config=playground", *settings, *SHORT[name])
+    assert [row["step"] for row in metrics(out)] == [1, 2]
+    assert all(p.stat().st_size > 0 for p in (out / "export").rglob("*.safetensors"))
+    index = json.loads((model / "model_index.json").read_text())
+    left_out = {k: None for k, v in index.items() if v == [None, None]}
+    if name == "distill":
+        student = DiffusionPipeline.from_pretrained(out / "export", **left_out)
+        config = student.scheduler.config
+        assert type(student.scheduler).__name__ == "LCMScheduler" or config.stochastic_sampling
+        return
+    pipeline = DiffusionPipeline.from_pretrained(model, **left_out)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images() -> torch.Tensor:
+        call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "pt"}
+        return pipeline("red circle", generator=torch.Generator().manual_seed(0), **call).images
+
+    before = images()
+    pipeline.load_lora_weights(out / "export")
+    assert not torch.equal(before, images())
+
+
+def test_the_runs_own_samples_come_out_of_stock_diffusers(tmp_path: Path, recipe: Callable) -> None:
+    """The sample grid of a few-step run again from its export with its few-step scheduler."""
+    from torchvision.utils import save_image
+
+    from diffalign.draws import Draws
+
+    settings = [f"run.folder={tmp_path / 'run'}", "data.batch_size=4", "trainer.steps=2", "data.limit=8", *DARK]
+    settings += ["hooks.sample_every=2", "hooks.checkpoint_every=0", "hooks.verify_export=true", "optimizer.lr=1e-2"]
+    wanted = ["small red circle on white", "large blue square left on black"]
+    settings += [f"hooks.sample_prompts=[{','.join(wanted)}]"]
+    recipe("pso", "--config=playground", *settings)
+    from diffalign.playground import STUDENTS
+
+    pipeline = DiffusionPipeline.from_pretrained(STUDENTS[4]).to(torch.float32)
+    pipeline.load_lora_weights(tmp_path / "run" / "export")
+    pipeline.set_progress_bar_config(disable=True)
+    draws = Draws(0)
+    images = pipeline(
+        wanted,
+        latents=draws.normal(wanted, (4, 16, 16), stream="latents"),
+        generator=[draws.generator(p, "sampler") for p in wanted],
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        height=32,
+        width=32,
+        output_type="pt",
+    ).images
+    save_image(images, tmp_path / "theirs.png", nrow=1, padding=1)
+    files = (tmp_path / "run" / "samples" / "step-000002.png", tmp_path / "theirs.png")
+    ours, theirs = (torch.tensor(list(Image.open(file).tobytes())) for file in files)
+    assert (ours - theirs).abs().max() <= 1  # a level of 255
+
+
+def two_players(folder: Path, *more: str) -> list[str]:
+    settings = [f"run.folder={folder}", "data.limit=8", "run.log_every=1", "hooks.sample_every=0", *DARK]
+    settings += ["hooks.verify_export=false", "algorithm.aux_rounds=2", "optimizer.lr=1e-3", "reward.normalise=running"]
+    return ["--config=playground", *settings, *more]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["two LoRAs on one network", "two networks"])
+def test_two_players_on_two_processes_equal_one(tmp_path: Path, recipe: Callable, shared: bool) -> None:
+    teacher = ["teacher.path=playground_one_step"] if shared else []
+    # Running statistics see accumulated micro-batches one after the other, and those of two processes together.
+    more = [*teacher, "trainer.steps=2", "hooks.checkpoint_every=0", "reward.normalise=none"]
+    recipe("diff_instruct_star", *two_players(tmp_path / "one", *more, "data.batch_size=2", "trainer.grad_accum=2"))
+    command = [sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", "diff_instruct_star"]
+    launched = subprocess.run(
+        [*command, *two_players(tmp_path / "two", *more, "data.batch_size=2")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (a["step"], key)
+    first, second = (load_file(next((tmp_path / n / "export").glob("*.safetensors"))) for n in ("one", "two"))
+    assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
+
+
+KILLED = """
+import os, runpy, signal, sys
+import diffalign.hooks as hooks
+recipe, *arguments = sys.argv[1:]
+
+def kill(self, trainer, save=hooks.Checkpoint.after_step):
+    save(self, trainer)
+    if trainer.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+hooks.Checkpoint.after_step = kill
+runpy.run_path(recipe)["main"](arguments)
+"""
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["two LoRAs on one network", "two networks"])
+def test_two_players_killed_and_resumed_equal_never_killed(tmp_path: Path, recipe: Callable, shared: bool) -> None:
+    """Bit for bit, the running statistics of the reward and a moving average included."""
+    torch.set_num_threads(1)
+    more = ["teacher.path=playground_one_step"] if shared else []
+    more += ["trainer.steps=5", "hooks.checkpoint_every=2", "data.batch_size=2", "hooks.ema_decay=0.9"]
+    recipe("diff_instruct_star", *two_players(tmp_path / "whole", *more))
+    script = str(ROOT / "train" / "diff_instruct_star.py")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, script, *two_players(tmp_path / "broken", *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    recipe("diff_instruct_star", *two_players(tmp_path / "broken", *more, "run.resume=true"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    first, second = (load_file(next((tmp_path / n / "export").glob("*.safetensors"))) for n in ("whole", "broken"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_customisation_of_a_folder(tmp_path: Path, recipe: Callable) -> None:
+    (tmp_path / "images").mkdir()
+    for k in range(3):
+        Image.new("RGB", (40, 32), (200, 30 * k, 10)).save(tmp_path / "images" / f"{k}.png")
+    (tmp_path / "images" / "prompt.txt").write_text("red circle on white")
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={tmp_path / 'images'}", "data.batch_size=2", *BARE]
+    settings += ["trainer.steps=3", "algorithm.redraw_every=2", "subject.prompt=circle on white"]
+    recipe("pso_customize", "--config=playground", *settings)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-5) and len(rows) == 3
+
+
+def test_offline_pso_trains_the_samplers_timesteps(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "data.batch_size=8", *TINY]
+    recipe("pso_offline", "--config=playground", *settings)
+    rows = metrics(tmp_path / "run")
+    assert rows[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert {key.split("@")[1] for row in rows for key in row if key.startswith("policy/margin@")} <= {
+        "t000", "t250", "t500", "t750"
+    }  # fmt: skip
+
+
+def test_what_cannot_work_is_said_at_once(tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = ["algorithm.first_step=99", "sampler.steps=0", "reward.weights=[1,2]", "monitor.every=0", "data.path=x.csv"]
+    with pytest.raises(SystemExit):
+        recipe("refl", "--config=playground", f"run.folder={tmp_path / 'run'}", *wrong)
+    said = capsys.readouterr().err
+    for words in ("first_step' = 99", "'sampler.steps' = 0", "2 numbers for 1 scorers", "'monitor.every' = 0", "x.csv"):
+        assert words in said, said
+    judge = "reward.scorers=['diffalign.playground:Judge']"
+    with pytest.raises(ValueError, match=r"gives no gradient; ReFL needs one that does"):
+        recipe("refl", "--config=playground", f"run.folder={tmp_path / 'run'}", judge, *TINY, "monitor.prompts=null")
