@@ -161,7 +161,7 @@ def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
     run = world.folder / name
     settings = [f"run.folder={run}", f"run.seed={seed}", "hooks.sample_every=0"]
     if chosen.scored:
-        settings += ["monitor.prompts=null", f"reward.weights=[{1 if labels == 'true' else -1}]"]
+        settings += ["monitor.every=30", f"reward.weights=[{1 if labels == 'true' else -1}]"]
     else:
         settings += [f"data.path={world.labelled(name, chosen, labels, seed)}"]
     settings += [f"backbone.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false", *chosen.changes]
@@ -187,7 +187,14 @@ def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "forwards": count["forwards"],
         "commit": commit(),
+        **({"warnings": warnings(run)} if chosen.scored else {}),
     }
+
+
+def warnings(run: Path) -> int:
+    """How often the monitor warned."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return int(sum(row.get("monitor/warnings", 0) for row in rows))
 
 
 def commit() -> str:

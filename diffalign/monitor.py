@@ -33,9 +33,9 @@ class Monitor:
 
     Positional: the run, the backbone, its sampler, the rewards that are trained on, and what loads a scorer by name.
 
-    `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, diversity (the distance between samples of one
-    prompt), clamped, and trained_gain and held_out_gain: how far the mean score rose, in standard deviations of the
-    scores at the start.
+    `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, clamped, diversity (the distance of samples of
+    one prompt), warnings (how many), trained_gain and held_out_gain: how far the mean score rose, in standard
+    deviations of the scores at the start.
 
     Args:
         prompts: .txt or .jsonl of prompts that are not trained on, or playground; nothing is watched without
@@ -127,8 +127,9 @@ class Monitor:
         values = {k: v.mean() for k, v in now.items() if k not in ("trained", "held_out")}
         gains = {k: (now[k] - self.before[k]) / self.before[k].std() for k in ("trained", "held_out") if k in now}
         values |= {f"{k}_gain": v.mean() for k, v in gains.items()}
-        self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
         said = suspicions(self.before, now)
+        values["warnings"] = torch.tensor(float(len(said)))
+        self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
         for line in said:
             self.run.print(f"step {trainer.step}: {line}")
         if said:
