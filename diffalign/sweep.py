@@ -153,7 +153,10 @@ def _changed(point: Point) -> list[str]:
 def _contest(point: Point, prompts: str | None, scorer: str | None) -> Contest:
     cfg, folder = point.config, point.folder.parent
     hooks, sampling = cfg.hooks, ["--samples-per-prompt", str(SAMPLES), "--dtype", cfg.backbone["dtype"]]
-    sampling += ["--steps", str(hooks["sample_steps"]), "--guidance", str(hooks["sample_guidance"])]
+    own = cfg.sections.get("sampler", {"steps": hooks["sample_steps"], "guidance": hooks["sample_guidance"]})
+    sampling += ["--steps", str(own["steps"]), "--guidance", str(own["guidance"])]
+    if own.get("timesteps"):
+        sampling += ["--timesteps", *map(str, own["timesteps"])]
     return Contest(
         base=os.path.expanduser(cfg.backbone["path"]),
         images=folder / "sweep-base",

@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="output folder")
     add("--samples-per-prompt", type=int, default=1, metavar="N", help="images of each prompt, from different noise")
     add("--steps", type=int, default=50, help="denoising steps (50)")
+    add("--timesteps", type=int, nargs="+", metavar="T", help="of a distilled model, instead of --steps (399 for DMD2)")
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (7.5)")
     add("--size", type=int, metavar="PX", help="width and height; default: what the model was trained at")
     add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt in T5 (SD3); default: the pipeline's")
@@ -152,7 +153,7 @@ def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
 
 def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
     """What decides the images, for settings.json."""
-    names = ("samples_per_prompt", "steps", "guidance", "seed", "dtype", "max_sequence_length")
+    names = ("samples_per_prompt", "steps", "timesteps", "guidance", "seed", "dtype", "max_sequence_length")
     own = {k: getattr(args, k) for k in names}
     return {
         "pipeline": args.pipeline,
@@ -201,7 +202,7 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
         [task.prompt for task in batch],
         latents=draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype),
         generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise on the way
-        num_inference_steps=args.steps,
+        **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
         guidance_scale=args.guidance,
         height=size,
         width=size,

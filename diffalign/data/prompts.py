@@ -100,7 +100,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     Raises FileNotFoundError, and ValueError for other files, rows without a prompt and ids that come twice.
     """
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts must be a .txt file (one a line) or a .jsonl file; got '{path}'")
+        raise ValueError(f"prompts must end in .txt (one a line) or .jsonl; got '{path}'")
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist")
     prompts: dict[str, str] = {}

@@ -49,6 +49,10 @@ PANELS = (
     Panel("Error minus the reference's", ("winner_error_change", "loser_error_change"), 0.0),
     Panel("Margin by timestep", ("margin@",), 0.0),
     Panel("Reward", ("reward",)),
+    Panel("Reward by scorer", ("reward@",)),
+    Panel("Trained and held-out reward, gain in standard deviations", ("trained_gain", "held_out_gain"), 0.0),
+    Panel("Look of the samples", ("saturation", "contrast", "diversity", "clamped")),
+    Panel("Difference of the scores", ("score_gap",)),
     Panel("Gradient norm", ("grad_norm",)),
 )
 """What is drawn, where a run has it. A name that ends in @ takes every timestep bucket of that metric."""
