@@ -78,7 +78,8 @@ CASES = {
     "pso/four_step": Case("pso", model=FOUR, scored=True),
     "pso judge/four_step": Case("pso", ("reward.scorers=[diffalign.playground:Judge]",), model=FOUR, scored=True),
     "pso_offline/four_step": Case("pso_offline", model=FOUR),
-    "naive/four_step": Case("sft", (f"backbone.path={FOUR}", "hooks.sample_every=0"), ("true",), model=FOUR),
+    "naive/one_step": Case("sft", (f"backbone.path={ONE}",), ("true",), model=ONE),
+    "naive/four_step": Case("sft", (f"backbone.path={FOUR}",), ("true",), model=FOUR),
     "diff_instruct_star/one_step": Case("diff_instruct_star", model=ONE, scored=True),
     "diff_instruct_star/four_step": Case(
         "diff_instruct_star", (f"backbone.path={FOUR}", "sampler.steps=4"), model=FOUR, scored=True

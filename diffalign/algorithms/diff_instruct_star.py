@@ -29,7 +29,7 @@ from diffalign.divergence import Distance, Point, gradient, guidance_scale_of
 from diffalign.lora import Adapter
 from diffalign.noising import Noising, errors
 from diffalign.rewards import Rewards, norm
-from diffalign.sampler import Sampler
+from diffalign.sampler import Move, Sampler
 from diffalign.sampling import Network
 from diffalign.schedule import per_sample
 from diffalign.types import Cond, Metrics, PromptBatch
@@ -52,7 +52,7 @@ class DiffInstructStar(Algorithm):
         guidance: classifier-free guidance of the reference; 1 for none
         guidance_place: inner, the guided reference inside the distance; outer, guidance as a term of its own
         aux_rounds: turns of the aux network before each one of the generator
-        graph: vjp holds one network's graph at a time, for one more forward; plain is one graph through both
+        graph: vjp holds one network's graph at a time, for two more forwards; plain is one graph through all
     """
 
     def __init__(
@@ -104,11 +104,10 @@ class DiffInstructStar(Algorithm):
         if self.rewards is not None:
             self.rewards.load(state)
 
-    def samples(self, batch: PromptBatch, *, grad: bool) -> Tensor:
-        """x0 [B, C, h, w] of the generator at one of its steps."""
+    def move(self, batch: PromptBatch, *, grad: bool) -> Move:
+        """The generator at one of its steps, whose x0 [B, C, h, w] is what it is trained on."""
         stop = self.sampler.draw_step(batch.keys)
-        moves = self.sampler.walk(self.generator, batch.cond, batch.keys, stop=stop, graded=(stop,) if grad else ())
-        return moves[-1].x0
+        return self.sampler.walk(self.generator, batch.cond, batch.keys, stop=stop, graded=(stop,) if grad else ())[-1]
 
     def point(self, x0: Tensor, batch: PromptBatch) -> tuple[Point, Tensor]:
         """Noised samples and their timesteps [B]."""
@@ -120,7 +119,7 @@ class DiffInstructStar(Algorithm):
     def aux_loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
         """B prompts -> the denoising error of the aux network on the generator's samples."""
         with torch.no_grad():
-            x0 = self.samples(batch, grad=False)
+            x0 = self.move(batch, grad=False).x0
         _activate(self.scores.aux)
         t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
         error = errors(self.aux, self.noising.add(x0, eps, t, batch.cond))
@@ -128,7 +127,8 @@ class DiffInstructStar(Algorithm):
 
     def loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
         """B prompts -> a loss whose gradient is the generator's, and per sample [B] reward, score gap and gradients."""
-        x0 = self.samples(batch, grad=True)
+        move = self.move(batch, grad=self.settings["graph"] == "plain")
+        x0 = move.x0
         p, t = self.point(x0.detach(), batch)
         follows, leads = self._eps(self.scores.aux, t, batch.cond), self._guided(t, batch.cond)
         descent, aux, ref = gradient(self.distance, follows, leads, p, **self.settings)
@@ -144,6 +144,9 @@ class DiffInstructStar(Algorithm):
             metrics |= ascent.metrics
         # Checkpointed activations are recomputed in the backward pass, with the LoRA that is active then.
         _activate(self.generator)
+        if not x0.requires_grad:  # only now, so that no other network's graph is in memory with this one
+            out = self.sampler.ask(self.generator, move.x_t, move.t, batch.cond)
+            x0, _ = self.noising.schedule.split(out, move.x_t, move.t)
         along = (descent * x0).flatten(1).sum(1)
         return (along - along.detach() - self.reward_weight * total).mean(), metrics
 

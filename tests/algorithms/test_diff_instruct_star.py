@@ -128,7 +128,7 @@ def test_a_generator_of_several_steps_is_trained_at_one_of_them(backbone_of: Cal
     for epoch in range(20):
         batch = prompts_of(made.backbone, 1, epoch)
         moves = made.algorithm.sampler.walk(made.backbone.denoiser, batch.cond, batch.keys, stop=3)
-        x0 = made.algorithm.samples(batch, grad=False)
+        x0 = made.algorithm.move(batch, grad=False).x0
         stops |= {k for k, move in enumerate(moves) if torch.equal(move.x0, x0)}
     assert stops == {0, 1, 2, 3}
 
