@@ -86,7 +86,7 @@ CASES = {
     ),
     "r0 plus/one_step": Case("r0", (f"backbone.path={ONE}", "sampler.steps=1"), model=ONE, scored=True),
     "r0 plus/four_step": Case("r0", model=FOUR, scored=True),
-    "r0/four_step": Case("r0", ("algorithm.rewarded=final",), model=FOUR, scored=True),
+    "r0/four_step": Case("r0", ("algorithm.rewarded=final", "trainer.steps=50"), model=FOUR, scored=True),
 }
 
 

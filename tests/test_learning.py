@@ -6,6 +6,7 @@ import json
 import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,77 @@ def test_a_scorer_learns_the_true_preference(name: str, ratings: Any, tmp_path: 
     assert row["accuracy"] >= 0.75, row
     assert all(aspect["low"] > 0.5 for aspect in row.get("aspects", {}).values()), row
     assert ("aspects" in row) == (name == "vp_score")
+
+
+REWARDED = (
+    "refl/lora",
+    "draft/lora",
+    "pso/four_step",
+    "pso judge/four_step",
+    "pso_offline/four_step",
+    "diff_instruct_star/one_step",
+    "diff_instruct_star/four_step",
+    "r0 plus/one_step",
+    "r0 plus/four_step",
+    "r0/four_step",
+)
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """worlds("playground_one_step"): its World, made when first asked for."""
+    made: dict[str, Any] = {}
+
+    def of(model: str) -> Any:
+        if model not in made:
+            made[model] = LEARNING["World"](tmp_path_factory.mktemp("worlds") / model, model)
+        return made[model]
+
+    return of
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("case", REWARDED)
+def test_rewards_and_own_samples_raise_the_true_preference(worlds: Callable[[str], Any], case: str) -> None:
+    """The judge is not the scorer that was trained on, but for "pso judge"; the monitor has nothing to say."""
+    row = LEARNING["learn"](worlds(LEARNING["CASES"][case].model), case, "true", 0)
+    print(row)
+    assert row["n"] == 256 and row["low"] > 0.5, row
+    assert not row.get("warnings"), row
+
+
+@pytest.mark.learning
+def test_the_plain_diffusion_loss_spoils_a_one_step_model(worlds: Callable[[str], Any]) -> None:
+    row = LEARNING["learn"](worlds("playground_one_step"), "naive/one_step", "true", 0)
+    print(row)
+    assert row["high"] < 0.5 and row["points"] < 0, row
+
+
+class Saturation:
+    """The colour of the pixels, whatever they show: a scorer made to be hacked."""
+
+    differentiable, unit = True, "raw"
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return 10 * (images.amax(1) - images.amin(1)).mean((1, 2))
+
+
+@pytest.mark.learning
+def test_the_monitor_warns_before_the_true_preference_falls(worlds: Callable[[str], Any]) -> None:
+    """Climbing colour alone loses the judge's points; the monitor stops the run before 5 of 100 are lost."""
+    world = worlds("playground_one_step")
+    lost = {}
+    for stop in ("true", "false"):
+        changes = (f"reward.scorers=['{__name__}:Saturation']", f"monitor.stop={stop}", "monitor.every=5")
+        changes += ("algorithm.guidance_weight=0", "optimizer.lr=1e-3", "sampler.steps=1")
+        LEARNING["CASES"]["hacked"] = LEARNING["CASES"]["r0 plus/one_step"]._replace(
+            changes=(*changes, "backbone.path=playground_one_step")
+        )
+        row = LEARNING["learn"](world, "hacked", "true", int(stop == "false"))
+        print(row)
+        assert row["warnings"] > 0
+        lost[stop] = -row["points"] / 9
+    assert lost["true"] < 0.05 < lost["false"], lost
 
 
 @pytest.mark.learning
