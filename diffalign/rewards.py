@@ -24,6 +24,7 @@ class Mixture(Protocol):
     squares: Tensor
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]: ...
+    def part(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor: ...
     def update(self, parts: Mapping[str, Tensor]) -> None: ...
 
@@ -87,19 +88,24 @@ class Rewards:
         with torch.enable_grad():
             leaf = x0.detach().requires_grad_()
             images = self.decode(leaf)
-            pixels = images.detach().requires_grad_()
-            parts = self.mixture.parts(pixels, prompts)
-            self._update({k: v.detach() for k, v in parts.items()})
-            total = self.mixture.combine(parts)
-            names, gradients = [*parts], {}
+            parts: dict[str, Tensor] = {}
+            slopes: dict[str, Tensor] = {}  # of each score in the pixels
+            for name in self.mixture.scorers:  # no two scorers' graphs at a time
+                pixels = images.detach().requires_grad_()
+                score = self.mixture.part(name, pixels, prompts)
+                (slopes[name],) = torch.autograd.grad(score.sum(), pixels)
+                parts[name] = score.detach()
+            self._update(parts)
+            ends = {name: score.requires_grad_() for name, score in parts.items()}
+            total = self.mixture.combine(ends)
+            shares = dict(zip(ends, torch.autograd.grad(total.sum(), [*ends.values()]), strict=True))
+            gradients: dict[str, Tensor] = {}
             if unit:
-                for name in names:
-                    (of_pixels,) = torch.autograd.grad(parts[name].sum(), pixels, retain_graph=True)
-                    (found,) = torch.autograd.grad(images, leaf, of_pixels, retain_graph=name != names[-1])
-                    gradients[name] = found
+                for name, slope in slopes.items():
+                    (gradients[name],) = torch.autograd.grad(images, leaf, slope, retain_graph=True)
                 direction = sum_of(self.mixture.weights[k] * unit_length(g) for k, g in gradients.items())
             else:
-                (of_pixels,) = torch.autograd.grad(total.sum(), pixels)
+                of_pixels = sum_of(per_sample(shares[k]) * slope for k, slope in slopes.items())
                 (direction,) = torch.autograd.grad(images, leaf, of_pixels)
         if ceiling is not None:
             direction = direction * per_sample((total < ceiling).float())

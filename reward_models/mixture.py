@@ -70,11 +70,13 @@ class WeightedSum(nn.Module):
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The score of every scorer, float32 [B], on the device of the images, neither normalised nor weighted."""
+        return {name: self.part(name, images, prompts) for name in self.scorers}
+
+    def part(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The score of one scorer, as in `parts`: a graph through it alone."""
         check_images(images, prompts)
-        return {
-            name: scorer.score(images.to(_device(scorer)), prompts).to(images.device)
-            for name, scorer in self.scorers.items()
-        }
+        scorer = self.scorers[name]
+        return scorer.score(images.to(_device(scorer)), prompts).to(images.device)
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What `parts` gave -> float32 [B]. Raises ValueError while all scores of the running statistics are equal."""

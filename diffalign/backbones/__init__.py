@@ -71,7 +71,16 @@ def load_backbone(
         raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     network_dtype = DTYPES[dtype] if lora_rank else torch.float32
-    source = Source(folder, fingerprint, device, DTYPES[dtype], network_dtype, max_sequence_length, guidance_embedding)
+    source = Source(
+        folder,
+        fingerprint,
+        device,
+        DTYPES[dtype],
+        network_dtype,
+        max_sequence_length,
+        guidance_embedding,
+        gradient_checkpointing,
+    )
     backbone = FAMILIES[family](source)
     network = backbone.denoiser.network
     if lora_rank:

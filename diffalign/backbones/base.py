@@ -47,6 +47,7 @@ class Source(NamedTuple):
     network_dtype        of the network
     max_sequence_length  tokens of a prompt in T5, where the family has one
     guidance_embedding   what a guidance-distilled network is told where a Cond has no guidance
+    gradient_checkpointing  whether the autoencoder recomputes activations when a gradient goes through it
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Source(NamedTuple):
     network_dtype: torch.dtype
     max_sequence_length: int
     guidance_embedding: float
+    gradient_checkpointing: bool
 
 
 class Backbone(ABC):
@@ -115,7 +117,10 @@ class Backbone(ABC):
     @property
     def vae(self) -> AutoencoderKL:
         """The autoencoder, loaded when first used."""
-        return self._part("vae", AutoencoderKL, self.vae_dtype)
+        vae = self._part("vae", AutoencoderKL, self.vae_dtype)
+        if self.source.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        return vae
 
     def text_encoder(self, name: str) -> Any:
         """A text encoder by its name in the pipeline, loaded when first used."""

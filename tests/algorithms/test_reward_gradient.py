@@ -171,6 +171,24 @@ def test_the_anchor_to_the_reference_is_zero_at_first_and_pulls_back(backbone: B
     assert toy.slope()[0] > 0
 
 
+def test_checkpointing_changes_no_gradient(backbone_of: Callable, rewards_of: Callable, prompts_of: Callable) -> None:
+    """Of the network and of the autoencoder, through two steps."""
+
+    def gradient(checkpointing: bool) -> Tensor:
+        backbone = backbone_of(lora_rank=2, gradient_checkpointing=checkpointing)
+        backbone.denoiser.network.train()
+        assert backbone.vae.is_gradient_checkpointing is checkpointing
+        sampler, reference = Sampler(backbone, Draws(0), 32, steps=2), reference_for(backbone.denoiser)
+        algorithm = DRaFT(backbone.denoiser, reference, sampler, rewards_of(backbone.decode, 100.0), last_steps=2)
+        algorithm.loss(prompts_of(backbone))[0].backward()
+        grads = [p.grad for p in trained_parameters(backbone.denoiser) if p.grad is not None]
+        return torch.cat([g.flatten() for g in grads])
+
+    plain = gradient(False)
+    assert plain.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(True), plain, rtol=1e-4, atol=1e-5)
+
+
 def test_impossible_settings_are_listed() -> None:
     anchors = {"reference_weight": 0.0, "start_weight": 0.0}
     sampler = {"steps": 4, "timesteps": ()}
