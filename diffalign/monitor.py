@@ -18,9 +18,9 @@ from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer
 
 LIMITS = {
-    "saturation": (1.5, "colours are {:.0%} more saturated than at the start"),
-    "contrast": (1.5, "contrast is {:.0%} higher than at the start"),
-    "high_frequency": (2.0, "fine noise or texture is {:.0%} stronger than at the start"),
+    "saturation": (1.25, "colours are {:.0%} more saturated than at the start"),
+    "contrast": (1.25, "contrast is {:.0%} higher than at the start"),
+    "high_frequency": (1.5, "fine noise or texture is {:.0%} stronger than at the start"),
 }
 """Measure -> how many times its start it may reach, and what is said beyond."""
 CHUNK = 32
@@ -72,6 +72,7 @@ class Monitor:
             self.cond = backbone.encode_text(found).repeat(2)
             self.keys = [(k, p) for k in (0, 1) for p in found]
         self.before: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # the look that the held-out scorer liked most
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
@@ -88,12 +89,12 @@ class Monitor:
     def start(self, trainer: Trainer) -> None:
         """Measure the model as it begins; a resumed run reads what was measured then."""
         if self.prompts and trainer.step == 0:
-            self.before = self._measure()
+            self.before = self.best = self._measure()
             self._warn(trainer, self.before)
-            if self.run.main:
-                write(self.file, json.dumps({k: v.tolist() for k, v in self.before.items()}))
         elif self.prompts:
-            self.before = {k: torch.tensor(v) for k, v in json.loads(self.file.read_text()).items()}
+            saved = json.loads(self.file.read_text())
+            looks = ({k: torch.tensor(v) for k, v in saved[name].items()} for name in ("before", "best"))
+            self.before, self.best = looks
 
     def after_step(self, trainer: Trainer) -> None:
         if self.prompts and (trainer.step % self.every == 0 or trainer.step == trainer.steps):
@@ -127,9 +128,14 @@ class Monitor:
         values = {k: v.mean() for k, v in now.items() if k not in ("trained", "held_out")}
         gains = {k: (now[k] - self.before[k]) / self.before[k].std() for k in ("trained", "held_out") if k in now}
         values |= {f"{k}_gain": v.mean() for k, v in gains.items()}
-        said = suspicions(self.before, now)
+        said = suspicions(self.before, self.best, now)
         values["warnings"] = torch.tensor(float(len(said)))
         self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
+        if "held_out" in now and now["held_out"].mean() > self.best["held_out"].mean():
+            self.best = now
+        if self.run.main:
+            looks = {"before": self.before, "best": self.best}
+            write(self.file, json.dumps({n: {k: v.tolist() for k, v in look.items()} for n, look in looks.items()}))
         for line in said:
             self.run.print(f"step {trainer.step}: {line}")
         if said:
@@ -152,8 +158,11 @@ def look_of(pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def suspicions(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
-    """What the measures of before and now say about reward hacking, in plain words; empty for nothing."""
+def suspicions(before: Mapping[str, Tensor], best: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+    """What the measures say about reward hacking, in plain words; empty for nothing.
+
+    Those of the look of images are compared with before, the held-out scorer's with its best.
+    """
     said = []
     for name, (limit, words) in LIMITS.items():
         times = (now[name].mean() / before[name].mean().clamp(min=1e-6)).item()
@@ -164,11 +173,11 @@ def suspicions(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[
     if (more := (now["clamped"].mean() - before["clamped"].mean()).item()) > MOST_CLAMPED:
         said.append(f"{more:.1%} more of the pixels are clamped than at the start; images are over-saturated")
     if "held_out" in now:
-        lost, won = now["held_out"] - before["held_out"], now["trained"] - before["trained"]
+        lost, won = now["held_out"] - best["held_out"], now["trained"] - best["trained"]
         if lost.mean() < -2 * lost.std() / len(lost) ** 0.5 and won.mean() > 0:
             fall = -(lost.mean() / before["held_out"].std()).item()
             said.append(
-                f"the held-out scorer fell by {fall:.2f} standard deviations "
+                f"the held-out scorer fell by {fall:.2f} standard deviations from its best "
                 "while the trained reward rose: this is reward hacking; stop, or anchor the model more strongly"
             )
     return said

@@ -44,9 +44,9 @@ def test_measures_of_known_images() -> None:
 
 def test_what_is_said_and_when_nothing_is() -> None:
     before = looked(IMAGES)
-    assert suspicions(before, before) == []
-    assert suspicions(before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
-    assert suspicions(before, looked(IMAGES, held_out=-0.5, trained=-1.0)) == []  # worse, but not hacked
+    assert suspicions(before, before, before) == []
+    assert suspicions(before, before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
+    assert suspicions(before, before, looked(IMAGES, held_out=-0.5, trained=-1.0)) == []  # worse, but not hacked
     grey = IMAGES.mean(1, keepdim=True)
     loud = (grey + 3 * (IMAGES - grey)).clamp(0, 1)
     noise = 0.15 * torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(0))
@@ -57,8 +57,10 @@ def test_what_is_said_and_when_nothing_is() -> None:
         (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "of the pixels are clamped"),
         (2 * IMAGES, "contrast is"),
     ):
-        assert any(words in line for line in suspicions(before, looked(images))), words
-    assert "fell by" in suspicions(before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
+        assert any(words in line for line in suspicions(before, before, looked(images))), words
+    risen = looked(IMAGES, held_out=0.5, trained=1.0)
+    assert "from its best" in suspicions(before, risen, looked(IMAGES, held_out=0.2, trained=2.0))[0]
+    assert "fell by" in suspicions(before, before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
 
 
 def test_problems_of_its_settings() -> None:
