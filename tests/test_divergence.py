@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.divergence import Point, distance, gradient, spread
+from diffalign.divergence import Point, distance, gradient, guidance_scale_of, spread
 
 A, S, MU, U0, M, V0 = 0.8, 0.6, 0.3, 1.4, 1.1, 0.5
 DRAWN = {"huber_c": 1e-3, "sid_alpha": 1.0, "graph": "vjp"}
@@ -111,6 +111,19 @@ def test_reward_and_distance_balance_where_they_should(
     dm, dv = in_mean_and_variance(kind, mean, variance, scale=scale)
     assert dm == pytest.approx(0.2 * (2 - mean), abs=1e-6)
     assert dv == pytest.approx(-0.2 / 2, abs=1e-6)
+
+
+def test_a_guided_teacher_is_kl_and_the_reward_of_guidance() -> None:
+    """C6, T5: D(omega) = D + (omega - 1) times guidance, exactly, once each sample's own scale is taken out."""
+    g = torch.Generator().manual_seed(0)
+    x_t, eps, s, cond, empty = (torch.randn(3, 2, 2, 2, generator=g, dtype=torch.float64) for _ in range(5))
+    p = Point(x_t, eps, torch.full((3,), A, dtype=torch.float64), torch.full((3,), S, dtype=torch.float64))
+    guided = empty + 3.0 * (cond - empty)
+    inner, _, _ = gradient("kl", lambda x: s, lambda x: guided, p, **DRAWN)
+    plain, _, _ = gradient("kl", lambda x: s, lambda x: cond, p, **DRAWN)
+    beside = 2.0 * guidance_scale_of("kl", cond, p)[:, None, None, None] * (cond - empty)
+    scale = [spread(ref, p)[:, None, None, None] for ref in (guided, cond)]
+    torch.testing.assert_close(inner * scale[0], (plain + beside) * scale[1], rtol=0, atol=1e-12)
 
 
 def test_vector_jacobian_products_by_hand() -> None:
