@@ -1,10 +1,13 @@
-"""Pairs per second and peak memory of our Diffusion-DPO step against the released one, in one process.
+"""Pairs per second and peak memory of our Diffusion-DPO and InPO steps against the released ones, in one process.
 
     python benchmarks/pair_step.py                       # playground size, on the CPU
+    python benchmarks/pair_step.py --method inpo         # one of the two
     python benchmarks/pair_step.py --size sd15           # SD1.5 size with random weights, on a GPU
 
 The baseline restates the released training step: it decodes, resizes and flips the images, encodes images and captions
-every step, holds a second U-Net as the reference and runs it on the batch. Ours reads cached latents and embeddings.
+every step, holds a second U-Net as the reference and runs it on the batch. InPO's is right for one pair at a time only, so
+it accumulates as many as ours takes at once; it inverts with the policy in ten steps. Ours reads cached latents and
+embeddings and inverts pairs of different depth together.
 Same model, batch, precision and optimizer; the two take turns, so that whatever else the machine does hits both. Peak
 memory is that of a process (CPU) or of the allocator (GPU) that runs only one of them. Writes results/pair_step.json.
 """
@@ -12,6 +15,7 @@ memory is that of a process (CPU) or of the allocator (GPU) that runs only one o
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -24,18 +28,24 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from torch import Tensor
 from torchvision import transforms
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
+from diffalign.algorithms.inpo import InPO
 from diffalign.backbones import load_backbone
 from diffalign.config import Config
+from diffalign.data import PreferencePairs
+from diffalign.inversion import Inversion
 from diffalign.lora import add_lora
+from diffalign.noising import Noising
 from diffalign.playground import BASE, PAIRS
 from diffalign.reference import reference_for
 from diffalign.run import Run
@@ -44,10 +54,30 @@ from diffalign.trainer import Trainer, adamw
 Step = Callable[[], None]
 RESULTS = Path(__file__).parent / "results" / "pair_step.json"
 LR = 1e-5
+METHODS = ("diffusion_dpo", "inpo")
 
 
-def baseline(path: Path, pairs: Path, resolution: int, batch: int, rank: int, device: torch.device) -> Step:
-    """One optimizer step of the released Diffusion-DPO training script, restated."""
+def inverted(unet: Any, scheduler: Any, x0: Tensor, t: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The released inversion to the first level of 1, 101, ... not below t, and the noise it implies at t."""
+    cleaned, x = scheduler.alphas_cumprod, x0
+    v = scheduler.config.prediction_type == "v_prediction"
+    for g in [g for g in range(-99, 802, 100) if g < t]:
+        now, then = cleaned[max(g, 0)], cleaned[g + 100]
+        out = unet(x, torch.full((len(x),), g, device=x.device), tokens).sample
+        eps = (1 - now).sqrt() * x + now.sqrt() * out if v else out
+        clean = now.sqrt() * x - (1 - now).sqrt() * out if v else (x - (1 - now).sqrt() * eps) / now.sqrt()
+        x = then.sqrt() * clean + (1 - then).sqrt() * eps
+        spread = ((1 - now) / (1 - then) * (1 - then / now)).clamp(min=0).sqrt()
+        x = x + 0.1 * spread * torch.randn_like(x)
+    a2 = cleaned[t]
+    return x, (x - a2.sqrt() * x0) / (1 - a2).sqrt()
+
+
+def baseline(
+    path: Path, pairs: Path, resolution: int, batch: int, rank: int, device: torch.device, method: str
+) -> Step:
+    """One optimizer step of the released training script of Diffusion-DPO or of InPO, restated."""
+    micro = 1 if method == "inpo" else batch
     unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet").to(device, torch.float32)
     reference = UNet2DConditionModel.from_pretrained(path, subfolder="unet").to(device, torch.float32)
     vae = AutoencoderKL.from_pretrained(path, subfolder="vae").to(device, torch.float32)
@@ -73,10 +103,10 @@ def baseline(path: Path, pairs: Path, resolution: int, batch: int, rank: int, de
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     at = 0
 
-    def step() -> None:
+    def accumulate() -> None:
         nonlocal at
-        chosen = [rows[(at + i) % len(rows)] for i in range(batch)]
-        at += batch
+        chosen = [rows[(at + i) % len(rows)] for i in range(micro)]
+        at += micro
         images = [
             prepare(Image.open(pairs.parent / r[k]).convert("RGB")) for k in ("chosen", "rejected") for r in chosen
         ]
@@ -86,15 +116,22 @@ def baseline(path: Path, pairs: Path, resolution: int, batch: int, rank: int, de
                 x0 = vae.encode(torch.stack(images).to(device)).latent_dist.sample() * vae.config.scaling_factor
                 tokens = text(ids.to(device))[0].repeat(2, 1, 1)
             noise = torch.randn_like(x0).chunk(2)[0].repeat(2, 1, 1, 1)
-            t = torch.randint(0, 1000, (batch,), device=device).repeat(2)
+            t = torch.randint(0, 1000, (micro,), device=device).repeat(2)
             x_t = scheduler.add_noise(x0, noise, t)
+            if method == "inpo":
+                with torch.no_grad():
+                    x_t, noise = inverted(unet, scheduler, x0, int(t[0]), tokens)
             v = scheduler.config.prediction_type == "v_prediction"
             target = scheduler.get_velocity(x0, noise, t) if v else noise
             err_w, err_l = (unet(x_t, t, tokens).sample - target).pow(2).mean((1, 2, 3)).chunk(2)
             with torch.no_grad():
                 ref_w, ref_l = (reference(x_t, t, tokens).sample - target).pow(2).mean((1, 2, 3)).chunk(2)
         loss = -F.logsigmoid(-2500 * ((err_w - err_l) - (ref_w - ref_l))).mean()
-        loss.backward()
+        (loss * micro / batch).backward()
+
+    def step() -> None:
+        for _ in range(batch // micro):
+            accumulate()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -102,28 +139,38 @@ def baseline(path: Path, pairs: Path, resolution: int, batch: int, rank: int, de
     return step
 
 
-def ours(path: Path, pairs: Path, resolution: int, batch: int, rank: int, device: torch.device, folder: Path) -> Step:
-    """One optimizer step of train/diffusion_dpo.py, caches on."""
+def ours(
+    path: Path, pairs: Path, resolution: int, batch: int, rank: int, device: torch.device, method: str, folder: Path
+) -> Step:
+    """One optimizer step of train/diffusion_dpo.py or train/inpo.py, caches on."""
     precision = "bf16" if device.type == "cuda" else "no"
     run = Run(Config({}), folder=str(folder), mixed_precision=precision)
     dtype = "bf16" if rank and device.type == "cuda" else "fp32"
     backbone = load_backbone(device, path=str(path), lora_rank=rank, dtype=dtype)
-    data = run.pairs(
+    data = run.latents(
+        PreferencePairs,
         backbone,
         path=str(pairs),
         resolution=resolution,
         batch_size=batch,
         cache=str(folder / "cache"),
         hflip=True,
-        draws_per_sample=2,
+        draws_per_sample=None if method == "inpo" else 2,
     )
+    noising = Noising(backbone.schedule, run.draws)
     reference = reference_for(backbone.denoiser)
     policy = run.prepare(backbone.denoiser)
     dims = math.prod(backbone.latent_shape(resolution))
-    algorithm = DiffusionDPO(policy, reference, backbone.schedule, run.draws, dims)
+    algorithm: DiffusionDPO
+    if method == "inpo":
+        inversion, empty = Inversion(backbone.schedule, run.draws, steps=10, eta=0.1), backbone.encode_text([""])
+        algorithm = InPO(policy, reference, noising, dims, inversion, backbone.denoiser, empty)
+    else:
+        algorithm = DiffusionDPO(policy, reference, noising, dims)
     backbone.release()
     loader = run.loader(data)
-    algorithm.remember_reference(loader.once(), run.gather)
+    if data.draws_per_sample:
+        algorithm.remember_reference(loader.once(), run.gather)
     del reference
     trainer = Trainer(run, algorithm, {"policy": adamw(policy, lr=LR)}, steps=10**9)
     batches = algorithm.batches(loader.start(0))
@@ -183,13 +230,14 @@ def build(who: str, args: argparse.Namespace, rank: int, folder: Path) -> Step:
     device = torch.device("cuda" if args.size == "sd15" else "cpu")
     path = folder.parent / "sd15" if args.size == "sd15" else BASE
     resolution = 512 if args.size == "sd15" else 32
-    common = (path, folder.parent / "pairs.jsonl", resolution, args.batch, rank, device)
+    common = (path, folder.parent / "pairs.jsonl", resolution, args.batch, rank, device, args.method)
     return baseline(*common) if who == "baseline" else ours(*common, folder)
 
 
 def peak_mb(who: str, args: argparse.Namespace, rank: int, folder: Path) -> float:
     """Peak memory of a process that takes a few steps of one of the two."""
     command = [sys.executable, __file__, "--size", args.size, "--batch", str(args.batch), "--rank", str(rank)]
+    command += ["--method", args.method]
     command += ["--only", who, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
@@ -227,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("playground", "sd15"), default="playground")
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--method", choices=METHODS, help="default: both")
     parser.add_argument("--rounds", type=int, default=12, help="turns of each of the two, 3 steps a turn")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full; default: 8 and 0")
     parser.add_argument("--only", choices=("ours", "baseline"), help=argparse.SUPPRESS)
@@ -242,7 +291,8 @@ def main() -> None:
         if cuda:
             random_sd15(folder / "sd15")
         rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        for rank in args.rank or (8, 0):
+        methods, ranks = [args.method] if args.method else METHODS, args.rank or (8, 0)
+        for args.method, rank in itertools.product(methods, ranks):
             row = compare(args, rank, folder)
             rows = [r for r in rows if (r["case"], r["device"]) != (row["case"], row["device"])] + [row]
             print(json.dumps(row), flush=True)
@@ -251,8 +301,10 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, object]:
     cuda = args.size == "sd15"
-    memory = {who: peak_mb(who, args, rank, folder / f"memory-{who}-{rank}") for who in ("ours", "baseline")}
-    steps = {who: build(who, args, rank, folder / f"speed-{who}-{rank}") for who in ("ours", "baseline")}
+    memory = {
+        who: peak_mb(who, args, rank, folder / f"memory-{who}-{args.method}-{rank}") for who in ("ours", "baseline")
+    }
+    steps = {who: build(who, args, rank, folder / f"speed-{who}-{args.method}-{rank}") for who in ("ours", "baseline")}
     for step in steps.values():
         timed(step, 3, cuda)
     seconds: dict[str, list[float]] = {"ours": [], "baseline": []}
@@ -263,7 +315,7 @@ def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, obje
     ratios = sorted(b / a for a, b in zip(seconds["ours"], seconds["baseline"], strict=True))
     learning = runpy.run_path(str(Path(__file__).with_name("learning.py")), run_name="learning")
     return {
-        "case": f"diffusion_dpo {'lora' if rank else 'full'}, {args.size}, {args.batch} pairs a step",
+        "case": f"{args.method} {'lora' if rank else 'full'}, {args.size}, {args.batch} pairs a step",
         "device": torch.cuda.get_device_name() if cuda else f"{cpu()}, {torch.get_num_threads()} threads",
         "ours": round(rate["ours"], 2),
         "baseline": round(rate["baseline"], 2),
