@@ -5,8 +5,8 @@
     python benchmarks/pair_step.py --size sd15           # SD1.5 size with random weights, on a GPU
 
 The baseline restates the released training step: it decodes, resizes and flips the images, encodes images and captions
-every step, holds a second U-Net as the reference and runs it on the batch. InPO's is right for one pair at a time only, so
-it accumulates as many as ours takes at once; it inverts with the policy in ten steps. Ours reads cached latents and
+every step, holds a second U-Net as the reference and runs it on the batch. InPO's is right for one pair at a time only,
+so it accumulates as many as ours takes at once; it inverts with the policy in ten steps. Ours reads cached latents and
 embeddings and inverts pairs of different depth together.
 Same model, batch, precision and optimizer; the two take turns, so that whatever else the machine does hits both. Peak
 memory is that of a process (CPU) or of the allocator (GPU) that runs only one of them. Writes results/pair_step.json.
@@ -301,10 +301,9 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, object]:
     cuda = args.size == "sd15"
-    memory = {
-        who: peak_mb(who, args, rank, folder / f"memory-{who}-{args.method}-{rank}") for who in ("ours", "baseline")
-    }
-    steps = {who: build(who, args, rank, folder / f"speed-{who}-{args.method}-{rank}") for who in ("ours", "baseline")}
+    name = f"{args.method}-{rank}"
+    memory = {who: peak_mb(who, args, rank, folder / f"memory-{who}-{name}") for who in ("ours", "baseline")}
+    steps = {who: build(who, args, rank, folder / f"speed-{who}-{name}") for who in ("ours", "baseline")}
     for step in steps.values():
         timed(step, 3, cuda)
     seconds: dict[str, list[float]] = {"ours": [], "baseline": []}
