@@ -52,8 +52,8 @@ def standard_hooks(
         ema_decay: keep a moving average of the weights with this decay; samples and export use it
         sample_every: steps between sample grids; 0 for never
         sample_prompts: prompts of the sample grid, each with the same noise every time
-        sample_steps: DDIM steps of the sample grid
-        sample_guidance: guidance scale of the sample grid
+        sample_steps: DDIM steps of the sample grid, in recipes without a sampler of their own
+        sample_guidance: guidance scale of the sample grid, in the same recipes
         verify_export: load the export in a fresh process with plain diffusers and compare its output
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
