@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     players = {"policy": adamw(policy, **cfg.optimizer)}
     monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
+    backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
     Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))
 
 

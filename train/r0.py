@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
             "reward": check_mixture,
             "monitor": Monitor.check,
             "noising": Noising.check,
-            "algorithm": R0.check,
+            "algorithm backbone": R0.check,
         },
         run=Run,
         backbone=load_backbone,
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     players = {"policy": adamw(policy, **cfg.optimizer)}
     monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
+    backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
     Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))
 
 

@@ -56,12 +56,12 @@ class R0(RewardGradient):
         self.guidance_weight, self.unit_gradients = guidance_weight, unit_gradients
 
     @staticmethod
-    def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section, one line each."""
+    def check(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with this `backbone` section, one line each."""
         problems = check_anchors(cfg)
-        if not cfg["reference_weight"] and not cfg["start_weight"]:
+        if not cfg["reference_weight"] and not cfg["start_weight"] and not backbone["lora_rank"]:
             problems.append(
-                "R0 collapses without an anchor: give 'algorithm.start_weight' or 'algorithm.reference_weight' a value"
+                "R0 collapses without an anchor: give 'algorithm.start_weight' a value, or train a LoRA, which is one"
             )
         return problems
 

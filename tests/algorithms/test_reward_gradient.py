@@ -194,5 +194,8 @@ def test_impossible_settings_are_listed() -> None:
     sampler = {"steps": 4, "timesteps": ()}
     assert "last_steps' = 5 must be in [1, 4]" in DRaFT.check({**anchors, "last_steps": 5}, sampler)[0]
     assert "first_step' = 4 must be in [0, 3]" in ReFL.check({**anchors, "first_step": 4}, sampler)[0]
-    assert "R0 collapses without an anchor" in R0.check(anchors)[0]
-    assert "'algorithm.start_weight' = -1 must be 0 or more" in R0.check({**anchors, "start_weight": -1})
+    assert "R0 collapses without an anchor" in R0.check(anchors, {"lora_rank": 0})[0]
+    assert not R0.check(anchors, {"lora_rank": 4})
+    assert "'algorithm.start_weight' = -1 must be 0 or more" in R0.check(
+        {**anchors, "start_weight": -1}, {"lora_rank": 4}
+    )
