@@ -19,7 +19,7 @@ Differs from the released code:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,10 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.noising import Noising
+from diffalign.rewards import Rewards
 from diffalign.sampler import Move, Sampler
 from diffalign.sampling import Network, log_prob
 from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch
-
-
-class Preference(Protocol):
-    """Scores latents of prompts, larger is better: diffalign.rewards.Rewards."""
-
-    def score(self, x0: Tensor, prompts: Any) -> Tensor: ...
 
 
 class Rollouts(NamedTuple):
@@ -59,7 +54,7 @@ class Rollouts(NamedTuple):
 class PSO(Algorithm):
     """Online: two samples a prompt, the better one made likelier than the worse.
 
-    Positional: the policy, the frozen reference, the sampler, and who prefers.
+    Positional: the policy, the frozen reference, the sampler, and the rewards, which need no gradient.
 
     Args:
         beta: strength of the pull to the reference (50 as released)
@@ -74,7 +69,7 @@ class PSO(Algorithm):
         policy: nn.Module,
         reference: Network,
         sampler: Sampler,
-        preference: Preference,
+        rewards: Rewards,
         *,
         beta: float = 50.0,
         per: Literal["step", "trajectory"] = "step",
@@ -89,7 +84,7 @@ class PSO(Algorithm):
                 "'sampler.law' to ancestral or renoise"
             )
         self.players = {"policy": policy}
-        self.policy, self.reference, self.sampler, self.preference = policy, reference, sampler, preference
+        self.policy, self.reference, self.sampler, self.rewards = policy, reference, sampler, rewards
         self.beta, self.per, self.clip, self.reduction = beta, per, clip, reduction
         self.shared_noise = shared_noise
 
@@ -114,7 +109,7 @@ class PSO(Algorithm):
         cond = batch.cond.repeat(2)
         x = self.sampler.start(batch.keys).repeat(2, 1, 1, 1) if self.shared_noise else None
         moves = self.sampler.walk(self.policy, cond, keys, x=x)
-        scores = self.preference.score(moves[-1].x_next, [*batch.prompts, *batch.prompts])
+        scores = self.rewards.score(moves[-1].x_next, [*batch.prompts, *batch.prompts])
         first, second = scores.chunk(2)
         return Rollouts(moves[:-1], cond, list(batch.keys), (first - second).sign(), scores)
 
@@ -150,6 +145,12 @@ class PSO(Algorithm):
             "ties": 1 - counted,
         }
         return losses.mean(), metrics
+
+    def state(self) -> dict[str, Tensor]:
+        return self.rewards.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.rewards.load(state)
 
     def describe(self) -> list[str]:
         trained = [round(t, 4) for t in self.sampler.timesteps.tolist()[:-1]]

@@ -56,6 +56,17 @@ def test_the_first_loss_is_ln_2_and_densities_are_those_of_the_rollout(
         torch.testing.assert_close(again, stored, atol=1e-4, rtol=0)
 
 
+def test_running_statistics_of_rewards_are_part_of_a_checkpoint(made: Callable, prompts_of: Callable) -> None:
+    backbone, algorithm = made()
+    assert algorithm.state() == {}
+    algorithm.rewards.mixture.normalise = "running"
+    algorithm.rewards.mixture.count.zero_()
+    algorithm.roll_out(prompts_of(backbone))
+    _, other = made()
+    other.load(algorithm.state())
+    assert other.rewards.mixture.count.item() == 4
+
+
 def test_noise_of_a_pair_is_shared_only_when_asked(made: Callable, prompts_of: Callable) -> None:
     for shared in (True, False):
         backbone, algorithm = made(shared_noise=shared)
