@@ -57,7 +57,7 @@ class Case(NamedTuple):
 
 ONE, FOUR = STEPS
 FLOW = ("backbone.path=playground_flow", "backbone.max_sequence_length=8")
-SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1")
+SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1", "trainer.steps=80")
 CASES = {
     "diffusion_dpo/lora": Case("diffusion_dpo", (), (*ALL, NOISY)),
     "diffusion_dpo/full": Case("diffusion_dpo", ("backbone.lora_rank=0", "optimizer.lr=3e-5"), ALL),
