@@ -67,12 +67,17 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.set_defaults(run=_prompts)
     p = commands.add_parser("label", help="let simulated annotators compare the samples of each prompt in a folder")
     p.add_argument("folder", type=Path, help="written by `diffalign eval generate --samples-per-prompt 2`")
-    p.add_argument("--annotators", default="common", help="comma-separated: common, vivid, muted, tidy, bold, modest")
+    p.add_argument(
+        "--annotators",
+        default="common",
+        help="comma-separated: common, vivid, muted, tidy, bold, modest; bright, faded, large; person-1, person-2, ...",
+    )
     p.add_argument("--temperature", type=float, default=0.35, help="noise of the choices, in points of the judge")
     p.add_argument("--min-margin", type=float, default=0.3, help="leave out pairs closer than this many points")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
     p.add_argument("--noise", type=float, default=0.0, help="share of the labels swapped at random")
     p.add_argument("--votes", type=int, default=1, help="people who compare each pair; how many agree becomes `prob`")
+    p.add_argument("--opinions", type=int, default=1, help="annotators who label each pair, a line for each")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
@@ -89,6 +94,13 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and ratings.jsonl")
     p.set_defaults(run=_ratings)
+    p = commands.add_parser("people", help="render pairs and let many persons choose: data of a personal scorer")
+    p.add_argument("--people", type=int, default=180, help="persons, each with a taste of their own")
+    p.add_argument("--prompts", type=int, default=3600, help="captions, each with two images")
+    p.add_argument("--opinions", type=int, default=5, help="persons who choose from each pair")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True, help="folder of images/, manifest.jsonl and choices.jsonl")
+    p.set_defaults(run=_people)
     p = commands.add_parser("build", help="train the shipped weights again from nothing (hours on a CPU)")
     p.add_argument("--model", choices=("sd", "flow"), default="sd", help="flow: SD3 around the shipped autoencoder")
     p.add_argument("--out", type=Path, required=True, help="folder of the new pipeline")
@@ -146,6 +158,7 @@ def _label(args: argparse.Namespace) -> int:
         labels=args.labels,
         noise=args.noise,
         votes=args.votes,
+        opinions=args.opinions,
         seed=args.seed,
     )
     print(f"{kept} pairs in '{args.out}' ({compared} compared, the others closer than {args.min_margin} points)")
@@ -165,6 +178,17 @@ def _ratings(args: argparse.Namespace) -> int:
 
     file = write_ratings(args.out, args.prompts, held_out=args.held_out, seed=args.seed)
     print(f"ratings of {args.prompts} prompts in '{file}'")
+    return 0
+
+
+def _people(args: argparse.Namespace) -> int:
+    from diffalign.playground.annotators import label
+    from diffalign.playground.ratings import write_pairs
+
+    write_pairs(args.out, args.prompts, seed=args.seed)
+    names, file = [f"person-{k}" for k in range(args.people)], args.out / "choices.jsonl"
+    kept, _ = label(args.out, file, annotators=names, opinions=args.opinions, min_margin=0, seed=args.seed)
+    print(f"{kept} choices of {args.people} persons in '{file}'")
     return 0
 
 

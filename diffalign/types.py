@@ -112,6 +112,25 @@ class GroupBatch(NamedTuple):
     flip: Tensor
 
 
+class ChoiceBatch(NamedTuple):
+    """B choices of persons as features z (see reward_models.tastes), each with other choices of the same person.
+
+    z_w, z_l              [B, Z]      preferred and other image of a prompt
+    person                int64 [B]   number of the person among those who are trained on
+    support_w, support_l  [B, S, Z]   other choices of the same person
+    there                 bool [B, S] which of them count; their number varies
+    keys                  B keys: (epoch, sample id)
+    """
+
+    z_w: Tensor
+    z_l: Tensor
+    person: Tensor
+    support_w: Tensor
+    support_l: Tensor
+    there: Tensor
+    keys: Sequence[Key]
+
+
 class PromptBatch(NamedTuple):
     """B prompts for methods that draw their own samples.
 
@@ -125,7 +144,7 @@ class PromptBatch(NamedTuple):
     keys: Sequence[Key]
 
 
-Batch = TypeVar("Batch", LatentBatch, GroupBatch, PromptBatch)
+Batch = TypeVar("Batch", LatentBatch, GroupBatch, PromptBatch, ChoiceBatch)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:

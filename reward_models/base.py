@@ -46,13 +46,20 @@ class NetworkScorer(nn.Module, ABC):
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise ValueError(f"one prompt for each image is needed; got {len(images)} images and {prompts!r:.80}")
-        device, scores = next(self.parameters()).device, []
-        for i in range(0, len(images), batch_size):
-            batch = images[i : i + batch_size]
-            decoded = [to_tensor(x) if isinstance(x, Image.Image) else read_image(x) for x in batch]
-            pixels = torch.cat([self.preprocess(x[None].to(device).float() / 255) for x in decoded])
-            scores.append(self.score_pixels(pixels, prompts[i : i + batch_size]).cpu())
+        scores = [
+            self.score_pixels(self.prepare(images[i : i + batch_size]), prompts[i : i + batch_size]).cpu()
+            for i in range(0, len(images), batch_size)
+        ]
         return torch.cat(scores) if scores else torch.zeros(0)
+
+    def prepare(self, images: Sequence[Image.Image | str | PathLike[str]]) -> Tensor:
+        """Pillow images or files, of any sizes -> what `preprocess` makes of them, [N, 3, h, w] on the scorer's device.
+
+        Raises ImageError for what cannot be read.
+        """
+        device = next(self.parameters()).device
+        decoded = [to_tensor(x) if isinstance(x, Image.Image) else read_image(x) for x in images]
+        return torch.cat([self.preprocess(x[None].to(device).float() / 255) for x in decoded])
 
     @abstractmethod
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -6,6 +6,7 @@ import inspect
 import os
 import types
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -33,6 +34,7 @@ FAMILIES = {
     "clip": "reward_models.clip_scorers:CLIPScorer",
     "aesthetic": "reward_models.aesthetic:AestheticPredictor",
     "blip": "reward_models.blip_scorers:BLIPScorer",
+    "personal": "reward_models.personal:PersonalScorer",
 }
 """`family` in the reward_config.json of a scorer folder -> class whose `save` wrote it and `from_folder` reads it."""
 
@@ -84,20 +86,20 @@ def _build(spec: str) -> Any:
     if folder is None:
         build = _find(name)
         return build(**_settings(spec, settings, build))
-    if settings and folder == name:
-        raise ValueError(f"scorer '{spec}': a scorer folder takes no settings; they are in its reward_config.json")
-    return _read_folder(folder)
+    return _read_folder(spec, folder, settings if folder == name else "")
 
 
-def _read_folder(folder: str) -> Any:
+def _read_folder(spec: str, folder: str, settings: str) -> Any:
     from reward_models.weights import CONFIG, read_config
 
     config = read_config(folder)
     family, known = config["family"], f"known: {', '.join(FAMILIES)}"
     if family not in FAMILIES:
         raise ValueError(f"'{folder}/{CONFIG}': no family '{family}'{nearest(family, FAMILIES)}; {known}")
+    build = partial(_find(FAMILIES[family]).from_folder, folder, config)
+    values = _settings(spec, settings, build)
     try:
-        return _find(FAMILIES[family]).from_folder(folder, config)
+        return build(**values)
     except (KeyError, TypeError) as error:
         raise ValueError(f"'{folder}/{CONFIG}' does not describe a scorer of family '{family}': {error!r}") from error
 
@@ -124,7 +126,8 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     """The text `key=value,...` as keyword arguments, typed as the constructor says."""
     parameters = list(inspect.signature(build).parameters.values())
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    hints = get_type_hints(build.__init__ if inspect.isclass(build) else build)
+    typed = build.func if isinstance(build, partial) else build
+    hints = get_type_hints(typed.__init__ if inspect.isclass(typed) else typed)
     values: dict[str, Any] = {}
     for part in filter(None, settings.split(",")):
         key, equals, text = part.partition("=")

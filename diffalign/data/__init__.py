@@ -1,6 +1,7 @@
 """Preference data: readers for the common layouts, a cache of latents and text embeddings, keyed pairs and batches."""
 
 from diffalign.data.cache import LatentCache
+from diffalign.data.choices import FeatureEncoder, PersonalChoices
 from diffalign.data.groups import PreferenceGroups
 from diffalign.data.latents import PreferenceLatents, check_latents, check_reference_free
 from diffalign.data.liked import Balanced, LikedImages
@@ -15,10 +16,12 @@ from diffalign.data.targets import TargetImages
 __all__ = [
     "Balanced",
     "Dropped",
+    "FeatureEncoder",
     "ImageRef",
     "KeyedLoader",
     "LatentCache",
     "LikedImages",
+    "PersonalChoices",
     "PreferenceGroups",
     "PreferenceLatents",
     "PreferencePairs",

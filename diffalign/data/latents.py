@@ -30,6 +30,7 @@ class Example(NamedTuple):
     scores: tuple[float, ...]
     weight: float = 1.0
     flip: float = 0.0
+    annotator: str | None = None
 
 
 class Item(NamedTuple):
@@ -149,17 +150,19 @@ class PreferenceLatents(Dataset):
         """Lay the examples out as flat lists, which worker processes share cheaply."""
         numbers: dict[ImageRef, int] = {}
         prompts: dict[str, int] = {"": 0}
-        ids, texts, weights, starts = [], [], [], [0]
+        ids, texts, weights, starts, annotators = [], [], [], [0], []
         members: list[int] = []
         scores: list[float] = []
         for one in self.examples(records):
             ids.append(one.id)
+            annotators.append(one.annotator)
             texts.append(prompts.setdefault(one.prompt, len(prompts)))
             weights.append((one.weight, one.flip))
             members += [numbers.setdefault(ref, len(numbers)) for ref in one.images]
             scores += one.scores
             starts.append(len(members))
         self.ids: list[str] = ids
+        self.annotators: list[str | None] = annotators
         self.images, self.prompts = list(numbers), list(prompts)
         self._texts_of, self._starts = torch.tensor(texts, dtype=torch.int32), torch.tensor(starts)
         self._members, self._scores = torch.tensor(members, dtype=torch.int32), torch.tensor(scores)

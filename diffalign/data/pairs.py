@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+from torch import Tensor
+
 from diffalign.data.latents import Example, PreferenceLatents
 from diffalign.data.records import Record
 
@@ -18,5 +21,21 @@ class PreferencePairs(PreferenceLatents):
             for w, l_ in record.pairs():
                 images = (record.images[w], record.images[l_])
                 yield Example(
-                    f"{record.id}#{w}-{l_}", record.prompt, images, (scores[w], scores[l_]), record.weight, record.flip
+                    f"{record.id}#{w}-{l_}",
+                    record.prompt,
+                    images,
+                    (scores[w], scores[l_]),
+                    record.weight,
+                    record.flip,
+                    record.annotator,
                 )
+
+    def features(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Everything in memory, for small encodings: images [N, E], prompts [P, E], and of each pair int64 [n, 3] the
+        prompt, the winner and the loser. Raises ValueError without a cache."""
+        if not self._latents:
+            raise ValueError("features are read from the cache; 'data.cache' must not be off")
+        images = torch.stack([self._latents[0].read(i)["latent"].flatten() for i in range(len(self.images))])
+        texts = torch.stack([self._texts.read(i)["tokens"].flatten() for i in range(len(self.prompts))])
+        rows = torch.cat([self._texts_of[:, None], self._members.view(-1, 2)], dim=1).long()
+        return images, texts, rows

@@ -18,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign.draws import Draws
 from diffalign.playground.judge import TRUE_TASTE, Judge
+from diffalign.playground.people import PROTOTYPES, Person
 
 _MATCH = {"colour": 1.0, "shape": 1.0, "background": 1.0, "size": 1.0}
 TASTES = {
@@ -36,13 +37,20 @@ Labels = Literal["true", "flipped", "random"]
 class Annotator:
     """Prefers by Bradley-Terry on their own taste: P(first) = sigmoid((score_0 - score_1) / temperature).
 
+    name is one of TASTES, a prototype of diffalign.playground.people, or `person-` and anything, who is one of theirs.
     temperature is in points of the judge. Every choice is drawn by key, so the same pair gets the same answer again.
     """
 
     def __init__(self, name: str = "common", *, temperature: float = 0.35, seed: int = 0):
-        if name not in TASTES:
-            raise ValueError(f"no annotator '{name}'; known: {', '.join(TASTES)}")
-        self.name, self.judge, self.temperature, self.draws = name, Judge(taste=TASTES[name]), temperature, Draws(seed)
+        if name in PROTOTYPES or name.startswith("person-"):
+            self.judge: Judge = Person(name=name)
+        elif name in TASTES:
+            self.judge = Judge(taste=TASTES[name])
+        else:
+            raise ValueError(
+                f"no annotator '{name}'; known: {', '.join([*TASTES, *PROTOTYPES])}, person-1, person-2, ..."
+            )
+        self.name, self.temperature, self.draws = name, temperature, Draws(seed)
 
     def choose(
         self, first: Tensor, second: Tensor, prompts: Sequence[str], keys: Sequence[Any]
@@ -81,24 +89,28 @@ def label(
     labels: Labels = "true",
     noise: float = 0.0,
     votes: int = 1,
+    opinions: int = 1,
     seed: int = 0,
 ) -> tuple[int, int]:
     """Compare the samples of each prompt in a generated folder, write the pairs; returns (pairs kept, pairs compared).
 
-    Prompts go to the annotators in turn. Pairs whose true margin is under `min_margin` points are left out: nobody can
-    tell. `flipped` swaps every label and turns the scores round, and `random` says nothing: the controls. `noise` is a
-    share of labels swapped at random. With several votes the majority's choice is written, and as `prob` the chance
-    that it is right, (agreeing + 1) / (votes + 2). `out` ends in .jsonl (prompt, chosen, rejected, prob, scores,
-    annotator) or .parquet (Pick-a-Pic's columns, images inside). Raises ValueError for an even number of votes.
+    Prompts go to the annotators in turn, to `opinions` of them each. Pairs whose true margin is under `min_margin`
+    points are left out: nobody can tell. `flipped` swaps every label and turns the scores round, and `random` says
+    nothing: the controls. `noise` is a share of labels swapped at random. With several votes the majority's choice is
+    written, and as `prob` the chance that it is right, (agreeing + 1) / (votes + 2). `out` ends in .jsonl (prompt,
+    chosen, rejected, prob, scores, annotator) or .parquet (Pick-a-Pic's columns, images inside). Raises ValueError for
+    an even number of votes.
     """
     if votes < 1 or votes % 2 == 0:
         raise ValueError(f"votes must be odd, so that there is a majority; got {votes}")
+    if not 1 <= opinions <= len(annotators):
+        raise ValueError(f"opinions must lie between 1 and the {len(annotators)} annotators; got {opinions}")
     rows, images = load(folder)
     groups = _samples(rows)
     pairs = [(g, a, b) for g, ids in groups.items() for a, b in zip(ids[::2], ids[1::2], strict=False)]
     kept = []
     for turn, name in enumerate(annotators):
-        mine = [p for k, p in enumerate(pairs) if k % len(annotators) == turn]
+        mine = [p for k, p in enumerate(pairs) if (turn - k * opinions) % len(annotators) < opinions]
         first, second = [a for _, a, _ in mine], [b for _, _, b in mine]
         annotator = Annotator(name, temperature=temperature, seed=seed)
         prompts = [rows[a]["prompt"] for a in first]
@@ -124,7 +136,7 @@ def label(
                 kept.append(Compared(rows[a]["prompt"], *((a, b) if won else (b, a)), prob[k].item(), scores, name))
     write = _write_parquet if out.suffix == ".parquet" else _write_jsonl
     write(kept, [folder / row["image"] for row in rows], out)
-    return len(kept), len(pairs)
+    return len(kept), len(pairs) * opinions
 
 
 def rank(

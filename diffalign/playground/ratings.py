@@ -68,6 +68,22 @@ def write_ratings(
     return out
 
 
+def write_pairs(folder: Path, prompts: int, *, seed: int = 0) -> None:
+    """Two rendered images of each of some captions, true to it, with a manifest.jsonl as `diffalign eval generate`
+    writes it: what annotators compare."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    texts = [text for text in captions(prompts, held_out=False, seed=seed) for _ in range(2)]
+    images = imagine([parse(text) for text in texts], seed=seed).render()
+    rows = []
+    for i, (text, image) in enumerate(zip(texts, images, strict=True)):
+        name = f"images/{i // 2:05d}_{i % 2}.png"
+        save_image(image, folder / name)
+        rows.append(json.dumps({"image": name, "prompt": text, "prompt_id": f"{i // 2:05d}", "sample": i % 2}))
+    out = folder / "manifest.jsonl"
+    out.with_suffix(".tmp").write_text("\n".join(rows) + "\n")
+    os.replace(out.with_suffix(".tmp"), out)
+
+
 def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images [P, each, 3, SIZE, SIZE], ratings int [P, each, aspects] and ranks [P, each] of P captions."""
     asked = [parse(text) for text in texts for _ in range(each)]

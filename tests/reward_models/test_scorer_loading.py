@@ -150,7 +150,7 @@ def test_a_scorer_folder_is_a_spec(folder: Path) -> None:
 
 def test_folders_that_are_no_scorers_say_why(folder: Path) -> None:
     plain = folder.rename(folder.parent / "plain")
-    with pytest.raises(ValueError, match="takes no settings; they are in its reward_config"):
+    with pytest.raises(ValueError, match="no setting 'unit'; this scorer takes none"):
         load_scorer(f"{plain},unit=raw")
     with pytest.raises(FileNotFoundError, match="is no scorer folder: it has no reward_config"):
         load_scorer(str(folder.parent))

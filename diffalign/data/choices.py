@@ -1,0 +1,152 @@
+"""Choices of many persons as features, each with other choices of the same person, for personal scorers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffalign.data.pairs import PreferencePairs
+from diffalign.draws import Draws
+from diffalign.types import ChoiceBatch, Cond
+
+
+class FeatureEncoder:
+    """A CLIP scorer in the shape of an encoder, so that features are read and kept as latents are.
+
+    scorer  has `preprocess`, `image_features` and `encode_text`, both of width E; its weights decide the fingerprint
+
+    An image arrives cut to a square, which the scorer's own rule then takes.
+    """
+
+    def __init__(self, scorer: Any, device: torch.device):
+        self.scorer, self.device = scorer, device
+        digest = hashlib.blake2b(digest_size=8)
+        for name, value in scorer.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self.fingerprint = f"features-{digest.hexdigest()}"
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, 3, R, R] in [0, 1] -> unit vectors [B, E, 1, 1]."""
+        return self.scorer.image_features(self.scorer.preprocess(pixels.to(self.device)))[..., None, None]
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """B prompts -> unit vectors as tokens [B, 1, E]."""
+        return Cond(self.scorer.encode_text([self.scorer.prefix + prompt for prompt in prompts])[:, None])
+
+
+class Choices(NamedTuple):
+    """N choices of one person: z [N, Z] of the preferred images and of the others."""
+
+    z_w: Tensor
+    z_l: Tensor
+
+
+class PersonalChoices(Dataset):
+    """Pairs with annotators as choices of persons. Some of the persons are kept aside, to be strangers.
+
+    Positional: the pairs (encoded by a FeatureEncoder), how features of images and texts become z, and the draws.
+
+    Args:
+        support: most other choices of the same person that a choice comes with; how many count is drawn each time
+        batch_size: choices a micro-batch and process
+        strangers: share of the persons that are only validated on, by a hash of their name
+        least: persons with fewer choices are left out
+
+    Raises ValueError where the pairs name no annotators, or too few persons remain.
+    """
+
+    draws_per_sample: int | None = None
+    num_workers = 0  # everything is in memory
+
+    def __init__(
+        self,
+        pairs: PreferencePairs,
+        joint: Callable[[Tensor, Tensor], Tensor],
+        draws: Draws,
+        *,
+        support: int = 20,
+        batch_size: int = 256,
+        strangers: float = 0.1,
+        least: int = 12,
+    ):
+        self.draws, self.joint, self.support, self.batch_size = draws, joint, support, batch_size
+        self.images, self.texts, self.rows = pairs.features()  # [N, E], [P, E], int64 [n, 3]: text, winner, loser
+        by_person: dict[str, list[int]] = {}
+        for i, name in enumerate(pairs.annotators):
+            if name is not None:
+                by_person.setdefault(name, []).append(i)
+        by_person = {name: rows for name, rows in sorted(by_person.items()) if len(rows) >= least}
+        aside = {name for name in by_person if chance_of(name) < strangers}
+        self.people = [name for name in by_person if name not in aside]
+        self.strangers = sorted(aside)
+        if len(self.people) < 2 or not aside:
+            raise ValueError(
+                f"the pairs have {len(by_person)} annotators with 'choices.least' = {least} choices or more, of whom "
+                f"{len(aside)} are kept aside as strangers; at least 2 to train on and 1 stranger are needed. Pairs "
+                "need an `annotator` (JSONL) or a `user_id` (parquet)"
+            )
+        self.by_person = by_person
+        self.ids = [pairs.ids[i] for name in self.people for i in by_person[name]]
+        self.items = [(k, i) for k, name in enumerate(self.people) for i in by_person[name]]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Any, int, int, list[int]]:
+        """(key, person, pair, support pairs) of choice `index` in `epoch`, from place = (epoch, index)."""
+        epoch, index = place
+        key, (person, pair) = (epoch, self.ids[index]), self.items[index]
+        mine = self.by_person[self.people[person]]
+        order = self.draws.permutation(len(mine), key=key, stream="support").tolist()
+        others = [mine[k] for k in order if mine[k] != pair][: self.support]
+        count = int(self.draws.integers([key], 1, len(others) + 1, stream="support size"))
+        return key, person, pair, others[:count]
+
+    def collate(self, items: Sequence[tuple[Any, int, int, list[int]]]) -> ChoiceBatch:
+        """Items -> a batch on the CPU."""
+        keys, people, pairs, supports = zip(*items, strict=True)
+        there = torch.tensor([[k < len(x) for k in range(self.support)] for x in supports])
+        padded = [[*x, *[pair] * (self.support - len(x))] for x, pair in zip(supports, pairs, strict=True)]
+        own, others = self.choices(torch.tensor(pairs)), self.choices(torch.tensor(padded))
+        return ChoiceBatch(*own, torch.tensor(people), *others, there, list(keys))
+
+    def encode(self, batch: ChoiceBatch) -> ChoiceBatch:
+        """Nothing is left to do."""
+        return batch
+
+    def choices(self, pairs: Tensor) -> Choices:
+        """Numbers of pairs int64 [...] -> z [..., Z] of both images."""
+        text, w, l_ = self.rows[pairs].unbind(-1)
+        return Choices(*(self.joint(self.images[k], self.texts[text]) for k in (w, l_)))
+
+    def of(self, person: str) -> Choices:
+        """All choices of a person, in a random order that depends on the seed and their name."""
+        mine = self.by_person[person]
+        order = self.draws.permutation(len(mine), key=person, stream="shots")
+        return self.choices(torch.tensor(mine)[order])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [Z] of the features of everything chosen from."""
+        z = torch.cat(self.choices(torch.tensor([pair for _, pair in self.items])))
+        return z.mean(0), z.std(0).clamp(min=1e-4)
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `choices` section, one line each."""
+        problems = [f"'choices.{k}' = {cfg[k]} must be 1 or more" for k in ("support", "batch_size") if cfg[k] < 1]
+        if not 0 < cfg["strangers"] < 1:
+            problems.append(f"'choices.strangers' = {cfg['strangers']} must lie in (0, 1)")
+        if cfg["least"] < 2:
+            problems.append(f"'choices.least' = {cfg['least']} must be 2 or more: a choice needs another one beside it")
+        return problems
+
+
+def chance_of(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") / 2**32

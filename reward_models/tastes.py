@@ -1,0 +1,142 @@
+"""What one person likes, as a vector fitted from a handful of choices.
+
+A choice is two images of a prompt, as features z [3E] (see `joint`), the preferred one first. The heads, rewards that
+depend on such a vector, are in personal_heads.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+SAMPLES = 64
+"""Draws that stand for the uncertainty of a taste."""
+
+
+def joint(image: Tensor, text: Tensor) -> Tensor:
+    """Unit features of images and of their prompts, both [..., E] -> z [..., 3E]: both, and their product."""
+    return torch.cat([image, text, image * text], dim=-1)
+
+
+class Taste(NamedTuple):
+    """What is known of a person: the best guess [U], and draws [S, U] of what it may be as well."""
+
+    mean: Tensor
+    samples: Tensor
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear layers with GELU between them."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.GELU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Head(nn.Module, ABC):
+    """A reward that depends on a person's vector [U]. `mean` and `std` standardise features; set them before training.
+
+    width  E, of the image features; z is three times as wide
+    """
+
+    kind: str
+    size: int
+    """U"""
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, width: int, **settings: Any):
+        super().__init__()
+        self.width, self.settings = width, settings  # as given, for the scorer folder
+        self.register_buffer("mean", torch.zeros(3 * width))
+        self.register_buffer("std", torch.ones(3 * width))
+
+    def standardise(self, z: Tensor) -> Tensor:
+        return (z - self.mean) / self.std
+
+    @abstractmethod
+    def reward(self, z: Tensor, taste: Tensor) -> Tensor:
+        """z [..., 3E] and vectors [..., U] -> rewards [...]."""
+
+    @abstractmethod
+    def anybody(self) -> Tensor:
+        """The vector [U] that stands for nobody in particular."""
+
+    @abstractmethod
+    def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
+        """N choices [N, 3E] of one person -> their taste. Changes no weight, draws no global random number."""
+
+    def margin(self, z_w: Tensor, z_l: Tensor, taste: Tensor) -> Tensor:
+        """How much better the first is, for a person: the logit of its being chosen."""
+        return self.reward(z_w, taste) - self.reward(z_l, taste)
+
+    def chance(self, z_w: Tensor, z_l: Tensor, taste: Taste) -> tuple[Tensor, Tensor]:
+        """N pairs [N, 3E] -> the probability [N] that the person chooses the first, and how far (a standard deviation)
+        the draws of the taste disagree about it."""
+        draws = torch.sigmoid(self.margin(z_w[None], z_l[None], taste.samples[:, None].expand(-1, len(z_w), -1)))
+        return draws.mean(0), draws.std(0)
+
+    @abstractmethod
+    def forward(
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """B choices to learn from -> the margin of each [B], and what the person's vector costs in nats [B].
+
+        z_w, z_l              [B, 3E]     preferred and other image
+        person                int64 [B]   number of the person among those of the training data
+        support_w, support_l  [B, S, 3E]  other choices of the same person
+        there                 bool [B, S] which of them count; their number varies
+        eps                   [B, U]      standard normal numbers
+        """
+
+    def embedding(self, taste: Taste) -> Tensor:
+        """The numbers of a person that a generator is conditioned on [U]."""
+        return taste.mean
+
+
+def gaussian_of(people: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [U] and covariance [U, U] of the vectors [n, U] of the people seen; of few people, nearly a unit normal."""
+    n, size = people.shape
+    mean = people.mean(0)
+    scatter = (people - mean).T @ (people - mean)
+    return mean, (scatter + torch.eye(size).to(people)) / n if n > 1 else torch.eye(size).to(people)
+
+
+def laplace(margins: Callable[[Tensor], Tensor], mean: Tensor, covariance: Tensor) -> Taste:
+    """The posterior of a vector with a Gaussian prior, given chosen-over-other margins [N] as a function of it.
+
+    Mode by L-BFGS, curvature by Gauss-Newton, which is positive whatever the margins are.
+    """
+    precision = torch.linalg.inv(covariance)
+    taste = mean.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([taste], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            away = taste - mean
+            loss = F.softplus(-margins(taste)).sum() + 0.5 * away @ precision @ away
+            (taste.grad,) = torch.autograd.grad(loss, taste)
+        return loss.detach()
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    mode = taste.detach()
+    slopes: Any = torch.func.jacrev(margins)(mode)
+    p = torch.sigmoid(margins(mode)).detach()
+    curvature = precision + slopes.detach().T @ ((p * (1 - p))[:, None] * slopes.detach())
+    # If L L' is the curvature, L'^-1 n has its inverse as covariance.
+    spread = torch.linalg.solve_triangular(
+        torch.linalg.cholesky(curvature).T, standard_normal(len(mode)).T.to(mode), upper=True
+    )
+    return Taste(mode, mode + spread.T)
+
+
+def standard_normal(size: int) -> Tensor:
+    """[SAMPLES, size], always the same, with mean 0: a taste depends on the choices and on nothing else."""
+    drawn = torch.randn(SAMPLES // 2, size, generator=torch.Generator().manual_seed(0))
+    return torch.cat([drawn, -drawn])

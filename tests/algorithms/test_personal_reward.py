@@ -1,0 +1,177 @@
+"""Personal rewards: the loss on choices, and a population whose tastes are known (ideal points among prototypes)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from scipy.spatial import procrustes
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffalign.algorithms.personal_reward import PersonalReward
+from diffalign.draws import Draws
+from diffalign.types import ChoiceBatch
+from reward_models.personal_heads import HEADS, PAL, VPL, Groups, Logistic
+from reward_models.tastes import Head, laplace
+
+WIDTH, PEOPLE, EACH = 16, 60, 100
+
+
+def z_of(x: Tensor) -> Tensor:
+    """Features of the image alone: z has room for the prompt's, which is silent here."""
+    return torch.cat([x, torch.zeros(*x.shape[:-1], 2 * WIDTH)], dim=-1)
+
+
+class Population:
+    """Persons whose ideal point is a mixture of three prototypes in four hidden dimensions of the features."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.g, self.map = g, 0.5 * torch.randn(WIDTH, 4, generator=g)
+        self.prototypes = 1.5 * torch.randn(3, 4, generator=g)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            weights = torch.distributions.Dirichlet(torch.full((3,), 0.3)).sample((PEOPLE + 40,))
+        self.people, self.strangers = (weights @ self.prototypes).split((PEOPLE, 40))
+
+    def choices(self, ideals: Tensor, n: int, *, noisy: bool) -> tuple[Tensor, Tensor]:
+        """n pairs of each person, the preferred one first: z [people, n, 3E] twice."""
+        a, b = torch.randn(2, len(ideals), n, WIDTH, generator=self.g)
+        away = [(x @ self.map - ideals[:, None]).norm(dim=-1) for x in (a, b)]
+        chance = torch.rand(a.shape[:2], generator=self.g) if noisy else 0.5
+        first = (chance < torch.sigmoid(away[1] - away[0]))[..., None]
+        return z_of(torch.where(first, a, b)), z_of(torch.where(first, b, a))
+
+
+def train(head: Head, z_w: Tensor, z_l: Tensor, *, steps: int, lr: float, beta_kl: float = 0.01) -> None:
+    """Through the algorithm itself; the number of other choices varies from 1 to 20."""
+    algorithm = PersonalReward(head, head.size, Draws(0), beta_kl=beta_kl)
+    optimizer, g = torch.optim.Adam(head.parameters(), lr), torch.Generator().manual_seed(0)
+    people, each = z_w.shape[:2]
+    for step in range(steps):
+        person, own = (torch.randint(k, (128,), generator=g) for k in (people, each))
+        others = torch.randint(each, (128, 20), generator=g)
+        count = torch.randint(1, 21, (128, 1), generator=g)
+        there = (torch.arange(20) < count) & (others != own[:, None])
+        support = (z_w[person[:, None], others], z_l[person[:, None], others])
+        keys = [(step, k) for k in range(128)]
+        batch = ChoiceBatch(z_w[person, own], z_l[person, own], person, *support, there, keys)
+        loss, _ = algorithm.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_margin_changes_sign_with_the_order_and_a_fit_changes_no_weight(kind: str) -> None:
+    torch.manual_seed(0)
+    head = HEADS[kind](WIDTH)
+    z_w, z_l = torch.randn(2, 9, 3 * WIDTH)
+    before = {k: v.clone() for k, v in head.state_dict().items()}
+    state = torch.get_rng_state()
+    taste = head.fit(z_w[:5], z_l[:5])
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in head.state_dict().items())
+    assert torch.allclose(head.margin(z_w, z_l, taste.mean), -head.margin(z_l, z_w, taste.mean), atol=1e-6)
+    turned = head.fit(z_w[:5].flip(0), z_l[:5].flip(0))  # the order of the choices says nothing
+    assert torch.allclose(taste.mean, turned.mean, atol=1e-2)
+
+
+def test_loss_by_hand() -> None:
+    """Logistic, vector 0: every margin is 0, the loss ln 2."""
+    z = torch.randn(4, 3 * WIDTH)
+    support = torch.randn(2, 4, 3, 3 * WIDTH)
+    batch = ChoiceBatch(z, -z, torch.zeros(4).long(), *support, torch.ones(4, 3).bool(), [(0, k) for k in range(4)])
+    loss, metrics = PersonalReward(head := Logistic(WIDTH), head.size, Draws(0)).loss(batch)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert metrics["cost"].abs().max() == 0
+
+
+def test_evidence_narrows_and_nothing_known_is_the_prior() -> None:
+    torch.manual_seed(0)
+    head = VPL(WIDTH, latent=3)
+    z_w, z_l = torch.randn(2, 20, 3 * WIDTH)
+    mean, variance = head.posterior(z_w, z_l, torch.zeros(20).bool())
+    assert torch.equal(mean, torch.zeros(3)) and torch.equal(variance, torch.ones(3))
+    spreads = [head.fit(z_w[:n], z_l[:n]).samples.std(0).mean().item() for n in (1, 4, 20)]
+    assert spreads[0] > spreads[1] > spreads[2]
+
+
+def test_population_of_ideal_points_is_recovered() -> None:
+    """K = 3 beats K = 1, more choices of a stranger are better, and the prototypes are those of the population up to
+    rotation, reflection, shift and scale."""
+    world = Population()
+    z_w, z_l = world.choices(world.people, EACH, noisy=True)
+    few_w, few_l = world.choices(world.strangers, 50, noisy=True)
+    new_w, new_l = world.choices(world.strangers, 400, noisy=False)
+
+    def accuracy(head: PAL, n: int) -> float:
+        fits = [head.fit(few_w[k, :n], few_l[k, :n]).mean for k in range(40)]
+        right = [(head.margin(new_w[k], new_l[k], fit) > 0).float().mean() for k, fit in enumerate(fits)]
+        return torch.stack(right).mean().item()
+
+    heads = {}
+    for k in (1, 3):
+        torch.manual_seed(0)
+        heads[k] = PAL(WIDTH, people=PEOPLE, prototypes=k, latent=4, hidden=0)
+        train(heads[k], z_w, z_l, steps=600, lr=1e-2)
+    one = accuracy(heads[1], 50)
+    curve = [accuracy(heads[3], n) for n in (2, 10, 50)]
+    assert curve[-1] > one + 0.05, (one, curve)
+    assert curve[0] < curve[1] < curve[2], curve
+    found = heads[3].prototypes.detach().numpy()
+    gap = min(procrustes(world.prototypes.numpy(), found[list(o)])[2] for o in itertools.permutations(range(3)))
+    assert gap < 0.1, gap
+
+
+def test_groups_find_two_groups_of_opposite_taste() -> None:
+    """Hard EM on 60 persons, half of whom like what the others dislike: at least 95 of 100 are told apart."""
+    g = torch.Generator().manual_seed(0)
+    likes = torch.randn(WIDTH, generator=g)
+    sign = torch.ones(60).index_fill_(0, torch.arange(30), -1.0)
+    a, b = torch.randn(2, 60, 60, WIDTH, generator=g)
+    first = ((((a - b) @ likes) * sign[:, None]) > 0)[..., None]
+    z_w, z_l = z_of(torch.where(first, a, b)), z_of(torch.where(first, b, a))
+    torch.manual_seed(0)
+    head = Groups(WIDTH, groups=2)
+    train(head, z_w, z_l, steps=200, lr=3e-3)
+    group = torch.stack([head.fit(z_w[k, :20], z_l[k, :20]).mean.argmax() for k in range(60)])
+    together = (group == (sign > 0)).float().mean().item()
+    assert max(together, 1 - together) >= 0.95, together
+
+
+def test_a_vector_swapped_between_opposed_persons_turns_their_choices_round() -> None:
+    """VPL: what an opponent would choose, and with a cost of vectors that is too high, nobody in particular."""
+    g = torch.Generator().manual_seed(0)
+    likes = torch.randn(WIDTH, generator=g)
+    sign = torch.ones(40).index_fill_(0, torch.arange(20), -1.0)
+    a, b = torch.randn(2, 40, 60, WIDTH, generator=g)
+    first = ((((a - b) @ likes) * sign[:, None]) > 0)[..., None]
+    z_w, z_l = z_of(torch.where(first, a, b)), z_of(torch.where(first, b, a))
+    rates = {}
+    for beta_kl in (0.01, 100.0):
+        torch.manual_seed(0)
+        head = VPL(WIDTH, latent=2)
+        train(head, z_w, z_l, steps=300, lr=3e-3, beta_kl=beta_kl)
+        own, other = (head.fit(z_w[k, :20], z_l[k, :20]).mean for k in (0, 39))
+        rates[beta_kl] = [
+            (head.margin(z_w[0, 20:], z_l[0, 20:], taste) > 0).float().mean().item() for taste in (own, other)
+        ]
+    assert rates[0.01][0] > 0.8 and rates[0.01][1] < 0.2, rates
+    assert abs(rates[100.0][0] - rates[100.0][1]) < 0.2, rates
+
+
+def test_laplace_of_one_number_by_hand() -> None:
+    """margin = u z with z = 2, prior N(0, 1): the mode solves u = 2 sigmoid(-2 u), the curvature is 1 + 4 p (1 - p)."""
+    taste = laplace(lambda u: u * torch.tensor([2.0]), torch.zeros(1), torch.eye(1))
+    u = taste.mean.item()
+    assert u == pytest.approx(2 * torch.sigmoid(torch.tensor(-2 * u)).item(), abs=1e-4)
+    p = torch.sigmoid(torch.tensor(2 * u)).item()
+    expected = 1 / math.sqrt(1 + 4 * p * (1 - p))
+    drawn = taste.samples.std(0, correction=0).item()
+    unit = torch.cat([x := torch.randn(32, 1, generator=torch.Generator().manual_seed(0)), -x]).std(correction=0).item()
+    assert drawn == pytest.approx(expected * unit, rel=1e-4)
+    assert F.softplus(torch.tensor(0.0)).item() == pytest.approx(math.log(2))

@@ -1,0 +1,54 @@
+"""A personal scorer (PAL, VPL, groups by EM, a logistic baseline) on frozen CLIP features, from many persons' choices.
+
+    accelerate launch train/personal_reward.py --config configs/personal_reward/pickapic.yaml data.path=pickapic_v2
+    diffalign train personal_reward --config playground data.path=choices.jsonl run.folder=runs/personal
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl (accuracy on strangers by their number of
+choices), checkpoints/ and export/, which `load_scorer`, `reward-score --user` and `diffalign user fit` read.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.personal_reward import PersonalReward
+from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs, check_latents
+from diffalign.run import Run
+from diffalign.strangers import stranger_hooks
+from diffalign.trainer import Trainer, adamw
+from reward_models.personal import check_head, head_to_train, load_features
+from reward_models.tastes import joint
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "data": check_latents,
+            "choices": PersonalChoices.check,
+            "scorer": check_head,
+            "algorithm": PersonalReward.check,
+        },
+        run=Run,
+        data=PreferencePairs,
+        choices=PersonalChoices,
+        scorer=head_to_train,
+        algorithm=PersonalReward,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=stranger_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    features = load_features(cfg.scorer["features_from"], run.device)
+    pairs = run.latents(PreferencePairs, FeatureEncoder(features, run.device), **cfg.data)  # kept as latents are
+    choices = PersonalChoices(pairs, joint, run.draws, **cfg.choices)
+    scorer = head_to_train(features, len(choices.people), choices.statistics(), **cfg.scorer).to(run.device)
+    head = run.prepare(scorer.head)
+    algorithm = PersonalReward(head, scorer.head.size, run.draws, **cfg.algorithm)
+    players = {"scorer": adamw(head, **cfg.optimizer)}
+    hooks = stranger_hooks(run, scorer, choices, **cfg.hooks)
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(choices))
+
+
+if __name__ == "__main__":
+    main()
