@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # What follows the recipe's name belongs to the recipe, --help included.
-    split = len(arguments)
+    split = 1 if arguments[:1] == ["user"] else len(arguments)
     if arguments[:1] in (["train"], ["eval"]):
         named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.recipes(arguments[0])]
         split = named[0] + 1 if named else len(arguments)
@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(run=_recipe, kind=kind)
     p = commands.add_parser("recipes", help="list recipes and their configs")
     p.set_defaults(run=lambda args: print(_listing("train") + "\n" + _listing("eval")) or 0)
+    p = commands.add_parser("user", add_help=False, help="choose images, fit and embed what people like")
+    p.set_defaults(run=lambda args: launch.start(launch.find("eval", "user"), args.rest, processes=1, config=None))
     p = commands.add_parser("demo", help="pairs, alignment, win rate and report from the shipped model; CPU, minutes")
     p.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything the demo makes")
     p.set_defaults(run=_demo)

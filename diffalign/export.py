@@ -9,15 +9,22 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffalign.backbones import Backbone
 from diffalign.lora import lora_layers
+from diffalign.user_adapter import FILE, has_user_adapter, user_width
 
 VERIFY_STEPS = 4
 TOLERANCE = 1e-4
+LOADED_BY = {
+    "whole pipeline": "DiffusionPipeline.from_pretrained('{}')",
+    "LoRA": "pipe.load_lora_weights('{}')",
+    "user adapter": f"pipe.load_ip_adapter('{{}}', subfolder='', weight_name='{FILE}', image_encoder_folder=None)",
+}
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment of a launcher, which the fresh process must not inherit."""
 
@@ -29,17 +36,22 @@ sys.modules["diffalign"] = None
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-base, lora, given, out, steps, size, dtype, vae_dtype = sys.argv[1:]
+kind, base, folder, given, out, steps, size, dtype, vae_dtype = sys.argv[1:]
 index = json.loads(Path(base, "model_index.json").read_text())
 left_out = {"safety_checker": None} | {name: None for name, part in index.items() if part == [None, None]}
 rounded = {"default": getattr(torch, dtype), "vae": getattr(torch, vae_dtype)}
 pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=rounded, **left_out).to(torch.float32)
-if lora:
-    pipeline.load_lora_weights(lora)
+given = load_file(given)
+latents, heard = given.pop("latents"), {}
+if kind == "LoRA":
+    pipeline.load_lora_weights(folder)
+if kind == "user adapter":
+    pipeline.load_ip_adapter(folder, subfolder="", weight_name="user_adapter.safetensors", image_encoder_folder=None)
+    heard = {"ip_adapter_image_embeds": [given["user"]]}
 pipeline.set_progress_bar_config(disable=True)
 torch.manual_seed(0)
 fixed = torch.Generator().manual_seed(0)
-images = pipeline("", latents=load_file(given)["latents"], num_inference_steps=int(steps), guidance_scale=1.0,
+images = pipeline("", latents=latents, num_inference_steps=int(steps), guidance_scale=1.0, **heard,
                   generator=fixed, height=int(size), width=int(size), output_type="pt").images
 save_file({"images": images.contiguous()}, out)
 '''
@@ -55,8 +67,7 @@ def export(backbone: Backbone, folder: Path, resolution: int, *, verify: bool) -
     backbone.save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    lora = bool(lora_layers(backbone.denoiser))
-    how = f"pipe.load_lora_weights('{folder}')" if lora else f"DiffusionPipeline.from_pretrained('{folder}')"
+    how = LOADED_BY[kind_of(backbone)].format(folder)
     if not verify:
         return f"exported; load it with {how}"
     gap = fresh_process_gap(backbone, folder, resolution)
@@ -65,20 +76,30 @@ def export(backbone: Backbone, folder: Path, resolution: int, *, verify: bool) -
     return f"exported, verified in a fresh process (largest difference {gap:.1e}); load it with {how}"
 
 
+def kind_of(backbone: Backbone) -> str:
+    """What of a backbone is exported."""
+    network = backbone.denoiser.network
+    return "user adapter" if has_user_adapter(network) else "LoRA" if lora_layers(network) else "whole pipeline"
+
+
 def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> float:
     """The largest pixel difference between the run's pipeline and the export loaded by stock diffusers elsewhere.
 
     Both run on the CPU in float32 from the same latents, so the difference is that of the weights.
     """
     latents = torch.randn(1, *backbone.latent_shape(resolution), generator=torch.Generator().manual_seed(0))
-    latents = backbone.pipeline_latents(latents)
-    lora = bool(lora_layers(backbone.denoiser))
+    inputs = {"latents": backbone.pipeline_latents(latents)}
+    kind = kind_of(backbone)
+    if kind == "user adapter":
+        width = user_width(backbone.denoiser.network)
+        inputs["user"] = torch.randn(1, 1, width, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as scratch:
         given, out = Path(scratch, "given.safetensors"), Path(scratch, "out.safetensors")
-        save_file({"latents": latents}, given)
-        base = str(backbone.path if lora else folder)
-        arguments = [base, str(folder) if lora else "", str(given), str(out), str(VERIFY_STEPS), str(resolution)]
-        dtypes = (backbone.dtype, backbone.vae_dtype) if lora else (torch.float32, torch.float32)
+        save_file(inputs, given)
+        base = str(folder if kind == "whole pipeline" else backbone.path)
+        arguments = [kind, base, str(folder), str(given), str(out), str(VERIFY_STEPS), str(resolution)]
+        whole = kind == "whole pipeline"
+        dtypes = (torch.float32, torch.float32) if whole else (backbone.dtype, backbone.vae_dtype)
         arguments += [str(dtype).removeprefix("torch.") for dtype in dtypes]
         environment = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED} | {"CUDA_VISIBLE_DEVICES": ""}
         fresh = subprocess.run(
@@ -89,15 +110,20 @@ def fresh_process_gap(backbone: Backbone, folder: Path, resolution: int) -> floa
                 f"'{folder}' does not load in a fresh process with plain diffusers:\n{fresh.stderr[-2000:]}"
             )
         theirs = load_file(out)["images"]
-    ours = own_images(backbone, latents, resolution)
+    ours = own_images(backbone, inputs["latents"], resolution, inputs.get("user"))
     return (ours - theirs).abs().max().item()
 
 
-def own_images(backbone: Backbone, latents: torch.Tensor, resolution: int) -> torch.Tensor:
-    """What the present weights draw from latents [B, C, h, w] in the stock pipeline, on the CPU in float32."""
+def own_images(
+    backbone: Backbone, latents: torch.Tensor, resolution: int, user: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the present weights draw from latents [B, C, h, w], for a user [1, T, D] where there is one, in the stock
+    pipeline, on the CPU in float32."""
     network = copy.deepcopy(backbone.denoiser.network).cpu().float()
     pipeline = backbone.pipeline(network).to("cpu").to(torch.float32)
-    settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": resolution, "width": resolution}
+    settings: dict[str, Any] = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0}
+    settings |= {"height": resolution, "width": resolution}
+    settings |= {} if user is None else {"ip_adapter_image_embeds": [user]}
     fixed = torch.Generator().manual_seed(0)  # of few-step samplers, which add noise on the way
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the flow pipelines do not pass theirs on

@@ -12,13 +12,12 @@ What is fitted for a person goes into a small file (`save_user`), which names th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,16 +27,8 @@ from reward_models.images import ImageError
 from reward_models.loading import load_scorer
 from reward_models.personal_heads import HEADS, PAL, VPL, Groups, Logistic
 from reward_models.protocol import check_images
-from reward_models.tastes import Head, Taste, joint
+from reward_models.tastes import Choice, Head, Taste, joint
 from reward_models.weights import WEIGHTS, load_strict, read_state, save_state, write_config
-
-
-class Choice(NamedTuple):
-    """Of two images of a prompt, which one a person prefers: Pillow images or files."""
-
-    prompt: str
-    chosen: Image.Image | str | PathLike[str]
-    rejected: Image.Image | str | PathLike[str]
 
 
 class PersonalScorer(NetworkScorer):
@@ -83,11 +74,11 @@ class PersonalScorer(NetworkScorer):
         text = self.features.encode_text([self.features.prefix + prompt for prompt in prompts])
         return joint(self.features.image_features(pixels), text)
 
+    joint = staticmethod(joint)
+
     @torch.no_grad()
-    def encode_choices(self, choices: Sequence[Choice]) -> tuple[Tensor, Tensor]:
+    def encode_choices(self, choices: Iterable[Choice]) -> tuple[Tensor, Tensor]:
         """N choices -> z [N, 3E] of the chosen and of the other images. Raises ValueError naming a bad image."""
-        if not choices:
-            raise ValueError("no choices: at least one is needed, and 4 to 50 are usual")
         found = []
         for choice in choices:
             pixels = []
@@ -97,6 +88,8 @@ class PersonalScorer(NetworkScorer):
                 except ImageError as error:
                     raise ValueError(f"'{image}' cannot be read: {error}") from error
             found.append(self.encode(torch.cat(pixels), [choice.prompt] * 2))
+        if not found:
+            raise ValueError("no choices: at least one is needed, and 4 to 50 are usual")
         z_w, z_l = torch.stack(found, dim=1)
         return z_w, z_l
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +24,14 @@ SAMPLES = 64
 def joint(image: Tensor, text: Tensor) -> Tensor:
     """Unit features of images and of their prompts, both [..., E] -> z [..., 3E]: both, and their product."""
     return torch.cat([image, text, image * text], dim=-1)
+
+
+class Choice(NamedTuple):
+    """Of two images of a prompt, which one a person prefers: Pillow images or files, of any sizes."""
+
+    prompt: str
+    chosen: Image.Image | str | PathLike[str]
+    rejected: Image.Image | str | PathLike[str]
 
 
 class Taste(NamedTuple):

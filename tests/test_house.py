@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "inversion": {"types", "draws", "schedule", "sampling"},
     "lora": {"types"},
     "ema": {"types"},
+    "user_adapter": {"types"},
     "reference": {"types", "draws", "schedule", "lora"},
     "playground": {"types", "draws", "playground"},
     "report": {"types", "draws", "report"},

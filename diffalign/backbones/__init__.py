@@ -66,7 +66,7 @@ def load_backbone(
     Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
     """
     folder = find_pipeline(path)
-    family = json.loads((folder / "model_index.json").read_text())["_class_name"]
+    family = family_of(folder)
     if family not in FAMILIES:
         raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
@@ -115,6 +115,11 @@ def check_backbone(cfg: dict[str, Any]) -> list[str]:
             f"'backbone.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
         )
     return problems
+
+
+def family_of(folder: Path) -> str:
+    """The class of the pipeline in a folder."""
+    return json.loads((folder / "model_index.json").read_text())["_class_name"]
 
 
 def find_pipeline(path: str) -> Path:

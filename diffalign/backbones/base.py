@@ -20,6 +20,7 @@ from diffalign.lora import lora_layers
 from diffalign.reference import frozen
 from diffalign.schedule import FlowSchedule, Schedule, VPSchedule
 from diffalign.types import Cond
+from diffalign.user_adapter import has_user_adapter, save_adapter
 
 
 class Denoiser(nn.Module, ABC):
@@ -205,8 +206,11 @@ class Backbone(ABC):
         return latents
 
     def save(self, folder: Path) -> None:
-        """Write the denoiser's present weights in diffusers layout: a LoRA file, or the whole pipeline."""
+        """Write what trained in diffusers layout: a user adapter, a LoRA, or the whole pipeline."""
         network = self.denoiser.network
+        if has_user_adapter(network):
+            save_adapter(network, folder)
+            return
         if not lora_layers(network):
             self.pipeline(network).save_pretrained(folder)
             return

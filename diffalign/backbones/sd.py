@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffalign.backbones.base import Denoiser, Source, UNetBackbone
 from diffalign.types import Cond
+from diffalign.user_adapter import ask
 
 
 class SDDenoiser(Denoiser):
@@ -23,7 +24,7 @@ class SDDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B, C, h, w], t [B] int64 in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
         dtype = self.network.dtype
-        return self.network(x_t.to(dtype), t, cond.tokens.to(dtype), return_dict=False)[0].float()
+        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype)).float()
 
 
 class SDBackbone(UNetBackbone):

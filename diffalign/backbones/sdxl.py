@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffalign.backbones.base import Denoiser, Source, UNetBackbone
 from diffalign.types import Cond
+from diffalign.user_adapter import ask
 
 
 class SDXLDenoiser(Denoiser):
@@ -44,8 +45,7 @@ class SDXLDenoiser(Denoiser):
         dtype = self.network.dtype
         # Pixels stay float32: bfloat16 would round 1023 to 1024.
         added = {"text_embeds": cond.pooled.to(dtype), "time_ids": size.float()}
-        out = self.network(x_t.to(dtype), t, cond.tokens.to(dtype), added_cond_kwargs=added, return_dict=False)
-        return out[0].float()
+        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype), **added).float()
 
 
 class SDXLBackbone(UNetBackbone):

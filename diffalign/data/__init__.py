@@ -12,6 +12,7 @@ from diffalign.data.ranked import RankedImages
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
 from diffalign.data.targets import TargetImages
+from diffalign.data.users import UserPairs
 
 __all__ = [
     "Balanced",
@@ -29,6 +30,7 @@ __all__ = [
     "RankedImages",
     "Record",
     "TargetImages",
+    "UserPairs",
     "check_latents",
     "check_reference_free",
     "read_records",

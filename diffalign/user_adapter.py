@@ -1,0 +1,186 @@
+"""A U-Net that listens to a user: decoupled cross-attention as in IP-Adapter, which stock diffusers loads.
+
+    Z = softmax(Q K' / sqrt(d)) V + softmax(Q K_u' / sqrt(d)) V_u,   K_u = tokens W_k,   V_u = tokens W_v
+
+Ye et al., 2023 (arXiv 2308.06721), with a user's embedding instead of an image's, as PPD has it (Dang et al., 2025).
+The layers are diffusers' own; here is how they begin, how they train, and how they are written as its file. Families:
+those with a UNet2DConditionModel (Stable Diffusion, SDXL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
+
+FILE = "user_adapter.safetensors"
+"""What the export of a run holds; `pipe.load_ip_adapter(export, subfolder="", weight_name=FILE, ...)` reads it."""
+TOKENS = 4
+"""Attention tokens that diffusers' linear image projection makes of one vector; its loader knows no other number."""
+
+
+def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int = 0, seed: int = 0) -> None:
+    """Freeze a UNet2DConditionModel in a dtype and add a trainable float32 user adapter for embeddings [T, width].
+
+    Keys begin as those of the text, values as zero, so the model does not change at first. (Never the keys as zero:
+    then nothing would have a gradient.)
+
+    Args:
+        rank: of what is learned of every key and value matrix; 0 trains them whole
+        seed: of the initial weights
+    """
+    network.requires_grad_(False).to(dtype)
+    dim = network.config.cross_attention_dim
+    keys: dict[str, Tensor] = {}
+    number = 1  # diffusers numbers all attention layers; every second one reads the text
+    for name in network.attn_processors:
+        if name.endswith("attn2.processor"):
+            weight = network.get_submodule(name.removesuffix(".processor")).to_k.weight.detach().float()
+            keys[f"{number}.to_k_ip.weight"], keys[f"{number}.to_v_ip.weight"] = weight.clone(), 0 * weight
+            number += 2
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        linear, norm = nn.Linear(width, TOKENS * dim), nn.LayerNorm(dim)
+        projection = {f"proj.{k}": v.detach() for k, v in linear.state_dict().items()}
+        projection |= {f"norm.{k}": v.detach() for k, v in norm.state_dict().items()}
+        network._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}], low_cpu_mem_usage=False)
+        for processor in _processors(network):
+            processor.float()
+            for layer in (processor.to_k_ip[0], processor.to_v_ip[0]):
+                layer.requires_grad_(not rank)
+                if rank:
+                    register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+    network.encoder_hid_proj.float().requires_grad_(True)
+
+
+class LowRank(nn.Module):
+    """A weight [m, n] plus B A, B [m, rank] zero at first."""
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / rank)
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.up @ self.down
+
+
+def has_user_adapter(network: nn.Module) -> bool:
+    """Whether the network listens to a user."""
+    return bool(_processors(network))
+
+
+def _processors(network: Any) -> list[Any]:
+    found = getattr(network, "attn_processors", {}).values()
+    return [processor for processor in found if hasattr(processor, "to_k_ip")]
+
+
+def user_width(network: Any) -> int:
+    """D of the users [B, T, D] that a network with an adapter takes."""
+    return network.encoder_hid_proj.image_projection_layers[0].image_embeds.in_features
+
+
+@contextmanager
+def user_off(network: Any) -> Iterator[None]:
+    """Inside, the network is what it was before the adapter, bit for bit."""
+    processors = _processors(network)
+    before = [processor.scale for processor in processors]
+    try:
+        for processor in processors:
+            processor.scale = [0.0]
+        yield
+    finally:
+        for processor, scale in zip(processors, before, strict=True):
+            processor.scale = scale
+
+
+class UserOffReference:
+    """The denoiser without its user, as the frozen reference: no second network in memory."""
+
+    def __init__(self, denoiser: nn.Module):
+        self.denoiser = denoiser
+
+    @torch.no_grad()
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Any) -> Tensor:
+        """Same arguments and result as the denoiser: [B, C, h, w], [B], cond -> [B, C, h, w]."""
+        return self.denoiser(x_t, t, cond._replace(user=None))
+
+
+def ask(network: Any, user: Tensor | None, *inputs: Tensor, **added: Tensor) -> Tensor:
+    """The output of a U-Net for its inputs and SDXL's added conditions, and a user [B, T, D] where it has an adapter.
+
+    Without a user it answers as it did before the adapter. Raises ValueError for a user without an adapter.
+    """
+    if not has_user_adapter(network):
+        if user is not None:
+            raise ValueError("cond.user is given, but the network has no user adapter")
+        return network(*inputs, added_cond_kwargs=added or None, return_dict=False)[0]
+    width = user_width(network)
+    if user is None:
+        nobody = inputs[0].new_zeros(len(inputs[0]), 1, width)
+        with user_off(network):
+            return network(*inputs, added_cond_kwargs={**added, "image_embeds": [nobody]}, return_dict=False)[0]
+    if user.ndim != 3 or user.shape[0] != len(inputs[0]) or user.shape[2] != width:
+        raise ValueError(f"cond.user must be [{len(inputs[0])}, T, {width}]; got {list(user.shape)}")
+    return network(*inputs, added_cond_kwargs={**added, "image_embeds": [user.float()]}, return_dict=False)[0]
+
+
+def adapter_state(network: Any) -> dict[str, Tensor]:
+    """The adapter in the names of IP-Adapter's files, low rank multiplied out, float32 on the CPU."""
+    state = {}
+    for name, value in network.encoder_hid_proj.image_projection_layers[0].state_dict().items():
+        state[f"image_proj.{name.replace('image_embeds', 'proj')}"] = value
+    for k, processor in enumerate(_processors(network)):
+        for kind in ("to_k_ip", "to_v_ip"):
+            state[f"ip_adapter.{2 * k + 1}.{kind}.weight"] = getattr(processor, kind)[0].weight
+    return {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
+
+
+def save_adapter(network: Any, folder: Path) -> None:
+    """Write FILE into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_state(network), folder / FILE)
+
+
+def adapter_arguments(folder: str | Path) -> dict[str, Any]:
+    """What `pipe.load_ip_adapter` must be called with to load an export."""
+    return {
+        "pretrained_model_name_or_path_or_dict": str(folder),
+        "subfolder": "",
+        "weight_name": FILE,
+        "image_encoder_folder": None,
+    }
+
+
+def user_embeds(user: Tensor, *, guidance: float, unconditional: str = "null") -> list[Tensor]:
+    """One user's embedding [1, T, D] as the `ip_adapter_image_embeds` of a stock pipeline call.
+
+    unconditional  what the other half of guidance hears: `null` is nobody, so that guidance amplifies the taste too;
+                   `same` is the user again
+
+    Raises ValueError for several users: diffusers would show every prompt of the call all of their tokens.
+    """
+    if user.ndim != 3 or len(user) != 1:
+        raise ValueError(
+            f"one user a pipeline call, as [1, T, D]; got {list(user.shape)}. Diffusers would mix several users "
+            "silently; call once for each, or mix them on purpose with `mix_users`"
+        )
+    if unconditional not in ("null", "same"):
+        raise ValueError(f"unconditional must be null or same; got '{unconditional}'")
+    if guidance <= 1:
+        return [user]
+    return [torch.cat([torch.zeros_like(user) if unconditional == "null" else user, user])]
+
+
+def mix_users(users: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The weighted sum of users' embeddings [1, T, D], the weights divided by their sum."""
+    total = sum(weights)
+    if len(users) != len(weights) or not total > 0 or min(weights) < 0:
+        raise ValueError(f"one weight of 0 or more for each of {len(users)} users is needed, not all 0; got {weights}")
+    return torch.stack([user * (weight / total) for user, weight in zip(users, weights, strict=True)]).sum(0)

@@ -1,0 +1,259 @@
+"""What one person likes: ask them, fit it, and embed many people at once.
+
+    diffalign user choose prompts.txt --pipeline playground --encoder runs/personal/export --out me
+    diffalign user fit me/choices.jsonl --encoder runs/personal/export --out me.safetensors
+    diffalign user embed people/choices.jsonl --encoder runs/personal/export --out users.safetensors
+
+`choose` shows two images of a prompt at a time on a page that only this machine can open, and writes which one was
+preferred to OUT/choices.jsonl, preference data like any other. PROMPTS is a file of prompts, whose images are generated
+first (everything this command does not know goes to `diffalign eval generate`), or a folder that it has written. With
+--encoder the pair comes next of which the fit of the choices so far is least sure.
+
+`fit` turns 4 to 50 choices into a small file: for `reward-score --user`, and for pipelines made by `train/ppd.py`.
+`embed` does so for every annotator of a data set, several times from drawn sets of their choices: what `train/ppd.py`
+trains on. The encoder is a personal scorer (the export of `train/personal_reward.py`), or with --vlm a vision-language
+model, whose users `reward-score` does not know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign import launch
+from diffalign.choose import Choices, Pair, serve
+from diffalign.data import Dropped, FeatureEncoder, PreferencePairs, Record, read_records
+from diffalign.data.images import decode
+from diffalign.draws import Draws
+from reward_models import load_scorer
+from reward_models.personal import PersonalScorer, save_user
+from reward_models.tastes import Choice
+from reward_models.vlm_users import Pooling, load_vlm_user_encoder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args, rest = _parser().parse_known_args(argv)
+    if rest and args.run is not choose:
+        print(f"user: unknown arguments {' '.join(rest)}; see --help", file=sys.stderr)
+        return 2
+    try:
+        args.rest = rest
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"user: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="diffalign user", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Any, what: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(run.__name__, help=what, description=__doc__, formatter_class=raw, allow_abbrev=False)
+        p.set_defaults(run=run)
+        return p
+
+    p = command(choose, "show pairs of images on a local page, and record which one is preferred")
+    p.add_argument("prompts", type=Path, metavar="PROMPTS", help="file of prompts, or a folder of generated images")
+    p.add_argument("--out", type=Path, required=True, help="folder of choices.jsonl, and of images that are made")
+    p.add_argument("--encoder", help="personal scorer that decides which pair comes next; in their order without")
+    p.add_argument("--wanted", type=int, default=20, help="how many choices to ask for (20)")
+    p.add_argument("--port", type=int, default=0, help="of the page (any free one)")
+    p = command(fit, "turn the choices of one person into a user file")
+    p.add_argument("pairs", type=Path, metavar="PAIRS", help="preference data: choices.jsonl, or any other layout")
+    p.add_argument("--annotator", help="whose, where the data has those of several")
+    _encoders(p)
+    p.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    p = command(embed, "turn the choices of every annotator into embeddings to train on")
+    p.add_argument("pairs", type=Path, metavar="PAIRS", help="preference data with annotators")
+    _encoders(p)
+    p.add_argument("--supports", type=int, default=16, metavar="M", help="sets of choices drawn for each person (16)")
+    p.add_argument("--choices", type=int, default=4, metavar="N", help="choices in a set (4)")
+    p.add_argument("--least", type=int, default=12, help="leave out people with fewer choices (12)")
+    p.add_argument("--seed", type=int, default=0, help="of the drawn sets (0)")
+    p.add_argument("--resolution", type=int, help="images are cut to squares of this size first (the encoder's own)")
+    p.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
+    return parser
+
+
+def _encoders(parser: argparse.ArgumentParser) -> None:
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--encoder", help="personal scorer: the export of train/personal_reward.py")
+    either.add_argument("--vlm", metavar="MODEL", help="vision-language model: folder or hub id (LLaVA-OneVision)")
+    parser.add_argument("--layer", type=int, help="of the vision-language model's hidden states (the middle one)")
+    parser.add_argument("--pooling", choices=get_args(Pooling), default="last", help="tokens that stand for the person")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
+
+
+def choose(args: argparse.Namespace) -> int:
+    """Serve the page until the person stops it."""
+    pairs = _pairs(args)
+    after = f"diffalign user fit {args.out}/choices.jsonl --encoder {args.encoder or 'ENCODER'} --out me.safetensors"
+    pick = None
+    if args.encoder:
+        scorer = _personal(args.encoder, "cpu")
+        z = scorer.encode_choices([Choice(pair.prompt, *pair.images) for pair in tqdm(pairs, "look at the images")])
+
+        def pick(answers: Mapping[int, int], open: Sequence[int]) -> int:
+            return least_sure(scorer, z, answers, open)
+
+    server = serve(Choices(args.out / "choices.jsonl", pairs, pick), args.port, args.wanted, after)
+    print(f"open {server.url} in a browser; Ctrl-C ends, and the same command goes on", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(f"\n{len(server.choices.answers)} choices in '{server.choices.file}'; next: {after}")
+    return 0
+
+
+def least_sure(
+    scorer: PersonalScorer, z: tuple[Tensor, Tensor], answers: Mapping[int, int], open: Sequence[int]
+) -> int:
+    """The open pair about which the draws of the taste disagree most; z are [n, Z] of first and second images."""
+    rows = list(answers)
+    first = torch.tensor([answers[i] == 0 for i in rows])[:, None] if rows else torch.zeros(0, 1, dtype=torch.bool)
+    chosen, other = (torch.where(first, z[k][rows], z[1 - k][rows]) for k in (0, 1))
+    _, doubt = scorer.head.chance(z[0][list(open)], z[1][list(open)], scorer.head.fit(chosen, other))
+    return open[int(doubt.argmax())]
+
+
+def _pairs(args: argparse.Namespace) -> list[Pair]:
+    """The first two images of every prompt, generated where they are not there."""
+    folder = args.prompts
+    if not folder.is_dir():
+        folder = args.out / "generated"
+        generate = runpy.run_path(str(launch.find("eval", "generate")))["main"]
+        if generate([f"--prompts={args.prompts}", f"--out={folder}", "--samples-per-prompt=2", *args.rest]):
+            raise ValueError("the images could not be generated; the message above says why")
+    elif args.rest:
+        raise ValueError(f"unknown arguments {' '.join(args.rest)}: '{folder}' is already generated")
+    if not (folder / "manifest.jsonl").is_file():
+        raise FileNotFoundError(f"'{folder}' holds no manifest.jsonl; `diffalign eval generate` makes such a folder")
+    images: dict[tuple[str, str], list[Path]] = {}
+    for row in map(json.loads, (folder / "manifest.jsonl").read_text().splitlines()):
+        images.setdefault((str(row["prompt_id"]), row["prompt"]), []).append(folder / row["image"])
+    pairs = [Pair(id, prompt, (files[0], files[1])) for (id, prompt), files in images.items() if len(files) > 1]
+    if not pairs:
+        raise ValueError(f"'{folder}' has no prompt with two images; generate with --samples-per-prompt 2")
+    return pairs
+
+
+def fit(args: argparse.Namespace) -> int:
+    """One person's file."""
+    records = _records(args.pairs)
+    names = sorted({r.annotator for r in records if r.annotator is not None})
+    if args.annotator is None and len(names) > 1:
+        raise ValueError(f"'{args.pairs}' has {len(names)} annotators; choose one with --annotator, such as {names[0]}")
+    choices = [c for r in records if args.annotator in (None, r.annotator) for c in _choices(r)]
+    if not choices:
+        raise ValueError(f"'{args.pairs}' has no choice of annotator '{args.annotator}'; it has {', '.join(names[:5])}")
+    if args.vlm:
+        encoder = load_vlm_user_encoder(args.device, model=args.vlm, layer=args.layer, pooling=args.pooling)
+        save_user(args.out, encoder.encode(choices), made_by=args.vlm)
+        print(f"{len(choices)} choices: '{args.out}'")
+        return 0
+    scorer = _personal(args.encoder, args.device)
+    z_w, z_l = scorer.encode_choices(choices)
+    taste = scorer.head.fit(z_w, z_l)
+    chance, doubt = scorer.head.chance(z_w, z_l, taste)
+    save_user(args.out, scorer.tokens(taste), taste, made_by=scorer.fingerprint)
+    print(
+        f"{len(choices)} choices, of which it explains {(chance > 0.5).float().mean():.0%} (unsure by "
+        f"{doubt.mean():.2f} on average): '{args.out}'"
+    )
+    return 0
+
+
+def embed(args: argparse.Namespace) -> int:
+    """Every annotator's embeddings [M, T, D]."""
+    if min(args.supports, args.choices) < 1 or args.least < args.choices:
+        raise ValueError("--supports and --choices must be at least 1, and --least no less than --choices")
+    draws = Draws(args.seed)
+    tables = _embed_by_vlm(args, draws) if args.vlm else _embed_by_scorer(args, draws)
+    if not tables:
+        raise ValueError(f"no annotator of '{args.pairs}' has {args.least} choices; see --least")
+    temporary = args.out.with_name(args.out.name + ".tmp")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: table.contiguous() for name, table in tables.items()}, temporary)
+    temporary.replace(args.out)
+    m, t, d = next(iter(tables.values())).shape
+    print(f"{len(tables)} people, {m} embeddings of {t} x {d} each: '{args.out}'")
+    return 0
+
+
+def _supports(args: argparse.Namespace, draws: Draws, name: str, n: int) -> list[list[int]]:
+    """M sets of N of a person's n choices."""
+    orders = (draws.permutation(n, key=(name, m), stream="supports") for m in range(args.supports))
+    return [order[: args.choices].tolist() for order in orders]
+
+
+def _embed_by_scorer(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
+    """Features are read and kept as in training: an image that many people saw is looked at once."""
+    scorer = _personal(args.encoder, args.device)
+    device = scorer.centre.device
+    size = args.resolution or scorer.rule.size
+    settings: Any = {"path": str(args.pairs), "resolution": size}
+    pairs = PreferencePairs(FeatureEncoder(scorer.features, device), draws, args.out.parent, **settings)
+    images, texts, rows = pairs.features()
+    mine: dict[str, list[int]] = {}
+    for i, name in enumerate(pairs.annotators):
+        if name is not None:
+            mine.setdefault(name, []).append(i)
+    tables = {}
+    for name, own in tqdm({k: v for k, v in sorted(mine.items()) if len(v) >= args.least}.items(), "embed"):
+        text, w, l_ = rows[own].unbind(-1)
+        z_w, z_l = (scorer.joint(images[k], texts[text]).to(device) for k in (w, l_))
+        sets = _supports(args, draws, name, len(own))
+        tables[name] = torch.stack([scorer.tokens(scorer.head.fit(z_w[k], z_l[k])) for k in sets]).cpu()
+    return tables
+
+
+def _embed_by_vlm(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
+    mine: dict[str, list[Record]] = {}
+    for record in _records(args.pairs):
+        if record.annotator is not None:
+            mine.setdefault(record.annotator, []).append(record)
+    encoder = load_vlm_user_encoder(args.device, model=args.vlm, layer=args.layer, pooling=args.pooling)
+    wanted = {}
+    for name, own in sorted(mine.items()):
+        if len(own) >= args.least:
+            for m, some in enumerate(_supports(args, draws, name, len(own))):
+                wanted[f"{m} {name}"] = [c for k in some for c in _choices(own[k])]
+    found = encoder.encode_users(wanted, cache=args.out.with_suffix(".cache"))
+    names = dict.fromkeys(key.split(" ", 1)[1] for key in wanted)
+    return {name: torch.stack([found[f"{m} {name}"] for m in range(args.supports)]) for name in names}
+
+
+def _records(path: Path) -> list[Record]:
+    records = [r for r in read_records(path) if not isinstance(r, Dropped)]
+    if not records:
+        raise ValueError(f"'{path}' holds no usable pair")
+    return records
+
+
+def _choices(record: Record) -> list[Choice]:
+    images = [decode(ref.read()) for ref in record.images]
+    return [Choice(record.prompt, images[w], images[l_]) for w, l_ in record.pairs()]
+
+
+def _personal(spec: str, device: str) -> PersonalScorer:
+    scorer = load_scorer(spec, device)
+    if not isinstance(scorer, PersonalScorer):
+        raise ValueError(f"'{spec}' is no personal scorer; train/personal_reward.py exports one")
+    return scorer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

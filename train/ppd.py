@@ -1,0 +1,72 @@
+"""PPD (Dang et al., 2025): Diffusion-DPO conditioned on who chose, exported as an IP-Adapter for stock diffusers.
+
+    diffalign user embed people/choices.jsonl --encoder runs/personal/export --out users.safetensors
+    accelerate launch train/ppd.py --config configs/ppd/sd15.yaml data.path=pickapic_v2 users.path=users.safetensors
+    diffalign train ppd --config playground data.path=pairs.jsonl users.path=users.safetensors run.folder=runs/ppd
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/: the adapter, the users, and a card
+that says how stock diffusers loads them.
+"""
+
+from __future__ import annotations
+
+import math
+
+from tqdm import tqdm
+
+from diffalign import config
+from diffalign.algorithms.ppd import PPD
+from diffalign.backbones import check_backbone, load_backbone
+from diffalign.data import PreferencePairs, UserPairs, check_latents
+from diffalign.hooks import standard_hooks
+from diffalign.noising import Noising
+from diffalign.run import Run
+from diffalign.trainer import Trainer, adamw
+from diffalign.user_adapter import UserOffReference, add_user_adapter
+from diffalign.user_package import UserPackage
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        checks={
+            "backbone": check_backbone,
+            "backbone adapter": UserPackage.check,
+            "data": check_latents,
+            "users": UserPairs.check,
+            "noising": Noising.check,
+            "algorithm data": PPD.check,
+        },
+        run=Run,
+        backbone=load_backbone,
+        adapter=add_user_adapter,
+        data=PreferencePairs,
+        users=UserPairs,
+        noising=Noising,
+        algorithm=PPD,
+        optimizer=adamw,
+        trainer=Trainer,
+        hooks=standard_hooks,
+    )
+    run = Run(cfg, **cfg.run)
+    backbone = load_backbone(run.device, **cfg.backbone)
+    pairs = UserPairs(run.latents(PreferencePairs, backbone, **cfg.data), run.draws, **cfg.users)
+    add_user_adapter(backbone.denoiser.network, pairs.width, backbone.dtype, **cfg.adapter)
+    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
+    reference = UserOffReference(backbone.denoiser)
+    policy = run.prepare(backbone.denoiser)
+    dims = math.prod(backbone.latent_shape(cfg.data["resolution"]))
+    algorithm = PPD(policy, reference, noising, dims, pairs.users_of, pairs.users, run.draws, **cfg.algorithm)
+    players = {"policy": adamw(policy, **cfg.optimizer)}
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
+    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
+    loader = run.loader(pairs)
+    if pairs.draws_per_sample:
+        algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
+    hooks.append(UserPackage(run, backbone, pairs.users))
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
+
+
+if __name__ == "__main__":
+    main()
