@@ -58,6 +58,9 @@ class Case(NamedTuple):
 ONE, FOUR = STEPS
 FLOW = ("backbone.path=playground_flow", "backbone.max_sequence_length=8")
 SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1", "trainer.steps=80")
+CONSERVATIVE = ("algorithm.loss=conservative", "algorithm.label_smoothing=0.3")
+ROBUST = ("algorithm.loss=robust", "algorithm.label_smoothing=0.3")
+LONG = ("trainer.steps=600", "optimizer.lr=1e-3")  # long enough to learn wrong labels by heart
 CASES = {
     "diffusion_dpo/lora": Case("diffusion_dpo", (), (*ALL, NOISY)),
     "diffusion_dpo/full": Case("diffusion_dpo", ("backbone.lora_rank=0", "optimizer.lr=3e-5"), ALL),
@@ -69,10 +72,11 @@ CASES = {
     "sft/lora": Case("sft", (), ("true",)),
     "diffusion_dpo/flow": Case("diffusion_dpo", FLOW, model="playground_flow"),
     "inpo/flow": Case("inpo", FLOW, model="playground_flow"),
-    "conservative/lora": Case(
-        "diffusion_dpo", ("algorithm.loss=conservative", "algorithm.label_smoothing=0.3"), (NOISY,)
-    ),
-    "robust/lora": Case("diffusion_dpo", ("algorithm.loss=robust", "algorithm.label_smoothing=0.3"), (NOISY,)),
+    "conservative/lora": Case("diffusion_dpo", CONSERVATIVE, (NOISY,)),
+    "robust/lora": Case("diffusion_dpo", ROBUST, (NOISY,)),
+    "diffusion_dpo long/lora": Case("diffusion_dpo", LONG, (NOISY,)),
+    "conservative long/lora": Case("diffusion_dpo", (*CONSERVATIVE, *LONG), (NOISY,)),
+    "robust long/lora": Case("diffusion_dpo", (*ROBUST, *LONG), (NOISY,)),
     "refl/lora": Case("refl", scored=True),
     "draft/lora": Case("draft", scored=True),
     "pso/four_step": Case("pso", model=FOUR, scored=True),
