@@ -24,7 +24,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-pipe = DiffusionPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)   # float16 on a GPU
 pipe.load_ip_adapter(".", subfolder="", weight_name="{file}", image_encoder_folder=None)
 user = load_file("users.safetensors")["{user}"][None]          # [1, {tokens}, {width}]
 embeds = [torch.cat([torch.zeros_like(user), user])]           # guidance: nobody, then the user

@@ -30,13 +30,16 @@ import diffusers
 import torch
 import transformers
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from diffalign.data.prompts import read_prompts
 from diffalign.draws import Draws
 from diffalign.playground import SHIPPED
+from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,6 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--pipeline", required=True, help="diffusers folder, hub id, or `playground`, `playground_flow` (shipped)")
     add("--lora", type=Path, help="LoRA folder or file in diffusers layout, such as the export/ of a LoRA run")
+    add("--user-adapter", type=Path, metavar="FOLDER", help="export/ of a train/ppd.py run")
+    add(
+        "--user",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="whose taste (`diffalign user fit`); several: mixed",
+    )
+    add("--user-weights", type=float, nargs="+", metavar="W", help="of a mixture, one for each --user (equal)")
     add("--prompts", type=Path, required=True, help='.txt, one a line; or .jsonl of {"prompt": ..., "prompt_id": ...}')
     add("--out", type=Path, required=True, help="output folder")
     add("--samples-per-prompt", type=int, default=1, metavar="N", help="images of each prompt, from different noise")
@@ -94,6 +106,11 @@ def generate(args: argparse.Namespace) -> None:
     ]
     state = PartialState(cpu=args.device == "cpu")
     pipe = load(args.pipeline, args.lora, DTYPES[args.dtype])
+    if bool(args.user_adapter) != bool(args.user):
+        raise ValueError("--user-adapter and --user belong together; give both or neither")
+    if args.user_adapter:
+        hear(args)  # before anything is written: the files may be wrong
+        pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
     shape = latent_shape(pipe, args.size)
     size = shape[-1] * pipe.vae_scale_factor
     if state.is_main_process:
@@ -139,14 +156,32 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     return pipe
 
 
+def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
+    """The user of all images, a mixture where several are named, as the pipeline takes it. Raises ValueError."""
+    if not args.user:
+        return None
+    users = []
+    for file in args.user:
+        try:
+            users.append(load_file(file)["embeds"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise ValueError(f"--user '{file}' is no user file ({error!r}); `diffalign user fit` makes one") from error
+    return user_embeds(mix_users(users, args.user_weights or [1.0] * len(users)), guidance=args.guidance)
+
+
 def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
     """[C, h, w] of the initial latents of a square image, `size` pixels wide or as the model was trained."""
-    if hasattr(pipe, "_pack_latents"):
-        raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be of the SD, SDXL or SD3 family")
+    flux = isinstance(pipe, FluxPipeline)
+    if hasattr(pipe, "_pack_latents") and not flux:
+        raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be SD, SDXL, SD3 or FLUX")
     net = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
     factor = pipe.vae_scale_factor
-    if size is not None and (size % 8 or size % factor or size < 1):
-        raise ValueError(f"--size must be a positive multiple of {max(8, factor)}; got {size}")
+    step = max(8, 2 * factor if flux else factor)
+    if size is not None and (size % step or size < 1):
+        raise ValueError(f"--size must be a positive multiple of {step}; got {size}")
+    if flux:  # it sees squares of two by two latents as one of four times the channels
+        side = pipe.default_sample_size if size is None else size // factor
+        return net.config.in_channels // 4, side, side
     side = net.config.sample_size if size is None else size // factor
     return net.config.in_channels, side, side
 
@@ -160,6 +195,9 @@ def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> di
         "pipeline_weights": _weights(Path(SHIPPED.get(args.pipeline, args.pipeline))),
         "lora": None if args.lora is None else str(args.lora),
         "lora_weights": None if args.lora is None else _weights(args.lora),
+        "user_adapter": None if args.user_adapter is None else _weights(args.user_adapter),
+        "users": None if not args.user else [_weights(file) for file in args.user],
+        "user_weights": args.user_weights,
         "prompts": f"{len(prompts)} prompts, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}",
         **own,
         "size": size,
@@ -198,9 +236,14 @@ def claim(out: Path, now: dict[str, Any]) -> None:
 
 def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
     draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
+    latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
+    if isinstance(pipe, FluxPipeline):
+        latents = pipe._pack_latents(latents, *latents.shape)
+    user = hear(args)
     pixels = pipe(
         [task.prompt for task in batch],
-        latents=draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype),
+        latents=latents,
+        **({} if user is None else {"ip_adapter_image_embeds": [x.to(pipe.device, pipe.dtype) for x in user]}),
         generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise on the way
         **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
         guidance_scale=args.guidance,

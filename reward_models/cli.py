@@ -28,6 +28,7 @@ DESCRIPTION = """Score images against their prompts with one or more scorers.
   reward-score images --scorer clip,model=local-dir:weights/clip --out scores.csv --resume
   reward-score candidates.jsonl --scorer pickscore --out scores.csv --best best.csv --report scores.html
   accelerate launch eval/score_folder.py images --scorer clip --out scores.csv     # over all GPUs
+  reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # what one person likes
   reward-score info hps_v2.1                                  # where it comes from, what its numbers mean
   reward-score convert HPS_v2.1_compressed.pt hps.safetensors
 
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
     add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
+    add("--user", type=Path, metavar="FILE", help="score for this person (`diffalign user fit`): personal scorers only")
     add("--out", type=Path, required=True, metavar="OUT", help="table to write: .csv, .jsonl or .parquet")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt of every image")
@@ -159,6 +161,8 @@ def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], N
     from reward_models.scoring import score_items
 
     _check(args)
+    if args.user:
+        args.scorer = [f"{name},user={args.user}" for name in args.scorer]
     items, size = read_items(args.images, prompt=args.prompt, prompts=args.prompts), args.batch_size
     job = {"--scorer": args.scorer, "--batch-size": size, "--dtype": args.dtype, "--compile": args.compile}
     job["images or prompts"] = items.digest
