@@ -19,10 +19,10 @@ class Mixture(Protocol):
     normalise: str
     scorers: Mapping[str, Any]
     weights: Mapping[str, float]
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
 
+    @property
+    def learns(self) -> bool: ...
+    def present_weights(self) -> Mapping[str, float]: ...
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]: ...
     def part(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor: ...
@@ -50,7 +50,7 @@ class Rewards:
 
     def state(self) -> dict[str, Tensor]:
         """The running statistics, where there are any."""
-        names = ("count", "mean", "squares") if self.mixture.normalise == "running" else ()
+        names = ("count", "mean", "squares", "gains", "shares") if self.mixture.learns else ()
         return {name: getattr(self.mixture, name).clone() for name in names}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,8 @@ class Rewards:
             if unit:
                 for name, slope in slopes.items():
                     (gradients[name],) = torch.autograd.grad(images, leaf, slope, retain_graph=True)
-                direction = sum_of(self.mixture.weights[k] * unit_length(g) for k, g in gradients.items())
+                weights = self.mixture.present_weights()
+                direction = sum_of(weights[k] * unit_length(g) for k, g in gradients.items())
             else:
                 of_pixels = sum_of(per_sample(shares[k]) * slope for k, slope in slopes.items())
                 (direction,) = torch.autograd.grad(images, leaf, of_pixels)
@@ -111,7 +112,9 @@ class Rewards:
             direction = direction * per_sample((total < ceiling).float())
         clamped = ((images <= 0) | (images >= 1)).flatten(1).float().mean(1)
         metrics = {"reward": total.detach(), "clamped": clamped.detach(), "reward_gradient": norm(direction)}
-        metrics |= {f"reward@{k}": v.detach() for k, v in parts.items()} if len(parts) > 1 else {}
+        if len(parts) > 1:
+            metrics |= {f"reward@{k}": v.detach() for k, v in parts.items()}
+            metrics |= {f"weight@{k}": torch.full_like(total, w) for k, w in self.mixture.present_weights().items()}
         metrics |= {f"reward_gradient@{k}": norm(g) for k, g in gradients.items()}
         metrics |= {
             f"cosine@{j}, {k}": cosine(gradients[j], gradients[k]) for j, k in itertools.combinations(gradients, 2)
@@ -119,7 +122,7 @@ class Rewards:
         return Ascent(total.detach(), direction, metrics)
 
     def _update(self, parts: Mapping[str, Tensor]) -> None:
-        if self.mixture.normalise == "running":
+        if self.mixture.learns:
             device = next(iter(parts.values())).device
             self.mixture.update({k: torch.tensor(self.gather(v.tolist()), device=device) for k, v in parts.items()})
 

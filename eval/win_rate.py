@@ -2,6 +2,8 @@
 
     diffalign eval win_rate base aligned --scorer clip --scorer my_package.my_module:MyScorer --out win_rate.json
     python eval/win_rate.py base aligned --scorer diffalign.playground:Judge --out win_rate.json
+    diffalign eval win_rate base aligned --groups --out win_rate.json \
+        --scorer people/export,user=young.safetensors --scorer people/export,user=old.safetensors
 
 BASE and ALIGNED are folders written by eval/generate.py from the same prompts, samples per prompt and seed. Use at
 least one scorer that was not trained against. Prints a line for each scorer; FILE.json holds the results and the
@@ -44,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; may be repeated"
     )
+    add("--groups", action="store_true", help="each scorer is a group of people: say who gains least as well")
     add("--out", type=Path, required=True, metavar="FILE.json", help="results and scores")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
     add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
@@ -59,6 +62,10 @@ def compare(args: argparse.Namespace) -> None:
     for spec, scorer in loaded.items():
         scorers.append(_result(spec, scorer, pairs, args))
         print(line(scorers[-1]), flush=True)
+    if args.groups and len(scorers) < 2:
+        raise ValueError("--groups compares groups of people; give a --scorer for each of two or more")
+    if args.groups:
+        print(groups_line(scorers))
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
     result = {"base": str(args.base), "aligned": str(args.aligned), "scorers": scorers, "pairs": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +89,13 @@ def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Nam
         "base_scores": base,
         "aligned_scores": aligned,
     }
+
+
+def groups_line(results: Sequence[dict[str, Any]]) -> str:
+    """The mean over groups and the group that gains least, in a line."""
+    worst = min(results, key=lambda result: result["win_rate"])
+    mean = sum(result["win_rate"] for result in results) / len(results)
+    return f"{len(results)} groups: mean win rate {mean:.3f}; the worst off is {line(worst)}"
 
 
 def line(result: dict[str, Any]) -> str:

@@ -19,6 +19,11 @@ class WeightedSum(nn.Module):
     normalise   none     mean 0, std 1: units are mixed as they are
                 fixed    `statistics` says, name -> (mean, std)
                 running  of all scores given to `update` so far; float64 and in the state dict
+                start    of the first START scores given to `update`, which a policy has before it learns much
+    maxmin      above 0, the weights move to whoever has gained least: MaxMin-RLHF (Chakraborty et al., 2024, arXiv
+                2402.08925) over groups of people, each with a scorer of its own. `update` multiplies the share of
+                scorer k by exp(-maxmin / sqrt(t) J_k), J_k a moving average of its normalised scores; shares sum to
+                their number. Needs normalise `start`, for a group's gain must not be counted from its own mean
 
     `score` never changes the statistics, so that the score of an image does not depend on how often it was asked for.
     A training loop that wants running ones says so, and computes every score once:
@@ -34,14 +39,17 @@ class WeightedSum(nn.Module):
         self,
         scorers: Mapping[str, tuple[Scorer, float]],
         *,
-        normalise: Literal["none", "fixed", "running"] = "none",
+        normalise: Literal["none", "fixed", "running", "start"] = "none",
         statistics: Mapping[str, tuple[float, float]] | None = None,
+        maxmin: float = 0.0,
     ):
         super().__init__()
         if not scorers:
             raise ValueError("WeightedSum needs at least one scorer")
         if (normalise == "fixed") != (statistics is not None):
             raise ValueError(f"normalise='fixed' needs statistics, and nothing else takes them; it is '{normalise}'")
+        if maxmin and normalise != "start":
+            raise ValueError(f"maxmin compares gains, so it needs normalise='start'; it is '{normalise}'")
         if statistics is not None and statistics.keys() != scorers.keys():
             raise ValueError(
                 f"statistics must be given for {', '.join(scorers)}; got {', '.join(statistics) or 'none'}"
@@ -59,10 +67,20 @@ class WeightedSum(nn.Module):
         bad = [name for name, (_, std) in zip(scorers, given, strict=True) if not std > 0]
         if bad:
             raise ValueError(f"the standard deviation of '{bad[0]}' must be above 0; got {given}")
-        start = [(0.0, 0.0)] * len(given) if normalise == "running" else [(m, s**2) for m, s in given]
-        self.register_buffer("count", torch.tensor(float(normalise != "running"), dtype=torch.float64))
+        start = [(0.0, 0.0)] * len(given) if self.learns else [(m, s**2) for m, s in given]
+        self.register_buffer("count", torch.tensor(float(not self.learns), dtype=torch.float64))
         self.register_buffer("mean", torch.tensor([m for m, _ in start], dtype=torch.float64))
         self.register_buffer("squares", torch.tensor([s for _, s in start], dtype=torch.float64))
+        self.maxmin = maxmin
+        self.gains: Tensor  # moving average of each scorer's normalised scores, then the updates so far
+        self.shares: Tensor
+        self.register_buffer("gains", torch.zeros(len(given) + 1, dtype=torch.float64))
+        self.register_buffer("shares", torch.ones(len(given), dtype=torch.float64))
+
+    @property
+    def learns(self) -> bool:
+        """Whether `update` must be given what was scored."""
+        return self.normalise in ("running", "start")
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises ValueError for other images."""
@@ -80,37 +98,55 @@ class WeightedSum(nn.Module):
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What `parts` gave -> float32 [B]. Raises ValueError while all scores of the running statistics are equal."""
-        total: Tensor | None = None
-        for i, (name, weight) in enumerate(self.weights.items()):
-            score = parts[name]
-            if self.normalise != "none":
-                std = (self.squares[i] / self.count.clamp(min=1)).sqrt().item()
-                if not std > 0:
-                    raise ValueError(
-                        f"the scores of '{name}' seen so far ({int(self.count)}) do not differ, so they cannot be "
-                        "normalised; give `update` more of them, or fixed statistics"
-                    )
-                score = (score - self.mean[i].item()) / std
-            total = weight * score if total is None else total + weight * score
-        assert total is not None
-        return total
+        weights = self.present_weights()
+        scores = parts if self.normalise == "none" else self.normalised(parts)
+        return torch.stack([weights[name] * scores[name] for name in weights]).sum(0)
+
+    def present_weights(self) -> dict[str, float]:
+        """The weights as they are now: as given, or where MaxMin has moved them."""
+        return {name: w * share for (name, w), share in zip(self.weights.items(), self.shares.tolist(), strict=True)}
+
+    def normalised(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(score - mean) / std of each. Raises ValueError while all scores of the statistics are equal."""
+        found = {}
+        for i, name in enumerate(self.weights):
+            std = (self.squares[i] / self.count.clamp(min=1)).sqrt().item()
+            if not std > 0:
+                raise ValueError(
+                    f"the scores of '{name}' seen so far ({int(self.count)}) do not differ, so they cannot be "
+                    "normalised; give `update` more of them, or fixed statistics"
+                )
+            found[name] = (parts[name] - self.mean[i].item()) / std
+        return found
 
     @torch.no_grad()
     def update(self, parts: Mapping[str, Tensor]) -> None:
-        """Take the scores [B] of every scorer into the running statistics (Welford, merged as Chan et al., 1979).
+        """Take the scores [B] of every scorer into the statistics (Welford, merged as Chan et al., 1979), and move the
+        shares of MaxMin.
 
-        Raises ValueError if normalise is not `running`, or for scores that are not finite.
+        Raises ValueError if normalise is neither `running` nor `start`, or for scores that are not finite.
         """
-        if self.normalise != "running":
-            raise ValueError(f"update is for normalise='running'; it is '{self.normalise}'")
+        if not self.learns:
+            raise ValueError(f"update is for normalise='running' and 'start'; it is '{self.normalise}'")
         scores = torch.stack([parts[name].detach().double().to(self.mean.device) for name in self.scorers])
         if not scores.isfinite().all():
             raise ValueError("scores that are nan or infinite cannot be taken into the statistics")
-        batch, new = scores.mean(1), scores.shape[1]
-        total, step = self.count + new, batch - self.mean
-        self.squares += (scores - batch[:, None]).square().sum(1) + step.square() * self.count * new / total
-        self.mean += step * new / total
-        self.count.copy_(total)
+        if self.normalise == "running" or self.count < START:
+            batch, new = scores.mean(1), scores.shape[1]
+            total, step = self.count + new, batch - self.mean
+            self.squares += (scores - batch[:, None]).square().sum(1) + step.square() * self.count * new / total
+            self.mean += step * new / total
+            self.count.copy_(total)
+        elif self.maxmin:
+            gain = torch.stack([x.mean() for x in self.normalised(parts).values()]).to(self.gains)
+            self.gains[-1] += 1
+            self.gains[:-1].mul_(0.9).add_(0.1 * gain)
+            self.shares *= torch.exp(-self.maxmin / self.gains[-1].sqrt() * self.gains[:-1])
+            self.shares *= len(self.shares) / self.shares.sum()
+
+
+START = 256
+"""Scores after which the statistics of normalise `start` stay as they are."""
 
 
 def load_mixture(
@@ -118,7 +154,8 @@ def load_mixture(
     *,
     scorers: tuple[str, ...],
     weights: tuple[float, ...] = (),
-    normalise: Literal["none", "running"] = "none",
+    normalise: Literal["none", "running", "start"] = "none",
+    maxmin: float = 0.0,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> WeightedSum:
     """What trainers optimise: scorers by `load_scorer` and their weights.
@@ -126,14 +163,16 @@ def load_mixture(
     Args:
         scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class
         weights: one for each scorer; 1 for all when left out
-        normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter
+        normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter;
+            start by that of the first 256
+        maxmin: above 0, the weights move at this rate to the scorer that has gained least (0.5); needs normalise start
         dtype: of the scorers' networks
     """
     if problems := check_mixture({"scorers": scorers, "weights": weights}):
         raise ValueError("\n".join(problems))
     given = weights or (1.0,) * len(scorers)
     loaded = {spec: (load_scorer(spec, device, dtype=dtype), w) for spec, w in zip(scorers, given, strict=True)}
-    return WeightedSum(loaded, normalise=normalise)
+    return WeightedSum(loaded, normalise=normalise, maxmin=maxmin)
 
 
 def check_mixture(cfg: dict[str, Any]) -> list[str]:
@@ -144,6 +183,10 @@ def check_mixture(cfg: dict[str, Any]) -> list[str]:
         problems.append(f"'reward.scorers' names one twice: {', '.join(scorers)}")
     if weights and len(weights) != len(scorers):
         problems.append(f"'reward.weights' has {len(weights)} numbers for {len(scorers)} scorers")
+    if cfg.get("maxmin") and cfg["normalise"] != "start":
+        problems.append("'reward.maxmin' compares gains since the start, so 'reward.normalise' must be start")
+    if cfg.get("maxmin", 0) < 0 or (cfg.get("maxmin") and min((*weights, 1.0)) < 0):
+        problems.append(f"'reward.maxmin' = {cfg['maxmin']} and its weights must be 0 or more")
     return problems
 
 

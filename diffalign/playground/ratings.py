@@ -68,11 +68,11 @@ def write_ratings(
     return out
 
 
-def write_pairs(folder: Path, prompts: int, *, seed: int = 0) -> None:
+def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int = 0) -> None:
     """Two rendered images of each of some captions, true to it, with a manifest.jsonl as `diffalign eval generate`
     writes it: what annotators compare."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    texts = [text for text in captions(prompts, held_out=False, seed=seed) for _ in range(2)]
+    texts = [text for text in captions(prompts, held_out=held_out, seed=seed) for _ in range(2)]
     images = imagine([parse(text) for text in texts], seed=seed).render()
     rows = []
     for i, (text, image) in enumerate(zip(texts, images, strict=True)):

@@ -110,7 +110,63 @@ def test_what_does_not_fit_is_refused() -> None:
         mixture.score(_grey(0.5), ["x"])
     with pytest.raises(ValueError, match="nan or infinite"):
         mixture.update({"mean": torch.tensor([float("nan")])})
-    with pytest.raises(ValueError, match="update is for normalise='running'; it is 'none'"):
+    with pytest.raises(ValueError, match="update is for normalise='running' and 'start'; it is 'none'"):
         WeightedSum(scorers).update({"mean": torch.zeros(1)})
     with pytest.raises(ValueError, match="images must be float"):
         WeightedSum(scorers).score(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["x"])
+
+
+def _two(**settings) -> WeightedSum:
+    return WeightedSum({"a": (Mean(), 1.0), "b": (Mean(), 1.0)}, normalise="start", **settings)
+
+
+def test_statistics_of_the_start_stay() -> None:
+    """256 scores decide; later ones change nothing: (3 - 0.5) / 0.5 = 5 with a mean of 0.5 and a deviation of 0.5."""
+    mixture = _two()
+    first = torch.tensor([0.0, 1.0] * 128)
+    mixture.update({"a": first, "b": first})
+    mixture.update({"a": first + 100, "b": first + 100})
+    assert mixture.combine({"a": torch.tensor([3.0]), "b": torch.tensor([0.5])}).item() == pytest.approx(5)
+
+
+def test_maxmin_moves_the_weights_to_whoever_gains_least() -> None:
+    """One step by hand: gains +1 and -1, average 0.1 of them, shares exp(-0.5 * 0.1) and exp(0.5 * 0.1), sum 2."""
+    mixture = _two(maxmin=0.5)
+    first = torch.tensor([0.0, 2.0] * 128)  # mean 1, deviation 1
+    mixture.update({"a": first, "b": first})
+    assert mixture.present_weights() == {"a": 1.0, "b": 1.0}
+    mixture.update({"a": torch.full((4,), 2.0), "b": torch.zeros(4)})
+    low, high = torch.exp(torch.tensor([-0.05, 0.05], dtype=torch.float64)).tolist()
+    weights = mixture.present_weights()
+    assert weights["a"] == pytest.approx(2 * low / (low + high)) and weights["b"] == pytest.approx(
+        2 * high / (low + high)
+    )
+
+
+def test_maxmin_of_groups_in_conflict_evens_their_gains() -> None:
+    """Three groups, five actions, the policy in closed form: p ~ exp(sum w_g r_g / beta). With the weights that MaxMin
+    ends at, no group is worse off than the worst under equal weights, and all gain alike."""
+    rewards = torch.tensor([[1.0, 0.2, 0.0, 0.6, 0.1], [0.0, 0.9, 0.1, 0.5, 0.2], [0.1, 0.0, 1.0, 0.4, 0.3]])
+    names = ("a", "b", "c")
+    mixture = WeightedSum({n: (Mean(), 1.0) for n in names}, normalise="start", maxmin=0.5)
+    everything = {n: rewards[k].repeat(52) for k, n in enumerate(names)}
+    mixture.update(everything)  # the reference: every action alike, 260 scores
+    units = torch.stack(list(mixture.normalised({n: rewards[k] for k, n in enumerate(names)}).values()))
+
+    def gains(weights: Sequence[float]) -> Tensor:
+        policy = torch.softmax(torch.tensor(weights) @ units / 0.6, dim=0)
+        return units @ policy
+
+    equal = gains([1.0, 1.0, 1.0])
+    for _ in range(2000):
+        now = gains(list(mixture.present_weights().values()))
+        scores = [now[k] * rewards[k].std(correction=0) + rewards[k].mean() for k in range(3)]
+        mixture.update({n: scores[k].repeat(2) for k, n in enumerate(names)})
+    ended = gains(list(mixture.present_weights().values()))
+    assert ended.min() > equal.min()
+    assert ended.max() - ended.min() < 0.05 < equal.max() - equal.min()
+
+
+def test_maxmin_needs_a_start_to_count_from() -> None:
+    with pytest.raises(ValueError, match="maxmin compares gains"):
+        WeightedSum({"a": (Mean(), 1.0)}, normalise="running", maxmin=0.5)

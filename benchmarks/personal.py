@@ -1,0 +1,313 @@
+"""Is it personal? Scorers and generators for strangers, of whom a few choices are known, judged exactly.
+
+    python benchmarks/personal.py                       # everything that results/personal.json lacks
+    python benchmarks/personal.py --part ppd --seed 0
+
+A third of the playground's people are strangers: no scorer and no generator was trained on their choices. Scorers are
+measured on held-out captions against what each stranger would choose without noise; generators on held-out prompts by
+each stranger's own exact judge. Writes benchmarks/results/personal.json, one object a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import runpy
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffalign import launch
+from diffalign.data import read_records
+from diffalign.data.choices import chance_of
+from diffalign.draws import Draws
+from diffalign.playground import BASE, Judge
+from diffalign.playground.annotators import label, load
+from diffalign.playground.people import MATCH, PROTOTYPES, Person
+from diffalign.playground.ratings import write_pairs
+from diffalign.playground.world import captions
+from diffalign.report import paired_win_rate
+from diffalign.strangers import calibration_error, interval
+from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
+from reward_models import load_scorer
+
+RESULTS = Path(__file__).parent / "results" / "personal.json"
+PEOPLE = [f"person-{k}" for k in range(180)]
+STRANGERS = [name for name in PEOPLE if chance_of(name) < 0.33]  # as configs/personal_reward/playground.yaml
+SHOTS = (0, 2, 4, 10, 20, 50)
+HEADS = {
+    "pal": (),
+    "pal B": ("scorer.variant=B",),
+    "vpl": ("scorer.head=vpl", "scorer.size=4", "algorithm.beta_kl=0.03"),
+    "groups": ("scorer.head=groups", "scorer.size=3"),
+    "logistic": ("scorer.head=logistic",),
+    "one for all": ("scorer.head=groups", "scorer.size=1"),
+}
+"""`one for all` is the single Bradley-Terry scorer, which knows no persons."""
+
+
+class Choices(NamedTuple):
+    """Rendered pairs of held-out captions with features z [n, Z] of both images, and the images themselves."""
+
+    prompts: list[str]
+    images: tuple[Tensor, Tensor]
+    z: tuple[Tensor, Tensor]
+
+
+class Town:
+    """People, their choices, and what they are shown; made once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.seconds = folder, {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.choices = folder / "people" / "choices.jsonl"
+        if not self.choices.exists():
+            write_pairs(folder / "people", 3600)
+            label(folder / "people", self.choices, annotators=PEOPLE, opinions=5, min_margin=0)
+            write_pairs(folder / "new", 600, held_out=True)
+
+    def scorer(self, head: str, seed: int) -> Any:
+        """A personal scorer trained on everybody but the strangers."""
+        run = self.folder / f"{head.replace(' ', '-')}-{seed}"
+        if not (run / "export" / "reward_config.json").exists():
+            settings = [f"data.path={self.choices}", f"run.folder={run}", f"run.seed={seed}", f"scorer.seed={seed}"]
+            settings += ["hooks.checkpoint_every=0", "hooks.validate_every=1000000", "hooks.shots=[4]", *HEADS[head]]
+            started = time.time()
+            runpy.run_path(str(launch.find("train", "personal_reward")))["main"](["--config=playground", *settings])
+            self.seconds[head, seed] = round(time.time() - started, 1)
+        return load_scorer(str(run / "export"), "cpu")
+
+    def known(self, scorer: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """z [n, Z] of the chosen and the other images of every stranger."""
+        found = {}
+        records: dict[str, list[Any]] = {}
+        for record in read_records(self.choices):
+            if record.annotator in STRANGERS:  # type: ignore[union-attr]
+                records.setdefault(record.annotator, []).append(record)  # type: ignore[union-attr, arg-type]
+        rows, images = load(self.folder / "people")
+        place = {row["image"]: k for k, row in enumerate(rows)}
+        z = features(scorer, images, [row["prompt"] for row in rows])
+        for name, own in records.items():
+            numbers = [[place["images/" + Path(x.images[k].path).name] for x in own] for k in (0, 1)]
+            found[name] = (z[numbers[0]], z[numbers[1]])
+        return found
+
+    def new(self, scorer: Any) -> Choices:
+        """Pairs of held-out captions."""
+        rows, images = load(self.folder / "new")
+        prompts = [row["prompt"] for row in rows]
+        z = features(scorer, images, prompts)
+        return Choices(prompts[::2], (images[::2], images[1::2]), (z[::2], z[1::2]))
+
+
+@torch.no_grad()
+def features(scorer: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """z [N, Z] of images [N, 3, 32, 32]."""
+    parts = [
+        scorer.encode(scorer.preprocess(images[k : k + 256]), prompts[k : k + 256]) for k in range(0, len(images), 256)
+    ]
+    return torch.cat(parts)
+
+
+def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
+    """A row for each number of choices."""
+    scorer = town.scorer(head, seed)
+    known, new = town.known(scorer), town.new(scorer)
+    margins = {
+        n: Person(name=n).score(new.images[0], new.prompts) - Person(name=n).score(new.images[1], new.prompts)
+        for n in known
+    }
+    rows = []
+    for shots in SHOTS:
+        right, chances, doubts = [], [], []
+        for name, (z_w, z_l) in known.items():
+            # The first choices; z_w and z_l are in the order of the data set, which is random.
+            taste = scorer.head.fit(z_w[:shots], z_l[:shots]) if shots else None
+            with torch.no_grad():
+                who = scorer.head.anybody() if taste is None else taste.mean
+                margin = scorer.head.margin(*new.z, who)
+                right.append(((margin > 0) == (margins[name] > 0)).float().mean().item())
+                if taste is not None:
+                    chance, doubt = scorer.head.chance(z_w[50:], z_l[50:], taste)
+                    chances.append(chance)
+                    doubts.append(doubt.mean().item())
+        low, high = interval(np.array(right))
+        row = {"part": "scorer", "case": head, "seed": seed, "shots": shots, "n": len(right)}
+        row |= {"accuracy": round(float(np.mean(right)), 4), "low": round(low, 4), "high": round(high, 4)}
+        if chances:
+            row |= {"calibration_error": round(calibration_error(torch.cat(chances)), 4)}
+            row |= {"doubt": round(float(np.mean(doubts)), 4)}
+        if head == "pal" and not shots:
+            row["prototypes"] = prototypes(scorer, new)
+        rows.append(row)
+    rows[0]["seconds"] = town.seconds.get((head, seed))
+    return rows
+
+
+def prototypes(scorer: Any, new: Choices) -> list[list[float]]:
+    """How often PAL's prototypes (rows) choose as the true ones (columns) do, in the best matching order."""
+    table = []
+    for k in range(len(PROTOTYPES)):
+        vector = torch.full((len(PROTOTYPES),), -50.0)
+        vector[k] = 0
+        with torch.no_grad():
+            ours = scorer.head.margin(*new.z, vector) > 0
+        table.append([])
+        for name in PROTOTYPES:
+            judge = Person(name=name)
+            theirs = judge.score(new.images[0], new.prompts) > judge.score(new.images[1], new.prompts)
+            table[-1].append(round((ours == theirs).float().mean().item(), 3))
+    return max(
+        ([table[k] for k in order] for order in itertools.permutations(range(3))),
+        key=lambda t: sum(t[k][k] for k in range(3)),
+    )
+
+
+class Gallery:
+    """Images of the base model and of personalised ones, from noise fixed by prompt."""
+
+    def __init__(self, adapter: Path | None = None):
+        self.pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, torch_dtype=torch.float32)
+        self.pipe.set_progress_bar_config(disable=True)
+        if adapter is not None:
+            self.pipe.load_ip_adapter(**adapter_arguments(adapter))
+
+    def draw(self, prompts: Sequence[str], first: int, user: Tensor | None = None, seed: int = 0) -> Tensor:
+        """[n, 3, 32, 32]; first is the number of the first prompt, user [1, T, D]."""
+        keys = [(first + k, 0) for k in range(len(prompts))]
+        heard = {} if user is None else {"ip_adapter_image_embeds": user_embeds(user, guidance=2.0)}
+        latents = Draws(seed).normal(keys, (4, 16, 16), stream="latents")
+        settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "pt"}
+        return self.pipe(list(prompts), latents=latents, **settings, **heard).images.float()
+
+
+def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
+    """PPD: own taste against the base, against somebody else's; nobody; prompts followed; mixtures. One row."""
+    town.scorer("pal", seed)
+    encoder = town.folder / f"pal-{seed}" / "export"
+    pairs, users, run = (
+        town.folder / "pairs.jsonl",
+        town.folder / f"users-{seed}.safetensors",
+        town.folder / f"ppd-{seed}",
+    )
+    if not pairs.exists():
+        prompts = town.folder / "prompts.jsonl"
+        lines = [json.dumps({"prompt": p, "prompt_id": str(i)}) for i, p in enumerate(captions(768, held_out=False))]
+        prompts.write_text("\n".join(lines) + "\n")
+        generate = ["--pipeline=playground", f"--prompts={prompts}", f"--out={town.folder / 'images'}", "--seed=1"]
+        generate += ["--samples-per-prompt=2", "--size=32", "--batch-size=64", "--steps=10", "--guidance=2"]
+        assert runpy.run_path(str(launch.find("eval", "generate")))["main"](generate) == 0
+        seen = [name for name in PEOPLE if name not in STRANGERS]
+        label(town.folder / "images", pairs, annotators=seen, opinions=8)
+    embed = ["embed", str(town.choices), f"--encoder={encoder}", f"--choices={choices}", f"--out={users}"]
+    assert runpy.run_path(str(launch.find("eval", "user")))["main"](embed) == 0
+    settings = [f"data.path={pairs}", f"users.path={users}", f"run.folder={run}", f"run.seed={seed}"]
+    settings += [f"adapter.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
+    started = time.time()
+    runpy.run_path(str(launch.find("train", "ppd")))["main"](["--config=playground", *settings])
+    seconds = time.time() - started
+    tables = load_file(users)
+    tokens = {name: tables[name][:1] for name in STRANGERS}  # one drawn set of `choices` choices: [1, T, D]
+    return {
+        "part": "ppd",
+        "case": f"{choices} choices",
+        "seed": seed,
+        **judge(run / "export", tokens),
+        "seconds": round(seconds, 1),
+    }
+
+
+def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, Any]:
+    """`each` held-out prompts for every stranger, judged by them."""
+    names = sorted(tokens)
+    prompts = captions(each * len(names), held_out=True)
+    base, pipe = Gallery(), Gallery(adapter)
+    other = {name: names[(k + len(names) // 2) % len(names)] for k, name in enumerate(names)}
+
+    def images(gallery: Gallery, user: Any, seed: int = 0) -> Tensor:
+        some = [(k * each, prompts[k * each : (k + 1) * each], user(name)) for k, name in enumerate(names)]
+        return torch.cat([gallery.draw(p, first, u, seed) for first, p, u in some])
+
+    drawn = {
+        "base": images(base, lambda name: None),
+        "base of other noise": images(base, lambda name: None, seed=1),
+        "own": images(pipe, lambda name: tokens[name]),
+        "other": images(pipe, lambda name: tokens[other[name]]),
+        "nobody": images(pipe, lambda name: torch.zeros_like(tokens[name])),
+    }
+    parts = [slice(k * each, (k + 1) * each) for k in range(len(names))]
+    people = [Person(name=name) for name in names]
+    scores = {
+        key: torch.cat([p.score(x[s], prompts[s]) for p, s in zip(people, parts, strict=True)])
+        for key, x in drawn.items()
+    }
+    row: dict[str, Any] = {"n": len(prompts)}
+    whose = [name for name in names for _ in range(each)]
+    contests = (("own", "base"), ("own", "other"), ("nobody", "base"), ("nobody", "base of other noise"))
+    for mine, against in contests:
+        rate = paired_win_rate(scores[against].numpy(), scores[mine].numpy(), whose)
+        found = (rate.win_rate, rate.low, rate.high, rate.mean_difference)
+        row[f"{mine} vs {against}"] = [round(x, 4) for x in found]
+    for key in ("base", "own"):
+        measured = Judge().measure(drawn[key], prompts)
+        row[f"match of {key}"] = round(torch.stack([measured[x] for x in MATCH]).mean().item(), 4)
+    row["mixture"] = mixture(pipe, tokens)
+    return row
+
+
+def mixture(pipe: Gallery, tokens: dict[str, Tensor], pairs: int = 6, each: int = 16) -> list[list[float]]:
+    """Mean score of the first and of the second of two strangers with far ideals, as their mixture goes from the
+    second to the first: [share of the first, score of the first, score of the second]."""
+    names = sorted(tokens)
+    ideals = {name: Person(name=name).ideal for name in names}
+    far = sorted(itertools.combinations(names, 2), key=lambda ab: -(ideals[ab[0]] - ideals[ab[1]]).norm())[:pairs]
+    prompts = captions(each, held_out=True)
+    curve = []
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        found = []
+        for a, b in far:
+            images = pipe.draw(prompts, 0, mix_users([tokens[a], tokens[b]], [share, 1 - share]))
+            found.append([Person(name=x).score(images, prompts).mean().item() for x in (a, b)])
+        curve.append([share, *(round(x, 3) for x in np.mean(found, axis=0).tolist())])
+    return curve
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """The results, whole or not at all."""
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    os.replace(temporary, RESULTS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("scorer", "ppd"), action="append", help="default: all")
+    parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
+    args = parser.parse_args()
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    with tempfile.TemporaryDirectory() as folder:
+        town = Town(Path(folder))
+        for seed in args.seed or (0, 1, 2):
+            for head in HEADS if "scorer" in (args.part or ("scorer",)) else ():
+                if not any((r["part"], r["case"], r["seed"]) == ("scorer", head, seed) for r in rows):
+                    rows += score_strangers(town, head, seed)
+                    print(*map(json.dumps, rows[-len(SHOTS) :]), sep="\n", flush=True)
+                    write(rows)
+            if "ppd" in (args.part or ("ppd",)) and not any((r["part"], r["seed"]) == ("ppd", seed) for r in rows):
+                rows.append(personalise(town, seed))
+                print(json.dumps(rows[-1]), flush=True)
+                write(rows)
+
+
+if __name__ == "__main__":
+    main()
