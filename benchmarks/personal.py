@@ -31,7 +31,7 @@ from diffalign import launch
 from diffalign.data import read_records
 from diffalign.data.choices import chance_of
 from diffalign.draws import Draws
-from diffalign.playground import BASE, Judge
+from diffalign.playground import BASE, STUDENTS, Judge
 from diffalign.playground.annotators import label, load
 from diffalign.playground.people import MATCH, PROTOTYPES, Person
 from diffalign.playground.ratings import write_pairs
@@ -40,6 +40,8 @@ from diffalign.report import paired_win_rate
 from diffalign.strangers import calibration_error, interval
 from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
 from reward_models import load_scorer
+from reward_models.personal import save_user
+from reward_models.tastes import Taste
 
 RESULTS = Path(__file__).parent / "results" / "personal.json"
 PEOPLE = [f"person-{k}" for k in range(180)]
@@ -87,14 +89,16 @@ class Town:
             self.seconds[head, seed] = round(time.time() - started, 1)
         return load_scorer(str(run / "export"), "cpu")
 
-    def known(self, scorer: Any) -> dict[str, tuple[Tensor, Tensor]]:
-        """z [n, Z] of the chosen and the other images of every stranger."""
-        found = {}
+    def known(
+        self, scorer: Any, folder: Path | None = None, people: Sequence[str] = STRANGERS
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """z [n, Z] of the chosen and the other images of every stranger, or of these people of another folder."""
+        found, folder = {}, folder or self.folder / "people"
         records: dict[str, list[Any]] = {}
-        for record in read_records(self.choices):
-            if record.annotator in STRANGERS:  # type: ignore[union-attr]
+        for record in read_records(folder / "choices.jsonl"):
+            if record.annotator in people:  # type: ignore[union-attr]
                 records.setdefault(record.annotator, []).append(record)  # type: ignore[union-attr, arg-type]
-        rows, images = load(self.folder / "people")
+        rows, images = load(folder)
         place = {row["image"]: k for k, row in enumerate(rows)}
         z = features(scorer, images, [row["prompt"] for row in rows])
         for name, own in records.items():
@@ -176,11 +180,19 @@ def prototypes(scorer: Any, new: Choices) -> list[list[float]]:
 class Gallery:
     """Images of the base model and of personalised ones, from noise fixed by prompt."""
 
-    def __init__(self, adapter: Path | None = None):
-        self.pipe: Any = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None, torch_dtype=torch.float32)
+    def __init__(self, adapter: Path | None = None, *, path: Path = BASE, lora: Path | None = None):
+        self.pipe: Any = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, torch_dtype=torch.float32)
+        if lora is not None:
+            self.pipe.load_lora_weights(str(lora))
         self.pipe.set_progress_bar_config(disable=True)
         if adapter is not None:
             self.pipe.load_ip_adapter(**adapter_arguments(adapter))
+
+    def student(self, prompts: Sequence[str]) -> Tensor:
+        """[n, 3, 32, 32] of a one-step model."""
+        latents = Draws(0).normal(range(len(prompts)), (4, 16, 16), stream="latents")
+        settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
+        return self.pipe(list(prompts), latents=latents, **settings).images.float()
 
     def draw(self, prompts: Sequence[str], first: int, user: Tensor | None = None, seed: int = 0) -> Tensor:
         """[n, 3, 32, 32]; first is the number of the first prompt, user [1, T, D]."""
@@ -282,6 +294,60 @@ def mixture(pipe: Gallery, tokens: dict[str, Tensor], pairs: int = 6, each: int 
     return curve
 
 
+GROUPS = [f"bright-{k}" for k in range(54)] + [f"faded-{k}" for k in range(6)]
+"""Two groups of people who want the opposite, one nine times as large."""
+
+
+def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
+    """A one-step student climbs one scorer for all, or by MaxMin those of two groups found by EM: each group's gain."""
+    folder = town.folder / "conflict"
+    if not (folder / "choices.jsonl").exists():
+        write_pairs(folder, 1200)
+        label(folder, folder / "choices.jsonl", annotators=GROUPS, opinions=5, min_margin=0)
+    rows, specs = [], {}
+    for groups in (1, 2):
+        run = folder / f"groups-{groups}-{seed}"
+        settings = [f"data.path={folder / 'choices.jsonl'}", f"run.folder={run}", f"run.seed={seed}"]
+        settings += [f"scorer.seed={seed}", "scorer.head=groups", f"scorer.size={groups}", "trainer.steps=400"]
+        settings += ["hooks.checkpoint_every=0", "hooks.validate_every=1000000", "hooks.shots=[4]"]
+        runpy.run_path(str(launch.find("train", "personal_reward")))["main"](["--config=playground", *settings])
+        specs[groups] = [str(run / "export")]
+    scorer: Any = load_scorer(specs[2][0], "cpu")
+    people = town.known(scorer, folder, GROUPS)
+    belongs = {name: scorer.head.fit(*(z[:20] for z in own)).mean.argmax().item() for name, own in people.items()}
+    right = sum((belongs[name] == belongs["faded-0"]) == name.startswith("faded") for name in belongs) / len(belongs)
+    for k in range(2):
+        user = folder / f"group-{k}-{seed}.safetensors"
+        vector = (torch.nn.functional.one_hot(torch.tensor(k), 2).float() - 1) * 50
+        save_user(user, vector[None], Taste(vector, vector[None]), made_by=scorer.fingerprint)
+        specs[2].append(f"{specs[2][0]},user={user}")
+    rewards = {
+        "one for all": [f"reward.scorers=['{specs[1][0]}']"],
+        "MaxMin": [f"reward.scorers={specs[2][1:]}", "reward.normalise=start", "reward.maxmin=0.5"],
+    }
+    prompts = captions(256, held_out=True)
+    base = Gallery(path=STUDENTS[1]).student(prompts)
+    for name, reward in rewards.items():
+        run = folder / f"{name.replace(' ', '-')}-{seed}"
+        settings = [f"run.folder={run}", f"run.seed={seed}", "backbone.path=playground_one_step", "sampler.steps=1"]
+        settings += [
+            f"backbone.seed={seed}",
+            "hooks.checkpoint_every=0",
+            "hooks.sample_every=0",
+            "monitor.prompts=null",
+        ]
+        started = time.time()
+        runpy.run_path(str(launch.find("train", "r0")))["main"](["--config=playground", *settings, *reward])
+        row: dict[str, Any] = {"part": "maxmin", "case": name, "seed": seed, "seconds": round(time.time() - started, 1)}
+        images = Gallery(path=STUDENTS[1], lora=run / "export").student(prompts)
+        for group in ("bright", "faded"):
+            theirs, ours = (Person(name=group).score(x, prompts).numpy() for x in (base, images))
+            rate = paired_win_rate(theirs, ours, prompts)
+            row[group] = [round(x, 4) for x in (rate.win_rate, rate.low, rate.high, rate.mean_difference)]
+        rows.append({**row, "told apart": round(right, 3)})
+    return rows
+
+
 def write(rows: list[dict[str, Any]]) -> None:
     """The results, whole or not at all."""
     temporary = RESULTS.with_suffix(".tmp")
@@ -289,24 +355,32 @@ def write(rows: list[dict[str, Any]]) -> None:
     os.replace(temporary, RESULTS)
 
 
+PARTS: dict[tuple[str, str], Any] = {
+    **{("scorer", head): lambda town, seed, head=head: score_strangers(town, head, seed) for head in HEADS},
+    ("ppd", "4 choices"): lambda town, seed: [personalise(town, seed)],
+    ("maxmin", "MaxMin"): in_conflict,
+}
+"""(part, case) -> (town, seed) -> rows"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=("scorer", "ppd"), action="append", help="default: all")
+    parser.add_argument(
+        "--part", choices=dict.fromkeys(part for part, _ in PARTS), action="append", help="default: all"
+    )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     args = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    done = {(r["part"], r["case"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         town = Town(Path(folder))
-        for seed in args.seed or (0, 1, 2):
-            for head in HEADS if "scorer" in (args.part or ("scorer",)) else ():
-                if not any((r["part"], r["case"], r["seed"]) == ("scorer", head, seed) for r in rows):
-                    rows += score_strangers(town, head, seed)
-                    print(*map(json.dumps, rows[-len(SHOTS) :]), sep="\n", flush=True)
-                    write(rows)
-            if "ppd" in (args.part or ("ppd",)) and not any((r["part"], r["seed"]) == ("ppd", seed) for r in rows):
-                rows.append(personalise(town, seed))
-                print(json.dumps(rows[-1]), flush=True)
-                write(rows)
+        for seed, (part, case) in itertools.product(args.seed or (0, 1, 2), PARTS):
+            if (part, case, seed) in done or part not in (args.part or (part,)):
+                continue
+            found = PARTS[part, case](town, seed)
+            print(*map(json.dumps, found), sep="\n", flush=True)
+            rows += found
+            write(rows)
 
 
 if __name__ == "__main__":

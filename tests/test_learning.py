@@ -21,6 +21,7 @@ from reward_models import load_scorer
 
 ROOT = Path(__file__).parent.parent
 SCORERS: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "scorers.py"), run_name="scorers")
+PERSONAL: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "personal.py"), run_name="personal")
 LEARNING: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "learning.py"), run_name="learning")
 
 
@@ -122,6 +123,49 @@ def test_the_plain_diffusion_loss_spoils_a_one_step_model(worlds: Callable[[str]
     row = LEARNING["learn"](worlds("playground_one_step"), "naive/one_step", "true", 0)
     print(row)
     assert row["high"] < 0.5 and row["points"] < 0, row
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return PERSONAL["Town"](tmp_path_factory.mktemp("town"))
+
+
+@pytest.mark.learning
+def test_strangers_are_known_from_a_few_choices(town: Any) -> None:
+    """PAL, from 4 and from 20 choices, against the Bradley-Terry scorer that knows no persons: 8 points more at least;
+    its doubt falls, and its probabilities are right to 5 points."""
+    pal, one = (
+        {row["shots"]: row for row in PERSONAL["score_strangers"](town, head, 0)} for head in ("pal", "one for all")
+    )
+    print(pal, one)
+    for shots in (4, 20):
+        assert pal[shots]["accuracy"] >= one[shots]["accuracy"] + 0.08
+        assert pal[shots]["low"] > one[shots]["high"]
+        assert pal[shots]["calibration_error"] <= 0.05
+    assert pal[4]["doubt"] > pal[10]["doubt"] > pal[20]["doubt"] > pal[50]["doubt"]
+
+
+@pytest.mark.learning
+def test_four_choices_personalise_a_generator(town: Any) -> None:
+    """PPD for strangers: more to their own taste than the base, and than what somebody else's embedding gives; nobody's
+    stays at the base; prompts are followed as before; a mixture leads from one taste to the other."""
+    row = PERSONAL["personalise"](town, 0)
+    print(row)
+    assert row["own vs base"][1] > 0.5 and row["own vs other"][1] > 0.5, row
+    _, low, high, _ = row["nobody vs base of other noise"]
+    assert low < 0.5 < high, row
+    assert row["match of own"] >= row["match of base"] - 0.02, row
+    _, first, second = zip(*row["mixture"], strict=True)
+    assert list(first) == sorted(first) and list(second) == sorted(second, reverse=True), row
+    assert first[-1] > first[0] and second[-1] < second[0]
+
+
+@pytest.mark.learning
+def test_maxmin_lifts_the_group_that_is_worst_off(town: Any) -> None:
+    plain, fair = PERSONAL["in_conflict"](town, 0)
+    print(plain, fair)
+    worst_plain, worst_fair = (min((row[g] for g in ("bright", "faded")), key=lambda r: r[0]) for row in (plain, fair))
+    assert worst_fair[1] > worst_plain[2], (plain, fair)
 
 
 class Saturation:

@@ -37,12 +37,12 @@ Labels = Literal["true", "flipped", "random"]
 class Annotator:
     """Prefers by Bradley-Terry on their own taste: P(first) = sigmoid((score_0 - score_1) / temperature).
 
-    name is one of TASTES, a prototype of diffalign.playground.people, or `person-` and anything, who is one of theirs.
+    name is one of TASTES, a prototype of diffalign.playground.people, or one of those or `person`, `-` and anything.
     temperature is in points of the judge. Every choice is drawn by key, so the same pair gets the same answer again.
     """
 
     def __init__(self, name: str = "common", *, temperature: float = 0.35, seed: int = 0):
-        if name in PROTOTYPES or name.startswith("person-"):
+        if name.partition("-")[0] in (*PROTOTYPES, "person"):
             self.judge: Judge = Person(name=name)
         elif name in TASTES:
             self.judge = Judge(taste=TASTES[name])

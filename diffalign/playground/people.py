@@ -27,14 +27,15 @@ class Person(Judge):
     """The exact judge of one person: up to 4 points for the prompt, less the distance from their ideal, as points.
 
     Args:
-        name: a prototype, or anything else, which decides the taste
+        name: a prototype, `bright-` and anything for somebody of exactly its taste, or any other name, which decides it
     """
 
     def __init__(self, *, name: str):
         super().__init__(taste=MATCH)
         self.name = name
-        if name in PROTOTYPES:
-            self.weights = torch.tensor([float(name == x) for x in PROTOTYPES])
+        kind = name.partition("-")[0]
+        if kind in PROTOTYPES:
+            self.weights = torch.tensor([float(kind == x) for x in PROTOTYPES])
         else:  # a Dirichlet(0.3) is three gammas over their sum; torch draws those with its global generator only
             with torch.random.fork_rng():
                 torch.random.set_rng_state(Draws(0).generator(name, "person").get_state())
