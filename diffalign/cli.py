@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--annotators",
         default="common",
-        help="comma-separated: common, vivid, muted, tidy, bold, modest; bright, faded, large; person-1, person-2, ...",
+        help="comma-separated: common, vivid, muted, tidy, bold, modest; bright, faded, large; person-0..9",
     )
     p.add_argument("--temperature", type=float, default=0.35, help="noise of the choices, in points of the judge")
     p.add_argument("--min-margin", type=float, default=0.3, help="leave out pairs closer than this many points")
@@ -154,7 +155,7 @@ def _label(args: argparse.Namespace) -> int:
     kept, compared = label(
         args.folder,
         args.out,
-        annotators=args.annotators.split(","),
+        annotators=[name for part in args.annotators.split(",") for name in _range(part)],
         temperature=args.temperature,
         min_margin=args.min_margin,
         labels=args.labels,
@@ -165,6 +166,12 @@ def _label(args: argparse.Namespace) -> int:
     )
     print(f"{kept} pairs in '{args.out}' ({compared} compared, the others closer than {args.min_margin} points)")
     return 0
+
+
+def _range(text: str) -> list[str]:
+    """person-3..5 -> person-3, person-4, person-5; any other text is itself."""
+    found = re.fullmatch(r"(.+-)(\d+)\.\.(\d+)", text)
+    return [text] if found is None else [f"{found[1]}{k}" for k in range(int(found[2]), int(found[3]) + 1)]
 
 
 def _rank(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Every command of two pages of docs/ runs, and so does their code; tiny inputs stand for downloads."""
+"""Every command of three pages of docs/ runs, and so does their code; tiny inputs stand for downloads."""
 
 from __future__ import annotations
 
@@ -94,3 +94,32 @@ def test_every_command_of_the_algorithms_page_runs(
         words += ["--min-margin", "0"] if "label" in words else []
         assert _run(words, recipe) == 0, line
     assert (tmp_path / "runs/voted/export").exists()
+
+
+def test_every_command_of_the_personal_page_runs(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But the page in the browser, which test_choose.py drives: here somebody has chosen."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "personal.md").read_text()
+    for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):
+        words = shlex.split(line.replace("--n 64", "--n 6").replace("--steps 10", "--steps 2"))
+        if "people" in words:
+            words += ["--people=12", "--prompts=120", "--opinions=2"]
+        if words[1] == "train":
+            words += ["trainer.steps=2", "hooks.checkpoint_every=0"]
+        if "personal_reward" in words:
+            words += ["choices.batch_size=8", "hooks.shots=[4]", "hooks.validate_every=2", "choices.strangers=0.4"]
+        if "ppd" in words:
+            words += ["data.limit=8", "hooks.verify_export=false"]
+        if words[1:3] == ["user", "choose"]:
+            generated = ["--pipeline=playground", "--prompts=prompts.jsonl", "--steps=2", "--samples-per-prompt=2"]
+            assert cli.main(["eval", "generate", *generated, "--out=me/generated"]) == 0
+            choice = {"prompt": "red circle on white", "chosen": "00000_0.png", "rejected": "00000_1.png"}
+            images = {k: f"../me/generated/images/{v}" if k != "prompt" else v for k, v in choice.items()}
+            (tmp_path / "me" / "choices.jsonl").write_text(json.dumps(images) + "\n")
+            continue
+        words += ["--min-margin", "0"] if "label" in words else []
+        words = [w.replace("person-0..119", "person-0..11") for w in words]
+        assert _run(words, recipe) == 0, line
+    assert (tmp_path / "for_me/manifest.jsonl").exists() and (tmp_path / "mine.csv").exists()
