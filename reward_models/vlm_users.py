@@ -203,7 +203,7 @@ def load_vlm_user_encoder(
         if report["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
     except (OSError, ValueError, SafetensorError) as error:
-        need = "a hub id or a folder with config, processor and weights in safetensors is needed"
+        need = "give a hub id or a folder with config, processor and weights in safetensors"
         raise ValueError(f"no LLaVA-OneVision can be loaded from '{model}': {error}; {need}") from error
     settings: dict[str, Any] = {"layer": layer, "pooling": pooling, "tokens": tokens, "max_new_tokens": max_new_tokens}
     return VLMUserEncoder(network.to(device), processor, name=model, **settings)

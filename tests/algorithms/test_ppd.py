@@ -77,22 +77,37 @@ def test_nobody_is_held_at_the_reference(tiny_sd: Path, batch_of) -> None:
     assert metrics["null_distance"].isnan().tolist() == [True, False, True, False]
 
 
-def test_two_users_of_opposite_mind_are_told_apart(tiny_sd: Path, batch_of) -> None:
-    """Ann likes what Bob dislikes, of the same pairs: without users nothing could be learned, with them both margins
-    rise."""
-    algorithm = ppd_of(tiny_sd, beta=2000.0)
-    batch = batch_of([2] * 4)
+def conflict(algorithm: PPD, batch: LatentBatch, steps: int) -> tuple[LatentBatch, torch.Tensor]:
+    """Train on pairs that Ann and Bob see the opposite way; the pairs, and the last margins [4]."""
     w, l_ = batch.x0.chunk(2)
     w[2:], l_[2:] = w[:2], l_[:2]  # pairs 2 and 3 are 0 and 1 again
     w[1], l_[1] = l_[0].clone(), w[0].clone()  # Bob turns Ann's pair round
     w[3], l_[3] = l_[2].clone(), w[2].clone()
-    keys = [(0, "0"), (0, "1"), (0, "2"), (0, "3")]
-    batch = told(algorithm, batch._replace(x0=torch.cat([w, l_]), keys=keys))
-    trained = [p for p in algorithm.policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, 3e-2)
-    for _ in range(60):
+    batch = told(algorithm, batch._replace(x0=torch.cat([w, l_])))
+    optimizer = torch.optim.Adam([p for p in algorithm.policy.parameters() if p.requires_grad], 3e-2)
+    margin = torch.zeros(4)
+    for _ in range(steps):
         loss, metrics = algorithm.loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert (metrics["margin"] > 0.1).all(), metrics["margin"]
+        margin = metrics["margin"]
+    return batch, margin
+
+
+def test_two_users_of_opposite_mind_are_told_apart(tiny_sd: Path, batch_of) -> None:
+    """Ann likes what Bob dislikes, of the same pairs: without users nothing could be learned, with them all margins
+    rise."""
+    _, margin = conflict(ppd_of(tiny_sd, beta=2000.0), batch_of([2] * 4), 60)
+    assert (margin > 0.1).all(), margin
+
+
+def test_a_larger_beta_moves_less(tiny_sd: Path, batch_of) -> None:
+    moved = []
+    for beta in (20.0, 200.0, 2000.0):
+        algorithm = ppd_of(tiny_sd, beta=beta)
+        batch, _ = conflict(algorithm, batch_of([2] * 4), 60)
+        inputs = algorithm.noised(batch).input
+        with torch.no_grad():
+            moved.append((algorithm.policy(*inputs) - algorithm.base(*inputs)).norm().item())
+    assert moved[0] > moved[1] > moved[2], moved
