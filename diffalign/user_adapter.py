@@ -9,8 +9,7 @@ those with a UNet2DConditionModel (Stable Diffusion, SDXL).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,8 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
     """Freeze a UNet2DConditionModel in a dtype and add a trainable float32 user adapter for embeddings [T, width].
 
     Keys begin as those of the text, values as zero, so the model does not change at first. (Never the keys as zero:
-    then nothing would have a gradient.)
+    then nothing would have a gradient.) The projection of users has no biases, so zero, which stands for nobody in
+    particular, has the value zero in every layer, and nobody gets the model as it was, however long it is trained.
 
     Args:
         rank: of what is learned of every key and value matrix; 0 trains them whole
@@ -49,6 +49,7 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
         linear, norm = nn.Linear(width, TOKENS * dim), nn.LayerNorm(dim)
         projection = {f"proj.{k}": v.detach() for k, v in linear.state_dict().items()}
         projection |= {f"norm.{k}": v.detach() for k, v in norm.state_dict().items()}
+        projection["proj.bias"].zero_()
         network._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}], low_cpu_mem_usage=False)
         for processor in _processors(network):
             processor.float()
@@ -56,7 +57,8 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
                 layer.requires_grad_(not rank)
                 if rank:
                     register_parametrization(layer, "weight", LowRank(layer.weight, rank))
-    network.encoder_hid_proj.float().requires_grad_(True)
+    for name, parameter in network.encoder_hid_proj.float().named_parameters():
+        parameter.requires_grad_(not name.endswith("bias"))
 
 
 class LowRank(nn.Module):
@@ -86,20 +88,6 @@ def user_width(network: Any) -> int:
     return network.encoder_hid_proj.image_projection_layers[0].image_embeds.in_features
 
 
-@contextmanager
-def user_off(network: Any) -> Iterator[None]:
-    """Inside, the network is what it was before the adapter, bit for bit."""
-    processors = _processors(network)
-    before = [processor.scale for processor in processors]
-    try:
-        for processor in processors:
-            processor.scale = [0.0]
-        yield
-    finally:
-        for processor, scale in zip(processors, before, strict=True):
-            processor.scale = scale
-
-
 class UserOffReference:
     """The denoiser without its user, as the frozen reference: no second network in memory."""
 
@@ -115,7 +103,8 @@ class UserOffReference:
 def ask(network: Any, user: Tensor | None, *inputs: Tensor, **added: Tensor) -> Tensor:
     """The output of a U-Net for its inputs and SDXL's added conditions, and a user [B, T, D] where it has an adapter.
 
-    Without a user it answers as it did before the adapter. Raises ValueError for a user without an adapter.
+    Without a user it answers as it did before the adapter, bit for bit. Raises ValueError for a user where there is no
+    adapter.
     """
     if not has_user_adapter(network):
         if user is not None:
@@ -123,9 +112,7 @@ def ask(network: Any, user: Tensor | None, *inputs: Tensor, **added: Tensor) -> 
         return network(*inputs, added_cond_kwargs=added or None, return_dict=False)[0]
     width = user_width(network)
     if user is None:
-        nobody = inputs[0].new_zeros(len(inputs[0]), 1, width)
-        with user_off(network):
-            return network(*inputs, added_cond_kwargs={**added, "image_embeds": [nobody]}, return_dict=False)[0]
+        user = inputs[0].new_zeros(len(inputs[0]), 1, width)
     if user.ndim != 3 or user.shape[0] != len(inputs[0]) or user.shape[2] != width:
         raise ValueError(f"cond.user must be [{len(inputs[0])}, T, {width}]; got {list(user.shape)}")
     return network(*inputs, added_cond_kwargs={**added, "image_embeds": [user.float()]}, return_dict=False)[0]
@@ -161,8 +148,8 @@ def adapter_arguments(folder: str | Path) -> dict[str, Any]:
 def user_embeds(user: Tensor, *, guidance: float, unconditional: str = "null") -> list[Tensor]:
     """One user's embedding [1, T, D] as the `ip_adapter_image_embeds` of a stock pipeline call.
 
-    unconditional  what the other half of guidance hears: `null` is nobody, so that guidance amplifies the taste too;
-                   `same` is the user again
+    unconditional  what the other half of guidance hears: `null` is nobody, that is the base model, so that guidance
+                   amplifies the taste too; `same` is the user again
 
     Raises ValueError for several users: diffusers would show every prompt of the call all of their tokens.
     """

@@ -123,6 +123,8 @@ def test_guidance_and_scale_in_the_stock_pipeline(tiny_sd: Path, tmp_path: Path)
         images(ip_adapter_image_embeds=user_embeds(user, guidance=3.0, unconditional=u)) for u in ("null", "same")
     )
     assert not torch.allclose(null, same, atol=1e-4) and not torch.allclose(null, base, atol=1e-4)
+    nobody = user_embeds(torch.zeros(1, 1, 5), guidance=3.0)
+    assert torch.equal(images(ip_adapter_image_embeds=nobody), base), "nobody in particular is the base, bit for bit"
     pipe.set_ip_adapter_scale(0.0)
     assert torch.equal(images(ip_adapter_image_embeds=user_embeds(user, guidance=3.0)), base)
 

@@ -100,28 +100,55 @@ def test_evidence_narrows_and_nothing_known_is_the_prior() -> None:
     assert spreads[0] > spreads[1] > spreads[2]
 
 
-def test_population_of_ideal_points_is_recovered() -> None:
-    """K = 3 beats K = 1, more choices of a stranger are better, and the prototypes are those of the population up to
-    rotation, reflection, shift and scale."""
-    world = Population()
-    z_w, z_l = world.choices(world.people, EACH, noisy=True)
-    few_w, few_l = world.choices(world.strangers, 50, noisy=True)
-    new_w, new_l = world.choices(world.strangers, 400, noisy=False)
+def alone(z_w: Tensor, z_l: Tensor, new_w: Tensor, new_l: Tensor) -> float:
+    """Accuracy of a quadratic model for each person that learns from nobody else: ridge logistic regression."""
+    squares = torch.triu_indices(WIDTH, WIDTH)
 
-    def accuracy(head: PAL, n: int) -> float:
-        fits = [head.fit(few_w[k, :n], few_l[k, :n]).mean for k in range(40)]
-        right = [(head.margin(new_w[k], new_l[k], fit) > 0).float().mean() for k, fit in enumerate(fits)]
+    def difference(w: Tensor, l_: Tensor) -> Tensor:
+        w, l_ = (torch.cat([x[..., :WIDTH], x[..., squares[0]] * x[..., squares[1]]], -1) for x in (w, l_))
+        return w - l_
+
+    known, new = difference(z_w, z_l), difference(new_w, new_l)
+    model = torch.zeros(len(known), known.shape[-1], 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([model], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.softplus(-known @ model).sum() + 0.5 * model.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (new @ model > 0).float().mean().item()
+
+
+def test_population_of_ideal_points_is_recovered() -> None:
+    """K = 3 beats K = 1 and models of each person alone, more choices of a stranger are better, and the prototypes are
+    those of the population up to rotation, reflection, shift and scale."""
+    world = Population()
+    seen = world.choices(world.people, EACH, noisy=True)
+    few = world.choices(world.strangers, 50, noisy=True)
+    new = world.choices(world.strangers, 400, noisy=False)
+    new_of_seen = world.choices(world.people, 400, noisy=False)
+
+    def accuracy(head: PAL, known: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], n: int) -> float:
+        fits = [head.fit(w[:n], l_[:n]).mean for w, l_ in zip(*known, strict=True)]
+        right = [(head.margin(new[0][k], new[1][k], fit) > 0).float().mean() for k, fit in enumerate(fits)]
         return torch.stack(right).mean().item()
 
     heads = {}
     for k in (1, 3):
         torch.manual_seed(0)
         heads[k] = PAL(WIDTH, people=PEOPLE, prototypes=k, latent=4, hidden=0)
-        train(heads[k], z_w, z_l, steps=600, lr=1e-2)
-    one = accuracy(heads[1], 50)
-    curve = [accuracy(heads[3], n) for n in (2, 10, 50)]
+        train(heads[k], *seen, steps=600, lr=1e-2)
+    one = accuracy(heads[1], few, new, 50)
+    curve = [accuracy(heads[3], few, new, n) for n in (2, 10, 50)]
+    known = accuracy(heads[3], seen, new_of_seen, EACH)
+    by_oneself = alone(*seen, *new_of_seen)
     assert curve[-1] > one + 0.05, (one, curve)
     assert curve[0] < curve[1] < curve[2], curve
+    assert curve[-1] > known - 0.01, (curve, known)
+    assert known > by_oneself + 0.2, (known, by_oneself)
     found = heads[3].prototypes.detach().numpy()
     gap = min(procrustes(world.prototypes.numpy(), found[list(o)])[2] for o in itertools.permutations(range(3)))
     assert gap < 0.1, gap
