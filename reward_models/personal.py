@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn import functional as F
 
 from reward_models.base import NetworkScorer
 from reward_models.clip_scorers import CLIPFeatures
@@ -37,7 +38,7 @@ class PersonalScorer(NetworkScorer):
     features  any scorer on CLIP: clip, hps_v2.1, pickscore, playground_hps, ...
     head      made for the width of its features
     source    the spec that loads `features`, kept in the folder instead of a copy of its weights
-    centre, scale  [U] standardise what generators are conditioned on, so that 0 is nobody in particular
+    centre, scale  [U] standardise what generators are conditioned on
     """
 
     unit = "logit"
@@ -98,8 +99,11 @@ class PersonalScorer(NetworkScorer):
         return self.head.fit(*self.encode_choices(choices))
 
     def tokens(self, taste: Taste) -> Tensor:
-        """What a generator is conditioned on: float32 [1, U], standardised."""
-        return ((self.head.embedding(taste) - self.centre) / self.scale)[None]
+        """What a generator is conditioned on: float32 [1, U + 1], standardised, and a 1 for somebody being there.
+
+        So halfway between people of opposite tastes is somebody in the middle, and only zero is nobody.
+        """
+        return F.pad((self.head.embedding(taste) - self.centre) / self.scale, (0, 1), value=1.0)[None]
 
     @torch.no_grad()
     def standardise(self, tastes: Sequence[Taste]) -> None:
@@ -170,7 +174,8 @@ def save_user(path: str | PathLike[str], tokens: Tensor, taste: Taste | None = N
     taste   for the scorer whose fingerprint is `made_by`
     """
     known = {} if taste is None else {"mean": taste.mean, "samples": taste.samples}
-    save_state({"embeds": tokens[None], **known}, path, {"made_by": made_by})
+    # Cloned: safetensors refuses tensors that share memory.
+    save_state({k: v.clone() for k, v in {"embeds": tokens[None], **known}.items()}, path, {"made_by": made_by})
 
 
 def load_user(path: str | PathLike[str], scorer: PersonalScorer) -> Taste:

@@ -11,8 +11,8 @@ Differs from the paper:
   trained on may be among them only where a person has too few.
 - No dropped users: the paper zeroes some embeddings, which trains nobody's images towards the average taste. Here the
   adapter makes the zero embedding the reference itself, by construction, so there is nothing to train.
-- A share of the pairs is told a mixture of two users, and whose pair it is decides the mixture's larger part, so that
-  mixing users moves images from one taste to the other (ours).
+- A share of the pairs is told a mixture of two users, s of one and 1 - s of the other, and a share of s of them are the
+  one's pairs, so that mixing users moves images from one taste to the other (ours).
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class PPD(DiffusionDPO):
         mine = self._embedding(self.users_of[key[1]], key)
         if self.draws.uniform([key], stream="user mixing").item() < self.user_mixing:
             other = self.names[int(self.draws.integers([key], 0, len(self.names), stream="mixed user"))]
-            share = 0.5 + 0.5 * self.draws.uniform([key], stream="mixture").item()
+            # Density 2s: of those who are told s of one and 1 - s of another, a share of s chose as the one does.
+            share = self.draws.uniform([key], stream="mixture").item() ** 0.5
             return share * mine + (1 - share) * self._embedding(other, key)
         return mine
 

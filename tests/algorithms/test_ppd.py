@@ -50,8 +50,9 @@ def test_mixed_users_are_drawn_by_key(tiny_sd: Path, batch_of) -> None:
     assert torch.equal(torch.stack(values), torch.stack(again))
     found = torch.stack(values) * torch.tensor([1, -1, 1, -1])  # 1: told the user who chose
     mixed = found[found != 1]
-    assert 0.1 < len(mixed) / found.numel() < 0.2, "half of the mixtures are with oneself or nobody else"
-    assert mixed.min() >= 0 or torch.isclose(mixed.min(), torch.tensor(0.0), atol=1e-6), "one's own part is the larger"
+    assert 0.1 < len(mixed) / found.numel() < 0.2, "half of the mixtures are with oneself"
+    # 2s - 1 with density 2s on [0, 1]: 1/3 on average, and negative, more of the other, in one of four.
+    assert abs(mixed.mean() - 1 / 3) < 0.1 and 0.15 < (mixed < 0).float().mean() < 0.35
 
 
 def conflict(algorithm: PPD, batch: LatentBatch, steps: int) -> tuple[LatentBatch, torch.Tensor]:

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+
+from diffalign.draws import Draws
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue cat", "cat", "a red red cat", "blue"]
@@ -240,3 +242,20 @@ def test_pixels_that_are_not_finite_are_never_saved(
     assert generate.main(arguments) == 2
     assert "prompt_id '00000', sample 0 is not finite" in capsys.readouterr().err
     assert not list((tmp_path / "out" / "images").iterdir())
+
+
+def test_flux_packs_its_latents(tiny_flux: Path, tmp_path: Path) -> None:
+    """The images are those of the stock pipeline from the same noise, packed two by two as it sees it."""
+    (tmp_path / "prompts.txt").write_text("a red cat\nblue\n")
+    out, settings = tmp_path / "out", ["--steps=2", "--guidance=3.5", "--size=32", "--max-sequence-length=16"]
+    files = [f"--pipeline={tiny_flux}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--device=cpu"]
+    assert generate.main([*files, *settings]) == 0
+    pipe = DiffusionPipeline.from_pretrained(tiny_flux)
+    keys = [("00000", 0), ("00001", 0)]
+    side = 32 // pipe.vae_scale_factor
+    noise = Draws(0).normal(keys, (pipe.transformer.config.in_channels // 4, side, side), stream="latents")
+    squares = noise.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    call = {"num_inference_steps": 2, "guidance_scale": 3.5, "height": 32, "width": 32, "max_sequence_length": 16}
+    images = pipe(["a red cat", "blue"], latents=squares, **call).images
+    assert np.abs(_pixels(out) - np.stack([np.asarray(x, dtype=np.int16) for x in images])).max() <= 1
+    assert generate.main([*files[:2], f"--out={tmp_path / 'odd'}", "--size=20"]) == 2
