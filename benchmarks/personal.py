@@ -151,7 +151,7 @@ def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
         if chances:
             row |= {"calibration_error": round(calibration_error(torch.cat(chances)), 4)}
             row |= {"doubt": round(float(np.mean(doubts)), 4)}
-        if head == "pal" and not shots:
+        if head in ("pal", "groups") and not shots:
             row["prototypes"] = prototypes(scorer, new)
         rows.append(row)
     rows[0]["seconds"] = town.seconds.get((head, seed))
@@ -159,7 +159,7 @@ def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
 
 
 def prototypes(scorer: Any, new: Choices) -> list[list[float]]:
-    """How often PAL's prototypes (rows) choose as the true ones (columns) do, in the best matching order."""
+    """How often the learned prototypes or groups (rows) choose as the true ones (columns) do, in the best order."""
     table = []
     for k in range(len(PROTOTYPES)):
         vector = torch.full((len(PROTOTYPES),), -50.0)
@@ -292,8 +292,8 @@ def mixture(pipe: Gallery, tokens: dict[str, Tensor], pairs: int = 6, each: int 
     return curve
 
 
-GROUPS = [f"bright-{k}" for k in range(54)] + [f"faded-{k}" for k in range(6)]
-"""Two groups of people who want the opposite, one nine times as large."""
+GROUPS = [f"bright-{k}" for k in range(40)] + [f"faded-{k}" for k in range(20)]
+"""Two groups of people who want the opposite, one twice as large."""
 
 
 def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
@@ -321,7 +321,7 @@ def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
         specs[2].append(f"{specs[2][0]},user={user}")
     rewards = {
         "one for all": [f"reward.scorers=['{specs[1][0]}']"],
-        "MaxMin": [f"reward.scorers={specs[2][1:]}", "reward.normalise=start", "reward.maxmin=0.5"],
+        "MaxMin": [f"reward.scorers={specs[2][1:]}", "reward.normalise=start", "reward.maxmin=10"],
     }
     prompts = captions(256, held_out=True)
     base = Gallery(path=STUDENTS[1]).student(prompts)

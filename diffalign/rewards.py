@@ -50,7 +50,7 @@ class Rewards:
 
     def state(self) -> dict[str, Tensor]:
         """The running statistics, where there are any."""
-        names = ("count", "mean", "squares", "gains", "shares") if self.mixture.learns else ()
+        names = ("count", "mean", "squares", "gains") if self.mixture.learns else ()
         return {name: getattr(self.mixture, name).clone() for name in names}
 
     def load(self, state: Mapping[str, Tensor]) -> None:

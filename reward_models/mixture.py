@@ -21,9 +21,11 @@ class WeightedSum(nn.Module):
                 running  of all scores given to `update` so far; float64 and in the state dict
                 start    of the first START scores given to `update`, which a policy has before it learns much
     maxmin      above 0, the weights move to whoever has gained least: MaxMin-RLHF (Chakraborty et al., 2024, arXiv
-                2402.08925) over groups of people, each with a scorer of its own. `update` multiplies the share of
-                scorer k by exp(-maxmin / sqrt(t) J_k), J_k a moving average of its normalised scores; shares sum to
-                their number. Needs normalise `start`, for a group's gain must not be counted from its own mean
+                2402.08925) over groups of people, each with a scorer of its own. Scorer k has the share
+                K exp(-maxmin J_k) / sum_i exp(-maxmin J_i), J_k a moving average of its normalised scores: the gradient
+                of a soft minimum, the hard one of the paper where maxmin is large. (Shares that are multiplied at every
+                update follow the policy late, and swing.) Needs normalise `start`, for a group's gain must not be
+                counted from its own mean
 
     `score` never changes the statistics, so that the score of an image does not depend on how often it was asked for.
     A training loop that wants running ones says so, and computes every score once:
@@ -72,10 +74,8 @@ class WeightedSum(nn.Module):
         self.register_buffer("mean", torch.tensor([m for m, _ in start], dtype=torch.float64))
         self.register_buffer("squares", torch.tensor([s for _, s in start], dtype=torch.float64))
         self.maxmin = maxmin
-        self.gains: Tensor  # moving average of each scorer's normalised scores, then the updates so far
-        self.shares: Tensor
-        self.register_buffer("gains", torch.zeros(len(given) + 1, dtype=torch.float64))
-        self.register_buffer("shares", torch.ones(len(given), dtype=torch.float64))
+        self.gains: Tensor  # moving average of each scorer's normalised scores
+        self.register_buffer("gains", torch.zeros(len(given), dtype=torch.float64))
 
     @property
     def learns(self) -> bool:
@@ -104,7 +104,8 @@ class WeightedSum(nn.Module):
 
     def present_weights(self) -> dict[str, float]:
         """The weights as they are now: as given, or where MaxMin has moved them."""
-        return {name: w * share for (name, w), share in zip(self.weights.items(), self.shares.tolist(), strict=True)}
+        shares = len(self.gains) * torch.softmax(-self.maxmin * self.gains, 0)
+        return {name: w * share for (name, w), share in zip(self.weights.items(), shares.tolist(), strict=True)}
 
     def normalised(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(score - mean) / std of each. Raises ValueError while all scores of the statistics are equal."""
@@ -121,8 +122,8 @@ class WeightedSum(nn.Module):
 
     @torch.no_grad()
     def update(self, parts: Mapping[str, Tensor]) -> None:
-        """Take the scores [B] of every scorer into the statistics (Welford, merged as Chan et al., 1979), and move the
-        shares of MaxMin.
+        """Take the scores [B] of every scorer into the statistics (Welford, merged as Chan et al., 1979), and
+        into the gains of MaxMin.
 
         Raises ValueError if normalise is neither `running` nor `start`, or for scores that are not finite.
         """
@@ -139,10 +140,7 @@ class WeightedSum(nn.Module):
             self.count.copy_(total)
         elif self.maxmin:
             gain = torch.stack([x.mean() for x in self.normalised(parts).values()]).to(self.gains)
-            self.gains[-1] += 1
-            self.gains[:-1].mul_(0.9).add_(0.1 * gain)
-            self.shares *= torch.exp(-self.maxmin / self.gains[-1].sqrt() * self.gains[:-1])
-            self.shares *= len(self.shares) / self.shares.sum()
+            self.gains.mul_(0.9).add_(0.1 * gain)
 
 
 START = 256
@@ -165,7 +163,7 @@ def load_mixture(
         weights: one for each scorer; 1 for all when left out
         normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter;
             start by that of the first 256
-        maxmin: above 0, the weights move at this rate to the scorer that has gained least (0.5); needs normalise start
+        maxmin: above 0, how sharply the weights turn to the scorer that has gained least (10); needs normalise start
         dtype: of the scorers' networks
     """
     if problems := check_mixture({"scorers": scorers, "weights": weights}):

@@ -130,13 +130,13 @@ def test_statistics_of_the_start_stay() -> None:
 
 
 def test_maxmin_moves_the_weights_to_whoever_gains_least() -> None:
-    """One step by hand: gains +1 and -1, average 0.1 of them, shares exp(-0.5 * 0.1) and exp(0.5 * 0.1), sum 2."""
-    mixture = _two(maxmin=0.5)
+    """One step by hand: gains +1 and -1, average 0.1 of them, shares exp(-5 * 0.1) and exp(5 * 0.1), sum 2."""
+    mixture = _two(maxmin=5)
     first = torch.tensor([0.0, 2.0] * 128)  # mean 1, deviation 1
     mixture.update({"a": first, "b": first})
     assert mixture.present_weights() == {"a": 1.0, "b": 1.0}
     mixture.update({"a": torch.full((4,), 2.0), "b": torch.zeros(4)})
-    low, high = torch.exp(torch.tensor([-0.05, 0.05], dtype=torch.float64)).tolist()
+    low, high = torch.exp(torch.tensor([-0.5, 0.5], dtype=torch.float64)).tolist()
     weights = mixture.present_weights()
     assert weights["a"] == pytest.approx(2 * low / (low + high)) and weights["b"] == pytest.approx(
         2 * high / (low + high)
@@ -148,7 +148,7 @@ def test_maxmin_of_groups_in_conflict_evens_their_gains() -> None:
     ends at, no group is worse off than the worst under equal weights, and all gain alike."""
     rewards = torch.tensor([[1.0, 0.2, 0.0, 0.6, 0.1], [0.0, 0.9, 0.1, 0.5, 0.2], [0.1, 0.0, 1.0, 0.4, 0.3]])
     names = ("a", "b", "c")
-    mixture = WeightedSum({n: (Mean(), 1.0) for n in names}, normalise="start", maxmin=0.5)
+    mixture = WeightedSum({n: (Mean(), 1.0) for n in names}, normalise="start", maxmin=5)
     everything = {n: rewards[k].repeat(52) for k, n in enumerate(names)}
     mixture.update(everything)  # the reference: every action alike, 260 scores
     units = torch.stack(list(mixture.normalised({n: rewards[k] for k, n in enumerate(names)}).values()))
