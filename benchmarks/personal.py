@@ -321,7 +321,7 @@ def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
         specs[2].append(f"{specs[2][0]},user={user}")
     rewards = {
         "one for all": [f"reward.scorers=['{specs[1][0]}']"],
-        "MaxMin": [f"reward.scorers={specs[2][1:]}", "reward.normalise=start", "reward.maxmin=10"],
+        "MaxMin": [f"reward.scorers={specs[2][1:]}", "reward.normalise=start", "reward.maxmin=2"],
     }
     prompts = captions(256, held_out=True)
     base = Gallery(path=STUDENTS[1]).student(prompts)

@@ -163,7 +163,7 @@ def load_mixture(
         weights: one for each scorer; 1 for all when left out
         normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter;
             start by that of the first 256
-        maxmin: above 0, how sharply the weights turn to the scorer that has gained least (10); needs normalise start
+        maxmin: above 0, how sharply the weights turn to the scorer that has gained least (2); needs normalise start
         dtype: of the scorers' networks
     """
     if problems := check_mixture({"scorers": scorers, "weights": weights}):

@@ -90,8 +90,6 @@ REWARDED = (
     "r0 plus/one_step",
     "r0 plus/four_step",
     "r0/four_step",
-    "pso judge/four_step",
-    "diff_instruct_star/four_step",
 )
 
 
@@ -111,7 +109,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 @pytest.mark.learning
 @pytest.mark.parametrize("case", REWARDED)
 def test_rewards_and_own_samples_raise_the_true_preference(worlds: Callable[[str], Any], case: str) -> None:
-    """The judge is not the scorer that was trained on, but in "pso judge"; the monitor has nothing to say."""
+    """The judge is not the scorer that was trained on; the monitor has nothing to say."""
     row = LEARNING["learn"](worlds(LEARNING["CASES"][case].model), case, "true", 0)
     print(row)
     assert row["n"] == 256 and row["low"] > 0.5, row
