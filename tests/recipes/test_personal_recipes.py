@@ -144,7 +144,7 @@ def test_two_steps_on_sdxl(tmp_path: Path, people: Path, users: Path, recipe: Ca
 
 
 def test_two_processes_equal_one(tmp_path: Path, people: Path, users: Path, recipe: Callable) -> None:
-    """With a user dropped and mixed here and there, and no draw that depends on the rank."""
+    """With users mixed here and there, and no draw that depends on the rank."""
     more = [f"data.path={people}", f"users.path={users}", "trainer.steps=2", "data.limit=40", "algorithm.beta=10"]
     more += ["algorithm.user_mixing=0.5", "hooks.verify_export=false", *BARE]
     one, two = tmp_path / "one", tmp_path / "two"
