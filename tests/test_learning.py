@@ -88,7 +88,6 @@ REWARDED = (
     "pso_offline/four_step",
     "diff_instruct_star/one_step",
     "r0 plus/one_step",
-    "r0 plus/four_step",
     "r0/four_step",
 )
 
