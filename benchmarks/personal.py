@@ -17,7 +17,7 @@ import os
 import runpy
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,15 +246,19 @@ def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, 
     base, pipe = Gallery(), Gallery(adapter)
     other = {name: names[(k + len(names) // 2) % len(names)] for k, name in enumerate(names)}
 
-    def images(gallery: Gallery, user: Any) -> Tensor:
-        some = [(k * each, prompts[k * each : (k + 1) * each], user(name)) for k, name in enumerate(names)]
-        return torch.cat([gallery.draw(p, first, u) for first, p, u in some])
+    def images(user: Mapping[str, str]) -> Tensor:
+        return torch.cat(
+            [
+                pipe.draw(prompts[k : k + each], k, tokens[user[name]])
+                for k, name in zip(itertools.count(0, each), names, strict=False)
+            ]
+        )
 
     drawn = {
-        "base": images(base, lambda name: None),
-        "own": images(pipe, lambda name: tokens[name]),
-        "other": images(pipe, lambda name: tokens[other[name]]),
-        "nobody": images(pipe, lambda name: torch.zeros_like(tokens[name])),
+        "base": base.draw(prompts, 0),
+        "own": images({name: name for name in names}),
+        "other": images(other),
+        "nobody": pipe.draw(prompts, 0, torch.zeros_like(tokens[names[0]])),
     }
     parts = [slice(k * each, (k + 1) * each) for k in range(len(names))]
     people = [Person(name=name) for name in names]
