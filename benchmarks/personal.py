@@ -247,12 +247,8 @@ def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, 
     other = {name: names[(k + len(names) // 2) % len(names)] for k, name in enumerate(names)}
 
     def images(user: Mapping[str, str]) -> Tensor:
-        return torch.cat(
-            [
-                pipe.draw(prompts[k : k + each], k, tokens[user[name]])
-                for k, name in zip(itertools.count(0, each), names, strict=False)
-            ]
-        )
+        some = [(prompts[k * each : (k + 1) * each], k * each, tokens[user[name]]) for k, name in enumerate(names)]
+        return torch.cat([pipe.draw(*each_user) for each_user in some])
 
     drawn = {
         "base": base.draw(prompts, 0),
