@@ -213,7 +213,7 @@ class SampleGrid(_Hook):
     @torch.no_grad()
     def draw(self, step: int) -> None:
         if self.run.main:
-            with self.averaged(), self.run.accelerator.autocast():
+            with self.averaged():
                 latents = self.sampler.sample(self.backbone.denoiser, self.cond, self.prompts)
             folder = self.run.folder / "samples"
             folder.mkdir(exist_ok=True)

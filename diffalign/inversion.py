@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from diffalign.draws import Draws
 from diffalign.sampling import Network, gaussian_step, guided
 from diffalign.schedule import Schedule, VPSchedule, per_sample, upcast
-from diffalign.types import Cond, Key
+from diffalign.types import Cond, Key, Path
 
 
 class Inversion:
@@ -78,22 +79,39 @@ class Inversion:
         landing = torch.where(grid[1:] >= t, grid[1:], grid[-1]).amin(0)
         return torch.minimum(grid, landing)
 
-    @torch.no_grad()
-    def __call__(
-        self, network: Network, x0: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, keys: Sequence[Key]
-    ) -> Tensor:
-        """x0 [B, C, h, w], t [B], conds of batch B, B keys (of the eta noise) -> x_t [B, C, h, w], float32."""
-        x, levels = upcast(x0), self.levels(t)
-        for k in range(self.steps):
-            moving = (levels[k + 1] > levels[k]).nonzero()[:, 0]
+    def path(self, t: Tensor) -> Path:
+        """The steps of latents on their way to t [B]. On the CPU nothing waits for a device."""
+        levels, steps = self.levels(t), []
+        for now, then in itertools.pairwise(levels):
+            moving = (then > now).nonzero()[:, 0]
             if not len(moving):
                 break
+            steps.append((moving, now[moving], then[moving]))
+        return steps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        network: Network,
+        x0: Tensor,
+        t: Tensor,
+        cond: Cond,
+        uncond: Cond | None,
+        keys: Sequence[Key],
+        path: Path | None = None,
+    ) -> Tensor:
+        """x0 [B, C, h, w], t [B], conds of batch B, B keys (of the eta noise) -> x_t [B, C, h, w], float32.
+
+        path  path(t), where it was made before
+        """
+        x = upcast(x0)
+        for k, (moving, now, then) in enumerate(self.path(t) if path is None else path):
             some = cond.at(moving)
             without = None if uncond is None or self.guidance == 1 else uncond.at(moving)
-            there = self._step(network, x[moving], levels[k, moving], levels[k + 1, moving], some, without)
+            there = self._step(network, x[moving], now, then, some, without)
             if self.eta:
                 noise = self.draws.normal([(keys[i], k) for i in moving.tolist()], x.shape[1:], stream="inversion")
-                there = there + self._posterior_std(levels[k, moving], levels[k + 1, moving]) * noise.to(x.device)
+                there = there + self._posterior_std(now, then) * noise.to(x.device)
             x = x.index_copy(0, moving, there)
         return x
 

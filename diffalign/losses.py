@@ -232,12 +232,12 @@ def ranking(scores: Tensor, ranks: Tensor, group: Tensor, flip: Tensor) -> tuple
     flip [G], the probability e that a label is wrong. Returns three [G, A]: the loss, 0 where a group has no pair; the
     share of pairs that the scores put right, a tie being wrong; and how many pairs there are.
     """
-    i, j = (group[:, None] == group[None]).nonzero(as_tuple=True)
-    ordered = (ranks[i] < ranks[j]).float()
-    d = (scores[i] - scores[j]).float()
-    e = flip[group[i], None]
-    terms = torch.stack([(e * d - F.logsigmoid(d)) * ordered, (d > 0) * ordered, ordered])
-    sums = torch.zeros(3, len(flip), scores.shape[1], device=scores.device).index_add(1, group[i], terms)
+    # Matrices, since a list of the pairs would make the host wait for their number.
+    ordered = ((group[:, None] == group)[..., None] & (ranks[:, None] < ranks)).float()
+    d = (scores[:, None] - scores).float()
+    e = flip[group, None, None]
+    terms = torch.stack([(e * d - F.logsigmoid(d)) * ordered, (d > 0) * ordered, ordered]).sum(2)
+    sums = torch.zeros(3, len(flip), scores.shape[1], device=scores.device).index_add(1, group, terms)
     return sums[0] / sums[2].clamp(min=1), sums[1] / sums[2].clamp(min=1), sums[2]
 
 

@@ -111,8 +111,7 @@ class Monitor:
         for i in range(0, len(self.keys), CHUNK):
             here = slice(i, i + CHUNK)
             cond = self.cond.at(torch.arange(len(self.keys))[here])
-            with self.run.accelerator.autocast():
-                x0 = self.sampler.sample(self.backbone.denoiser, cond, self.keys[here])
+            x0 = self.sampler.sample(self.backbone.denoiser, cond, self.keys[here])
             images.append(self.backbone.decode(x0))
             scores.append(self.rewards.look(images[-1], self.prompts[here]))
             if self.scorer is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -10,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.lora import adapters_off, lora_layers, trained_parameters
+from diffalign.placement import frozen_copy
 from diffalign.types import Cond
 
 
 class FrozenReference:
-    """A frozen copy of a denoiser as it is now, in eval mode, never with a gradient."""
+    """A frozen copy of a denoiser as it is now: eval mode, no gradients, the same precision."""
 
     def __init__(self, denoiser: nn.Module):
-        self.denoiser = copy.deepcopy(denoiser).eval().requires_grad_(False)
+        self.denoiser = frozen_copy(denoiser, getattr(denoiser, "autocast_dtype", None))
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

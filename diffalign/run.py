@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ from diffalign.config import Config
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
+from diffalign.placement import HALVES, Placement
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
 
@@ -53,7 +55,7 @@ class Run:
         self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=trackers, project_dir=self.folder)
         self.draws, self.log_every, self.resume = Draws(seed), log_every, resume
         self.metrics = self.folder / "metrics.jsonl"
-        self._pending: list[tuple[int, list[str], Tensor]] = []
+        self._pending: list[tuple[int, list[str], Tensor | None, dict[str, float]]] = []
         if self.main:
             self._claim(config)
         self.accelerator.wait_for_everyone()
@@ -69,6 +71,11 @@ class Run:
     @property
     def device(self) -> torch.device:
         return self.accelerator.device
+
+    @property
+    def placement(self) -> Placement:
+        """Where this run's networks are, and what their matrices are computed in."""
+        return Placement(self.device, HALVES.get(self.accelerator.mixed_precision))
 
     def _claim(self, config: Config) -> None:
         """Write config.yaml, or compare with the one that is there when resuming."""
@@ -142,15 +149,17 @@ class Run:
             kept = [x for x in self.metrics.read_text().splitlines() if _complete(x) and json.loads(x)["step"] <= step]
             write(self.metrics, "".join(x + "\n" for x in kept))
 
-    def log(self, step: int, values: dict[str, Tensor]) -> None:
+    def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.
 
         What hooks add to the step that was logged last goes into its line.
         """
-        names = sorted(values)
         if self._pending and self._pending[-1][0] < step and self._pending[-1][0] % self.log_every == 0:
             self.flush()
-        self._pending.append((step, names, torch.stack([values[n].float() for n in names])))
+        tensors = {n: v.float() for n, v in values.items() if isinstance(v, Tensor)}
+        numbers = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
+        stacked = torch.stack([*tensors.values()]) if tensors else None
+        self._pending.append((step, [*tensors], stacked, numbers))
 
     def flush(self) -> None:
         """Write the pending metrics: one JSON object a step, NaN left out."""
@@ -158,9 +167,9 @@ class Run:
             self._pending.clear()
             return
         rows: dict[int, dict[str, float]] = {}
-        for step, names, values in self._pending:
-            finite = {n: v for n, v in zip(names, values.tolist(), strict=True) if v == v}
-            rows.setdefault(step, {}).update(finite)
+        for step, names, stacked, numbers in self._pending:
+            values = numbers | dict(zip(names, [] if stacked is None else stacked.tolist(), strict=True))
+            rows.setdefault(step, {}).update({n: values[n] for n in sorted(values) if values[n] == values[n]})
         lines = [json.dumps({"step": step, **row}) for step, row in rows.items()]
         for step, row in rows.items():
             self.accelerator.log(row, step=step)

@@ -112,15 +112,15 @@ class Trainer:
         for hook in self.hooks:
             hook.start(self)
         self.run.print(*self._describe(loader))
-        batches = self.algorithm.batches(loader.start(self.micro))
+        batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
         bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
         while self.step < self.steps:
             started = time.perf_counter()
-            values: dict[str, Tensor] = {}
+            values: dict[str, Tensor | float] = {}
             for turn in self.algorithm.turns(self.step):
                 values |= self.take(turn, batches)
             self.step += 1
-            values["perf/samples_per_second"] = torch.tensor(self._effective(loader) / (time.perf_counter() - started))
+            values["perf/samples_per_second"] = self._effective(loader) / (time.perf_counter() - started)
             self.run.log(self.step, values)
             for hook in self.hooks:
                 hook.after_step(self)
@@ -136,7 +136,7 @@ class Trainer:
             self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
         self.run.accelerator.end_training()
 
-    def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor]:
+    def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor | float]:
         """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""
         player, accelerator = self.players[turn.player], self.run.accelerator
         seen: list[Metrics] = []
@@ -146,13 +146,12 @@ class Trainer:
             last = k == self.grad_accum - 1
             # accelerator.accumulate() keeps one counter for all players; with two of them it steps the wrong one.
             with nullcontext() if last else accelerator.no_sync(player.module):
-                with accelerator.autocast():
-                    loss, metrics = turn.loss(batch)
+                loss, metrics = turn.loss(batch)
                 accelerator.backward(loss / self.grad_accum)
             seen.append({"loss": loss.detach(), **metrics})
             used += self.algorithm.keys(batch)
             self.micro += 1
-        values = self._mean(seen)
+        values: dict[str, Any] = self._mean(seen)
         if not torch.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
@@ -166,7 +165,7 @@ class Trainer:
             group["lr"] = lr
         player.optimizer.step()
         player.optimizer.zero_grad()
-        values["lr"] = torch.tensor(lr)
+        values["lr"] = lr
         return {f"{turn.player}/{name}": value for name, value in values.items()}
 
     def _mean(self, seen: Sequence[Metrics]) -> dict[str, Tensor]:

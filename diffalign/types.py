@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 Key = Hashable
 """What a random draw belongs to: (epoch, sample id) for a data set, (step, prompt id, k) for a rollout.
@@ -50,6 +51,31 @@ class Cond(NamedTuple):
         return Cond._make(None if xs[0] is None else torch.cat(xs) for xs in zip(*conds, strict=True))
 
 
+Path = Sequence[tuple[Tensor, Tensor, Tensor]]
+"""The steps of an inversion: which samples [M] move, from which levels [M] and to which."""
+
+
+class Drawn(NamedTuple):
+    """What is random about G preferences over N images, drawn on the CPU; see Denoising.draw.
+
+    t          [G]               timestep of each preference
+    eps        [G or N, C, h, w] noise of each preference, or of each image; None where nothing is noised
+    x_t        [N, C, h, w]      latents noised before training (InPO), or None
+    reference  [N]               errors of the reference as they were before training, or None
+    path                         how each latent is inverted (InPO), or None
+    """
+
+    t: Tensor
+    eps: Tensor | None = None
+    x_t: Tensor | None = None
+    reference: Tensor | None = None
+    path: Path | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> Drawn:
+        """Every field moved with `Tensor.to`."""
+        return tree_map_only(Tensor, lambda x: x.to(*args, **kwargs), self)
+
+
 class LatentBatch(NamedTuple):
     """G preferences over N images, ready for a denoiser. One per pair, per ranked group, or per single image.
 
@@ -64,6 +90,7 @@ class LatentBatch(NamedTuple):
     scores  [N]           how good an image is, larger is better: the data set's own scores (NaN where it has none), a
                           ranked group's win rates in [0, 1], or 1 for liked and 0 for disliked single images
     size    [N, 6]        original height and width, crop top and left, target height and width in pixels, or None
+    drawn   timesteps and noise where they came with the batch; else they are drawn from the keys when needed
     """
 
     x0: Tensor
@@ -74,6 +101,7 @@ class LatentBatch(NamedTuple):
     flip: Tensor
     scores: Tensor
     size: Tensor | None = None
+    drawn: Drawn | None = None
 
     @property
     def sample_cond(self) -> Cond:
@@ -150,7 +178,7 @@ Batch = TypeVar("Batch", LatentBatch, GroupBatch, PromptBatch, ChoiceBatch)
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, without waiting for the copy."""
     moved: dict[str, Any] = {
-        k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if isinstance(v, (Tensor, Cond))
+        k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if isinstance(v, (Tensor, Cond, Drawn))
     }
     return batch._replace(**moved)
 

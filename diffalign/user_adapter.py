@@ -66,8 +66,8 @@ class LowRank(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
-        self.down = nn.Parameter(torch.randn(rank, weight.shape[1]) / rank)
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.down = nn.Parameter((torch.randn(rank, weight.shape[1]) / rank).to(weight.device))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.up @ self.down

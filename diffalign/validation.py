@@ -110,8 +110,7 @@ class Validation:
         found = []
         for raw in tqdm(loader, "validate", disable=not self.run.main, leave=False, mininterval=1):
             batch = on_device(raw, self.run.device)
-            with a.autocast():
-                logits = self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
+            logits = self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
             _, right, pairs = ranking(logits, batch.ranks, batch.group, batch.flip)
             found.append(((right * pairs).sum(0).cpu(), pairs.sum(0).cpu(), logits.cpu()))
         parts = self.run.gather(found)

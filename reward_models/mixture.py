@@ -129,7 +129,7 @@ class WeightedSum(nn.Module):
         """
         if not self.learns:
             raise ValueError(f"update is for normalise='running' and 'start'; it is '{self.normalise}'")
-        scores = torch.stack([parts[name].detach().double().to(self.mean.device) for name in self.scorers])
+        scores = torch.stack([parts[name].detach().to(self.mean.device).double() for name in self.scorers])
         if not scores.isfinite().all():
             raise ValueError("scores that are nan or infinite cannot be taken into the statistics")
         if self.normalise == "running" or self.count < START:

@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "losses": {"types", "draws", "schedule"},
     "noising": {"types", "draws", "schedule", "sampling", "losses"},
     "inversion": {"types", "draws", "schedule", "sampling"},
+    "placement": LIBRARIES_ONLY,
     "lora": {"types"},
     "ema": {"types"},
     "user_adapter": {"types"},
-    "reference": {"types", "draws", "schedule", "lora"},
+    "reference": {"types", "draws", "schedule", "lora", "placement"},
     "playground": {"types", "draws", "playground"},
     "report": {"types", "draws", "report"},
 }

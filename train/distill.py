@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         hooks=standard_hooks,
     )
     run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.device, **cfg.backbone)
+    backbone = load_backbone(run.placement, **cfg.backbone)
     backbone.scheduler_config = few_step_scheduler(backbone.scheduler_config)
     prompts = run.prompts(backbone, **cfg.data)
     resolution = cfg.data["resolution"]
-    scores = score_networks(backbone, run.device, cfg.backbone["path"], **cfg.teacher)
+    scores = score_networks(backbone, run.placement, cfg.backbone["path"], **cfg.teacher)
     sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)
     noising = Noising(backbone.schedule, run.draws, **cfg.noising)
     generator, aux = run.prepare(backbone.denoiser), run.prepare(scores.aux)

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         hooks=standard_hooks,
     )
     run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.device, **cfg.backbone)
+    backbone = load_backbone(run.placement, **cfg.backbone)
     pairs = run.latents(PreferencePairs, backbone, **cfg.data)
     noising = Noising(backbone.schedule, run.draws, **cfg.noising)
     reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         hooks=standard_hooks,
     )
     run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.device, **cfg.backbone)
+    backbone = load_backbone(run.placement, **cfg.backbone)
     pairs = UserPairs(run.latents(PreferencePairs, backbone, **cfg.data), run.draws, **cfg.users)
     add_user_adapter(backbone.denoiser.network, pairs.width, backbone.dtype, **cfg.adapter)
     noising = Noising(backbone.schedule, run.draws, **cfg.noising)

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         hooks=standard_hooks,
     )
     run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.device, **cfg.backbone)
+    backbone = load_backbone(run.placement, **cfg.backbone)
     prompts = run.prompts(backbone, **cfg.data)
     sampler = Sampler(backbone, run.draws, cfg.data["resolution"], **cfg.sampler)
     rewards = Rewards(load_mixture(run.device, **cfg.reward), backbone.decode, run.gather)

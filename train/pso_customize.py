@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         hooks=standard_hooks,
     )
     run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.device, **cfg.backbone)
+    backbone = load_backbone(run.placement, **cfg.backbone)
     resolution = cfg.data["resolution"]
     targets = run.latents(TargetImages, backbone, **cfg.data)
     sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)

@@ -30,6 +30,10 @@ class Algorithm(ABC):
         """Endless training tuples from the loader's micro-batches. Online methods roll out here."""
         return loader
 
+    def draw(self, batch: Any) -> Any:
+        """Add what is random about a micro-batch, on the CPU, so that it travels to the device with the rest."""
+        return batch
+
     def turns(self, step: int) -> Sequence[Turn]:
         """The optimizer steps of training step `step`, in order."""
         return (Turn("policy", self.loss),)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm
 from diffalign.noising import Noised, Noising, errors
 from diffalign.sampling import Network
-from diffalign.types import Key, LatentBatch, Metrics
+from diffalign.types import Drawn, Key, LatentBatch, Metrics
 
 BUCKETS = 4
 """Metrics are logged for each quarter of the noise levels as well."""
@@ -38,14 +38,29 @@ class Denoising(Algorithm):
     @abstractmethod
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]: ...
 
+    def draw(self, batch: LatentBatch) -> LatentBatch:
+        """The batch with the timesteps and noise of its keys, and with what is remembered of the reference."""
+        t, eps, x_t, reference = self.noising.sample(batch.keys), None, None, None
+        if self.known:
+            known = [self.known[key] for key in batch.sample_keys]
+            reference = torch.tensor([error for error, _ in known])
+            x_t = torch.stack([x for _, x in known if x is not None]) if self.remembers_latents else None
+        if x_t is None:
+            eps = self.noising.noise(batch.keys if self.shares_noise else batch.sample_keys, batch.x0)
+        return batch._replace(drawn=Drawn(t, eps, x_t, reference))
+
+    def _drawn(self, batch: LatentBatch) -> Drawn:
+        """What came with the batch, or else is drawn now, on the batch's device."""
+        found = batch.drawn or self.draw(batch).drawn
+        assert found is not None
+        return found.to(batch.x0.device)
+
     def noised(self, batch: LatentBatch) -> Noised:
         """The batch's N images, noised with the timestep and the noise of their keys."""
-        t = self.noising.sample(batch.keys).to(batch.x0.device)[batch.group]
-        if self.shares_noise:
-            eps = self.noising.noise(batch.keys, batch.x0)[batch.group]
-        else:
-            eps = self.noising.noise(batch.sample_keys, batch.x0)
-        return self.noising.add(batch.x0, eps, t, batch.sample_cond)
+        drawn = self._drawn(batch)
+        assert drawn.eps is not None
+        eps = drawn.eps[batch.group] if self.shares_noise else drawn.eps
+        return self.noising.add(batch.x0, eps, drawn.t[batch.group], batch.sample_cond)
 
     def remember_reference(self, batches: Iterable[LatentBatch], gather: Callable[[list[Any]], list[Any]]) -> None:
         """Run the reference on every draw of every preference, once; afterwards it is not needed and is let go.
@@ -65,7 +80,9 @@ class Denoising(Algorithm):
     def reference_errors(self, batch: LatentBatch, noised: Noised) -> Tensor:
         """[N], as remembered or from a forward of the reference."""
         if self.reference is None:
-            return torch.tensor([self.known[k][0] for k in batch.sample_keys], device=batch.x0.device)
+            remembered = self._drawn(batch).reference
+            assert remembered is not None
+            return remembered
         return errors(self.reference, noised)
 
     def by_level(self, metrics: Metrics, noised: Noised) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from diffalign.inversion import Inversion
 from diffalign.noising import Noised, Noising
 from diffalign.sampling import Network
 from diffalign.schedule import per_sample
-from diffalign.types import Cond, LatentBatch
+from diffalign.types import Cond, Drawn, LatentBatch
 
 
 class InPO(DiffusionDPO):
@@ -87,19 +87,25 @@ class InPO(DiffusionDPO):
     def noised(self, batch: LatentBatch) -> Noised:
         """The batch's 2B images, inverted to the timestep of their pair, with the noise this implies."""
         schedule = self.noising.schedule
-        t = self.noising.sample(batch.keys).to(batch.x0.device)[batch.group]
-        x_t = self._inverted(batch, t)
+        drawn = self._drawn(batch)
+        t = drawn.t[batch.group]
+        x_t = self._inverted(batch, t) if drawn.x_t is None else drawn.x_t
         a, s = map(per_sample, schedule.coefficients(t))
         return self.noising.at(x_t, batch.x0, (x_t - a * batch.x0) / s, t, batch.sample_cond)
 
+    def draw(self, batch: LatentBatch) -> LatentBatch:
+        if self.known:
+            return super().draw(batch)
+        t = self.noising.sample(batch.keys)
+        return batch._replace(drawn=Drawn(t, path=self.inversion.path(t[batch.group].cpu())))
+
     def _inverted(self, batch: LatentBatch, t: Tensor) -> Tensor:
-        if self.reference is None:
-            kept = [self.known[key][1] for key in batch.sample_keys]
-            return torch.stack([x for x in kept if x is not None]).to(batch.x0.device)
         cond = batch.sample_cond
         uncond = self.empty.repeat(len(t))._replace(size=cond.size)
         inverter = self.denoiser if self.invert_by == "policy" else self.reference
-        return self.inversion(inverter, batch.x0, t, cond, uncond, batch.sample_keys)
+        assert inverter is not None
+        keys = batch.sample_keys if self.inversion.eta else ()
+        return self.inversion(inverter, batch.x0, t, cond, uncond, keys, batch.drawn and batch.drawn.path)
 
     def betas(self, batch: LatentBatch) -> float | Tensor:
         """beta, times SmPO's weight [B] where it is asked for; negative where the scores contradict the label."""

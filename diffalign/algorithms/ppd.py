@@ -17,7 +17,7 @@ Differs from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -68,13 +68,12 @@ class PPD(DiffusionDPO):
             problems.append(f"'algorithm.user_mixing' = {cfg['user_mixing']} must lie in [0, 1]")
         return problems
 
-    def batches(self, loader: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
-        """The loader's pairs, each with the embedding of who chose: cond.user [B, T, D]."""
-        for batch in loader:
-            user = torch.stack([self._draw(key) for key in batch.keys]).to(batch.x0.device)
-            yield batch._replace(cond=batch.cond._replace(user=user))
+    def draw(self, batch: LatentBatch) -> LatentBatch:
+        """Each pair also gets the embedding of who chose: cond.user [B, T, D]."""
+        user = torch.stack([self._user(key) for key in batch.keys])
+        return super().draw(batch._replace(cond=batch.cond._replace(user=user)))
 
-    def _draw(self, key: Any) -> Tensor:
+    def _user(self, key: Any) -> Tensor:
         """What a pair is told of its user [T, D], by its key."""
         mine = self._embedding(self.users_of[key[1]], key)
         if self.draws.uniform([key], stream="user mixing").item() < self.user_mixing:

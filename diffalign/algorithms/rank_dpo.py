@@ -61,12 +61,13 @@ class RankDPO(Denoising):
         noised = self.noised(batch)
         ref, err = self.reference_errors(batch, noised), errors(self.policy, noised)
         rewards = self.beta / 2 * gain(ref, err)
-        i, j, weight = dcg_pairs(batch.scores, rewards.detach() if self.rank_source == "model" else None, batch.group)
-        margin = rewards[i] - rewards[j]
+        weight = dcg_weights(batch.scores, rewards.detach() if self.rank_source == "model" else None, batch.group)
+        pair = (weight > 0).float()
+        margin = rewards[:, None] - rewards
         size = len(batch.keys)
-        losses = batch.weight * _sums(-weight * F.logsigmoid(margin), batch.group[i], size)
-        ranked = _sums(torch.ones_like(margin), batch.group[i], size).detach()
-        right = _sums((margin > 0).float() + 0.5 * (margin == 0).float(), batch.group[i], size)
+        losses = batch.weight * _sums((-weight * F.logsigmoid(margin)).sum(1), batch.group, size)
+        ranked = _sums(pair.sum(1), batch.group, size)
+        right = _sums((pair * ((margin > 0).float() + 0.5 * (margin == 0).float())).sum(1), batch.group, size)
         best = _best(batch)
         metrics = {
             "loss": losses.detach(),
@@ -84,16 +85,16 @@ class RankDPO(Denoising):
         return verdict(recent)
 
 
-def dcg_pairs(phi: Tensor, order: Tensor | None, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Every (i, j) of one group with phi_i > phi_j, and its weight Delta_ij: three [P].
+def dcg_weights(phi: Tensor, order: Tensor | None, group: Tensor) -> Tensor:
+    """The weight Delta_ij of every pair of one group with phi_i > phi_j, and 0 elsewhere: [N, N].
 
     phi [N], larger is better; order [N] ranks the images (phi does when None), ties by position; group int64 [N].
-    Images that tie in phi have no gain over each other and make no pair.
+    Images that tie in phi have no gain over each other and make no pair. A matrix, since a list of the pairs would make
+    the host wait for their number.
     """
-    rank = _ranks(phi if order is None else order, group)
-    i, j = ((group[:, None] == group[None]) & (phi[:, None] > phi[None])).nonzero(as_tuple=True)
-    discount = 1 / torch.log1p(rank)
-    return i, j, (2 ** phi[i] - 2 ** phi[j]) * (discount[i] - discount[j]).abs()
+    discount = 1 / torch.log1p(_ranks(phi if order is None else order, group))
+    weight = (2 ** phi[:, None] - 2**phi) * (discount[:, None] - discount).abs()
+    return torch.where((group[:, None] == group) & (phi[:, None] > phi), weight, 0.0)
 
 
 def _ranks(values: Tensor, group: Tensor) -> Tensor:
@@ -110,5 +111,6 @@ def _sums(values: Tensor, group: Tensor, size: int) -> Tensor:
 
 def _best(batch: LatentBatch) -> Tensor:
     """Where the image with the highest win rate of each group lies, [G]."""
-    first = (_ranks(batch.scores, batch.group) == 1).nonzero()[:, 0]
-    return first[batch.group[first].argsort()]
+    groups = torch.arange(len(batch.keys), device=batch.group.device)
+    first = (batch.group == groups[:, None]) & (_ranks(batch.scores, batch.group) == 1)
+    return first.int().argmax(1)

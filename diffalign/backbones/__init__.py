@@ -17,6 +17,7 @@ from diffalign.backbones.sd import SDBackbone
 from diffalign.backbones.sd3 import SD3Backbone
 from diffalign.backbones.sdxl import SDXLBackbone
 from diffalign.lora import add_lora
+from diffalign.placement import Placement
 from diffalign.playground import SHIPPED
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
@@ -36,7 +37,7 @@ ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def load_backbone(
-    device: torch.device,
+    placement: torch.device | Placement,
     *,
     path: str,
     lora_rank: int = 0,
@@ -49,7 +50,7 @@ def load_backbone(
     guidance_embedding: float = 1.0,
     seed: int = 0,
 ) -> Backbone:
-    """Load a pretrained pipeline for training.
+    """Load a pretrained pipeline for training, on a device, or as a run places its networks (`run.placement`).
 
     Args:
         path: pipeline folder, hub id, or `playground`, `playground_flow` for the shipped small models
@@ -71,10 +72,11 @@ def load_backbone(
         raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     network_dtype = DTYPES[dtype] if lora_rank else torch.float32
+    where = placement if isinstance(placement, Placement) else Placement(placement)
     source = Source(
         folder,
         fingerprint,
-        device,
+        where.device,
         DTYPES[dtype],
         network_dtype,
         max_sequence_length,
@@ -82,6 +84,7 @@ def load_backbone(
         gradient_checkpointing,
     )
     backbone = FAMILIES[family](source)
+    backbone.denoiser.autocast_dtype = where.autocast_dtype
     network = backbone.denoiser.network
     if lora_rank:
         add_lora(network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)

@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from diffalign.lora import lora_layers
+from diffalign.placement import autocast
 from diffalign.reference import frozen
 from diffalign.schedule import FlowSchedule, Schedule, VPSchedule
 from diffalign.types import Cond
@@ -27,10 +28,17 @@ class Denoiser(nn.Module, ABC):
     """The trainable network in one common shape. `network` is the diffusers model it wraps."""
 
     network: Any
+    autocast_dtype: torch.dtype | None = None
+    """What its matrices are computed in; the weights' own dtype when None."""
 
-    @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B, C, h, w], t [B], cond of batch B -> the network's prediction [B, C, h, w], float32."""
+        with autocast(x_t.device, self.autocast_dtype):
+            return self.predict(x_t, t, cond).float()
+
+    @abstractmethod
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """As forward, in any precision."""
 
 
 def tokenizer_of(text_encoder: str) -> str:

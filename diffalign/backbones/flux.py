@@ -38,7 +38,7 @@ class FluxDenoiser(Denoiser):
         super().__init__()
         self.network, self.guidance_embedding = network, guidance_embedding
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, C, h, w] (h, w even), t [B] in [0, 1], tokens [B, L, D], pooled [B, P], guidance [B] or None.
 
         Returns the velocity, float32 [B, C, h, w]. Raises ValueError for a cond without pooled embedding.

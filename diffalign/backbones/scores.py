@@ -6,11 +6,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from diffalign.backbones import Backbone, load_backbone
 from diffalign.lora import GENERATOR, Adapter, add_lora, lora_layers
+from diffalign.placement import Placement
 from diffalign.reference import AdapterOffReference, FrozenReference, reference_for
 
 AUX = "aux"
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
     using_reference: Callable[[], AbstractContextManager[Any]]
 
 
-def score_networks(backbone: Backbone, device: torch.device, start: str, **teacher: Any) -> Scores:
+def score_networks(backbone: Backbone, placement: Placement, start: str, **teacher: Any) -> Scores:
     """From the backbone that generates, the path it started from, and the teacher's settings for `load_backbone`.
 
     Where both are LoRAs on the same weights, these are in memory once: the backbone's denoiser becomes an Adapter.
@@ -39,6 +39,6 @@ def score_networks(backbone: Backbone, device: torch.device, start: str, **teach
         backbone.denoiser.activate()  # type: ignore[operator]
         reference = AdapterOffReference(shared)
         return Scores(aux, reference, aux.using, reference.using)
-    denoiser = load_backbone(device, **teacher).denoiser
+    denoiser = load_backbone(placement, **teacher).denoiser
     frozen = reference_for(denoiser)
     return Scores(denoiser, frozen, nullcontext, frozen.using)

@@ -25,7 +25,7 @@ class SD3Denoiser(Denoiser):
         super().__init__()
         self.network = network
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B, C, h, w], t [B] in [0, 1], tokens [B, L, D], pooled [B, P] -> the velocity, float32 [B, C, h, w].
 
         Raises ValueError for a cond without pooled embedding.
@@ -40,7 +40,7 @@ class SD3Denoiser(Denoiser):
             timestep=1000 * t.float(),
             return_dict=False,
         )
-        return out[0].float()
+        return out[0]
 
 
 class SD3Backbone(FlowBackbone):

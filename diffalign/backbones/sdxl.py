@@ -31,7 +31,7 @@ class SDXLDenoiser(Denoiser):
         super().__init__()
         self.network, self.factor = network, factor
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B, C, h, w], t [B] int64 in [0, 999], tokens [B, L, D], pooled [B, P], size [B, 6] or None -> [B, C, h, w].
 
         The result is float32. Raises ValueError for a cond without pooled embedding.
@@ -45,7 +45,7 @@ class SDXLDenoiser(Denoiser):
         dtype = self.network.dtype
         # Pixels stay float32: bfloat16 would round 1023 to 1024.
         added = {"text_embeds": cond.pooled.to(dtype), "time_ids": size.float()}
-        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype), **added).float()
+        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype), **added)
 
 
 class SDXLBackbone(UNetBackbone):

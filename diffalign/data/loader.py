@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,9 +49,9 @@ class KeyedLoader:
         self.dataset, self.draws, self.batch_size = dataset, draws, batch_size
         self.rank, self.world_size, self.num_workers, self.device = rank, world_size, num_workers, device
 
-    def start(self, micro: int) -> Iterator[Any]:
-        """Micro-batches of this rank from number `micro` on, without end."""
-        return self._load(_Stream(self, micro))
+    def start(self, micro: int, draw: Callable[[Any], Any] = lambda batch: batch) -> Iterator[Any]:
+        """Micro-batches of this rank from number `micro` on, without end; `draw` sees them on the CPU."""
+        return self._load(_Stream(self, micro), draw)
 
     def once(self) -> Iterator[Any]:
         """This rank's share of every example with each of its `draws_per_sample` draws, in fixed order.
@@ -62,9 +62,9 @@ class KeyedLoader:
         chunk = self.batch_size * self.world_size
         everything += everything[: -len(everything) % chunk]
         starts = range(self.rank * self.batch_size, len(everything), chunk)
-        return self._load([everything[start : start + self.batch_size] for start in starts])
+        return self._load([everything[start : start + self.batch_size] for start in starts], lambda batch: batch)
 
-    def _load(self, places: Iterable[list[tuple[int, int]]]) -> Iterator[Any]:
+    def _load(self, places: Iterable[list[tuple[int, int]]], draw: Callable[[Any], Any]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_sampler=places,  # type: ignore[arg-type]
@@ -76,7 +76,7 @@ class KeyedLoader:
         for raw in loader:
             batch = self.dataset.encode(raw)
             keys = [tuple(key) for key in batch.keys]  # type: ignore[arg-type]  # older torch pins tuples as lists
-            yield on_device(batch._replace(keys=keys), self.device)
+            yield on_device(draw(batch._replace(keys=keys)), self.device)
 
 
 class _Stream:

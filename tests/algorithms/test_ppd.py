@@ -30,7 +30,7 @@ def ppd_of(path: Path, **settings) -> PPD:
 
 def told(algorithm: PPD, batch: LatentBatch, epoch: int = 0) -> LatentBatch:
     keys = [(epoch, str(i)) for i in range(len(NAMES))]
-    return next(algorithm.batches(iter([batch._replace(keys=keys)])))
+    return algorithm.draw(batch._replace(keys=keys))
 
 
 def test_pairs_are_told_their_user_and_step_zero_is_ln_2(tiny_sd: Path, batch_of) -> None:

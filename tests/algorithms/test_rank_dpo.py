@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
-from diffalign.algorithms.rank_dpo import RankDPO, dcg_pairs
+from diffalign.algorithms.rank_dpo import RankDPO, dcg_weights
 from diffalign.data.ranked import win_rates_of_ranks
 from diffalign.schedule import Prediction
 
@@ -18,8 +18,8 @@ DELTA = {(0, 1): 0.21969, (0, 2): 0.53385, (0, 3): 0.82136, (1, 2): 0.06186, (1,
 
 def test_weights_of_four_images() -> None:
     """Delta_12 = (2 - 2^(2/3)) (1/ln 2 - 1/ln 3) = 0.4126 * 0.5325 = 0.21969, and so on; they sum to 1.83246."""
-    i, j, weight = dcg_pairs(torch.tensor(PHI), None, torch.zeros(4, dtype=torch.long))
-    found = dict(zip(zip(i.tolist(), j.tolist(), strict=True), weight.tolist(), strict=True))
+    weight = dcg_weights(torch.tensor(PHI), None, torch.zeros(4, dtype=torch.long))
+    found = {(i, j): weight[i, j].item() for i, j in weight.nonzero().tolist()}
     assert found == pytest.approx(DELTA, abs=1e-5)
     assert sum(found.values()) == pytest.approx(1.83246, abs=1e-5)
 
@@ -27,8 +27,7 @@ def test_weights_of_four_images() -> None:
 def test_ranks_of_the_model_change_the_discounts_only() -> None:
     """The model ranks the images the other way round: |1/D(4) - 1/D(3)| takes the place of |1/D(1) - 1/D(2)|."""
     group, phi = torch.zeros(4, dtype=torch.long), torch.tensor(PHI)
-    i, j, weight = dcg_pairs(phi, -phi, group)
-    first = weight[(i == 0) & (j == 1)].item()
+    first = dcg_weights(phi, -phi, group)[0, 1].item()
     assert first == pytest.approx((2 - 2 ** (2 / 3)) * (1 / math.log(4) - 1 / math.log(5)), abs=1e-6)
 
 
@@ -60,8 +59,8 @@ def test_the_order_of_a_groups_images_does_not_matter(constant, noising_of, batc
     other = batch._replace(x0=batch.x0[order], group=batch.group[order], scores=batch.scores[order])
     assert torch.allclose(algorithm.loss(other)[1]["loss"], algorithm.loss(batch)[1]["loss"], atol=1e-6)
     rewards = torch.randn(7, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    i, j, weight = dcg_pairs(batch.scores, None, batch.group)
-    (-weight * torch.nn.functional.logsigmoid(rewards[i] - rewards[j])).sum().backward()
+    weight = dcg_weights(batch.scores, None, batch.group)
+    (-weight * torch.nn.functional.logsigmoid(rewards[:, None] - rewards)).sum().backward()
     sums = torch.zeros(2).index_add(0, batch.group, rewards.grad)
     assert torch.allclose(sums, torch.zeros(2), atol=1e-6)
 

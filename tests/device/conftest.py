@@ -1,0 +1,49 @@
+"""Tests of this folder run on the accelerator that DIFFALIGN_TEST_DEVICE names: `pretend`, when left out, or `cuda`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pretend
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from diffalign.run import Run
+
+NAME = os.environ.get("DIFFALIGN_TEST_DEVICE", pretend.NAME)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """Accelerate trains on this device while the test runs."""
+    if NAME == pretend.NAME:
+        if not pretend.AVAILABLE:
+            pytest.skip("this torch cannot register a device whose kernels are Python")
+        pretend.register()
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield torch.device(NAME, 0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def steps_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[pretend.Seen]]]:
+    """steps_seen() -> what the host waited for and sent between the metrics of steps k and k + 1, k = 1, 2, ..."""
+    log, moments = Run.log, list[tuple[int, Counter[str], Counter[str]]]()
+    with pretend.watched() as seen:
+
+        def logged(run: Run, step: int, values: object) -> None:
+            log(run, step, values)  # type: ignore[arg-type]
+            moments.append((step, seen.waits.copy(), seen.uploads.copy()))
+
+        monkeypatch.setattr(Run, "log", logged)
+
+        def between() -> list[pretend.Seen]:
+            pairs = itertools.pairwise(moments)
+            return [pretend.Seen(w2 - w, u2 - u) for (s, w, u), (s2, w2, u2) in pairs if s2 > s]
+
+        yield between

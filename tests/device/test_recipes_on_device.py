@@ -1,0 +1,158 @@
+"""Every recipe on an accelerator: three steps, what the host waits for in one, and whole runs with all hooks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pretend
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.draws import Draws
+from diffalign.playground.ratings import write_ratings
+
+BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "trainer.steps=3"]
+WAYS = [(2, "bf16"), (0, "no")]
+"""LoRA rank (0 trains the whole network) and precision."""
+OFFLINE = ("diffusion_dpo", "inpo", "rank_dpo", "kto", "mapo", "sft", "pso_offline")
+SHORT = {
+    "inpo": ["inversion.steps=2"],
+    "pso_offline": ["sampler.steps=2"],
+    "pso": ["sampler.steps=2"],
+    "r0": ["sampler.steps=2"],
+    "refl": ["sampler.steps=2", "algorithm.first_step=1"],
+    "draft": ["sampler.steps=2", "algorithm.last_steps=1"],
+    "diff_instruct_star": ["algorithm.aux_rounds=1"],
+    "distill": ["sampler.steps=1", "algorithm.aux_rounds=1"],
+}
+WAITS = {"pso": 1, "r0": 1, "refl": 1, "draft": 1, "diff_instruct_star": 2, "distill": 2}
+"""How often the host may wait for the device in a step of each recipe that draws samples: these may only fall."""
+DARK = """
+import torch
+class Dark:
+    differentiable, unit = True, "raw"
+    def score(self, images, prompts):
+        assert images.dtype == torch.float32 and not torch.is_autocast_enabled(images.device.type)
+        return -images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A scorer of the user's own, which likes dark images and refuses to be asked in half precision."""
+    (tmp_path / "device_dark.py").write_text(DARK)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "reward.scorers=['device_dark:Dark']"
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [v for row in rows(folder) for k, v in row.items() if k.endswith("/loss")]
+
+
+@pytest.mark.parametrize(("rank", "precision"), WAYS)
+@pytest.mark.parametrize("name", OFFLINE)
+def test_a_step_on_fixed_preferences_waits_once(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, steps_seen: Callable, name: str, rank: int, precision: str
+) -> None:
+    """For the check of the loss; and sends the batch, all of it from one place."""
+    settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
+    settings += [f"backbone.lora_rank={rank}", f"run.mixed_precision={precision}", *BARE, *SHORT.get(name, [])]
+    recipe(name, "--config=playground", *settings)
+    assert len(losses(tmp_path)) == 3
+    for step in steps_seen():
+        assert step.waits.total() == 1, step.waits
+        assert {place.split(":")[0] for place in step.uploads} == {"types.py"}, step.uploads
+
+
+@pytest.mark.parametrize(("rank", "precision"), WAYS)
+@pytest.mark.parametrize("name", WAITS)
+def test_a_step_on_own_samples(
+    tmp_path: Path, recipe: Callable, steps_seen: Callable, dark: str, name: str, rank: int, precision: str
+) -> None:
+    settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", f"backbone.lora_rank={rank}"]
+    settings += [f"run.mixed_precision={precision}", *BARE, *SHORT.get(name, [])]
+    settings += [] if name == "distill" else ["monitor.prompts=null", dark]
+    recipe(name, "--config=playground", *settings)
+    assert len(losses(tmp_path)) == 3 * (1 + (name in ("diff_instruct_star", "distill")))
+    for step in steps_seen():
+        assert step.waits.total() <= WAITS[name], step.waits
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("name", ["hps", "vp_score"])
+def test_a_scorer_is_trained(tmp_path: Path, recipe: Callable, steps_seen: Callable, name: str, precision: str) -> None:
+    settings = [f"data.path={write_ratings(tmp_path / 'ratings', 8, seed=3)}", "data.batch_size=2"]
+    settings += ["data.validation_share=0.3", "trainer.steps=3", "hooks.checkpoint_every=0", "hooks.validate_every=3"]
+    recipe(name, "--config=playground", f"run.folder={tmp_path / 'run'}", f"run.mixed_precision={precision}", *settings)
+    assert len(losses(tmp_path / "run")) == 3
+    waits = 1 if name == "hps" else 2  # transformers looks into BERT's attention mask
+    assert steps_seen()[0].waits.total() <= waits, steps_seen()[0].waits
+
+
+@pytest.mark.parametrize(("rank", "precision"), WAYS)
+def test_remembered_reference_errors_are_the_policys(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, rank: int, precision: str
+) -> None:
+    """The first loss is ln 2 and the first margin 0, in half precision too: the reference ran as the policy runs."""
+    settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
+    settings += [f"backbone.lora_rank={rank}", "run.mixed_precision=bf16", "data.draws_per_sample=2", *BARE]
+    recipe("diffusion_dpo", "--config=playground", *settings, "trainer.steps=1", "algorithm.beta=5000")
+    (row,) = rows(tmp_path)
+    assert row["policy/loss"] == pytest.approx(math.log(2), abs=1e-6) and row["policy/margin"] == 0
+
+
+def whole_run(recipe: Callable, folder: Path, *more: str) -> None:
+    """A run with every hook but the check of the export."""
+    hooks = ["hooks.checkpoint_every=2", "hooks.sample_every=2", "hooks.sample_steps=2", "hooks.ema_decay=0.9"]
+    settings = [f"run.folder={folder}", "run.log_every=1", "trainer.steps=4", "data.batch_size=4", "data.limit=8"]
+    recipe(*more[:1], "--config=playground", *settings, *hooks, "hooks.verify_export=false", *more[1:])
+
+
+@pytest.mark.parametrize("way", ["diffusion_dpo", "r0"])
+def test_a_killed_run_goes_on_bit_for_bit(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, dark: str, way: str
+) -> None:
+    """4 steps = 2 + resume + 2, with moving average, monitor, sample grids and export."""
+    more = [way, "backbone.lora_rank=0", "run.mixed_precision=bf16"]
+    more += (
+        [f"data.path={pairs_file}"] if way == "diffusion_dpo" else [dark, "monitor.every=2", "monitor.prompt_count=4"]
+    )
+    if way == "r0":
+        more += ["sampler.steps=2"]
+    if torch.cuda.is_available():
+        more += ["run.deterministic=true"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole_run(recipe, whole, *more)
+    whole_run(recipe, parts, *more, "trainer.steps=2")
+    whole_run(recipe, parts, *more, "run.resume=true")
+    for file in ("trained_0.safetensors", "ema.safetensors"):
+        ours, theirs = (load_file(f / "checkpoints/step-000004" / file) for f in (whole, parts))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    drop: Any = lambda row: {k: v for k, v in row.items() if not k.startswith("perf/")}  # noqa: E731
+    assert [drop(r) for r in rows(whole)] == [drop(r) for r in rows(parts)]
+    assert len(list((whole / "samples").glob("*.png"))) == 3 and (whole / "export" / "model_index.json").exists()
+
+
+@pytest.mark.skipif("DIFFALIGN_TEST_DEVICE" in __import__("os").environ, reason="a rule of the pretend device")
+@pytest.mark.parametrize("name", ["diffusion_dpo", "r0"])
+def test_a_device_without_float64(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As Apple's mps."""
+    monkeypatch.setattr(pretend, "refuse_float64", True)
+    settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", *BARE, "trainer.steps=1"]
+    settings += ["monitor.prompts=null", "reward.normalise=running"] if name == "r0" else []
+    recipe(name, "--config=playground", *settings)
+
+
+def test_draws_do_not_depend_on_the_device(device: torch.device) -> None:
+    here = torch.randn(3, device=device)
+    assert torch.equal(Draws(0).normal(["a"], (3,), stream="x"), Draws(0).normal(["a"], (3,), stream="x"))
+    assert here.device.type == device.type

@@ -1,0 +1,439 @@
+"""An accelerator for machines without one: the device `pretend`, whose kernels run on the CPU under the rules of CUDA.
+
+    ACCELERATE_TORCH_DEVICE=pretend      # what accelerate then trains on
+    with pretend.watched() as seen: ...  # what the host waited for and sent meanwhile
+
+A tensor on it is a wrapper around a CPU tensor. Every operator runs on the wrapped tensors, and refuses what CUDA does:
+CPU tensors of one or more dimensions beside tensors on the device, any CPU tensor in `cat`, `stack`, `gather` and the
+like, CPU generators, `numpy()`. `torch.autocast("pretend")` casts what CUDA's autocast casts. The device has a random
+stream of its own.
+
+What it cannot see: kernels that exist for one device only or give other numbers there, memory, streams and races of
+copies that are not waited for, several devices, float16 with accelerate's GradScaler (accelerate refuses unknown
+devices), autocast's cache of cast weights, the strides that in-place reshapes have on a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = "pretend"
+AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
+"""Whether this torch can register a device whose kernels are Python."""
+
+MIXES = {"_local_scalar_dense", "_to_copy", "copy_", "index", "index_put_", "_index_put_impl_"}
+"""Operators that take CPU tensors beside tensors on a device. The index operators take CPU indices only."""
+STRICT = {"cat", "stack", "index_select", "gather", "scatter", "mm", "addmm", "bmm", "baddbmm", "where_index"}
+"""Operators that refuse even CPU tensors without dimensions."""
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+"""Operators whose result the host must have before it goes on."""
+
+HALVED = [
+    "linear",
+    "matmul",
+    "mm",
+    "mv",
+    "addmm",
+    "addmv",
+    "addbmm",
+    "baddbmm",
+    "bmm",
+    "chain_matmul",
+    "linalg_multi_dot",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "conv_transpose1d",
+    "conv_transpose2d.input",
+    "conv_transpose3d.input",
+    "prelu",
+    "scaled_dot_product_attention",
+]
+RAISED = [
+    "layer_norm",
+    "group_norm",
+    "native_layer_norm",
+    "softmax.int",
+    "log_softmax.int",
+    "exp",
+    "expm1",
+    "log",
+    "log10",
+    "log1p",
+    "log2",
+    "pow.Tensor_Scalar",
+    "pow.Tensor_Tensor",
+    "pow.Scalar",
+    "prod",
+    "sum",
+    "sum.dim_IntList",
+    "cumsum",
+    "cumprod",
+    "norm.Scalar",
+    "norm.ScalarOpt_dim",
+    "rsqrt",
+    "reciprocal",
+    "acos",
+    "asin",
+    "cosh",
+    "sinh",
+    "tan",
+    "erfinv",
+    "cosine_similarity",
+    "mse_loss",
+    "l1_loss",
+    "smooth_l1_loss",
+    "huber_loss",
+    "cross_entropy_loss",
+    "nll_loss",
+    "kl_div",
+    "binary_cross_entropy_with_logits",
+    "cdist",
+    "dist",
+    "renorm",
+    "softplus",
+    "softmin",
+    "logsumexp",
+]
+WIDEST = [
+    "cat",
+    "stack",
+    "addcdiv",
+    "addcmul",
+    "atan2",
+    "bilinear",
+    "cross",
+    "dot",
+    "grid_sampler",
+    "index_put",
+    "tensordot",
+    "scatter_add",
+]
+"""What CUDA's autocast runs in half precision, in float32, and in the widest type among its inputs."""
+
+
+class Seen(NamedTuple):
+    """What the host did, each by the line of the project that caused it: waits for the device, and copies to it."""
+
+    waits: Counter[str]
+    uploads: Counter[str]
+
+
+_watchers: list[Seen] = []
+_random: list[Tensor] = []  # state of the device's random stream
+refuse_float64 = False
+"""As Apple's mps does."""
+
+
+class _Module(backend_registration._DummyBackendModule if AVAILABLE else object):  # type: ignore[misc]
+    """torch.pretend"""
+
+    def set_device(self, device: Any) -> None: ...
+    def synchronize(self, device: Any = None) -> None:
+        _note("waits")
+
+    def empty_cache(self) -> None: ...
+    def manual_seed_all(self, seed: int) -> None:
+        _random[:] = [torch.Generator().manual_seed(seed).get_state()]
+
+    manual_seed = manual_seed_all
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return _random[0].clone()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        _random[:] = [state.clone()]
+
+    def get_rng_state_all(self) -> list[Tensor]:
+        return [self.get_rng_state()]
+
+    def set_rng_state_all(self, states: list[Tensor]) -> None:
+        self.set_rng_state(states[0])
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+    def memory_allocated(self, device: Any = None) -> int:
+        return 0
+
+    max_memory_allocated = memory_allocated
+
+
+class Pretend(Tensor):
+    """A tensor on the device; `raw` is the CPU tensor that holds its numbers."""
+
+    raw: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, raw: Tensor, requires_grad: bool = False) -> Pretend:
+        if refuse_float64 and raw.dtype == torch.float64:
+            raise TypeError("Cannot convert a tensor to float64 dtype: the pretend device, as mps, has none")
+        out = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            layout=raw.layout,
+            device=torch.device(NAME, 0),
+            requires_grad=requires_grad,
+        )
+        out.raw = raw
+        return out
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Pretend) -> None:  # Module.to casts parameters by it
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        self.raw = value.raw
+
+    def tolist(self) -> Any:
+        _note("waits")
+        return self.raw.tolist()
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    def untyped_storage(self) -> Any:  # safetensors asks where a tensor lies before it copies it to the CPU
+        return self.raw.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _note("waits")
+        return self.raw.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = copied = Pretend(self.raw.detach().clone(), self.requires_grad)
+            if isinstance(self, torch.nn.Parameter):
+                copied._is_param = True  # how torch knows parameters that are a subclass of Tensor
+        return memo[id(self)]
+
+    def __repr__(self, **kwargs: Any) -> str:
+        return f"Pretend({self.raw})"
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Seen]:
+    """Collects what the host waits for and sends while it lasts."""
+    seen = Seen(Counter(), Counter())
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        _watchers.remove(seen)
+
+
+def _note(kind: str) -> None:
+    if _watchers:
+        place = _caller()
+        for seen in _watchers:
+            getattr(seen, kind)[place] += 1
+
+
+def _caller() -> str:
+    """file:line of the innermost frame that is the project's, or any library's if none is."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "site-packages" not in file and "tests" not in file and file.endswith(".py"):
+            parts = file.split(os.sep)
+            if any(p in parts for p in ("diffalign", "reward_models", "train", "eval")):
+                return f"{parts[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+def _on_device(device: Any) -> bool:
+    return device is not None and torch.device(device).type == NAME
+
+
+def _refuse_mixtures(name: str, args: Any, kwargs: Any) -> None:
+    """Raise where CUDA would: tensors of two devices in one operator."""
+    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    ours = [x for x in leaves if isinstance(x, Pretend)]
+    others = [x for x in leaves if not isinstance(x, Pretend)]
+    if not (ours and others):
+        return
+    if name in MIXES:
+        if not name.endswith(("index", "index_put_", "_index_put_impl_")) or isinstance(args[0], Pretend):
+            return
+        raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+    bad = [x for x in others if x.ndim > 0 or name in STRICT]
+    if bad:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device: {name} got a cpu tensor of shape {tuple(bad[0].shape)} "
+            f"beside one on {NAME}"
+        )
+
+
+def _count(func: Any, name: str, args: Any, out_here: bool) -> None:
+    if not _watchers:
+        return
+    if name in WAITS or (name == "_to_copy" and isinstance(args[0], Pretend) and not out_here):
+        _note("waits")
+    elif name == "copy_" and isinstance(args[1], Pretend) != isinstance(args[0], Pretend):
+        _note("uploads" if isinstance(args[0], Pretend) else "waits")
+    elif name == "_to_copy" and out_here and not isinstance(args[0], Pretend):
+        _note("uploads")
+    elif name in ("index", "index_put_", "_index_put_impl_"):
+        indices = [i for i in args[1] if isinstance(i, Tensor)]
+        if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            _note("waits")
+        if any(not isinstance(i, Pretend) for i in indices):
+            _note("uploads")
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """An operator on the wrapped tensors, its results on the device where CUDA's would be."""
+    name = func._schema.name.removeprefix("aten::")
+    _refuse_mixtures(name, args, kwargs)
+    ours = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Pretend)]
+    target = kwargs.get("device")
+    here = _on_device(target) if target is not None else bool(ours)
+    if name in ("copy_", "set_"):
+        here = isinstance(args[0], Pretend)
+    if here and isinstance(kwargs.get("generator"), torch.Generator):
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    _count(func, name, args, here)
+
+    def unwrap(x: Any) -> Any:
+        if isinstance(x, Pretend):
+            return x.raw
+        return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
+
+    with _own_stream() if here and torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
+        result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    if name == "_local_scalar_dense" or not here:
+        return result
+    back = {id(x.raw): x for x in ours}  # operators in place give back the very tensor
+
+    def wrap(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        same = back.get(id(x))
+        if same is not None and same.shape == x.shape and same.stride() == x.stride():
+            return same
+        return Pretend(x)
+
+    return tree_map(wrap, result)
+
+
+@contextlib.contextmanager
+def _own_stream() -> Iterator[None]:
+    """CPU kernels draw from the device's random stream."""
+    host = torch.get_rng_state()
+    torch.set_rng_state(_random[0])
+    try:
+        yield
+    finally:
+        _random[:] = [torch.get_rng_state()]
+        torch.set_rng_state(host)
+
+
+FACTORIES = [
+    "empty.memory_format",
+    "empty_strided",
+    "_to_copy",
+    "arange",
+    "arange.start",
+    "arange.start_step",
+    "scalar_tensor",
+    "full",
+    "zeros",
+    "ones",
+    "randn",
+    "randn.generator",
+    "rand",
+    "randint",
+    "randint.low",
+    "randperm",
+    "normal_",
+    "linspace",
+    "eye",
+    "tril_indices",
+    "triu_indices",
+    "full_like",
+]
+_libraries: list[Any] = []
+
+
+def register() -> None:
+    """Make the device known to torch; once a process, for good. Needs AVAILABLE."""
+    if _libraries:
+        return
+    _random.append(torch.Generator().manual_seed(0).get_state())
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+    every = torch.library.Library("_", "IMPL")
+    every.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
+    every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    aten = torch.library.Library("aten", "IMPL")
+    _libraries.extend((every, aten))
+    for name in FACTORIES:
+        operator, _, overload = name.partition(".")
+        op = getattr(getattr(torch.ops.aten, operator), overload or "default")
+        aten.impl(name, _factory(op), "PrivateUse1")
+    for names, cast in ((HALVED, _to_half), (RAISED, _to_float), (WIDEST, _to_widest)):
+        for name in names:
+            operator, _, overload = name.partition(".")
+            op = getattr(getattr(torch.ops.aten, operator, None), overload or "default", None)
+            if op is not None:
+                aten.impl(name, _autocast(op, cast), "AutocastPrivateUse1")
+
+
+def _factory(op: Any) -> Any:
+    return lambda *args, **kwargs: _run(op, args, kwargs)
+
+
+def _autocast(op: Any, cast: Any) -> Any:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            args, kwargs = cast(args, kwargs)
+            return op(*args, **kwargs)
+
+    return kernel
+
+
+def _cast(args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
+    def one(x: Any) -> Any:
+        floating = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if floating and x.device.type == NAME else x
+
+    return tree_map(one, args), tree_map(one, kwargs)
+
+
+def _to_half(args: Any, kwargs: Any) -> Any:
+    return _cast(args, kwargs, torch.get_autocast_dtype(NAME))
+
+
+def _to_float(args: Any, kwargs: Any) -> Any:
+    return _cast(args, kwargs, torch.float32)
+
+
+def _to_widest(args: Any, kwargs: Any) -> Any:
+    types = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()}
+    return _cast(args, kwargs, torch.float32) if torch.float32 in types else (args, kwargs)
