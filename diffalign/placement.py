@@ -6,6 +6,7 @@ Every network carries its own precision. Losses, errors and log densities are ou
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
@@ -37,6 +38,16 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
         return
     with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
         yield
+
+
+def deterministic_only() -> None:
+    """Use algorithms that give the same bits each time, and no others: what has none raises RuntimeError and is named.
+
+    Call it before the device is first used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives other bits with other workspaces
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 Module = TypeVar("Module", bound=nn.Module)

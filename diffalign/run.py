@@ -18,12 +18,12 @@ from diffalign.config import Config
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
-from diffalign.placement import HALVES, Placement
+from diffalign.placement import HALVES, Placement, deterministic_only
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
 
 MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "data.num_workers")
-MAY_NOT_CHANGE = ("run.seed", "hooks.ema_decay")
+MAY_NOT_CHANGE = ("run.seed", "run.deterministic", "hooks.ema_decay")
 """What a resumed run may set differently from how it began, and what of that it may not."""
 
 
@@ -37,6 +37,7 @@ class Run:
         tracker: sends the metrics to this tracker of accelerate's as well
         log_every: steps between two writes of the metrics, which hold every step
         resume: continue from the last checkpoint in `folder`
+        deterministic: the same bits at each run on a GPU too, at some cost in speed; what cannot be so stops the run
     """
 
     def __init__(
@@ -49,7 +50,10 @@ class Run:
         tracker: Literal["none", "tensorboard", "wandb"] = "none",
         log_every: int = 10,
         resume: bool = False,
+        deterministic: bool = False,
     ):
+        if deterministic:
+            deterministic_only()
         self.folder = Path(folder)
         trackers = None if tracker == "none" else tracker
         self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=trackers, project_dir=self.folder)

@@ -101,6 +101,11 @@ class Trainer:
     ):
         self.run, self.algorithm, self.players, self.hooks = run, algorithm, players, hooks
         self.steps, self.grad_accum, self.max_grad_norm = steps, grad_accum, max_grad_norm
+        if algorithm.inner_gradients and run.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                f"{type(algorithm).__name__} takes gradients inside its loss, which vanish in float16 unscaled; "
+                "set 'run.mixed_precision' to bf16 (or no)"
+            )
         self.step = 0  # training steps taken
         self.stop = ""  # why to end before `steps`; set by a hook
         self.micro = 0  # micro-batches used by this rank

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,6 +25,8 @@ class Algorithm(ABC):
     """
 
     players: Mapping[str, nn.Module]
+    inner_gradients: ClassVar[bool] = False
+    """Whether the loss takes gradients itself, which the GradScaler of float16 does not scale."""
 
     def batches(self, loader: Iterator[Any]) -> Iterator[Any]:
         """Endless training tuples from the loader's micro-batches. Online methods roll out here."""

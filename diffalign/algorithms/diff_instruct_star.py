@@ -55,6 +55,8 @@ class DiffInstructStar(Algorithm):
         graph: vjp holds one network's graph at a time, for two more forwards; plain is one graph through all
     """
 
+    inner_gradients = True
+
     def __init__(
         self,
         generator: nn.Module,

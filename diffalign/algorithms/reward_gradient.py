@@ -23,6 +23,8 @@ class RewardGradient(Algorithm):
     Positional: the policy, the frozen reference, the sampler and the rewards.
     """
 
+    inner_gradients = True
+
     def __init__(
         self,
         policy: nn.Module,

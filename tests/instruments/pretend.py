@@ -10,7 +10,7 @@ stream of its own.
 
 What it cannot see: kernels that exist for one device only or give other numbers there, memory, streams and races of
 copies that are not waited for, several devices, float16 with accelerate's GradScaler (accelerate refuses unknown
-devices), autocast's cache of cast weights, the strides that in-place reshapes have on a device.
+devices), autocast's cache of cast weights.
 """
 
 from __future__ import annotations
@@ -232,6 +232,9 @@ class Pretend(Tensor):
                 copied._is_param = True  # how torch knows parameters that are a subclass of Tensor
         return memo[id(self)]
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.ndim == 0 else repr(self)
+
     def __repr__(self, **kwargs: Any) -> str:
         return f"Pretend({self.raw})"
 
@@ -329,6 +332,12 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
     if name == "_local_scalar_dense" or not here:
         return result
+    if func._schema.is_mutable:
+        for x in ours:
+            if (
+                x.shape != x.raw.shape or x.stride() != x.raw.stride()
+            ):  # an operator in place has given it another shape
+                Tensor.data.__set__(x, Pretend(x.raw))  # type: ignore[attr-defined]
     back = {id(x.raw): x for x in ours}  # operators in place give back the very tensor
 
     def wrap(x: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Scoring, generating, fitting a user and judging on an accelerator."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.utils import save_image
+
+from diffalign import launch
+from diffalign.playground import BASE, Judge
+from diffalign.playground.world import captions, imagine, parse
+from reward_models import load_scorer
+from reward_models.cli import main as reward_score
+
+PROMPTS = captions(4, held_out=True)
+
+
+def renders() -> torch.Tensor:
+    return imagine([parse(p) for p in PROMPTS], seed=0).render()
+
+
+def run(name: str, *arguments: object) -> int:
+    """`diffalign eval NAME ...` in this process."""
+    return runpy.run_path(str(launch.find("eval", name)))["main"]([str(a) for a in arguments]) or 0
+
+
+@pytest.mark.parametrize("name", ["playground_hps", "playground_vp_score"])
+def test_scorers_score_alike_everywhere(device: torch.device, name: str) -> None:
+    here, there = (load_scorer(name, where).score(renders().to(where), PROMPTS) for where in (device, "cpu"))
+    assert here.device.type == device.type and torch.allclose(here.cpu(), there, atol=1e-3)
+
+
+def test_reward_score_takes_the_device(tmp_path: Path, device: torch.device) -> None:
+    for i, image in enumerate(renders()):
+        save_image(image, tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(PROMPTS[i])
+    out = tmp_path / "scores.csv"
+    assert reward_score([str(tmp_path), "--scorer", "playground_hps", "--device", str(device), "--out", str(out)]) == 0
+    assert len(out.read_text().splitlines()) == 1 + len(PROMPTS)
+
+
+def test_generate_draws_what_it_draws_on_the_cpu(tmp_path: Path, device: torch.device) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    for where in ("auto", "cpu"):
+        settings = ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--guidance", 2, "--device", where]
+        assert run("generate", "--pipeline", BASE, *settings, "--out", tmp_path / where) == 0
+    ours, theirs = (sorted((tmp_path / where).rglob("*.png")) for where in ("auto", "cpu"))
+    assert len(ours) == len(theirs) == 2
+    if device.type == "pretend":
+        assert [f.read_bytes() for f in ours] == [f.read_bytes() for f in theirs]
+
+
+def test_the_judge_scores_alike_everywhere(device: torch.device) -> None:
+    judge, images = Judge(), renders()
+    assert torch.allclose(judge.score(images.to(device), PROMPTS).cpu(), judge.score(images, PROMPTS), atol=1e-5)
+
+
+def test_one_user_is_fitted(tmp_path: Path, device: torch.device, recipe) -> None:
+    """From choices of many persons to the embedding of one, the whole way on the device."""
+    from diffalign.cli import main as diffalign
+
+    assert diffalign(["playground", "people", "--people=8", "--prompts=60", "--opinions=2", f"--out={tmp_path}"]) == 0
+    settings = [f"data.path={tmp_path / 'choices.jsonl'}", "trainer.steps=3", "choices.batch_size=8"]
+    settings += ["hooks.shots=[2]", "hooks.validate_every=3", "choices.strangers=0.4"]
+    recipe("personal_reward", "--config=playground", f"run.folder={tmp_path / 'run'}", *settings)
+    export, users = tmp_path / "run" / "export", tmp_path / "users.safetensors"
+    arguments = [f"--encoder={export}", f"--device={device}"]
+    assert run("user", "embed", tmp_path / "choices.jsonl", *arguments, "--supports=2", f"--out={users}") == 0
+    first = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
+    mine = [row for row in first if row["annotator"] == first[0]["annotator"]]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine[:4]))
+    assert run("user", "fit", tmp_path / "mine.jsonl", *arguments, f"--out={tmp_path / 'me.safetensors'}") == 0
+    settings = [
+        f"data.path={tmp_path / 'choices.jsonl'}",
+        f"users.path={users}",
+        "data.batch_size=4",
+        "trainer.steps=3",
+    ]
+    settings += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "data.limit=32"]
+    for rank in (0, 2):
+        recipe("ppd", "--config=playground", f"run.folder={tmp_path / f'ppd{rank}'}", f"adapter.rank={rank}", *settings)
+        assert (tmp_path / f"ppd{rank}" / "export" / "user_adapter.safetensors").exists()
