@@ -22,7 +22,7 @@ class SDDenoiser(Denoiser):
         self.network = network
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """[B, C, h, w], t [B] int64 in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
+        """[B, C, h, w], t [B] in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
         dtype = self.network.dtype
         return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype)).float()
 
@@ -37,6 +37,8 @@ class SDBackbone(UNetBackbone):
 
     def __init__(self, source: Source):
         super().__init__(source)
+        # The stock pipeline does so to whatever scheduler it is made with.
+        self.scheduler_config |= {"steps_offset": 1, "clip_sample": False}
         self.denoiser = SDDenoiser(self._network())
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
