@@ -81,7 +81,7 @@ def walks(
 ) -> tuple[torch.Tensor, torch.Tensor, Sampler]:
     """Latents of our sampler, and of the stock pipeline (with scheduler `swap`) and the same keyed generators."""
     draws = Draws(0)
-    backbone = load_backbone(torch.device("cpu"), path=str(path), max_sequence_length=8)
+    backbone = load_backbone(torch.device("cpu"), path=str(path), max_sequence_length=12)
     sampler = Sampler(backbone, draws, 32, **settings)
     ours = sampler.sample(backbone.denoiser, backbone.encode_text(PROMPTS), KEYS)
     index = json.loads((path / "model_index.json").read_text())
@@ -93,16 +93,17 @@ def walks(
     if "timesteps" in settings:
         more["timesteps"] = list(settings["timesteps"])
     if "max_sequence_length" in inspect.signature(pipeline.__call__).parameters:
-        more["max_sequence_length"] = 8
+        more["max_sequence_length"] = 12
     generators = [draws.generator(key, "sampler") for key in KEYS]
-    # The flow pipelines give their scheduler no generator.
-    monkeypatch.setattr(
-        scheduling_flow_match_euler_discrete,
-        "randn_tensor",
-        lambda shape, **more: backbone.pipeline_latents(
+
+    def noise(shape: Any, **_: Any) -> torch.Tensor:
+        return backbone.pipeline_latents(
             torch.stack([torch.randn(backbone.latent_shape(32), generator=g) for g in generators])
-        ),
-    )
+        )
+
+    # The flow pipelines give their scheduler no generator, and it calls one or the other by diffusers' version.
+    monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", noise, raising=False)
+    monkeypatch.setattr(torch, "randn_like", noise)
     theirs = pipeline(
         PROMPTS,
         latents=backbone.pipeline_latents(draws.normal(KEYS, backbone.latent_shape(32), stream="latents")),
