@@ -76,8 +76,7 @@ class Noising:
         """A timestep for each key, [len(keys)] on the CPU; stream "timestep"."""
         if self.timesteps == "grid":
             chosen = self.draws.integers(keys, 0, len(self.levels), stream="timestep")
-            levels = torch.tensor(self.levels)
-            return (levels.long() if isinstance(self.schedule, VPSchedule) else levels)[chosen]
+            return self.schedule.timesteps(self.levels)[chosen]
         if self.timesteps == "uniform" and self.shift == 1:
             return self.schedule.sample_timesteps(self.draws, keys)
         if self.timesteps == "uniform":

@@ -8,22 +8,52 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from diffalign.backbones import Backbone
 from diffalign.draws import Draws
 from diffalign.noising import Noising
 from diffalign.sampling import Network, Step, gaussian_step, guided, renoise_step
-from diffalign.schedule import VPSchedule, per_sample
+from diffalign.schedule import Schedule, VPSchedule, per_sample
 from diffalign.types import Cond, Key
 
 Law = Literal["deterministic", "ancestral", "renoise", "random"]
-LAWS = {"EulerAncestralDiscreteScheduler": "ancestral", "LCMScheduler": "renoise"}
-"""Scheduler class -> law. A flow scheduler with `stochastic_sampling` renoises; every other one is deterministic."""
+SCHEDULERS: dict[str, tuple[Law, dict[str, Any]]] = {
+    "DDIMScheduler": ("deterministic", {"clip_sample": False, "thresholding": False}),
+    "EulerDiscreteScheduler": (
+        "deterministic",
+        {
+            "use_karras_sigmas": False,
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "interpolation_type": "linear",
+            "timestep_type": "discrete",
+            "final_sigmas_type": "zero",
+        },
+    ),
+    "DDPMScheduler": ("ancestral", {"clip_sample": False, "thresholding": False, "variance_type": "fixed_small"}),
+    "EulerAncestralDiscreteScheduler": ("ancestral", {}),
+    "LCMScheduler": ("renoise", {"clip_sample": False, "thresholding": False}),
+    "FlowMatchEulerDiscreteScheduler": ("deterministic", {"invert_sigmas": False}),
+}
+"""Scheduler class -> the law of its steps, and the settings without which it has another one.
+
+Flow matching with `stochastic_sampling` renoises. Solvers that remember outputs (PNDM, DPM-Solver, UniPC) or that ask
+twice a step (Heun) have no law.
+"""
+STAND_IN = {
+    "deterministic": "DDIMScheduler",
+    "ancestral": "DDPMScheduler",
+    "renoise": "LCMScheduler",
+    "random": "LCMScheduler",
+}
+"""Law -> whose timesteps and ends it takes where the model's own scheduler has another law or none."""
 
 
 class Move(NamedTuple):
@@ -49,12 +79,16 @@ class Sampler:
     Positional: the backbone, the draws of the run, and the images' width and height in pixels. The noise of a key is
     that of its generators: stream "latents" at the start, "sampler" on the way, as in eval/generate.py.
 
+    Timesteps, noise levels, the scale of the first noise and the last step are those of the model's own scheduler, or,
+    where its law is another, of DDIM, DDPM or LCM made from the same scheduler config. Raises ValueError where `law` is
+    scheduler and no law steps as the model's own does, and for timesteps that the model does not have.
+
     Args:
-        steps: how many; the timesteps are those of the model's own scheduler
+        steps: how many; the timesteps are those of the scheduler
         timesteps: these instead, descending, as the model was distilled for (999, 749, 499, 249 or 399 for DMD2)
-        law: of a step; scheduler is the model's own. deterministic (DDIM, flow Euler), ancestral (Turbo), renoise (LCM,
-            DMD2: predict x0, noise it afresh), or random, which renoises by a random part that each sample and step
-            draws anew (R0)
+        law: of a step; scheduler is the model's own. deterministic (DDIM, Euler), ancestral (DDPM, Turbo), renoise
+            (LCM, DMD2: predict x0, noise it afresh), or random, which renoises by a random part that each sample and
+            step draws anew (R0)
         guidance: classifier-free guidance scale; 1 for distilled models
     """
 
@@ -69,27 +103,29 @@ class Sampler:
         law: Literal["scheduler", "deterministic", "ancestral", "renoise", "random"] = "scheduler",
         guidance: float = 1.0,
     ):
-        self.schedule, self.draws, self.guidance = backbone.schedule, draws, guidance
+        self.draws, self.guidance = draws, guidance
         self.shape, self.device = backbone.latent_shape(resolution), backbone.device
-        self.law: Law = own_law(backbone.scheduler_config) if law == "scheduler" else law
-        discrete = isinstance(self.schedule, VPSchedule)
+        discrete = isinstance(backbone.schedule, VPSchedule)
+        self.law, scheduler = law_and_scheduler(backbone.scheduler_config, law, discrete)
+        ddim = isinstance(scheduler, DDIMScheduler)
+        self.schedule = own_schedule(backbone.schedule, scheduler)
         if timesteps:
-            grid = torch.tensor(timesteps)
-            self.timesteps = grid.long() if discrete else grid
-        elif discrete and backbone.scheduler_config["_class_name"] in LAWS:
-            self.timesteps = own_timesteps(backbone.scheduler_config, steps)
-        else:
+            self.timesteps = self.schedule.timesteps(timesteps)
+        elif ddim or not discrete:
             self.timesteps = backbone.grid(steps, resolution)
-        levels = [*self.timesteps.tolist(), self.schedule.t_clean]
-        if any(then >= now for now, then in itertools.pairwise(levels)):
-            raise ValueError(f"'sampler.timesteps' must descend and end above {levels[-1]}; got {levels[:-1]}")
-        if isinstance(self.schedule, VPSchedule) and levels[0] >= self.schedule.num_timesteps:
-            last = self.schedule.num_timesteps - 1
-            raise ValueError(f"'sampler.timesteps' begin at {levels[0]}; this model's last timestep is {last}")
-        self.levels = levels
-        # diffusers starts Euler-ancestral from the largest sigma of the grid, which is s(t) of unit noise here.
-        spacing = backbone.scheduler_config.get("timestep_spacing", "linspace")
-        scaled = discrete and self.law == "ancestral" and spacing != "leading"
+        else:
+            self.timesteps = own_timesteps(self.schedule, scheduler, steps)
+        levels = self.timesteps.tolist()
+        check_levels(self.schedule, levels)
+        landings = [*levels[1:], self.schedule.t_clean]
+        if ddim and not timesteps:
+            # diffusers' DDIM goes down by T // steps, which linspace and uneven trailing grids do not.
+            stride = len(scheduler.alphas_cumprod) // steps
+            landings = [max(level - stride, self.schedule.t_clean) for level in levels]
+        self.spans = list(zip(levels, landings, strict=True))
+        # In sigma space diffusers starts from the largest sigma of the grid, which is s(t) of unit noise here.
+        sigmas = isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
+        scaled = sigmas and scheduler.config["timestep_spacing"] != "leading"
         self.scale = self.schedule.coefficients(self.timesteps[:1])[1].item() if scaled else 1.0
         self.empty = backbone.encode_text([""]) if guidance != 1 else None
 
@@ -132,12 +168,14 @@ class Sampler:
         moves: list[Move] = []
         last = len(self) - 1 if stop is None else stop
         for k in range(last + 1):
-            t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.levels[k : k + 2])
+            t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.spans[k])
             with torch.set_grad_enabled(torch.is_grad_enabled() and k in graded):
                 out = self.ask(network, x, t, cond)
-                mean, std = self.transition(out, x, t, t_next, keys)
-                noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators]) if std.any() else 0
-                x_next = mean + std * torch.as_tensor(noise, device=x.device)
+                mean, std = self.transition(out, x, t, t_next, [(key, self.spans[k][0]) for key in keys])
+                x_next = mean
+                if self.law != "deterministic" and k + 1 < len(self):  # the last step adds no noise by any law
+                    noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+                    x_next = mean + std * noise.to(x.device)
                 x0, _ = self.schedule.split(out, x, t)
             moves.append(Move(x, t, t_next, out, x0, mean, std, x_next))
             x = x_next
@@ -153,18 +191,17 @@ class Sampler:
         return int(self.draws.integers([keys[0]], first, len(self), stream="stop"))
 
     def transition(self, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, keys: Sequence[Key]) -> Step:
-        """The law of the move from t to t_next, all [B]: mean [B, C, h, w] and std [B, 1, 1, 1]."""
-        clean = bool((t_next == self.schedule.t_clean).all())
+        """The law of the move from t to t_next, all [B]: mean [B, C, h, w] and std [B, 1, 1, 1].
+
+        keys     B times the key of the sample and its timestep, by which the random part is drawn; stream "eta"
+        """
         if self.law == "deterministic":
             return gaussian_step(self.schedule, out, x_t, t, t_next)
-        if clean:  # the schedulers of these laws end at x0 itself, whatever the schedule calls clean
-            x0, _ = self.schedule.split(out, x_t, t)
-            return x0, torch.zeros_like(x0[:, :1, :1, :1])
         if self.law == "ancestral":
             return gaussian_step(self.schedule, out, x_t, t, t_next, eta=1.0)
         if self.law == "renoise":
             return renoise_step(self.schedule, out, x_t, t, t_next)
-        eta = self.draws.uniform([(key, level) for key, level in zip(keys, t.tolist(), strict=True)], stream="eta")
+        eta = self.draws.uniform(keys, stream="eta")
         return renoise_step(self.schedule, out, x_t, t, t_next, per_sample(eta).to(x_t.device))
 
     def noising(self) -> Noising:
@@ -178,21 +215,60 @@ class Sampler:
         return self.walk(network, cond, keys, x=x)[-1].x_next
 
 
-def own_law(config: dict[str, Any]) -> Law:
-    """The law of a pipeline's scheduler, from its config."""
-    if config.get("stochastic_sampling"):
-        return "renoise"
-    return LAWS.get(config["_class_name"], "deterministic")  # type: ignore[return-value]
+def law_and_scheduler(config: dict[str, Any], law: Law | Literal["scheduler"], discrete: bool) -> tuple[Law, Any]:
+    """The law of a walk, and the diffusers scheduler that has it: the one with this config, or its stand-in.
+
+    discrete  whether timesteps are numbered (U-Nets), or levels of a flow
+
+    Raises ValueError where `law` is scheduler and the scheduler has no law, with the setting that keeps it from one.
+    """
+    name = config["_class_name"]
+    own, needed = SCHEDULERS.get(name, (None, {}))
+    if own is not None:
+        scheduler = getattr(diffusers, name).from_config(config)
+        own = "renoise" if scheduler.config.get("stochastic_sampling") else own
+        other = [f"{k} = {scheduler.config[k]}" for k, v in needed.items() if (scheduler.config.get(k) or v) != v]
+        if not other and (law == "scheduler" or STAND_IN[law] == STAND_IN[own]):
+            return own if law == "scheduler" else law, scheduler
+        name = " with ".join([name, *other[:1]])
+    if law == "scheduler":
+        raise ValueError(
+            f"'sampler.law' = scheduler: no law steps as {name} does; set 'sampler.law' to deterministic (DDIM), "
+            "ancestral (DDPM) or renoise (LCM)"
+        )
+    stand_in = STAND_IN[law] if discrete else "FlowMatchEulerDiscreteScheduler"
+    return law, getattr(diffusers, stand_in).from_config(config)
 
 
-def own_timesteps(config: dict[str, Any], steps: int) -> Tensor:
-    """The descending timesteps int64 [steps] that a pipeline's scheduler chooses. ValueError where it cannot."""
-    scheduler: Any = getattr(diffusers, config["_class_name"]).from_config(config)
-    scheduler.set_timesteps(steps)
-    timesteps = torch.as_tensor(scheduler.timesteps).long()
-    if len(timesteps) != steps:
-        raise ValueError(f"{config['_class_name']} makes {len(timesteps)} steps of 'sampler.steps' = {steps}")
-    return timesteps
+def own_schedule(schedule: Schedule, scheduler: Any) -> Schedule:
+    """A backbone's schedule with the noise levels and the clean end of a diffusers scheduler; a flow's as it is."""
+    if not isinstance(schedule, VPSchedule):
+        return schedule
+    # All but DDIM end at x0 itself, whatever set_alpha_to_one says.
+    clean = float(scheduler.final_alpha_cumprod) if isinstance(scheduler, DDIMScheduler) else 1.0
+    return replace(schedule, alphas_cumprod=scheduler.alphas_cumprod.float(), clean=clean)
+
+
+def own_timesteps(schedule: Schedule, scheduler: Any, steps: int) -> Tensor:
+    """The descending timesteps [steps] that a diffusers scheduler chooses. ValueError where it cannot."""
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise ValueError(f"'sampler.steps' = {steps}: {error}") from error
+    if len(scheduler.timesteps) != steps:
+        name = type(scheduler).__name__
+        raise ValueError(
+            f"{name} makes {len(scheduler.timesteps)} steps of 'sampler.steps' = {steps}; use another number"
+        )
+    return schedule.timesteps(scheduler.timesteps.tolist())
+
+
+def check_levels(schedule: Schedule, levels: Sequence[float]) -> None:
+    """ValueError for timesteps that do not descend to above the clean end, or that the model does not have."""
+    if any(then >= now for now, then in itertools.pairwise([*levels, schedule.t_clean])):
+        raise ValueError(f"'sampler.timesteps' must descend and end above {schedule.t_clean}; got {levels}")
+    if isinstance(schedule, VPSchedule) and levels[0] > (last := schedule.num_timesteps - 1):
+        raise ValueError(f"'sampler.timesteps' begin at {levels[0]}; this model's last timestep is {last}")
 
 
 def few_step_scheduler(config: dict[str, Any]) -> dict[str, Any]:

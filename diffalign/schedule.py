@@ -55,6 +55,10 @@ class Schedule(ABC):
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t [B] -> a [B], s [B] on t's device."""
 
+    def timesteps(self, levels: Sequence[float]) -> Tensor:
+        """Levels as a tensor on the CPU, of the type in which a network is asked at them."""
+        return torch.tensor(levels, dtype=torch.float32)
+
     @abstractmethod
     def at(self, fraction: Tensor) -> Tensor:
         """The timestep [B] that lies at a fraction [B] in [0, 1) of the way from clean to pure noise."""
@@ -111,7 +115,9 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, eq=False)
 class VPSchedule(Schedule):
-    """Variance preserving (DDPM, Stable Diffusion): a^2 + s^2 = 1, t int64 in [0, T - 1], and -1 for the clean end.
+    """Variance preserving (DDPM, Stable Diffusion): a^2 + s^2 = 1, t in [0, T - 1], and -1 for the clean end.
+
+    t is int64, or float32 for levels between two timesteps, where s / a is linear as in diffusers' Euler schedulers.
 
     alphas_cumprod  [T]: a^2 at each timestep
     prediction      EPSILON or V; anything else raises ValueError
@@ -122,6 +128,7 @@ class VPSchedule(Schedule):
     prediction: Prediction
     clean: float = 1.0
     t_clean: ClassVar[float] = -1
+    _tables: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.prediction is Prediction.FLOW:
@@ -131,19 +138,24 @@ class VPSchedule(Schedule):
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> VPSchedule:
         """From the scheduler_config.json of a diffusers pipeline, of any scheduler class.
 
-        Raises ValueError for what is no eps- or v-prediction on one of BETA_SCHEDULES (or on `trained_betas`).
+        Raises ValueError for what is no eps- or v-prediction on one of BETA_SCHEDULES (or on `trained_betas`), and for
+        eps-prediction on a schedule that ends at zero signal.
         """
         prediction = scheduler_config.get("prediction_type", Prediction.EPSILON.value)
         if prediction not in (Prediction.EPSILON.value, Prediction.V.value):
             raise ValueError(f"scheduler config: prediction_type must be epsilon or v_prediction; got '{prediction}'")
-        betas = scheduler_config.get("beta_schedule")
+        betas, name = scheduler_config.get("beta_schedule"), scheduler_config.get("_class_name", "unknown class")
         # Without this a flow-matching config, which has no betas, would silently get the default ones.
         if scheduler_config.get("trained_betas") is None and betas not in BETA_SCHEDULES:
-            name = scheduler_config.get("_class_name", "unknown class")
             raise ValueError(
                 f"scheduler config ({name}): beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got '{betas}'"
             )
         scheduler = DDIMScheduler.from_config(dict(scheduler_config))
+        if prediction == Prediction.EPSILON.value and scheduler.alphas_cumprod[-1] == 0:
+            raise ValueError(
+                f"scheduler config ({name}): it ends at zero signal (rescale_betas_zero_snr), where an epsilon "
+                "prediction says nothing; use v_prediction or switch the rescaling off"
+            )
         return cls(scheduler.alphas_cumprod.float(), Prediction(prediction), float(scheduler.final_alpha_cumprod))
 
     @property
@@ -151,10 +163,33 @@ class VPSchedule(Schedule):
         """T, 1000 for Stable Diffusion."""
         return len(self.alphas_cumprod)
 
+    def timesteps(self, levels: Sequence[float]) -> Tensor:
+        """int64 where all are whole numbers, else float32."""
+        timesteps = super().timesteps(levels)
+        return timesteps.long() if all(level == int(level) for level in levels) else timesteps
+
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table = torch.cat([self.alphas_cumprod, self.alphas_cumprod.new_tensor([self.clean])])  # [-1] is the clean end
-        a2 = table.to(t.device)[t]
+        if t.is_floating_point():
+            return self._between(t)
+        a2 = self._table(t.device)[t]
         return a2.sqrt(), (1 - a2).sqrt()
+
+    def _table(self, device: torch.device) -> Tensor:
+        """a^2 at 0, ..., T - 1 and, at [-1], the clean end; copied to each device once."""
+        if device not in self._tables:
+            clean = self.alphas_cumprod.new_tensor([self.clean])
+            self._tables[device] = torch.cat([self.alphas_cumprod, clean]).to(device)
+        return self._tables[device]
+
+    def _between(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s at float t [B]: sigma = s / a is interpolated between the timesteps on both sides."""
+        low = t.floor()
+        w = t - low
+        (a, s), (a2, s2) = self.coefficients(low.long()), self.coefficients(t.ceil().long())
+        # Both times a a2, for with zero terminal SNR the last sigma is infinite.
+        signal, noise = a * a2, (1 - w) * s * a2 + w * s2 * a
+        norm = torch.hypot(signal, noise)
+        return torch.where(w == 0, a, signal / norm), torch.where(w == 0, s, noise / norm)
 
     def at(self, fraction: Tensor) -> Tensor:
         return (fraction * self.num_timesteps).long().clamp(0, self.num_timesteps - 1)
@@ -176,6 +211,10 @@ class VPSchedule(Schedule):
             raise ValueError(f"steps must be in [1, {self.num_timesteps}], the number of timesteps; got {steps}")
         scheduler: Any = DDIMScheduler(self.num_timesteps, timestep_spacing=spacing, steps_offset=steps_offset)
         scheduler.set_timesteps(steps)
+        if len(scheduler.timesteps) != steps:  # its rounding makes one more of 61, 103, ... trailing steps
+            raise ValueError(
+                f"DDIMScheduler makes {len(scheduler.timesteps)} {spacing} steps of {steps}; use another number"
+            )
         if scheduler.timesteps[0] >= self.num_timesteps:
             raise ValueError(
                 f"{steps} {spacing} steps with steps_offset {steps_offset} begin at {scheduler.timesteps[0]}, beyond"

@@ -45,7 +45,12 @@ def normal(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def per_step(n: int, step: Callable[[int, torch.Generator], Any]) -> tuple[Tensor, Tensor]:
     """diffusers' next latents at n grid positions, and the noise that a generator in the same state gives."""
-    theirs = torch.cat([step(i, torch.Generator().manual_seed(i)).prev_sample for i in range(n)])
+
+    def seeded(i: int) -> Tensor:
+        torch.manual_seed(i)  # before diffusers 0.36 the flow scheduler takes no notice of its generator
+        return step(i, torch.Generator().manual_seed(i)).prev_sample
+
+    theirs = torch.cat([seeded(i) for i in range(n)])
     noise = [torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(i)) for i in range(n)]
     return theirs, torch.cat(noise)
 

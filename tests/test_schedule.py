@@ -10,6 +10,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
@@ -169,6 +170,44 @@ def test_other_schedulers_are_refused(config: dict, message: str) -> None:
         VPSchedule.from_config(config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        SD | {"rescale_betas_zero_snr": True},
+        SD | {"rescale_betas_zero_snr": True, "prediction_type": "epsilon", "_class_name": "EulerDiscreteScheduler"},
+        {"trained_betas": [0.1, 0.2, 1.0], "num_train_timesteps": 3},
+    ],
+)
+def test_an_epsilon_prediction_of_pure_noise_is_refused(config: dict) -> None:
+    with pytest.raises(ValueError, match=r"ends at zero signal .* use v_prediction or switch the rescaling off"):
+        VPSchedule.from_config(config)
+    assert VPSchedule.from_config(config | {"prediction_type": "v_prediction"}).coefficients(torch.tensor([-2]))[0] == 0
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("betas", [SD, {"beta_schedule": "squaredcos_cap_v2"}, SD | {"rescale_betas_zero_snr": True}])
+def test_levels_between_timesteps_are_those_of_diffusers(kind: Any, betas: dict) -> None:
+    """sigma = s / a, linear between the timesteps; float32 of sigmas of up to 4096."""
+    for steps in (2, 5, 7, 50):
+        theirs = kind(**betas, prediction_type="v_prediction", timestep_spacing="linspace")
+        theirs.set_timesteps(steps)
+        schedule = VPSchedule(theirs.alphas_cumprod.float(), Prediction.V)
+        a, s = schedule.coefficients(theirs.timesteps)
+        torch.testing.assert_close(s / a, theirs.sigmas[:-1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(a**2 + s**2, torch.ones(steps))
+
+
+def test_whole_levels_are_the_table_whatever_their_type() -> None:
+    whole = torch.tensor([-1, 0, 1, 437, 998, 999])
+    zero_snr = VPSchedule.from_config(SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
+    for schedule in (vp(), vp(clean=0.9), zero_snr):
+        for ours, theirs in zip(schedule.coefficients(whole.float()), schedule.coefficients(whole), strict=True):
+            assert torch.equal(ours, theirs)
+    assert [c.item() for c in zero_snr.coefficients(torch.tensor([998.5]))] == [0, 1]  # between sigmas 1e3 and infinity
+    assert vp().timesteps([999.0, 249]).tolist() == [999, 249] and vp().timesteps([999.0, 249]).dtype == torch.int64
+    assert vp().timesteps([999.0, 249.5]).dtype == FlowSchedule().timesteps([1]).dtype == torch.float32
+
+
 def test_flow_prediction_on_a_vp_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="use FlowSchedule"):
         VPSchedule(vp().alphas_cumprod, Prediction.FLOW)
@@ -198,6 +237,8 @@ def test_impossible_grids_are_refused() -> None:
             vp().grid(steps)
     with pytest.raises(ValueError, match="1000 leading steps with steps_offset 1 begin at 1000"):
         vp().grid(1000, "leading", 1)
+    with pytest.raises(ValueError, match="makes 62 trailing steps of 61"):
+        vp().grid(61)
     with pytest.raises(ValueError, match="karras"):
         vp().grid(10, "karras")  # type: ignore[arg-type]
 

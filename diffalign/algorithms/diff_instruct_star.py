@@ -148,7 +148,7 @@ class DiffInstructStar(Algorithm):
         _activate(self.generator)
         if not x0.requires_grad:  # only now, so that no other network's graph is in memory with this one
             out = self.sampler.ask(self.generator, move.x_t, move.t, batch.cond)
-            x0, _ = self.noising.schedule.split(out, move.x_t, move.t)
+            x0, _ = self.sampler.schedule.split(out, move.x_t, move.t)
         along = (descent * x0).flatten(1).sum(1)
         return (along - along.detach() - self.reward_weight * total).mean(), metrics
 

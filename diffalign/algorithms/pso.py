@@ -119,7 +119,8 @@ class PSO(Algorithm):
         x_t, t, t_next, x_next = (
             torch.cat([getattr(move, name) for move in batch.moves]) for name in ("x_t", "t", "t_next", "x_next")
         )
-        keys: list[Key] = [(key, k) for _ in batch.moves for k in (0, 1) for key in batch.keys]
+        levels = self.sampler.timesteps.tolist()[:count]
+        keys: list[Key] = [((key, k), level) for level in levels for k in (0, 1) for key in batch.keys]
         cond = batch.cond.repeat(count)
 
         def density(network: Network) -> Tensor:

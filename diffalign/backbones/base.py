@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
@@ -196,7 +196,10 @@ class Backbone(ABC):
 
     @abstractmethod
     def grid(self, steps: int, resolution: int) -> Tensor:
-        """Descending sampling timesteps [steps] in the schedule's t, for square images of `resolution` pixels."""
+        """Descending timesteps [steps] in the schedule's t, for square images of `resolution` pixels.
+
+        Those of DDIM or flow Euler, with the spacing, offset and shift of the pipeline's scheduler.
+        """
 
     def pipeline(self, network: Any) -> Any:
         """The stock diffusers pipeline around `network`, sharing the encoders of this backbone."""
@@ -242,7 +245,8 @@ class UNetBackbone(Backbone):
         return super()._network().to(memory_format=torch.channels_last)
 
     def grid(self, steps: int, resolution: int) -> Tensor:
-        return self.schedule.grid(steps, "trailing")
+        config: Any = DDIMScheduler.from_config(self.scheduler_config).config
+        return self.schedule.grid(steps, config["timestep_spacing"], config["steps_offset"])
 
 
 class FlowBackbone(Backbone):
@@ -260,7 +264,7 @@ class FlowBackbone(Backbone):
 
         sigmas are the levels before the shift, the scheduler's own when left out.
         """
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_pretrained(self.path, subfolder="scheduler")
+        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
         config, mu = scheduler.config, None
         if config.use_dynamic_shifting:
             tokens = (self.latent_shape(resolution)[1] // self.patch) ** 2

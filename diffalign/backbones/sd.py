@@ -37,6 +37,8 @@ class SDBackbone(UNetBackbone):
 
     def __init__(self, source: Source):
         super().__init__(source)
+        # The stock pipeline does so to whatever scheduler it is made with.
+        self.scheduler_config |= {"steps_offset": 1, "clip_sample": False}
         self.denoiser = SDDenoiser(self._network())
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:

@@ -51,7 +51,7 @@ def test_the_first_loss_is_ln_2_and_densities_are_those_of_the_rollout(
     for move in rollouts.moves:
         stored = log_prob(move.x_next, move.mean, move.std)
         out = algorithm.sampler.ask(backbone.denoiser, move.x_t, move.t, rollouts.cond)
-        keys = [(key, k) for k in (0, 1) for key in rollouts.keys]
+        keys = [((key, k), move.t[0].item()) for k in (0, 1) for key in rollouts.keys]
         again = log_prob(move.x_next, *algorithm.sampler.transition(out, move.x_t, move.t, move.t_next, keys))
         torch.testing.assert_close(again, stored, atol=1e-4, rtol=0)
 

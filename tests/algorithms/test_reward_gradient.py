@@ -79,7 +79,7 @@ def test_draft_through_all_steps_is_the_finite_difference(
     backbone: Backbone, rewards_of: Callable, anchor: float
 ) -> None:
     """T8; with the anchor to the reference and the weights' start, of weights that have moved."""
-    toy = Toy(backbone, rewards_of, DRaFT, {"steps": 3}, last_steps=3, start_weight=anchor)
+    toy = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=3, start_weight=anchor)
     with torch.no_grad():
         toy.policy.w += 0.1
     torch.testing.assert_close(toy.slope(), toy.finite(), rtol=1e-3, atol=1e-6)
@@ -87,8 +87,8 @@ def test_draft_through_all_steps_is_the_finite_difference(
 
 def test_draft_k_leaves_the_first_steps_out(backbone: Backbone, rewards_of: Callable) -> None:
     """The truncated gradient is another one, and the moves before the last K carry no graph."""
-    last = Toy(backbone, rewards_of, DRaFT, {"steps": 3}, last_steps=1)
-    whole = Toy(backbone, rewards_of, DRaFT, {"steps": 3}, last_steps=3)
+    last = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=1)
+    whole = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=3)
     assert (last.slope() - whole.slope()).abs().max() > 1e-4
     graded = last.algorithm.sampler.walk(last.policy, last.batch.cond, KEYS, graded=last.algorithm.graded)
     assert [move.out.requires_grad for move in graded] == [False, False, True]
@@ -102,7 +102,7 @@ def test_refl_is_one_late_step_and_stops_at_its_ceiling(backbone: Backbone, rewa
     draft = Toy(backbone, rewards_of, DRaFT, walk, last_steps=1)
     torch.testing.assert_close(refl.slope(), draft.slope())
     assert (Toy(backbone, rewards_of, ReFL, walk, first_step=2, ceiling=-1.0).slope() == 0).all()
-    early = Toy(backbone, rewards_of, ReFL, {"steps": 3}, first_step=0)
+    early = Toy(backbone, rewards_of, ReFL, {"steps": 3, "law": "deterministic"}, first_step=0)
     batches = [early.batch._replace(keys=[(k, "a"), (k, "b")]) for k in range(20)]
     stops = {early.algorithm.moves(batch)[0][0].t[0].item() for batch in batches}
     assert stops == set(early.algorithm.sampler.timesteps.tolist())
@@ -151,7 +151,7 @@ def test_a_strong_anchor_returns_to_the_start(backbone: Backbone, rewards_of: Ca
     """R5: as its weight grows, training ends where it began."""
     ends = []
     for weight in (0.0, 1e4):
-        toy = Toy(backbone, rewards_of, DRaFT, {"steps": 2}, last_steps=2, start_weight=weight)
+        toy = Toy(backbone, rewards_of, DRaFT, {"steps": 2, "law": "deterministic"}, last_steps=2, start_weight=weight)
         start = toy.policy.w.detach().clone()
         optimizer = torch.optim.SGD([toy.policy.w], lr=1e-5 if weight else 1.0)
         for _ in range(200):
@@ -163,7 +163,7 @@ def test_a_strong_anchor_returns_to_the_start(backbone: Backbone, rewards_of: Ca
 
 
 def test_the_anchor_to_the_reference_is_zero_at_first_and_pulls_back(backbone: Backbone, rewards_of: Callable) -> None:
-    toy = Toy(backbone, rewards_of, DRaFT, {"steps": 2}, last_steps=2, reference_weight=1e3)
+    toy = Toy(backbone, rewards_of, DRaFT, {"steps": 2, "law": "deterministic"}, last_steps=2, reference_weight=1e3)
     _, metrics = toy.algorithm.loss(toy.batch)
     assert (metrics["reference_error"] == 0).all()
     with torch.no_grad():
@@ -178,7 +178,10 @@ def test_checkpointing_changes_no_gradient(backbone_of: Callable, rewards_of: Ca
         backbone = backbone_of(lora_rank=2, gradient_checkpointing=checkpointing)
         backbone.denoiser.network.train()
         assert backbone.vae.is_gradient_checkpointing is checkpointing
-        sampler, reference = Sampler(backbone, Draws(0), 32, steps=2), reference_for(backbone.denoiser)
+        sampler, reference = (
+            Sampler(backbone, Draws(0), 32, steps=2, law="deterministic"),
+            reference_for(backbone.denoiser),
+        )
         algorithm = DRaFT(backbone.denoiser, reference, sampler, rewards_of(backbone.decode, 100.0), last_steps=2)
         algorithm.loss(prompts_of(backbone))[0].backward()
         grads = [p.grad for p in trained_parameters(backbone.denoiser) if p.grad is not None]
