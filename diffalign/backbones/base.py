@@ -42,7 +42,7 @@ class Source(NamedTuple):
     """What a backbone is made from.
 
     path                 the diffusers folder
-    fingerprint          of its encoders
+    fingerprint          of its encoders' files and settings
     device               where everything goes
     dtype                of the autoencoder and the text encoders, which never train
     network_dtype        of the network
@@ -66,7 +66,6 @@ class Backbone(ABC):
 
     denoiser     the trainable network
     schedule     its noise schedule
-    fingerprint  changes with the weights and settings that decide latents and text embeddings
     path         the diffusers folder it came from
     dtype        of the weights that never train
     scheduler_config  of the stock pipeline's scheduler; change it and what is exported samples by another one
@@ -86,7 +85,7 @@ class Backbone(ABC):
 
     def __init__(self, source: Source):
         self.source = source
-        self.path, self.fingerprint, self.device, self.dtype = source[:4]
+        self.path, self.device, self.dtype = source.path, source.device, source.dtype
         self.vae_config = self._json("vae/config.json")
         self.scheduler_config = self._json("scheduler/scheduler_config.json")
         self.vae_dtype = self.dtype
@@ -98,6 +97,12 @@ class Backbone(ABC):
             if index.get(name, [None])[0] is not None
         }
         self._parts: dict[str, Any] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights, the settings and the dtypes that decide latents and text embeddings."""
+        dtypes = (str(dtype).removeprefix("torch.") for dtype in (self.vae_dtype, self.dtype))
+        return "-".join([self.source.fingerprint, *dtypes])
 
     def _json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())

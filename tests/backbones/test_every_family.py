@@ -182,3 +182,25 @@ def test_frozen_parts_load_when_used_and_leave_when_released(load: Load) -> None
     backbone.release()
     assert not backbone._parts
     assert torch.equal(backbone.encode_text([PROMPT]).tokens, before.tokens)
+
+
+def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_path: Path) -> None:
+    """What one dtype encoded is not read by another: each has its own entries, and the second run encodes its own."""
+    from PIL import Image
+
+    from diffalign.data import ImageRef, LatentCache
+
+    image = ImageRef(str(tmp_path / "image.png"))
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(image.path)
+    read, names = {}, set()
+    for dtype in ("fp32", "bf16", "fp16", "fp32"):
+        backbone = load(dtype=dtype, lora_rank=2)
+        cache = LatentCache(tmp_path / "cache", backbone, 32)
+        (seen,) = cache.add_images([image])
+        cache.add_prompts([PROMPT])
+        latent = cache.latents([seen.digest]).read(0)["latent"].float()
+        assert torch.equal(latent, read.setdefault(dtype, latent))
+        names.add(backbone.fingerprint)
+    assert len(names) == 3
+    assert not torch.equal(read["fp32"], read["bf16"])
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == names
