@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffalign.backbones import Backbone
+from diffalign.draws import seeded
 from diffalign.lora import lora_layers
 from diffalign.user_adapter import FILE, has_user_adapter, user_width
 
@@ -125,8 +126,7 @@ def own_images(
     settings |= {"height": resolution, "width": resolution}
     settings |= {} if user is None else {"ip_adapter_image_embeds": [user]}
     fixed = torch.Generator().manual_seed(0)  # of few-step samplers, which add noise on the way
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the flow pipelines do not pass theirs on
+    with seeded(0):  # the flow pipelines do not pass theirs on
         images = pipeline("", latents=latents, generator=fixed, output_type="pt", **settings).images
     backbone.release()  # its encoders were moved with the pipeline
     return images
