@@ -164,10 +164,11 @@ class Checkpoint(_Hook):
         """
         world = self.run.accelerator.num_processes
         if world * trainer.grad_accum != turn:
-            cure = f"set 'trainer.grad_accum' to {turn // world}" if turn % world == 0 else "which does not divide it"
+            cure = f"set 'trainer.grad_accum' to {turn // world}"
             raise ValueError(
                 f"'{self.run.folder}' accumulated {turn} micro-batches over all processes, now it would be "
-                f"{trainer.grad_accum} on each of {world}; {cure}, or use another number of processes"
+                f"{trainer.grad_accum} on each of {world}; "
+                + (f"resume on a number of processes that divides {turn}" if turn % world else cure)
             )
         return used // world
 

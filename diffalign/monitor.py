@@ -23,7 +23,7 @@ LIMITS = {
     "high_frequency": (1.5, "fine noise or texture is {:.0%} stronger than at the start"),
 }
 """Measure -> how many times its start it may reach, and what is said beyond."""
-CHUNK = 16
+CHUNK = 8
 """Prompts whose samples are measured at a time, at most."""
 LEAST_DIVERSITY = 0.5
 MOST_CLAMPED = 0.05
@@ -125,14 +125,16 @@ class Monitor:
     def _look(self, chunk: range) -> dict[str, Tensor]:
         """Every measure of both samples of some prompts: [2, n], or [1, n] of the pair, on the CPU."""
         prompts = [self.prompts[i] for i in chunk] * 2
-        keys = [(k, prompt) for k, prompt in zip([0] * len(chunk) + [1] * len(chunk), prompts, strict=True)]
-        images, trained, held_out = [], [], []
+        keys = [(i // len(chunk), prompt) for i, prompt in enumerate(prompts)]
+        images: list[Tensor] = []
+        trained, held_out = [], []
         for some in drawn(self.run, self.backbone, self.sampler, self.cond.at(torch.tensor(chunk).repeat(2)), keys):
-            at = sum(map(len, images))
+            done = sum(len(x) for x in images)
+            theirs = prompts[done : done + len(some)]
             images.append(some)
-            trained.append(self.rewards.look(some, prompts[at : at + len(some)]))
+            trained.append(self.rewards.look(some, theirs))
             if self.scorer is not None:
-                held_out.append(self.scorer.score(some.to(self.device), prompts[at : at + len(some)]))
+                held_out.append(self.scorer.score(some.to(self.device), theirs))
         found = {**look_of(torch.cat(images)), "trained": torch.cat(trained)}
         if held_out:
             found["held_out"] = torch.cat(held_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -22,8 +21,8 @@ from torch import nn
 
 from diffalign.backbones import Backbone, load_backbone
 from diffalign.draws import Draws
-from diffalign.export import export, verify
-from diffalign.hooks import Verify, standard_hooks
+from diffalign.export import export, on_cpu, verify
+from diffalign.hooks import standard_hooks
 from diffalign.lora import lora_layers
 from diffalign.user_package import UserPackage
 
@@ -115,6 +114,19 @@ def test_every_family_is_verified_without_its_text_encoders(
     assert found["pixels"] == min(resolution, 256) and found["tensors"] > 20
 
 
+def test_a_copy_for_the_cpu_takes_no_memory_where_the_weights_are_there_in_float32(tiny_sd: Path) -> None:
+    """Else it takes that of one float32 network in the main memory, tensor by tensor."""
+    whole = load_backbone(CPU, path=str(tiny_sd)).denoiser.network
+    copied = dict(on_cpu(whole).named_parameters())
+    assert all(copied[name].data_ptr() == p.data_ptr() for name, p in whole.named_parameters())
+    half = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, dtype="bf16").denoiser.network
+    copied = dict(on_cpu(half).named_parameters())
+    assert {p.dtype for p in copied.values()} == {torch.float32}
+    for name, parameter in half.named_parameters():
+        assert torch.equal(copied[name], parameter.float()) and not copied[name].requires_grad
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
 def test_a_large_network_is_compared_by_tensors_alone(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_process: None
 ) -> None:
@@ -183,13 +195,15 @@ def test_no_failure_of_the_fresh_process_fails_a_finished_run(
 
 def test_the_other_processes_do_not_wait_for_the_verification(tmp_path: Path) -> None:
     """It comes after the last barrier of all hooks, in ppd after the package as well."""
-    run: Any = SimpleNamespace(folder=tmp_path, resume=False, accelerator=MagicMock(), draws=Draws(0))
+    run: Any = SimpleNamespace(folder=tmp_path, main=False, accelerator=MagicMock(), draws=Draws(0))
     backbone = load_backbone(CPU, path="playground")
     package = UserPackage(run, backbone, {})
     hooks = standard_hooks(run, backbone, 32, package=package)
     assert [type(hook).__name__ for hook in hooks[-4:]] == ["Export", "UserPackage", "Checkpoint", "Verify"]
     assert [type(hook).__name__ for hook in hooks[:1]] == ["Restore"]
-    assert "wait_for_everyone" not in inspect.getsource(Verify)
+    run.accelerator.reset_mock()
+    hooks[-1].end(MagicMock())  # of another process than the main one
+    assert run.accelerator.mock_calls == []
 
 
 def test_export_replaces_the_one_before_as_a_whole(tiny_sd: Path, tmp_path: Path) -> None:
