@@ -7,7 +7,8 @@ run continues bit for bit, and the error of a frozen reference on a (pair, t, ep
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,3 +46,27 @@ class Draws:
     def permutation(self, n: int, *, key: Key, stream: str) -> Tensor:
         """A random order of range(n), int64 [n]."""
         return torch.randperm(n, generator=self.generator(key, stream))
+
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """For code that draws from torch's global generators: inside, those of the CPU and of the current device of
+    `device`'s kind begin at `seed`; afterwards they go on as if nothing had been drawn.
+
+    No other device is asked or changed, which `torch.manual_seed` and a bare `torch.random.fork_rng()` do to each.
+    """
+    module = None if device.type == "cpu" else getattr(torch, device.type)
+    before = torch.get_rng_state()
+    there = module.get_rng_state() if module else None
+    torch.default_generator.manual_seed(seed)
+    if module:
+        module.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+        if module:
+            module.set_rng_state(there)

@@ -1,28 +1,39 @@
-"""What happens beside the steps: moving average, checkpoints, sample grids, the export."""
+"""What happens beside the steps, in its order: moving average, monitor, sample grids, checkpoints, the export."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torchvision.utils import save_image
+from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm
 from diffalign.backbones import Backbone
 from diffalign.ema import Ema
-from diffalign.export import export
+from diffalign.export import export, verify
 from diffalign.run import Run
+from diffalign.sample_grid import SampleGrid
 from diffalign.sampler import Sampler
 from diffalign.trainer import Hook, Trainer
+
+
+class Stateful(Protocol):
+    """Has something that a checkpoint must hold besides the players' weights."""
+
+    def state(self) -> dict[str, Tensor]: ...
+    def load(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class Watching(Hook, Stateful, Protocol):
+    """A hook with a memory: the monitor."""
 
 
 def standard_hooks(
@@ -31,6 +42,8 @@ def standard_hooks(
     resolution: int,
     algorithm: Algorithm | None = None,
     sampler: Sampler | None = None,
+    monitor: Watching | None = None,
+    package: Hook | None = None,
     *,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
@@ -45,6 +58,8 @@ def standard_hooks(
 
     algorithm  whose state checkpoints hold, where it has one
     sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
+    monitor    watches the run, and may stop it
+    package    what a recipe adds to the export
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -54,19 +69,31 @@ def standard_hooks(
         sample_prompts: prompts of the sample grid, each with the same noise every time
         sample_steps: DDIM steps of the sample grid, in recipes without a sampler of their own
         sample_guidance: guidance scale of the sample grid, in the same recipes
-        verify_export: load the export in a fresh process with plain diffusers and compare its output
+        verify_export: load the export in a fresh process with plain diffusers and compare it with the run
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
     averaged = ema.applied if ema else nullcontext
+    parts = {"algorithm": algorithm, "monitor": monitor}
+    held = {name: part for name, part in parts.items() if part is not None}
     hooks: list[Hook] = [Averaging(ema)] if ema else []
-    if checkpoint_every:
-        hooks.append(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, algorithm))
+    if monitor is not None:  # before what acts on the last step, which it may declare
+        hooks.append(monitor)
     if sample_every and sample_prompts:
         if sampler is None:
             settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
             sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
-    return [*hooks, Export(run, backbone, averaged, resolution, verify_export)]
+    hooks.append(Export(run, backbone, averaged))
+    if package is not None:
+        hooks.append(package)
+    hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, held), hooks)
+    return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
+
+
+def in_order(checkpoint: Checkpoint, hooks: Sequence[Hook]) -> list[Hook]:
+    """Restored before any other hook looks at the run; saved after all of them have, so that a kill between loses
+    nothing of theirs, and a step that one of them declares the last is saved as well."""
+    return [Restore(checkpoint), *hooks, checkpoint]
 
 
 class _Hook:
@@ -91,14 +118,14 @@ class Averaging(_Hook):
 
 
 class Checkpoint(_Hook):
-    """Saves what resume needs, every so many steps, and loads it when the run resumes.
+    """Saves what resume needs, every so many steps (0 for never) and at the last one, and loads it.
 
     A checkpoint is written beside its final place and renamed when complete, so the newest one is always whole.
-    Only weights that train are in it.
+    Only weights that train are in it. parts: whose state it holds besides, by name.
     """
 
-    def __init__(self, run: Run, ema: Ema | None, every: int, keep: int, algorithm: Algorithm | None = None):
-        self.run, self.ema, self.every, self.keep, self.algorithm = run, ema, every, keep, algorithm
+    def __init__(self, run: Run, ema: Ema | None, every: int, keep: int, parts: Mapping[str, Stateful] | None = None):
+        self.run, self.ema, self.every, self.keep, self.parts = run, ema, every, keep, parts or {}
         self.folder = run.folder / "checkpoints"
         run.accelerator.register_save_state_pre_hook(_save_trained)
         run.accelerator.register_load_state_pre_hook(_load_trained)
@@ -107,10 +134,11 @@ class Checkpoint(_Hook):
         """The complete checkpoints, oldest first."""
         return sorted(p for p in self.folder.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp")
 
-    def start(self, trainer: Trainer) -> None:
-        found = self.complete()
-        if not self.run.resume or not found:
-            self.run.rewind(0)
+    def restore(self, trainer: Trainer) -> None:
+        """Go on from the newest checkpoint of a run that resumes. Raises ValueError where that cannot be done."""
+        found = self.complete() if self.run.resume else []
+        if not found:
+            self.run.rewind(-1)  # nothing that was logged, not even before the first step
             return
         path = found[-1]
         try:
@@ -118,18 +146,34 @@ class Checkpoint(_Hook):
             state = json.loads((path / "state.json").read_text())
             if self.ema:
                 self.ema.load(load_file(path / "ema.safetensors"), state["step"])
-            if self.algorithm and (path / "algorithm.safetensors").exists():
-                self.algorithm.load(load_file(path / "algorithm.safetensors"))
+            for name, part in self.parts.items():
+                part.load(load_file(path / f"{name}.safetensors"))
+            trainer.step, used, turn = state["step"], state["micro_batches"], state["micro_batches_a_turn"]
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise ValueError(
                 f"checkpoint '{path}' cannot be read ({error}); delete that folder to resume from the one before"
             ) from error
-        trainer.step, trainer.micro = state["step"], state["micro"]
+        trainer.micro = self._position(trainer, used, turn)
         self.run.rewind(trainer.step)
         self.run.print(f"resumed from '{path}'")
 
+    def _position(self, trainer: Trainer, used: int, turn: int) -> int:
+        """Micro-batches that each process of this run has behind it, of those used so far by all processes together.
+
+        Raises ValueError where a turn would be another number of micro-batches than it was: another batch.
+        """
+        world = self.run.accelerator.num_processes
+        if world * trainer.grad_accum != turn:
+            cure = f"set 'trainer.grad_accum' to {turn // world}"
+            raise ValueError(
+                f"'{self.run.folder}' accumulated {turn} micro-batches over all processes, now it would be "
+                f"{trainer.grad_accum} on each of {world}; "
+                + (f"resume on a number of processes that divides {turn}" if turn % world else cure)
+            )
+        return used // world
+
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.every == 0 or trainer.step == trainer.steps:
+        if self.every and (trainer.step % self.every == 0 or trainer.last):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
@@ -161,9 +205,22 @@ class Checkpoint(_Hook):
         if self.run.main:
             if self.ema:
                 save_file(self.ema.tensors(), folder / "ema.safetensors")
-            if self.algorithm and (state := self.algorithm.state()):
-                save_file(state, folder / "algorithm.safetensors")
-            (folder / "state.json").write_text(json.dumps({"step": trainer.step, "micro": trainer.micro}))
+            for name, part in self.parts.items():
+                save_file(part.state(), folder / f"{name}.safetensors")
+            world = self.run.accelerator.num_processes  # of a resumed run it may be another
+            state = {"step": trainer.step, "micro_batches": trainer.micro * world}
+            state["micro_batches_a_turn"] = trainer.grad_accum * world
+            (folder / "state.json").write_text(json.dumps(state))
+
+
+class Restore(_Hook):
+    """The first hook: loads the newest checkpoint of a run that resumes, so that all others find the run as it was."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+
+    def start(self, trainer: Trainer) -> None:
+        self.checkpoint.restore(trainer)
 
 
 def _save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
@@ -191,47 +248,26 @@ def _load_trained(models: list[nn.Module], folder: str) -> None:
         models.clear()
 
 
-class SampleGrid(_Hook):
-    """Draws the same prompts from the same noise every so many steps, step 0 first: `samples/step-000500.png`."""
-
-    def __init__(
-        self, run: Run, backbone: Backbone, averaged: Any, every: int, prompts: Sequence[str], sampler: Sampler
-    ):
-        self.run, self.backbone, self.averaged = run, backbone, averaged
-        self.every, self.prompts, self.sampler = every, prompts, sampler
-        self.cond = backbone.encode_text(prompts)
-        self.columns = max(1, round(len(prompts) ** 0.5))
-
-    def start(self, trainer: Trainer) -> None:
-        if trainer.step == 0:
-            self.draw(0)
-
-    def after_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.every == 0 or trainer.step == trainer.steps:
-            self.draw(trainer.step)
-
-    @torch.no_grad()
-    def draw(self, step: int) -> None:
-        if self.run.main:
-            with self.averaged():
-                latents = self.sampler.sample(self.backbone.denoiser, self.cond, self.prompts)
-            folder = self.run.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            save_image(self.backbone.decode(latents), folder / f"step-{step:06d}.png", nrow=self.columns, padding=1)
-            self.backbone.release()
-        self.run.accelerator.wait_for_everyone()
-
-
 class Export(_Hook):
-    """At the end: `export/` in diffusers layout, verified in a fresh process."""
+    """At the end: `export/` in diffusers layout."""
 
-    def __init__(self, run: Run, backbone: Backbone, averaged: Any, resolution: int, verify: bool):
+    def __init__(self, run: Run, backbone: Backbone, averaged: Any):
         self.run, self.backbone, self.averaged = run, backbone, averaged
-        self.resolution, self.verify = resolution, verify
 
     def end(self, trainer: Trainer) -> None:
         if self.run.main:
             with self.averaged():
-                message = export(self.backbone, self.run.folder / "export", self.resolution, verify=self.verify)
-            self.run.print(message)
+                self.run.print(export(self.backbone, self.run.folder / "export"))
         self.run.accelerator.wait_for_everyone()
+
+
+class Verify(_Hook):
+    """The last hook: holds what was exported against the run. The other processes do not wait for it."""
+
+    def __init__(self, run: Run, backbone: Backbone, averaged: Any, resolution: int):
+        self.run, self.backbone, self.averaged, self.resolution = run, backbone, averaged, resolution
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run.main:
+            with self.averaged():
+                self.run.print(verify(self.backbone, self.run.folder / "export", self.resolution))

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from diffalign.draws import seeded
 
 GENERATOR = "default"
 """peft's name of the first adapter, the one that is exported."""
@@ -25,8 +26,7 @@ def add_lora(
     (Hu et al., 2021). A second LoRA needs another name, and an Adapter for each. ValueError when no layer matches.
     """
     network.requires_grad_(False)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         config = LoraConfig(
             r=rank,
             lora_alpha=rank if alpha is None else alpha,

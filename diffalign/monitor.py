@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from diffalign.backbones import Backbone
 from diffalign.data.prompts import find_prompts
 from diffalign.rewards import Rewards
-from diffalign.run import Run, write
+from diffalign.run import Run
+from diffalign.sample_grid import drawn
 from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer
 
@@ -23,7 +23,8 @@ LIMITS = {
     "high_frequency": (1.5, "fine noise or texture is {:.0%} stronger than at the start"),
 }
 """Measure -> how many times its start it may reach, and what is said beyond."""
-CHUNK = 32
+CHUNK = 8
+"""Prompts whose samples are measured at a time, at most."""
 LEAST_DIVERSITY = 0.5
 MOST_CLAMPED = 0.05
 
@@ -61,16 +62,13 @@ class Monitor:
     ):
         self.run, self.backbone, self.sampler, self.rewards = run, backbone, sampler, rewards
         self.every, self.stop, self.warned = every, stop, list[int]()
-        self.file = run.folder / "monitor.json"
         self.scorer = load_scorer(held_out, run.device) if held_out and prompts else None
         weights = next(self.scorer.parameters(), None) if isinstance(self.scorer, nn.Module) else None
         self.device = "cpu" if weights is None else weights.device
         self.prompts: list[str] = []
         if prompts:
-            found = list(find_prompts(prompts, held_out=True).values())[:prompt_count]
-            self.prompts = [*found, *found]
-            self.cond = backbone.encode_text(found).repeat(2)
-            self.keys = [(k, p) for k in (0, 1) for p in found]
+            self.prompts = list(find_prompts(prompts, held_out=True).values())[:prompt_count]
+            self.cond = backbone.encode_text(self.prompts)
         self.before: dict[str, Tensor] = {}
         self.best: dict[str, Tensor] = {}  # the look that the held-out scorer liked most
 
@@ -87,40 +85,60 @@ class Monitor:
         return problems
 
     def start(self, trainer: Trainer) -> None:
-        """Measure the model as it begins; a resumed run reads what was measured then."""
+        """Measure the model as it begins; a resumed run has read what was measured then from its checkpoint."""
         if self.prompts and trainer.step == 0:
             self.before = self.best = self._measure()
             self._warn(trainer, self.before)
-        elif self.prompts:
-            saved = json.loads(self.file.read_text())
-            looks = ({k: torch.tensor(v) for k, v in saved[name].items()} for name in ("before", "best"))
-            self.before, self.best = looks
+
+    def state(self) -> dict[str, Tensor]:
+        """The looks that later ones are compared with, and the steps of the warnings."""
+        looks = {"before": self.before, "best": self.best}
+        found = {f"{look}/{name}": value.clone() for look, values in looks.items() for name, value in values.items()}
+        return found | {"warned": torch.tensor(self.warned, dtype=torch.int64)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state()`."""
+        self.before, self.best = (
+            {k.removeprefix(look): v for k, v in state.items() if k.startswith(look)} for look in ("before/", "best/")
+        )
+        self.warned = state["warned"].tolist()
 
     def after_step(self, trainer: Trainer) -> None:
-        if self.prompts and (trainer.step % self.every == 0 or trainer.step == trainer.steps):
+        if self.prompts and (trainer.step % self.every == 0 or trainer.last):
             self._warn(trainer, self._measure())
 
     def end(self, trainer: Trainer) -> None:
         if self.warned:
             self.run.print(f"{len(self.warned)} warnings of the monitor, the first at step {self.warned[0]}")
 
-    @torch.no_grad()
     def _measure(self) -> dict[str, Tensor]:
-        """Every measure of each sample [2N], or pair of samples [N], on the CPU. Every rank measures the same."""
-        images, scores, theirs = [], [], []
-        for i in range(0, len(self.keys), CHUNK):
-            here = slice(i, i + CHUNK)
-            cond = self.cond.at(torch.arange(len(self.keys))[here])
-            x0 = self.sampler.sample(self.backbone.denoiser, cond, self.keys[here])
-            images.append(self.backbone.decode(x0))
-            scores.append(self.rewards.look(images[-1], self.prompts[here]))
+        """Every measure of each sample [2N], or pair of samples [N], on the CPU. The ranks share the prompts, and every
+        rank gets all of the measures, so that all come to the same conclusions."""
+        accelerator, n = self.run.accelerator, len(self.prompts)
+        size = min(CHUNK, -(-n // accelerator.num_processes))
+        chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        mine = chunks[accelerator.process_index :: accelerator.num_processes]
+        parts = sorted(self.run.gather([(chunk.start, self._look(chunk)) for chunk in mine]))
+        return {name: torch.cat([part[name] for _, part in parts], dim=1).flatten() for name in parts[0][1]}
+
+    @torch.no_grad()
+    def _look(self, chunk: range) -> dict[str, Tensor]:
+        """Every measure of both samples of some prompts: [2, n], or [1, n] of the pair, on the CPU."""
+        prompts = [self.prompts[i] for i in chunk] * 2
+        keys = [(i // len(chunk), prompt) for i, prompt in enumerate(prompts)]
+        images: list[Tensor] = []
+        trained, held_out = [], []
+        for some in drawn(self.backbone, self.sampler, self.cond.at(torch.tensor(chunk).repeat(2)), keys):
+            done = sum(len(x) for x in images)
+            theirs = prompts[done : done + len(some)]
+            images.append(some)
+            trained.append(self.rewards.look(some, theirs))
             if self.scorer is not None:
-                theirs.append(self.scorer.score(images[-1].to(self.device), self.prompts[here]))
-        pixels = torch.cat(images)
-        found = {**look_of(pixels), "trained": torch.cat(scores)}
-        if theirs:
-            found["held_out"] = torch.cat(theirs)
-        return {k: v.float().cpu() for k, v in found.items()}
+                held_out.append(self.scorer.score(some.to(self.device), theirs))
+        found = {**look_of(torch.cat(images)), "trained": torch.cat(trained)}
+        if held_out:
+            found["held_out"] = torch.cat(held_out)
+        return {name: value.float().cpu().reshape(-1, len(chunk)) for name, value in found.items()}
 
     def _warn(self, trainer: Trainer, now: dict[str, Tensor]) -> None:
         """Log the measures and say what is suspicious about them."""
@@ -132,9 +150,6 @@ class Monitor:
         self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
         if "held_out" in now and now["held_out"].mean() > self.best["held_out"].mean():
             self.best = now
-        if self.run.main:
-            looks = {"before": self.before, "best": self.best}
-            write(self.file, json.dumps({n: {k: v.tolist() for k, v in look.items()} for n, look in looks.items()}))
         for line in said:
             self.run.print(f"step {trainer.step}: {line}")
         if said:

@@ -22,9 +22,10 @@ from diffalign.placement import HALVES, Placement, deterministic_only
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
 
-MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "data.num_workers")
+MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "trainer.grad_accum", "data.num_workers")
 MAY_NOT_CHANGE = ("run.seed", "run.deterministic", "hooks.ema_decay")
-"""What a resumed run may set differently from how it began, and what of that it may not."""
+"""What a resumed run may set differently from how it began, and what of that it may not. The checkpoint looks after
+trainer.grad_accum: it may change with the number of processes, so that a turn stays as many micro-batches."""
 
 
 class Run:

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import bootstrap
 
 from diffalign.data import PersonalChoices
-from diffalign.hooks import Checkpoint
+from diffalign.hooks import Checkpoint, in_order
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
 
@@ -38,10 +38,8 @@ def stranger_hooks(
         validate_every: steps between validations on strangers; the last step is always validated
         shots: from how many choices a stranger is fitted; the rest of their choices is predicted
     """
-    hooks: list[Hook] = [Strangers(run, scorer, choices, validate_every, shots)]
-    if checkpoint_every:
-        hooks.insert(0, Checkpoint(run, None, checkpoint_every, keep_checkpoints))
-    return hooks
+    checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
+    return in_order(checkpoint, [Strangers(run, scorer, choices, validate_every, shots)])
 
 
 class Strangers:
@@ -61,7 +59,7 @@ class Strangers:
         self.rows = [row for row in map(json.loads, lines) if row["step"] <= trainer.step]
 
     def after_step(self, trainer: Trainer) -> None:
-        if self.run.main and (trainer.step % self.every == 0 or trainer.step == trainer.steps):
+        if self.run.main and (trainer.step % self.every == 0 or trainer.last):
             self.rows += [self.measure(trainer.step, n) for n in self.shots]
             write(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.run.accelerator.wait_for_everyone()

@@ -141,6 +141,11 @@ class Trainer:
             self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
         self.run.accelerator.end_training()
 
+    @property
+    def last(self) -> bool:
+        """Whether the step just taken is the last one."""
+        return self.step >= self.steps or bool(self.stop)
+
     def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor | float]:
         """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""
         player, accelerator = self.players[turn.player], self.run.accelerator

@@ -186,10 +186,11 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 class Encoder(Protocol):
     """The frozen half of a backbone: pixels to latents and prompts to conditions.
 
-    `fingerprint` changes whenever the weights or settings that decide those outputs change.
+    `fingerprint` changes whenever the weights, settings or dtypes that decide those outputs change.
     """
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w]."""

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
+from diffalign.draws import seeded
+
 FILE = "user_adapter.safetensors"
 """What the export of a run holds; `pipe.load_ip_adapter(export, subfolder="", weight_name=FILE, ...)` reads it."""
 TOKENS = 4
@@ -44,8 +46,7 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
             weight = network.get_submodule(name.removesuffix(".processor")).to_k.weight.detach().float()
             keys[f"{number}.to_k_ip.weight"], keys[f"{number}.to_v_ip.weight"] = weight.clone(), 0 * weight
             number += 2
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         linear, norm = nn.Linear(width, TOKENS * dim), nn.LayerNorm(dim)
         projection = {f"proj.{k}": v.detach() for k, v in linear.state_dict().items()}
         projection |= {f"norm.{k}": v.detach() for k, v in norm.state_dict().items()}

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffalign.data.groups import PreferenceGroups
-from diffalign.hooks import Checkpoint
+from diffalign.hooks import Checkpoint, in_order
 from diffalign.losses import ranking
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
@@ -38,10 +38,8 @@ def scorer_hooks(
         validate_every: steps between validations, step 0 and the last one included; the best weights are exported
         patience: stop after so many validations in a row without a better one; never when left out
     """
-    hooks: list[Hook] = [Validation(run, scorer, validation, validate_every, patience)]
-    if checkpoint_every:
-        hooks.insert(0, Checkpoint(run, None, checkpoint_every, keep_checkpoints))
-    return hooks
+    checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
+    return in_order(checkpoint, [Validation(run, scorer, validation, validate_every, patience)])
 
 
 class Validation:
@@ -65,7 +63,7 @@ class Validation:
             self.measure(0)
 
     def after_step(self, trainer: Trainer) -> None:
-        if trainer.step % self.every and trainer.step != trainer.steps:
+        if trainer.step % self.every and not trainer.last:
             return
         self.measure(trainer.step)
         best = max(range(len(self.rows)), key=lambda k: self.rows[k]["accuracy"])

@@ -229,8 +229,8 @@ def head_to_train(
         seed: of the initial weights
     """
     width = statistics[0].numel() // 3
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would touch every device
+        torch.default_generator.manual_seed(seed)
         made: Head
         if head == "pal":
             settings: Any = {"variant": variant, "distance": distance}

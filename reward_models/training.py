@@ -60,8 +60,8 @@ def clip_to_train(
     if architecture == "playground":
         described, tokenizer = read_config(PLAYGROUND / "hps")["architecture"], str(PLAYGROUND / "hps")
     rule = ImageRule(clip_config(described)["vision_cfg"]["image_size"], resize=resize, **method)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would touch every device
+        torch.default_generator.manual_seed(seed)
         scorer = CLIPScorer(described, rule, weights=weights, tokenizer=tokenizer)
     train_only(scorer, trains)
     return scorer.to(device)
@@ -93,8 +93,8 @@ def blip_to_train(
     described: Any = IMAGE_REWARD if architecture == "published" else architecture
     if architecture == "playground":
         described, tokenizer = read_config(PLAYGROUND / "vp_score")["architecture"], str(PLAYGROUND / "vp_score")
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would touch every device
+        torch.default_generator.manual_seed(seed)
         scorer = BLIPScorer(
             described,
             weights=weights,

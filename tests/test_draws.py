@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
+import pytest
 import torch
 
-from diffalign.draws import Draws
+from diffalign.draws import Draws, seeded
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_draw_depends_on_seed_stream_and_key_only() -> None:
@@ -41,3 +47,39 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 def test_golden_value_never_changes() -> None:
     """A published run must be repeatable with later versions: this value is part of the contract."""
     assert Draws(0).integers([(0, "x")], 0, 10**9, stream="golden").item() == 459049740
+
+
+def test_seeded_leaves_no_trace_and_touches_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's generator and, where asked, the current device's; never every device's."""
+    with seeded(3):
+        inside = torch.rand(4)
+    torch.manual_seed(11)
+    before = torch.rand(4)
+    torch.manual_seed(11)
+    calls: list[str] = []
+    for name, answer in (("get_rng_state", "state"), ("set_rng_state", None), ("manual_seed", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, n=name, a=answer: (calls.append(f"{n}{given}"), a)[1])
+    for name in ("manual_seed_all", "get_rng_state_all", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given, n=name: pytest.fail(f"{n} asks every device"))
+    with pytest.raises(KeyError), seeded(3, torch.device("cuda")):
+        assert torch.equal(torch.rand(4), inside)
+        raise KeyError
+    assert calls == ["get_rng_state()", "manual_seed(3,)", "set_rng_state('state',)"]
+    with seeded(3):
+        assert torch.equal(torch.rand(4), inside)
+    assert torch.equal(torch.rand(4), before)
+    assert len(calls) == 3
+
+
+def test_no_generator_of_a_device_that_is_not_used_is_saved_or_seeded() -> None:
+    """`fork_rng()` without devices saves every GPU's state, `torch.manual_seed` changes every GPU's."""
+    bad = []
+    for package in ("diffalign", "reward_models", "train", "eval"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.Call) or "build" in file.name:  # what built the shipped models, a script
+                    continue
+                called = ast.unparse(node.func)
+                if called == "torch.manual_seed" or (called.endswith("fork_rng") and not node.keywords):
+                    bad.append(f"{file}:{node.lineno} {called}")
+    assert bad == []

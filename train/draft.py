@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> None:
     algorithm = DRaFT(policy, reference, sampler, rewards, **cfg.algorithm)
     players = {"policy": adamw(policy, **cfg.optimizer)}
     monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
-    hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, monitor, **cfg.hooks)
     backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
-    Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))
+    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(prompts))
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     dims = math.prod(backbone.latent_shape(cfg.data["resolution"]))
     algorithm = PPD(policy, reference, noising, dims, pairs.users_of, pairs.users, run.draws, **cfg.algorithm)
     players = {"policy": adamw(policy, **cfg.optimizer)}
-    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
+    package = UserPackage(run, backbone, pairs.users)
+    hooks = standard_hooks(run, backbone, cfg.data["resolution"], package=package, **cfg.hooks)
     backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
     loader = run.loader(pairs)
     if pairs.draws_per_sample:
         algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
-    hooks.append(UserPackage(run, backbone, pairs.users))
     Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
 
 

@@ -15,13 +15,14 @@ Differs from the released codes:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm, Turn
-from diffalign.draws import Draws
+from diffalign.draws import Draws, seeded
 from diffalign.losses import ranking
 from diffalign.types import GroupBatch, Metrics
 
@@ -69,9 +70,8 @@ class RewardTraining(Algorithm):
     def _logits(self, batch: GroupBatch) -> Tensor:
         """[N, A] in float32, with dropout as a pure function of the keys."""
         self.scorer.train(self.dropout)
-        with torch.random.fork_rng(enabled=self.dropout):
-            if self.dropout:
-                torch.manual_seed(int(self.draws.integers([tuple(batch.keys)], 0, 2**62, stream="dropout")))
+        seed = int(self.draws.integers([tuple(batch.keys)], 0, 2**62, stream="dropout")) if self.dropout else 0
+        with seeded(seed, batch.pixels.device) if self.dropout else nullcontext():
             return self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
 
     def verdict(self, recent: Mapping[str, float]) -> str:

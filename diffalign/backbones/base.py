@@ -16,12 +16,16 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from diffalign.backbones.whole import save_whole
 from diffalign.lora import lora_layers
 from diffalign.placement import autocast
 from diffalign.reference import frozen
 from diffalign.schedule import FlowSchedule, Schedule, VPSchedule
 from diffalign.types import Cond
 from diffalign.user_adapter import has_user_adapter, save_adapter
+
+DECODED_PIXELS = 4 * 512 * 512
+"""How many the autoencoder decodes at a time where no gradient is wanted."""
 
 
 class Denoiser(nn.Module, ABC):
@@ -50,7 +54,7 @@ class Source(NamedTuple):
     """What a backbone is made from.
 
     path                 the diffusers folder
-    fingerprint          of its encoders
+    fingerprint          of its encoders' files and settings
     device               where everything goes
     dtype                of the autoencoder and the text encoders, which never train
     network_dtype        of the network
@@ -74,9 +78,9 @@ class Backbone(ABC):
 
     denoiser     the trainable network
     schedule     its noise schedule
-    fingerprint  changes with the weights and settings that decide latents and text embeddings
     path         the diffusers folder it came from
     dtype        of the weights that never train
+    index        model_index.json: which parts there are
     scheduler_config  of the stock pipeline's scheduler; change it and what is exported samples by another one
 
     A family says what its parts are: the classes of the pipeline and of the network, the network's name in the
@@ -94,18 +98,24 @@ class Backbone(ABC):
 
     def __init__(self, source: Source):
         self.source = source
-        self.path, self.fingerprint, self.device, self.dtype = source[:4]
+        self.path, self.device, self.dtype = source.path, source.device, source.dtype
         self.vae_config = self._json("vae/config.json")
         self.scheduler_config = self._json("scheduler/scheduler_config.json")
         self.vae_dtype = self.dtype
-        index = self._json("model_index.json")
+        self.index = self._json("model_index.json")
         # A folder may leave an encoder out: its entry is then null, even where its files lie there.
         self._tokenizers = {
             name: tokenizer.from_pretrained(self.path, subfolder=tokenizer_of(name))
             for name, (_, tokenizer) in self.text_classes.items()
-            if index.get(name, [None])[0] is not None
+            if self.index.get(name, [None])[0] is not None
         }
         self._parts: dict[str, Any] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the weights, the settings and the dtypes that decide latents and text embeddings."""
+        dtypes = (str(dtype).removeprefix("torch.") for dtype in (self.vae_dtype, self.dtype))
+        return "-".join([self.source.fingerprint, *dtypes])
 
     def _json(self, name: str) -> Any:
         return json.loads((self.path / name).read_text())
@@ -171,9 +181,16 @@ class Backbone(ABC):
         return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1], differentiable."""
+        """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1], differentiable.
+
+        Without gradients a few are decoded at a time: an image of 1024 pixels takes some 3 GB while it is decoded.
+        """
+        size = len(latents)
+        if not torch.is_grad_enabled():
+            size = max(1, DECODED_PIXELS // (self.factor**2 * latents.shape[2] * latents.shape[3]))
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        return (self.vae.decode(latents.to(self.vae_dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+        parts = [self.vae.decode(some.to(self.vae_dtype)).sample.float() for some in latents.split(size)]
+        return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     @property
     def factor(self) -> int:
@@ -185,11 +202,21 @@ class Backbone(ABC):
         """How many latents wide the smallest piece is that the network can take."""
         return 1
 
+    @property
+    def smallest(self) -> int:
+        """How many pixels wide the smallest piece of an image is that the model draws."""
+        return self.factor * self.patch
+
+    @property
+    @abstractmethod
+    def prompt_widths(self) -> tuple[int, int | None]:
+        """Numbers in the embedding of a token that the network reads, and in the pooled one, None without."""
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image of `resolution` pixels. ValueError where it does not divide."""
-        if resolution % (self.factor * self.patch):
+        if resolution % self.smallest:
             raise ValueError(
-                f"'data.resolution' = {resolution} is not a multiple of {self.factor * self.patch}, the pixels of the "
+                f"'data.resolution' = {resolution} is not a multiple of {self.smallest}, the pixels of the "
                 "smallest piece of an image that this model draws"
             )
         return self.vae_config["latent_channels"], resolution // self.factor, resolution // self.factor
@@ -201,16 +228,27 @@ class Backbone(ABC):
         Those of DDIM or flow Euler, with the spacing, offset and shift of the pipeline's scheduler.
         """
 
-    def pipeline(self, network: Any) -> Any:
-        """The stock diffusers pipeline around `network`, sharing the encoders of this backbone."""
-        parts: dict[str, Any] = {self.network_name: network, "vae": self.vae}
-        for name in self.text_classes:  # diffusers loads a folder without T5 only when told None
-            parts[name] = self.text_encoder(name) if name in self._tokenizers else None
-            parts[tokenizer_of(name)] = self._tokenizers.get(name)
-        scheduler = getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
-        pipeline = self.pipeline_class.from_pretrained(self.path, scheduler=scheduler, **parts, **self.left_out)
+    @property
+    def text_parts(self) -> list[str]:
+        """The names in the pipeline of its text encoders and their tokenizers."""
+        return [part for name in self.text_classes for part in (name, tokenizer_of(name))]
+
+    def pipeline(self, network: Any, *, text: bool = True) -> Any:
+        """The stock diffusers pipeline around `network`, sharing the other parts of this backbone.
+
+        Without `text` no text encoder is loaded, and calls take `prompt_embeds`.
+        """
+        parts: dict[str, Any] = dict.fromkeys(self.text_parts) | {self.network_name: network, "vae": self.vae}
+        for name, tokenizer in self._tokenizers.items() if text else ():
+            parts |= {name: self.text_encoder(name), tokenizer_of(name): tokenizer}
+        parts |= {"scheduler": self.scheduler(), **self.left_out}
+        pipeline = self.pipeline_class.from_pretrained(self.path, **parts)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def scheduler(self) -> Any:
+        """The stock pipeline's, by `scheduler_config`."""
+        return getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] as the `latents` argument of the stock pipeline takes them."""
@@ -223,7 +261,7 @@ class Backbone(ABC):
             save_adapter(network, folder)
             return
         if not lora_layers(network):
-            self.pipeline(network).save_pretrained(folder)
+            save_whole(self, folder)
             return
         layers = {f"{self.network_name}_lora_layers": get_peft_model_state_dict(network)}
         # Without the metadata a loader takes the rank for alpha.

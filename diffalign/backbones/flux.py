@@ -79,6 +79,11 @@ class FluxBackbone(FlowBackbone):
         super().__init__(source)
         self.denoiser = FluxDenoiser(self._network(), source.guidance_embedding)
 
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        config = self.denoiser.network.config
+        return config.joint_attention_dim, config.pooled_projection_dim
+
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         tokens = self._read("text_encoder_2", prompts, self.source.max_sequence_length)[0]
         return Cond(tokens.float(), self._read("text_encoder", prompts).pooler_output.float())

@@ -41,5 +41,9 @@ class SDBackbone(UNetBackbone):
         self.scheduler_config |= {"steps_offset": 1, "clip_sample": False}
         self.denoiser = SDDenoiser(self._network())
 
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        return self.denoiser.network.config.cross_attention_dim, None
+
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         return Cond(self._read("text_encoder", prompts)[0].float())

@@ -58,6 +58,11 @@ class SD3Backbone(FlowBackbone):
         super().__init__(source)
         self.denoiser = SD3Denoiser(self._network())
 
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        config = self.denoiser.network.config
+        return config.joint_attention_dim, config.pooled_projection_dim
+
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         tokens, outputs = self._read_clip_pair(prompts)
         length, width = self.source.max_sequence_length, self.denoiser.network.config.joint_attention_dim

@@ -66,6 +66,12 @@ class SDXLBackbone(UNetBackbone):
             self.vae_dtype = torch.float32
         self.denoiser = SDXLDenoiser(self._network(), self.factor)
 
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        config = self.denoiser.network.config  # the rest of the added embedding are six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return config.cross_attention_dim, pooled
+
     def encode_text(self, prompts: Sequence[str]) -> Cond:
         tokens, outputs = self._read_clip_pair(prompts)
         return Cond(tokens, pooled=outputs[1].text_embeds.float())

@@ -37,7 +37,7 @@ class Person(Judge):
         if kind in PROTOTYPES:
             self.weights = torch.tensor([float(kind == x) for x in PROTOTYPES])
         else:  # a Dirichlet(0.3) is three gammas over their sum; torch draws those with its global generator only
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.random.set_rng_state(Draws(0).generator(name, "person").get_state())
                 self.weights = torch.distributions.Dirichlet(torch.full((len(PROTOTYPES),), 0.3)).sample()
         self.ideal = self.weights @ torch.tensor(list(PROTOTYPES.values()))

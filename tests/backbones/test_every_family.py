@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,63 @@ def test_frozen_parts_load_when_used_and_leave_when_released(load: Load) -> None
     backbone.release()
     assert not backbone._parts
     assert torch.equal(backbone.encode_text([PROMPT]).tokens, before.tokens)
+
+
+def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_path: Path) -> None:
+    """What one dtype encoded is not read by another: each has its own entries, and the second run encodes its own."""
+    from PIL import Image
+
+    from diffalign.data import ImageRef, LatentCache
+
+    image = ImageRef(str(tmp_path / "image.png"))
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(image.path)
+    read, names = {}, set()
+    for dtype in ("fp32", "bf16", "fp16", "fp32"):
+        backbone = load(dtype=dtype, lora_rank=2)
+        cache = LatentCache(tmp_path / "cache", backbone, 32)
+        (seen,) = cache.add_images([image])
+        cache.add_prompts([PROMPT])
+        latent = cache.latents([seen.digest]).read(0)["latent"].float()
+        assert torch.equal(latent, read.setdefault(dtype, latent))
+        names.add(backbone.fingerprint)
+    assert len(names) == 3
+    assert not torch.equal(read["fp32"], read["bf16"])
+    assert {p.name for p in (tmp_path / "cache").iterdir()} == names
+
+
+def test_many_latents_are_decoded_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in memory at a time is bounded in pixels, whoever decodes; with gradients nothing is cut."""
+    backbone = load()
+    latents = torch.randn(5, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+    decode = backbone.vae.decode
+    monkeypatch.setattr(backbone.vae, "decode", lambda z: (sizes.append(len(z)), decode(z))[1])
+    with torch.no_grad():
+        whole = backbone.decode(latents)
+        monkeypatch.setattr("diffalign.backbones.base.DECODED_PIXELS", 2 * 32 * 32 + 1)
+        parts = backbone.decode(latents)
+        monkeypatch.setattr("diffalign.backbones.base.DECODED_PIXELS", 1)
+        backbone.decode(latents)
+    backbone.decode(latents.requires_grad_()).mean().backward()
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1, 5]
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    assert latents.grad is not None
+
+
+def test_samples_are_drawn_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample grid and the monitor: the same images, however many at a time."""
+    from types import SimpleNamespace
+
+    from diffalign.draws import Draws
+    from diffalign.sample_grid import drawn
+    from diffalign.sampler import Sampler
+
+    backbone, prompts = load(), [PROMPT, "large blue square on black", "red cross on white"]
+    sampler = Sampler(backbone, Draws(0), 32, steps=2, law="deterministic")
+    cond = backbone.encode_text(prompts)
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext))
+    (whole,) = drawn(run, backbone, sampler, cond, prompts)
+    monkeypatch.setattr("diffalign.sample_grid.PIXELS", 2 * 32 * 32)
+    parts = list(drawn(run, backbone, sampler, cond, prompts))
+    assert [len(part) for part in parts] == [2, 1] and not whole.requires_grad
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=0)

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffalign import hooks
+from diffalign import sample_grid
 from diffalign.draws import Draws
 from diffalign.playground import STUDENTS
 
@@ -96,7 +96,7 @@ def test_the_runs_own_samples_come_out_of_stock_diffusers(
 ) -> None:
     """The last sample grid of a few-step run, to 1e-4, from its export with the model's few-step scheduler."""
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(hooks, "save_image", lambda images, file, **settings: drawn.append(images))
+    monkeypatch.setattr(sample_grid, "save_image", lambda images, file, **settings: drawn.append(images))
     settings = [f"run.folder={tmp_path / 'run'}", "data.batch_size=4", "trainer.steps=2", "data.limit=8", *DARK]
     settings += ["hooks.sample_every=2", "hooks.checkpoint_every=0", "hooks.verify_export=true", "optimizer.lr=1e-2"]
     wanted = ["small red circle on white", "large blue square left on black"]

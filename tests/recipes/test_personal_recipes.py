@@ -104,7 +104,7 @@ def test_from_choices_to_images(
     recipe("ppd", "--config=playground", *settings, "data.limit=40", *BARE)
     assert "verified in a fresh process" in capsys.readouterr().out
     export = run / "export"
-    assert {p.name for p in export.iterdir()} == {FILE, "users.safetensors", "README.md"}
+    assert {p.name for p in export.iterdir()} == {FILE, "users.safetensors", "README.md", "verify.json"}
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first["policy/margin"] == pytest.approx(0, abs=1e-6)
 
