@@ -22,7 +22,7 @@ class SDDenoiser(Denoiser):
         self.network = network
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """[B, C, h, w], t [B] int64 in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
+        """[B, C, h, w], t [B] in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
         dtype = self.network.dtype
         return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype))
 

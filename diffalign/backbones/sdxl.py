@@ -32,7 +32,7 @@ class SDXLDenoiser(Denoiser):
         self.network, self.factor = network, factor
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """[B, C, h, w], t [B] int64 in [0, 999], tokens [B, L, D], pooled [B, P], size [B, 6] or None -> [B, C, h, w].
+        """[B, C, h, w], t [B] in [0, 999], tokens [B, L, D], pooled [B, P], size [B, 6] or None -> [B, C, h, w].
 
         The result is float32. Raises ValueError for a cond without pooled embedding.
         """

