@@ -113,9 +113,9 @@ class Session:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def run(self, keys: Sequence[str], scratch: Path, module: str = "gpu_cases") -> None:
-        """Run the cases, in their own order. `module` holds `run`, which the worker calls."""
-        worker = Worker(scratch / "worker.log")
+    def run(self, keys: Sequence[str], scratch: Path, logs: Path) -> None:
+        """Run the cases, in their own order; models and data lie in `scratch`, what is printed in `logs`."""
+        worker = Worker(logs / "worker.log")
         sizes = sorted({CASES[key].settings["size"] for key in keys if "size" in CASES[key].settings})
         jobs: list[tuple[str, Job]] = []
 
@@ -123,12 +123,12 @@ class Session:
             case = CASES[key]
             self.begin(key)
             if key in TOGETHER:
-                jobs.append((key, TOGETHER[key](scratch, seconds, self.tiny)))
+                jobs.append((key, TOGETHER[key](scratch, logs, seconds, self.tiny)))
                 return
             place = {"scratch": scratch, "tiny": self.tiny, "matmul": self.found("matmul", "ours")}
             place["until"] = time.monotonic() + seconds
             settings = {**case.settings, **({"sizes": sizes} if key == "prepare" else {})}
-            jobs.append((key, worker.ask(f"{module}:run", seconds, case=case.run, place=place, **settings)))
+            jobs.append((key, worker.ask("gpu_cases:run", seconds, case=case.run, place=place, **settings)))
 
         try:
             early = [key for key in keys if key in (*TOGETHER, "prepare")]
@@ -222,6 +222,7 @@ def main() -> int:
     parser.add_argument(
         "--commit", default=commit(), help="written beside the results; what git says where there is git"
     )
+    parser.add_argument("--logs", type=Path, help="folder for what the cases print; not kept when left out")
     args = parser.parse_args()
     if args.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -238,7 +239,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     session = Session(out, device, args.seconds, args.commit, args.tiny)
     with tempfile.TemporaryDirectory() as scratch:
-        session.run([key for key in CASES if not args.only or key in args.only], Path(scratch))
+        (args.logs or Path(scratch)).mkdir(parents=True, exist_ok=True)
+        session.run([k for k in CASES if not args.only or k in args.only], Path(scratch), args.logs or Path(scratch))
     wrong = [f"{r['case']}: {r['error']}" for r in session.rows.values() if "error" in r]
     print(f"{len(session.rows) - len(wrong)} cases in '{out}'", *wrong, sep="\n", file=sys.stderr)
     return int(any("skipped" not in line for line in wrong))

@@ -108,15 +108,18 @@ def serve(pipe: Any, log: str) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """What a traceback ends with, and the line of code where it happened."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    """What a traceback ends with, and where: the innermost line of this repository, else of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames[1:] if f.filename.startswith(str(ROOT))]  # the first is the worker's
+    where = (ours or frames)[-1]
     first = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
     return f"{first[:300]} ({Path(where.filename).name}:{where.lineno})"
 
 
-def command(words: list[str], seconds: float, log: Path, **environment: str | None) -> Job:
-    """Run a program in the root of the repository; ends with `code` (None when it was stopped) and its `output`."""
-    env = {k: v for k, v in (os.environ | environment).items() if v is not None}
+def command(words: list[str], seconds: float, log: Path, **environment: str) -> Job:
+    """Run a program in the root of the repository; ends with its `output`, and where it failed or took too long with an
+    `error` and the `tail` of the output."""
+    env = {**os.environ, **environment}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))  # it need not be installed
     with log.open("w") as file:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, preexec_fn=os.setpgrp)
@@ -124,7 +127,12 @@ def command(words: list[str], seconds: float, log: Path, **environment: str | No
     try:
         while process.poll() is None and time.monotonic() < end:
             yield {}
-        yield {"code": process.poll(), "output": log.read_text(errors="replace")}
+        found: Found = {"output": log.read_text(errors="replace")}
+        if process.poll() is None:
+            found["error"] = f"stopped after {seconds:.0f} s"
+        elif code := process.poll():
+            found["error"] = f"exit code {code}"
+        yield found | ({"tail": found["output"][-TAIL:]} if "error" in found else {})
     finally:
         kill_group(process.pid)
         process.wait()
@@ -135,22 +143,14 @@ def kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def device_tests(scratch: Path, seconds: float, tiny: bool) -> Job:
+def device_tests(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
     """tests/device, on the card in full or half precision as each test says; on a CPU on the pretend accelerator."""
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     words = [sys.executable, "-m", "pytest", "tests/device", "-v", "--tb=short", "-p", "no:cacheprovider", *parallel]
     device = {} if tiny else {"DIFFALIGN_TEST_DEVICE": "cuda"}
-    for found in command([*words, "-o", "addopts=--import-mode=importlib"], seconds, scratch / "tests.log", **device):
-        if "code" not in found:
-            yield {}
-            continue
-        result = counts(found["output"])
-        if found["code"] != 0:
-            said = (
-                f"stopped after {seconds:.0f} s" if found["code"] is None else f"pytest's exit code is {found['code']}"
-            )
-            result |= {"error": said, "tail": found["output"][-TAIL:]}
-        yield result
+    for found in command([*words, "-o", "addopts=--import-mode=importlib"], seconds, logs / "tests.log", **device):
+        output = found.pop("output", None)
+        yield found if output is None else counts(output) | found
 
 
 def counts(output: str) -> Found:
@@ -170,16 +170,12 @@ OUTCOME = re.compile(
 )
 
 
-def demo(scratch: Path, seconds: float, tiny: bool) -> Job:
+def demo(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
     """`diffalign demo`, whole: its seconds and the win rate it found."""
     out = scratch / "demo"
     words = [sys.executable, "-m", "diffalign.cli", "demo", "--out", str(out)]
-    for found in command(words, seconds, scratch / "demo.log"):
-        if "code" not in found:
-            yield {}
-        elif found["code"] == 0:
+    for found in command(words, seconds, logs / "demo.log"):
+        if found.pop("output", None) is not None and "error" not in found:
             summary = json.loads((out / "summary.json").read_text())
-            yield {"ours": summary["seconds"], "win_rate": summary["win_rate"]}
-        else:
-            said = f"stopped after {seconds:.0f} s" if found["code"] is None else f"exit code {found['code']}"
-            yield {"error": said, "tail": found["output"][-TAIL:]}
+            found = {"ours": summary["seconds"], "win_rate": summary["win_rate"]}
+        yield found

@@ -88,33 +88,30 @@ def pipeline_folder(name: str, scratch: Path, device: torch.device) -> Path:
     folder = scratch / name.replace(", ", "-")
     if not folder.exists():
         torch.manual_seed(0)
-        with torch.device(device):
-            pipeline = _pipeline(SIZES[name])
         made = folder.with_suffix(".tmp")
         shutil.rmtree(made, ignore_errors=True)  # of a process that was stopped
-        pipeline.to(torch.bfloat16).save_pretrained(made)
+        _pipeline(SIZES[name], device).save_pretrained(made)
         os.replace(made, folder)
     return folder
 
 
-def _pipeline(size: Size) -> Any:
-    """The stock pipeline around random parts; a part is made in float32, so one after the other becomes bfloat16."""
+def _pipeline(size: Size, device: torch.device) -> Any:
+    """The stock pipeline around random networks in bfloat16; only these are made on the device."""
     words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
     words.model_max_length = 77
     count = len(size.vae["block_out_channels"])
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(**size.unet).to(torch.bfloat16),
-        "vae": AutoencoderKL(**size.vae, **blocks, latent_channels=4).to(torch.bfloat16),
-        "tokenizer": words,
-        "text_encoder": _text(size.texts[0], CLIPTextModel, words),
-    }
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device(device):  # made in float32, so each becomes bfloat16 before the next one is there
+        parts: dict[str, Any] = {"unet": UNet2DConditionModel(**size.unet).to(torch.bfloat16)}
+        parts["vae"] = AutoencoderKL(**size.vae, **blocks, latent_channels=4).to(torch.bfloat16)
+        parts |= {name: _text(shape, kinds[name], words) for name, shape in zip(kinds, size.texts, strict=False)}
+    parts["tokenizer"] = words
     if len(size.texts) == 1:
         none: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return StableDiffusionPipeline(**parts, scheduler=PNDMScheduler(**LEVELS, skip_prk_steps=True), **none)
-    parts["text_encoder_2"] = _text(size.texts[1], CLIPTextModelWithProjection, words)
-    parts["scheduler"] = EulerDiscreteScheduler(**LEVELS, timestep_spacing="leading")
-    return StableDiffusionXLPipeline(**parts, tokenizer_2=words, add_watermarker=False)
+    scheduler = EulerDiscreteScheduler(**LEVELS, timestep_spacing="leading")
+    return StableDiffusionXLPipeline(**parts, tokenizer_2=words, scheduler=scheduler, add_watermarker=False)
 
 
 def _text(shape: tuple[int, int, int], kind: Any, words: Any) -> Any:

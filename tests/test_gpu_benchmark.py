@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -61,7 +63,7 @@ gpu.CASES.update(TOY)
 if __name__ == "__main__":
     if sys.argv[1].startswith("--"):
         sys.exit(gpu.main())
-    gpu.Session(Path(sys.argv[-1]), "a card", 120, "abc").run(list(TOY), Path(sys.argv[1]))
+    gpu.Session(Path(sys.argv[-1]), "a card", 120, "abc").run(list(TOY), *[Path(sys.argv[1])] * 2)
 """
 
 
@@ -189,7 +191,7 @@ def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path:
     words = ["sh", "-c", "echo $DEVICE; sleep 60 & echo $!; wait"]
     *_, found = benchmark("gpu_jobs").command(words, 1, tmp_path / "log", DEVICE="cuda")
     device, pid = found["output"].split()
-    assert device == "cuda" and found["code"] is None
+    assert device == "cuda" and found["error"] == "stopped after 1 s" and found["tail"] == found["output"]
     stat = Path("/proc", pid, "stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
 
@@ -224,6 +226,55 @@ def test_the_busy_share_counts_kernels_that_overlap_once(benchmark: Any) -> None
 
     events = [event(10e6, 14e6), event(0, 2e6), event(1e6, 3e6), event(11e6, 12e6), event(0, 50e6, annotation=True)]
     assert benchmark("measuring").busy_seconds([*events, event(0, 60e6, DeviceType.CPU)]) == 3 + 4
+
+
+def test_on_a_gpu_steps_are_timed_by_events_and_memory_counts_from_fresh(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.cuda in the place of which a clock stands that gives every event 50 ms, and 3, then 7 GB of memory."""
+    measuring = benchmark("measuring")
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+            Event.made += 1
+            self.at = 50.0 * Event.made
+
+        def record(self) -> None:
+            pass
+
+        def elapsed_time(self, later: Event) -> float:
+            return later.at - self.at
+
+    class Profile(nullcontext):
+        def __init__(self, activities: list[ProfilerActivity]):
+            super().__init__(self)
+            assert activities == [ProfilerActivity.CUDA]
+
+        def events(self) -> list[Any]:
+            return []
+
+    cuda = {"memory_allocated": 3 << 30, "max_memory_allocated": 7 << 30, "synchronize": None}
+    cuda |= {"empty_cache": None, "reset_peak_memory_stats": None}
+    for name, value in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(measuring, "profile", Profile)
+    found: dict[str, Any] = {}
+    device = torch.device("cuda")
+    measuring.fresh(device)
+    until = time.monotonic() + 60
+    for _ in measuring.watch(lambda **x: found.update(x), "ours", 8, device, matmul=1e-9, inside_until=until):
+        torch.ones(4, 4) @ torch.ones(4, 4)
+    share = 2 * 4**3 / 1e12 / 0.05 / 1e-9
+    assert found == {
+        "ours": 160.0,
+        "peak_gb_ours": 4.0,
+        "gpu_busy": 0.0,
+        "matmul_share": pytest.approx(share, rel=1e-3),
+    }
 
 
 @pytest.fixture
