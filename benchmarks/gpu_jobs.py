@@ -49,9 +49,9 @@ class Worker:
             self.process = context.Process(target=serve, args=(theirs, str(self.log)))
             self.process.start()
             theirs.close()
-        self.pipe.send((function, settings))
         end, done = time.monotonic() + seconds, False
         try:
+            self.pipe.send((function, settings))
             while time.monotonic() < end:
                 if not self.pipe.poll():
                     yield {}

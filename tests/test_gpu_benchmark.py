@@ -86,6 +86,16 @@ def rows(file: Path) -> dict[str, Any]:
     return {row["case"]: row for row in json.loads(file.read_text())} if file.exists() else {}
 
 
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended may wait for its parent to hear of it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return not done.stdout.startswith("Z") and bool(done.stdout.strip())
+
+
 def test_a_case_that_fails_dies_or_hangs_is_recorded_and_the_rest_runs(driver: Path, tmp_path: Path) -> None:
     out = tmp_path / "gpu.json"
     words = [sys.executable, str(driver), str(tmp_path), str(out)]
@@ -127,8 +137,7 @@ def test_stopping_loses_nothing(driver: Path, tmp_path: Path, how: signal.Signal
     if how == signal.SIGKILL:
         os.kill(pid, signal.SIGKILL)
     else:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+        assert not alive(pid)
 
 
 def test_rows_of_an_earlier_call_stay_until_their_case_has_found_something(tmp_path: Path, benchmark: Any) -> None:
@@ -189,11 +198,13 @@ def test_tests_are_counted_from_what_pytest_has_printed_so_far(output: str, benc
 
 def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path: Path, benchmark: Any) -> None:
     words = ["sh", "-c", "echo $DEVICE; sleep 60 & echo $!; wait"]
-    *_, found = benchmark("gpu_jobs").command(words, 1, tmp_path / "log", DEVICE="cuda")
+    *_, found = benchmark("gpu_jobs").command(words, 2, tmp_path / "log", DEVICE="cuda")
     device, pid = found["output"].split()
-    assert device == "cuda" and found["error"] == "stopped after 1 s" and found["tail"] == found["output"]
-    stat = Path("/proc", pid, "stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert device == "cuda" and found["error"] == "stopped after 2 s" and found["tail"] == found["output"]
+    until = time.monotonic() + 20
+    while alive(int(pid)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(int(pid))
 
 
 def test_a_watch_takes_the_steps_it_says_and_reports_at_once(benchmark: Any) -> None:
