@@ -1,0 +1,223 @@
+"""The cases of benchmarks/gpu.py that run in its worker process: each reports what it has found as soon as it knows.
+
+Ours is the recipe's own `main` with the shipped config of a real size, left once enough steps were measured; nothing
+of it is rebuilt here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import scoring as scoring_loops
+import torch
+from measuring import fresh, matmul_rate, significant, watch
+from random_models import SIZES, pipeline_folder, playground_pairs, vit_h, vit_tiny
+from released_step import released_step
+
+from diffalign import launch
+from diffalign.playground.world import captions
+from diffalign.trainer import Trainer
+from reward_models.scoring import score_files
+
+Report = Callable[..., None]
+QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]
+ENDLESS = ["trainer.steps=1000000000", "trainer.grad_accum=1", "run.mixed_precision=bf16", "backbone.dtype=bf16"]
+PAIRS = {"sd15": 32, "sdxl": 8}
+"""Pairs on disk: enough for an epoch of some steps, few enough to be encoded in seconds."""
+WORKERS = 8
+PROMPTS = 16
+
+
+class Place(NamedTuple):
+    """What every case gets: where files are kept, whether models are tiny, when it has to be over by `time.monotonic`,
+    and the measured matmul rate."""
+
+    scratch: Path
+    tiny: bool
+    until: float
+    matmul: float | None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.tiny else "cuda")
+
+    def ours(self, report: Report, amount: float, *, part: float = 4, **counts: int) -> Iterator[None]:
+        """Watches our side, timed for a part of the time that is left at most."""
+        limits: Any = {"seconds": (self.until - time.monotonic()) / part, "inside_until": self.until}
+        return watch(report, "ours", amount, self.device, **counts, **limits, matmul=self.matmul)
+
+    def baseline(self, report: Report, amount: float, *, part: float = 2, **counts: int) -> Iterator[None]:
+        """Watches the other side."""
+        seconds = (self.until - time.monotonic()) / part
+        return watch(report, "baseline", amount, self.device, **counts, seconds=seconds)
+
+    def size(self, name: str) -> str:
+        return f"{name}, tiny" if self.tiny else name
+
+    def resolution(self, name: str) -> int:
+        return SIZES[self.size(name)].resolution
+
+    def pipeline(self, name: str) -> Path:
+        return pipeline_folder(self.size(name), self.scratch, self.device)
+
+    def pairs(self, name: str) -> Path:
+        return playground_pairs(self.scratch / f"pairs-{name}", self.resolution(name), PAIRS[name])
+
+
+def prepare(report: Report, place: Place, sizes: Sequence[str]) -> None:
+    """Make models and pairs of these sizes, while nothing is timed."""
+    started = time.perf_counter()
+    for name in sizes:
+        place.pairs(name)
+        place.pipeline(name)
+    fresh(place.device)
+    report(ours=round(time.perf_counter() - started, 1))
+
+
+def matmul(report: Report, place: Place) -> None:
+    report(ours=significant(matmul_rate(place.device, 256 if place.tiny else 8192)))
+
+
+def pairs(
+    report: Report,
+    place: Place,
+    *,
+    size: str,
+    rank: int,
+    batch: int,
+    config: str,
+    more: Sequence[str] = (),
+    baseline: bool = True,
+    warmup: int = 3,
+    steps: int = 10,
+) -> None:
+    """Diffusion-DPO on pairs by train/diffusion_dpo.py, and the released step on the same ones."""
+    settings = [f"data.draws_per_sample={2 if size == 'sd15' else 1}", f"backbone.lora_rank={rank}", *more]
+    recipe(place, place.ours(report, batch, warmup=warmup, steps=steps), "diffusion_dpo", config, size, batch, settings)
+    if not baseline:
+        return
+    fresh(place.device)
+    options = {"checkpointing": size == "sdxl", "half": torch.bfloat16, "workers": 0 if place.tiny else WORKERS}
+    files = place.pipeline(size), place.pairs(size)
+    step = released_step(*files, place.resolution(size), batch, rank, place.device, **options)
+    for _ in place.baseline(report, batch, warmup=warmup, steps=steps):
+        step()
+
+
+def algorithm(
+    report: Report,
+    place: Place,
+    *,
+    name: str,
+    config: str,
+    size: str,
+    batch: int,
+    more: Sequence[str] = (),
+    warmup: int = 1,
+    steps: int = 4,
+) -> None:
+    """A few steps of another recipe, which has no baseline."""
+    settings = [value.format(pipeline=place.pipeline(size)) for value in more]
+    recipe(place, place.ours(report, batch, warmup=warmup, steps=steps), name, config, size, batch, settings)
+
+
+def recipe(
+    place: Place, watching: Iterator[None], name: str, config: str, size: str, batch: int, settings: Sequence[str]
+) -> None:
+    """Run train/<name>.py on a model of random weights, with every training step watched, until that is over."""
+    main = runpy.run_path(str(launch.find("train", name)))["main"]
+    data = place.pairs(size) if name in ("diffusion_dpo", "inpo") else _prompts(place.scratch / "prompts.txt")
+    online = data.suffix == ".txt"
+    here = [f"backbone.path={place.pipeline(size)}", f"data.path={data}", f"data.cache={place.scratch / 'cache'}"]
+    here += [f"data.batch_size={batch}", f"data.resolution={place.resolution(size)}"]
+    if online:
+        here += [f"reward.scorers=[random_models:{'vit_tiny' if place.tiny else 'vit_h'}]", "reward.dtype=bf16"]
+    elif place.tiny:
+        here.append("data.num_workers=0")
+    quiet = QUIET if online else QUIET[:-1]
+    with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
+        fresh(place.device)
+        argv = [f"--config={config}", f"run.folder={folder}/run", *quiet, *ENDLESS, *here, *settings]
+        watched(watching, lambda: main(argv))
+
+
+class Measured(Exception):
+    """Enough steps were measured: leaves the recipe, so that no export is written."""
+
+
+class Clock:
+    """A hook that counts a training step as one turn of a `watch`."""
+
+    def __init__(self, watching: Iterator[None]):
+        self.watching = watching
+
+    def start(self, trainer: Trainer) -> None:
+        next(self.watching)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if next(self.watching, Measured) is Measured:
+            raise Measured
+
+    def end(self, trainer: Trainer) -> None:
+        raise AssertionError("the recipe ended before its steps were measured")
+
+
+def watched(watching: Iterator[None], run: Callable[[], Any]) -> None:
+    """Run a recipe whose trainer has one hook more, the clock, behind its own."""
+    fit = Trainer.fit
+
+    def timed(self: Trainer, loader: Any) -> None:
+        self.hooks = [*self.hooks, Clock(watching)]
+        fit(self, loader)
+
+    Trainer.fit = timed  # type: ignore[method-assign]
+    try:
+        run()
+    except Measured:
+        pass
+    finally:
+        Trainer.fit = fit  # type: ignore[method-assign]
+        watching.close()  # type: ignore[attr-defined]
+
+
+def _prompts(file: Path) -> Path:
+    file.write_text("\n".join(captions(PROMPTS, held_out=False)) + "\n")
+    return file
+
+
+def scoring(report: Report, place: Place, *, images: int) -> None:
+    """`reward-score` with ViT-H-14 on files, and the published loop that takes one at a time."""
+    scorer = (vit_tiny() if place.tiny else vit_h()).to(place.device).eval().requires_grad_(False)
+    prompts = scoring_loops.make_prompts(images)
+    with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
+        files = scoring_loops.make_images(Path(folder), images)
+        fresh(place.device)
+        for _ in place.ours(report, images, warmup=1, steps=3):
+            scorer.forget()
+            score_files(scorer, files, prompts)
+        fresh(place.device)
+        scoring_loops.baseline(scorer, files[:2], prompts[:2], place.device)
+        for _ in place.baseline(report, images, warmup=0, steps=3):
+            scoring_loops.baseline(scorer, files, prompts, place.device)
+
+
+def xformers(report: Report, place: Place, **settings: Any) -> None:
+    """The LoRA step with xformers' attention."""
+    if importlib.util.find_spec("xformers") is None:
+        report(error="skipped: xformers is not installed")
+        return
+    pairs(report, place, more=["backbone.attention=xformers"], baseline=False, **settings)
+
+
+RUNS = {function.__name__: function for function in (prepare, matmul, pairs, algorithm, scoring, xformers)}
+
+
+def run(report: Report, case: str, place: dict[str, Any], **settings: Any) -> None:
+    """What the worker of benchmarks/gpu.py calls: one of RUNS at a Place."""
+    RUNS[case](report, Place(**place), **settings)  # type: ignore[operator]

@@ -1,0 +1,181 @@
+"""How benchmarks/gpu.py runs things: each job is a generator that yields what it has found so far, and ends in time.
+
+Closing a job, or letting it go, kills the processes that it started. No torch here: the worker alone imports it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from results_file import ROOT
+
+Found = dict[str, Any]
+Job = Iterator[Found]
+TAIL = 2000
+"""Characters of a failed command's output that are kept."""
+
+
+class Worker:
+    """A process that runs the functions of gpu_cases one after the other, so that torch is imported once.
+
+    After a case that failed or took too long it is killed, and the next case gets a new one. What cases print goes to
+    `log`.
+    """
+
+    def __init__(self, log: Path):
+        self.log = log
+        self.process: Any = None
+
+    def ask(self, function: str, seconds: float, **settings: Any) -> Job:
+        """Run `module:function(report, **settings)`; yields what it reports, and its `error` where it failed."""
+        if self.process is None or not self.process.is_alive():
+            # Spawned, not forked: a fork of a process that has used CUDA cannot.
+            context = multiprocessing.get_context("spawn")
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=serve, args=(theirs, str(self.log)))
+            self.process.start()
+            theirs.close()
+        end, done = time.monotonic() + seconds, False
+        try:
+            self.pipe.send((function, settings))
+            while time.monotonic() < end:
+                if not self.pipe.poll():
+                    yield {}
+                    continue
+                found = self.pipe.recv()
+                done, failed = found.pop("done", False), "traceback" in found
+                yield found
+                if done or failed:
+                    return
+            yield {"error": f"stopped after {seconds:.0f} s"}
+        except (EOFError, OSError):
+            self.process.join(5)
+            yield {"error": f"the process died, exit code {self.process.exitcode}"}
+        finally:
+            if not done:
+                self.kill()
+
+    def close(self) -> None:
+        """Let the process end by itself, which it does at once between two cases."""
+        if self.process is not None:
+            self.pipe.close()
+            self.process.join(5)
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process and those it started, such as the workers of its data loaders."""
+        if self.process is not None:
+            kill_group(self.process.pid)
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def serve(pipe: Any, log: str) -> None:
+    """The worker's life: take a case, run it, report; until the other end of the pipe is gone, or a case fails."""
+    os.setpgid(0, 0)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    while True:
+        try:
+            name, settings = pipe.recv()
+        except EOFError:
+            return
+        module, _, function = name.partition(":")
+        try:
+            getattr(import_module(module), function)(lambda **found: pipe.send(found), **settings)
+        except Exception as error:  # whatever fails in one case, the next ones run
+            traceback.print_exc()
+            sys.stderr.flush()
+            pipe.send({"error": last_line(error), "traceback": traceback.format_exc()})
+            return  # the device may be in any state
+        pipe.send({"done": True})
+
+
+def last_line(error: BaseException) -> str:
+    """What a traceback ends with, and where: the innermost line of this repository, else of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames[1:] if f.filename.startswith(str(ROOT))]  # the first is the worker's
+    where = (ours or frames)[-1]
+    first = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
+    return f"{first[:300]} ({Path(where.filename).name}:{where.lineno})"
+
+
+def command(words: list[str], seconds: float, log: Path, **environment: str) -> Job:
+    """Run a program in the root of the repository; ends with its `output`, and where it failed or took too long with an
+    `error` and the `tail` of the output."""
+    env = {**os.environ, **environment}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))  # it need not be installed
+    with log.open("w") as file:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, preexec_fn=os.setpgrp)
+    end = time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < end:
+            yield {}
+        found: Found = {"output": log.read_text(errors="replace")}
+        if process.poll() is None:
+            found["error"] = f"stopped after {seconds:.0f} s"
+        elif code := process.poll():
+            found["error"] = f"exit code {code}"
+        yield found | ({"tail": found["output"][-TAIL:]} if "error" in found else {})
+    finally:
+        kill_group(process.pid)
+        process.wait()
+
+
+def kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):  # all have ended
+        os.killpg(pid, signal.SIGKILL)
+
+
+def device_tests(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
+    """tests/device, on the card in full or half precision as each test says; on a CPU on the pretend accelerator."""
+    parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    words = [sys.executable, "-m", "pytest", "tests/device", "-v", "--tb=short", "-p", "no:cacheprovider", *parallel]
+    device = {} if tiny else {"DIFFALIGN_TEST_DEVICE": "cuda"}
+    for found in command([*words, "-o", "addopts=--import-mode=importlib"], seconds, logs / "tests.log", **device):
+        output = found.pop("output", None)
+        yield found if output is None else counts(output) | found
+
+
+def counts(output: str) -> Found:
+    """Of what `pytest -v` has printed, in one process or by xdist: how many passed, of how many, and which failed."""
+    outcomes: dict[str, set[str]] = {}
+    for match in OUTCOME.finditer(output):
+        outcomes.setdefault(match["name"] or match["named"], set()).add(match["said"] or match["says"])
+    failed = sorted(name for name, said in outcomes.items() if said & {"FAILED", "ERROR"})
+    passed = [name for name, said in outcomes.items() if said == {"PASSED"}]
+    return {"ours": len(passed), "baseline": len(passed) + len(failed), "failed": failed}
+
+
+OUTCOME = re.compile(
+    r"^(?:\[gw\d+\].*? (?P<said>PASSED|FAILED|ERROR) (?P<name>tests/.+?)"
+    r"|(?P<named>tests/.+?) (?P<says>PASSED|FAILED|ERROR)(?: +\[ *\d+%\])?)\s*$",
+    re.MULTILINE,
+)
+
+
+def demo(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
+    """`diffalign demo`, whole: its seconds and the win rate it found."""
+    out = scratch / "demo"
+    words = [sys.executable, "-m", "diffalign.cli", "demo", "--out", str(out)]
+    for found in command(words, seconds, logs / "demo.log"):
+        if found.pop("output", None) is not None and "error" not in found:
+            summary = json.loads((out / "summary.json").read_text())
+            found = {"ours": summary["seconds"], "win_rate": summary["win_rate"]}
+        yield found

@@ -1,0 +1,149 @@
+"""Models of real sizes with random weights, made on the device, and data for them: what speed is measured with.
+
+On a GPU SD1.5 takes seconds and SDXL ten of them; on a CPU minutes, so there `tiny` makes the same classes small.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffalign.playground import BASE, PAIRS
+from reward_models.clip_scorers import CLIPScorer
+
+
+class Size(NamedTuple):
+    """The parts of a pipeline, and how many pixels wide its images are. texts holds (hidden size, layers, heads)."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    texts: tuple[tuple[int, int, int], ...]
+    resolution: int
+
+
+def _blocks(*attends: bool) -> dict[str, tuple[str, ...]]:
+    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends)
+    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends))
+    return {"down_block_types": down, "up_block_types": up}
+
+
+ADDED = {"use_linear_projection": True, "addition_embed_type": "text_time"}  # what SDXL is told of sizes
+SDXL = _blocks(False, True, True) | {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 768 + 1280,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 6 * 256 + 1280,
+}
+SMALL = _blocks(False, True) | {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+}
+SMALL_SDXL = {
+    "cross_attention_dim": 16 + 24,
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 24,
+}
+VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+SMALL_VAE = {"block_out_channels": (4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+SDXL_VAE = {"scaling_factor": 0.13025}
+SIZES = {
+    "sd15": Size({"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE, ((768, 12, 12),), 512),
+    "sdxl": Size(SDXL | ADDED, VAE | SDXL_VAE, ((768, 12, 12), (1280, 32, 20)), 1024),
+    "sd15, tiny": Size(SMALL | {"cross_attention_dim": 16}, SMALL_VAE, ((16, 1, 2),), 32),
+    "sdxl, tiny": Size(SMALL | SMALL_SDXL | ADDED, SMALL_VAE | SDXL_VAE, ((16, 1, 2), (24, 1, 2)), 64),
+}
+LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def pipeline_folder(name: str, scratch: Path, device: torch.device) -> Path:
+    """A diffusers folder in bfloat16 of a size in SIZES, made when it is not in `scratch` yet."""
+    folder = scratch / name.replace(", ", "-")
+    if not folder.exists():
+        torch.manual_seed(0)
+        made = folder.with_suffix(".tmp")
+        shutil.rmtree(made, ignore_errors=True)  # of a process that was stopped
+        _pipeline(SIZES[name], device).save_pretrained(made)
+        os.replace(made, folder)
+    return folder
+
+
+def _pipeline(size: Size, device: torch.device) -> Any:
+    """The stock pipeline around random networks in bfloat16; only these are made on the device."""
+    words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
+    words.model_max_length = 77
+    count = len(size.vae["block_out_channels"])
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device(device):  # made in float32, so each becomes bfloat16 before the next one is there
+        parts: dict[str, Any] = {"unet": UNet2DConditionModel(**size.unet).to(torch.bfloat16)}
+        parts["vae"] = AutoencoderKL(**size.vae, **blocks, latent_channels=4).to(torch.bfloat16)
+        parts |= {name: _text(shape, kinds[name], words) for name, shape in zip(kinds, size.texts, strict=False)}
+    parts["tokenizer"] = words
+    if len(size.texts) == 1:
+        none: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, scheduler=PNDMScheduler(**LEVELS, skip_prk_steps=True), **none)
+    scheduler = EulerDiscreteScheduler(**LEVELS, timestep_spacing="leading")
+    return StableDiffusionXLPipeline(**parts, tokenizer_2=words, scheduler=scheduler, add_watermarker=False)
+
+
+def _text(shape: tuple[int, int, int], kind: Any, words: Any) -> Any:
+    width, layers, heads = shape
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width}
+    special = {name: getattr(words, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    text = CLIPTextConfig(**sizes, **special, num_hidden_layers=layers, num_attention_heads=heads)
+    return kind(text).to(torch.bfloat16)
+
+
+def vit_h() -> CLIPScorer:
+    """The scorer of HPSv2's and PickScore's size; `random_models:vit_h` for `load_scorer`."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return CLIPScorer("ViT-H-14", unit="raw")
+
+
+def vit_tiny() -> CLIPScorer:
+    """A CLIP scorer of one layer, which a CPU makes and runs in no time."""
+    return CLIPScorer(TINY_CLIP, unit="raw")
+
+
+def playground_pairs(folder: Path, size: int, count: int = 64) -> Path:
+    """So many of the shipped pairs as JPEG files of `size` pixels and a JSONL file, made when it is not there yet."""
+    done = folder / "pairs.jsonl"
+    if done.exists():
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, row in enumerate(pq.read_table(PAIRS).slice(0, count).to_pylist()):
+        for name, column in (("w", "jpg_0"), ("l", "jpg_1")):
+            image = Image.open(io.BytesIO(row[column])).resize((size, size), Image.Resampling.BICUBIC)
+            image.save(folder / f"{name}{i}.jpg", quality=92)
+        lines.append(json.dumps({"prompt": row["caption"], "chosen": f"w{i}.jpg", "rejected": f"l{i}.jpg"}))
+    done.write_text("\n".join(lines) + "\n")
+    return done

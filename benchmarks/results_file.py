@@ -1,0 +1,43 @@
+"""Where benchmarks write what they found, and the names of the processor and the commit that they found it with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """A JSON list, one object a line; the file is either the old one or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path) -> list[Any]:
+    """What `write_rows` wrote; nothing where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def commit() -> str | None:
+    """The commit that is checked out, marked when the code differs from it; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def cpu() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
