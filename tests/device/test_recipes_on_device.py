@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign.draws import Draws
 from diffalign.playground.ratings import write_ratings
 
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "trainer.steps=3"]
+CUDA = os.environ.get("DIFFALIGN_TEST_DEVICE", "").startswith("cuda")
 WAYS = [(2, "bf16"), (0, "no")]
 """LoRA rank (0 trains the whole network) and precision."""
+HALF = [(2, "fp16"), (0, "fp16")] if CUDA else []
+"""With accelerate's GradScaler, which takes known devices only."""
 OFFLINE = ("diffusion_dpo", "inpo", "rank_dpo", "kto", "mapo", "sft", "pso_offline")
 SHORT = {
     "inpo": ["inversion.steps=2"],
@@ -58,7 +61,7 @@ def losses(folder: Path) -> list[float]:
     return [v for row in rows(folder) for k, v in row.items() if k.endswith("/loss")]
 
 
-@pytest.mark.parametrize(("rank", "precision"), WAYS)
+@pytest.mark.parametrize(("rank", "precision"), [*WAYS, *HALF])
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_step_on_fixed_preferences_waits_once(
     tmp_path: Path, pairs_file: Path, recipe: Callable, steps_seen: Callable, name: str, rank: int, precision: str
@@ -95,12 +98,13 @@ def test_a_scorer_is_trained(tmp_path: Path, recipe: Callable, steps_seen: Calla
     recipe(name, "--config=playground", f"run.folder={tmp_path / 'run'}", f"run.mixed_precision={precision}", *settings)
     assert len(losses(tmp_path / "run")) == 3
     waits = 1 if name == "hps" else 2  # transformers looks into BERT's attention mask
-    assert steps_seen()[0].waits.total() <= waits, steps_seen()[0].waits
+    for step in steps_seen()[:1]:  # the next one validates
+        assert step.waits.total() <= waits, step.waits
 
 
-@pytest.mark.parametrize(("rank", "precision"), WAYS)
+@pytest.mark.parametrize("rank", [2, 0])
 def test_remembered_reference_errors_are_the_policys(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, rank: int, precision: str
+    tmp_path: Path, pairs_file: Path, recipe: Callable, rank: int
 ) -> None:
     """The first loss is ln 2 and the first margin 0, in half precision too: the reference ran as the policy runs."""
     settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
@@ -129,8 +133,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     )
     if way == "r0":
         more += ["sampler.steps=2"]
-    if torch.cuda.is_available():
-        more += ["run.deterministic=true"]
+    more += ["run.deterministic=true"] if CUDA else []
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole_run(recipe, whole, *more)
     whole_run(recipe, parts, *more, "trainer.steps=2")
@@ -143,7 +146,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert len(list((whole / "samples").glob("*.png"))) == 3 and (whole / "export" / "model_index.json").exists()
 
 
-@pytest.mark.skipif("DIFFALIGN_TEST_DEVICE" in __import__("os").environ, reason="a rule of the pretend device")
+@pytest.mark.skipif(CUDA, reason="a rule of the pretend device")
 @pytest.mark.parametrize("name", ["diffusion_dpo", "r0"])
 def test_a_device_without_float64(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As Apple's mps."""
@@ -151,9 +154,3 @@ def test_a_device_without_float64(tmp_path: Path, recipe: Callable, monkeypatch:
     settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", *BARE, "trainer.steps=1"]
     settings += ["monitor.prompts=null", "reward.normalise=running"] if name == "r0" else []
     recipe(name, "--config=playground", *settings)
-
-
-def test_draws_do_not_depend_on_the_device(device: torch.device) -> None:
-    here = torch.randn(3, device=device)
-    assert torch.equal(Draws(0).normal(["a"], (3,), stream="x"), Draws(0).normal(["a"], (3,), stream="x"))
-    assert here.device.type == device.type
