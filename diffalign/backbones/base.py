@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -213,11 +214,21 @@ class Backbone(ABC):
             return
         if not lora_layers(network):
             self.pipeline(network).save_pretrained(folder)
+            self._keep_tokenizers(folder)
             return
         layers = {f"{self.network_name}_lora_layers": get_peft_model_state_dict(network)}
         # Without the metadata a loader takes the rank for alpha.
         metadata = _collate_lora_metadata({self.network_name: network})
         self.pipeline_class.save_lora_weights(folder, **layers, **metadata)
+
+    def _keep_tokenizers(self, folder: Path) -> None:
+        """Give a saved pipeline its base's tokenizers: other versions of transformers read what reads the base."""
+        index, base = json.loads((folder / "model_index.json").read_text()), self._json("model_index.json")
+        for part in map(tokenizer_of, self._tokenizers):
+            shutil.rmtree(folder / part)
+            shutil.copytree(self.path / part, folder / part)
+            index[part] = base[part]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 class UNetBackbone(Backbone):
