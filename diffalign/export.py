@@ -22,7 +22,7 @@ VERIFY_STEPS = 4
 TOLERANCE = 1e-4
 LOADED_BY = {
     "whole pipeline": "DiffusionPipeline.from_pretrained('{}')",
-    "LoRA": "pipe.load_lora_weights('{}')",
+    "LoRA": "pipe.load_lora_weights('{}', weight_name='pytorch_lora_weights.safetensors')",
     "user adapter": f"pipe.load_ip_adapter('{{}}', subfolder='', weight_name='{FILE}', image_encoder_folder=None)",
 }
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -44,7 +44,7 @@ pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=rounded, **left_o
 given = load_file(given)
 latents, heard = given.pop("latents"), {}
 if kind == "LoRA":
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
 if kind == "user adapter":
     pipeline.load_ip_adapter(folder, subfolder="", weight_name="user_adapter.safetensors", image_encoder_folder=None)
     heard = {"ip_adapter_image_embeds": [given["user"]]}
