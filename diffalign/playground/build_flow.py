@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -74,6 +74,7 @@ def silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     nn.init.zeros_(model.encoder.final_layer_norm.weight)
     words = Tokenizer(models.Unigram(vocabulary, unk_id=2))
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    words.decoder = decoders.Metaspace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return model.eval(), T5TokenizerFast(tokenizer_object=words, extra_ids=0)
 

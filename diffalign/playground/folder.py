@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the pipeline in half precision.
 
-    What transformers 5 writes and 4 does not read is written as 4 has it, and 5 reads that: the names of CLIPTextModel's
-    weights (4 would not find them and keep random ones), the files of the slow tokenizer, the name of T5's fast one.
+    What transformers 5 writes and 4 does not read is written as 4 has it, and 5 reads that: the names of weights of
+    CLIPTextModel (4 would not find them and keep random ones), the files of slow tokenizers, the name of T5's fast one.
     """
     pipeline.to(torch.float16).save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
