@@ -183,7 +183,7 @@ class Gallery:
     def __init__(self, adapter: Path | None = None, *, path: Path = BASE, lora: Path | None = None):
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, torch_dtype=torch.float32)
         if lora is not None:
-            self.pipe.load_lora_weights(str(lora))
+            self.pipe.load_lora_weights(str(lora), weight_name="pytorch_lora_weights.safetensors")
         self.pipe.set_progress_bar_config(disable=True)
         if adapter is not None:
             self.pipe.load_ip_adapter(**adapter_arguments(adapter))

@@ -35,7 +35,7 @@ DRAWN = 4_000_000_000
 TOLERANCE = 1e-4
 LOADED_BY = {
     "whole pipeline": "DiffusionPipeline.from_pretrained('{}')",
-    "LoRA": "pipe.load_lora_weights('{}')",
+    "LoRA": "pipe.load_lora_weights('{}', weight_name='pytorch_lora_weights.safetensors')",
     "user adapter": f"pipe.load_ip_adapter('{{}}', subfolder='', weight_name='{FILE}', image_encoder_folder=None)",
 }
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -59,7 +59,8 @@ pipeline = DiffusionPipeline.from_pretrained(asked["base"], torch_dtype=dtypes, 
 if asked["draws"]:
     pipeline = pipeline.to(torch.float32)
 if asked["kind"] == "LoRA":
-    pipeline.load_lora_weights(asked["folder"], adapter_name="default")
+    weights = {"weight_name": "pytorch_lora_weights.safetensors", "adapter_name": "default"}
+    pipeline.load_lora_weights(asked["folder"], **weights)
 if asked["kind"] == "user adapter":
     adapter = {"subfolder": "", "weight_name": "user_adapter.safetensors", "image_encoder_folder": None}
     pipeline.load_ip_adapter(asked["folder"], **adapter)

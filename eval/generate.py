@@ -151,7 +151,8 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **off)
     if lora is not None:
-        pipe.load_lora_weights(str(lora))
+        ours = "pytorch_lora_weights.safetensors"  # without network, older diffusers wants to be told the file
+        pipe.load_lora_weights(str(lora), weight_name=ours if (lora / ours).is_file() else None)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

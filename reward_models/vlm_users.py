@@ -194,7 +194,7 @@ def load_vlm_user_encoder(
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype not in types:
         raise ValueError(f"dtype must be one of {', '.join(types)}; got '{dtype}'")
-    how: dict[str, Any] = {"dtype": types[dtype], "use_safetensors": True, "output_loading_info": True}
+    how: dict[str, Any] = {"torch_dtype": types[dtype], "use_safetensors": True, "output_loading_info": True}
     try:
         if (kind := AutoConfig.from_pretrained(model).model_type) != "llava_onevision":
             raise ValueError(f"it is a {kind}")

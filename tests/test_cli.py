@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file
 
 from diffalign import cli, launch
+from diffalign.playground import BASE
 from diffalign.playground.build import build
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +81,10 @@ def test_playground_build_runs_from_nothing_and_resumes(tmp_path: Path) -> None:
     sizes = {"autoencoder_steps": 2, "unet_steps": 2, "images": 64, "samples": 8}
     card = build(tmp_path / "base", tmp_path / "work", **sizes)
     assert {"psnr", "colour", "shape", "score", "unet_steps"} <= card.keys()
-    assert (tmp_path / "base" / "model_index.json").exists()
+    built, shipped = ({str(f.relative_to(d)) for f in d.rglob("*.*")} for d in (tmp_path / "base", BASE))
+    assert built == shipped
+    weights = "text_encoder/model.safetensors"
+    assert load_file(tmp_path / "base" / weights).keys() == load_file(BASE / weights).keys()
     before = (tmp_path / "work" / "unet.pt").stat().st_mtime_ns
     assert build(tmp_path / "again", tmp_path / "work", **sizes) == card
     assert (tmp_path / "work" / "unet.pt").stat().st_mtime_ns == before

@@ -25,6 +25,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffalign.playground.folder import save_pipeline
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, captions, imagine, wishes
 
@@ -287,8 +288,7 @@ def build(
     card = {"psnr": round(psnr, 2), "scaling_factor": vae.config.scaling_factor}
     card |= {f"decoded_{k}": round(seen[k].mean().item(), 4) for k in ("colour", "shape", "background", "size")}
     print(card, flush=True)
-    pipeline = train_unet(work, vae, unet_steps, images)
-    pipeline.to(torch.float16).save_pretrained(out)
+    save_pipeline(train_unet(work, vae, unet_steps, images), out)
     pipeline = StableDiffusionPipeline.from_pretrained(out).to(torch.float32)
     card |= {
         "autoencoder_steps": autoencoder_steps,

@@ -20,10 +20,12 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from diffalign.playground.build import BATCH, LENGTH, WORDS, encode, report_card, text_encoder, tokenizer, train
+from diffalign.playground.folder import save_pipeline
 
 TEXT_WIDTHS = (48, 64)
 T5_LENGTH = 8
@@ -64,13 +66,17 @@ def embed(texts: tuple[CLIPTextModelWithProjection, ...], ids: Tensor, zeros: in
     return F.pad(tokens, (0, 0, 0, zeros)), torch.cat([out.text_embeds for out in outputs], dim=-1)
 
 
-def silent_t5() -> tuple[T5EncoderModel, T5Tokenizer]:
+def silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
     """A T5 of 6 k parameters whose output is 0 at every token, and its tokenizer of the world's words."""
     vocabulary = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in WORDS))]
     config = T5Config(vocab_size=len(vocabulary), d_model=sum(TEXT_WIDTHS), d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     model = T5EncoderModel(config)
     nn.init.zeros_(model.encoder.final_layer_norm.weight)
-    return model.eval(), T5Tokenizer(vocab=vocabulary, extra_ids=0)
+    words = Tokenizer(models.Unigram(vocabulary, unk_id=2))
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    words.decoder = decoders.Metaspace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return model.eval(), T5TokenizerFast(tokenizer_object=words, extra_ids=0)
 
 
 def shifted_autoencoder(base: Path, images: int) -> AutoencoderKL:
@@ -142,7 +148,7 @@ def build_flow(out: Path, work: Path, base: Path, *, steps: int, images: int, sa
     pipeline = train_flow(work, base, steps=steps, images=images)
     parts = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
     parameters = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts}
-    pipeline.to(torch.float16).save_pretrained(out)
+    save_pipeline(pipeline, out)
     pipeline = StableDiffusion3Pipeline.from_pretrained(out).to(torch.float32)
     cards = [
         report_card(pipeline, out.parent / "flow_samples.png", n=samples, max_sequence_length=T5_LENGTH),

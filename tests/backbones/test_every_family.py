@@ -105,7 +105,7 @@ def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Loa
     latents = backbone.pipeline_latents(noise(backbone))
     ours, pipeline = images(backbone.pipeline(backbone.denoiser.network), latents), stock(path)
     without = images(pipeline, latents)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert (images(pipeline, latents) - ours).abs().max() < 1e-4
     assert (without - ours).abs().max() > 1e-2
     with adapters_off(backbone.denoiser):

@@ -118,6 +118,11 @@ def test_two_steps_build_a_folder_that_reloads_to_the_same_model(tmp_path: Path)
     build_flow(tmp_path / "flow", tmp_path / "work", BASE, steps=2, images=8, samples=2)
     measured = json.loads((tmp_path / "flow_build.json").read_text())["measured"]
     assert [m["max_sequence_length"] for m in measured] == [T5_LENGTH, T5_LENGTH_DEFAULT]
+    built, files = ({str(f.relative_to(d)) for f in d.rglob("*.*")} for d in (tmp_path / "flow", FLOW))
+    assert built == files
+    for name in ("model_index.json", "tokenizer_3/tokenizer.json", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+        ours, theirs = ((d / name).read_text().split() for d in (tmp_path / "flow", FLOW))
+        assert ours == theirs, name
     # The checkpoint is complete, so the second call trains nothing and finds the same weights.
     again = train_flow(tmp_path / "work", BASE, steps=2, images=8)
     written = DiffusionPipeline.from_pretrained(tmp_path / "flow")

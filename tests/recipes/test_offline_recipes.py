@@ -40,7 +40,7 @@ def test_two_steps_on_every_family(
         return pipeline("red circle", generator=torch.Generator().manual_seed(0), **call).images
 
     before = images()
-    pipeline.load_lora_weights(out / "export")
+    pipeline.load_lora_weights(out / "export", weight_name="pytorch_lora_weights.safetensors")
     assert not torch.equal(before, images())
 
 

@@ -87,7 +87,7 @@ def test_two_steps_on_every_family(
         return pipeline("red circle", generator=torch.Generator().manual_seed(0), **call).images
 
     before = images()
-    pipeline.load_lora_weights(out / "export")
+    pipeline.load_lora_weights(out / "export", weight_name="pytorch_lora_weights.safetensors")
     assert not torch.equal(before, images())
 
 
@@ -102,7 +102,7 @@ def test_the_runs_own_samples_come_out_of_stock_diffusers(
     wanted = ["small red circle on white", "large blue square left on black"]
     recipe("pso", "--config=playground", *settings, f"hooks.sample_prompts=[{','.join(wanted)}]")
     pipeline = DiffusionPipeline.from_pretrained(STUDENTS[4]).to(torch.float32)
-    pipeline.load_lora_weights(tmp_path / "run" / "export")
+    pipeline.load_lora_weights(tmp_path / "run" / "export", weight_name="pytorch_lora_weights.safetensors")
     pipeline.set_progress_bar_config(disable=True)
     draws = Draws(0)
     images = pipeline(

@@ -24,7 +24,7 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     Qwen2Config,
-    Qwen2Tokenizer,
+    Qwen2TokenizerFast,
     SiglipVisionConfig,
 )
 
@@ -48,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("vlm")
     vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary |= {token: 256 + i for i, token in enumerate(SPECIAL)}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], eos_token="<|im_end|>")
+    (path / "vocab.json").write_text(json.dumps(vocabulary))  # files are the one way in that versions 4 and 5 share
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = Qwen2TokenizerFast.from_pretrained(path, eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size={"height": SIZE, "width": SIZE}, image_grid_pinpoints=[[SIZE, 2 * SIZE]]),

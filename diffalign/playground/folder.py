@@ -1,0 +1,45 @@
+"""A pipeline of the playground as a folder that transformers 4 reads as well as 5."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Write the pipeline in half precision.
+
+    What transformers 5 writes and 4 does not read is written as 4 has it, and 5 reads that: the names of weights of
+    CLIPTextModel (4 would not find them and keep random ones), the files of slow tokenizers, the name of T5's fast one.
+    """
+    pipeline.to(torch.float16).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    for part, (_, kind) in ((k, v) for k, v in index.items() if isinstance(v, list)):
+        if kind == "CLIPTextModel":
+            _prefix(folder / part / "model.safetensors")
+        elif kind == "CLIPTokenizer":
+            _split(folder / part)
+        elif kind == "T5Tokenizer":
+            index[part][1] = "T5TokenizerFast"
+            settings = json.loads((folder / part / "tokenizer_config.json").read_text())
+            settings.pop("extra_special_tokens", None)  # an empty list, where 4 wants a dictionary
+            (folder / part / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _prefix(file: Path) -> None:
+    """Name the weights `text_model.*`."""
+    weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def _split(folder: Path) -> None:
+    """Write vocab.json and merges.txt as tokenizer.json has them."""
+    if (folder / "tokenizer.json").exists():
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
