@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -228,8 +227,6 @@ def test_many_latents_are_decoded_a_few_at_a_time(load: Load, monkeypatch: pytes
 
 def test_samples_are_drawn_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sample grid and the monitor: the same images, however many at a time."""
-    from types import SimpleNamespace
-
     from diffalign.draws import Draws
     from diffalign.sample_grid import drawn
     from diffalign.sampler import Sampler
@@ -237,9 +234,8 @@ def test_samples_are_drawn_a_few_at_a_time(load: Load, monkeypatch: pytest.Monke
     backbone, prompts = load(), [PROMPT, "large blue square on black", "red cross on white"]
     sampler = Sampler(backbone, Draws(0), 32, steps=2, law="deterministic")
     cond = backbone.encode_text(prompts)
-    run: Any = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext))
-    (whole,) = drawn(run, backbone, sampler, cond, prompts)
+    (whole,) = drawn(backbone, sampler, cond, prompts)
     monkeypatch.setattr("diffalign.sample_grid.PIXELS", 2 * 32 * 32)
-    parts = list(drawn(run, backbone, sampler, cond, prompts))
+    parts = list(drawn(backbone, sampler, cond, prompts))
     assert [len(part) for part in parts] == [2, 1] and not whole.requires_grad
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=0)
