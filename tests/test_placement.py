@@ -64,7 +64,8 @@ def test_gradients_inside_a_loss_refuse_float16(
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
-    settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4"]
+    settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", "trainer.steps=1"]
+    settings += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
     settings += [] if name == "distill" else ["monitor.prompts=null"]
     with pytest.raises(ValueError, match=r"'run\.mixed_precision' to bf16"):
         recipe(name, "--config=playground", *settings)

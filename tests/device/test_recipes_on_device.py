@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,24 @@ def test_a_step_on_own_samples(
     assert len(losses(tmp_path)) == 3 * (1 + (name in ("diff_instruct_star", "distill")))
     for step in steps_seen():
         assert step.waits.total() <= WAITS[name], step.waits
+
+
+@pytest.mark.parametrize(("rank", "precision"), WAYS)
+def test_a_step_on_target_images(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, steps_seen: Callable, rank: int, precision: str
+) -> None:
+    """Once their counterparts are drawn, in the first step of a round."""
+    targets = tmp_path / "targets"
+    targets.mkdir()
+    for i in range(4):
+        shutil.copy(pairs_file.parent / f"chosen{i}.png", targets)
+    (targets / "prompt.txt").write_text("small red circle on white")
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={targets}", "data.batch_size=4", *BARE, "sampler.steps=2"]
+    settings += [f"backbone.lora_rank={rank}", f"run.mixed_precision={precision}"]
+    recipe("pso_customize", "--config=playground", *settings)
+    assert len(losses(tmp_path / "run")) == 3
+    for step in steps_seen():
+        assert step.waits.total() <= 1, step.waits
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

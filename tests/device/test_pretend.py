@@ -1,0 +1,91 @@
+"""The pretend device has the rules of CUDA: what it refuses, what it casts, what it counts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pretend
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() or not pretend.AVAILABLE, reason="the tests of this device run without another one"
+)
+HERE = pretend.NAME
+REFUSED: dict[str, Callable[[], object]] = {
+    "arithmetic": lambda: torch.ones(3, device=HERE) + torch.ones(3),
+    "stack": lambda: torch.stack([torch.ones((), device=HERE), torch.ones(())]),
+    "gather": lambda: torch.ones(3, device=HERE).gather(0, torch.zeros(1, dtype=torch.long)),
+    "index": lambda: torch.ones(3)[torch.zeros(1, dtype=torch.long, device=HERE)],
+    "generator": lambda: torch.randn(3, device=HERE, generator=torch.Generator()),
+    "linear": lambda: F.linear(torch.ones(2, 3, device=HERE), torch.ones(4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_two_devices_in_one_operator_are_refused(name: str) -> None:
+    with pytest.raises(RuntimeError, match=r"same device|device type"):
+        REFUSED[name]()
+
+
+def test_what_cuda_allows_is_allowed() -> None:
+    """Numbers of the host without dimensions in arithmetic, and indices of the host."""
+    x = torch.arange(3.0, device=HERE)
+    assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4] and x[torch.tensor([2])].tolist() == [2]
+    with pytest.raises(TypeError, match=r"use Tensor\.cpu|Use Tensor\.cpu"):
+        x.numpy()
+
+
+def test_autocast_casts_matrices_and_spares_norms() -> None:
+    x, weight = torch.randn(2, 4, device=HERE), torch.randn(3, 4, device=HERE, requires_grad=True)
+    with torch.autocast(HERE, dtype=torch.bfloat16):
+        out = F.linear(x, weight)
+        assert out.dtype == torch.bfloat16 and F.layer_norm(out, (3,)).dtype == torch.float32
+        assert torch.cat([out, out.float()]).dtype == torch.float32
+    out.float().sum().backward()
+    assert weight.grad is not None and weight.grad.dtype == torch.float32 and weight.grad.device.type == HERE
+
+
+def test_waits_and_uploads_are_counted() -> None:
+    x = torch.arange(4.0, device=HERE)
+    waiting: list[Callable[[], object]] = [
+        x.sum().item,
+        x.tolist,
+        x.cpu,
+        x.nonzero,
+        lambda: x[x > 1],
+        lambda: bool(x.any()),
+    ]
+    for wait in waiting:
+        with pretend.watched() as seen:
+            wait()
+        assert seen.waits.total() == 1 and not seen.uploads
+    with pretend.watched() as seen:
+        (x * 2 + torch.ones(4).to(HERE)).clamp(max=3)
+    assert not seen.waits and seen.uploads.total() == 1
+
+
+def test_the_device_has_a_random_stream_of_its_own() -> None:
+    torch.manual_seed(1)
+    host = torch.randn(2)
+    torch.manual_seed(1)
+    ours = torch.randn(2, device=HERE)
+    assert torch.equal(torch.randn(2), host), "drawing on the device leaves the host's stream alone"
+    torch.manual_seed(1)
+    assert torch.equal(torch.randn(2, device=HERE).cpu(), ours.cpu())
+
+
+def test_modules_and_files(tmp_path: Path) -> None:
+    layer = nn.Linear(3, 2).to(HERE)
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert isinstance(half.weight, nn.Parameter) and half.weight.dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.float32
+    save_file(layer.state_dict(), tmp_path / "x.safetensors")
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["weight"], layer.weight.detach().cpu())
+    torch.save(layer.state_dict(), tmp_path / "x.pt")
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True)["bias"], layer.bias.detach().cpu())
