@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.backbones import FAMILIES, Backbone, family_of, find_pipeline
-from diffalign.backbones.base import UNetBackbone
+from diffalign.backbones.unet import UNetBackbone
 from diffalign.run import Run, write
 from diffalign.trainer import Trainer
 from diffalign.user_adapter import FILE, user_width

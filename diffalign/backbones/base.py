@@ -10,8 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers import AutoencoderKL
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from diffalign.backbones.whole import save_whole
 from diffalign.lora import lora_layers
 from diffalign.placement import autocast
 from diffalign.reference import frozen
-from diffalign.schedule import FlowSchedule, Schedule, VPSchedule
+from diffalign.schedule import Schedule
 from diffalign.types import Cond
 from diffalign.user_adapter import has_user_adapter, save_adapter
 
@@ -127,9 +126,17 @@ class Backbone(ABC):
         return network.to(self.device)
 
     def _part(self, name: str, kind: Any, dtype: torch.dtype) -> Any:
-        """A frozen part of the pipeline. Cast while it loads, so that what T5 needs in float32 stays in it."""
+        """A frozen part of the pipeline. Cast while it loads, so that what T5 needs in float32 stays in it.
+
+        Raises ValueError where weights are missing: transformers 4 fills in random ones for names that 5 gave.
+        """
         if name not in self._parts:
-            part = kind.from_pretrained(self.path, subfolder=name, torch_dtype=dtype)
+            part, info = kind.from_pretrained(self.path, subfolder=name, torch_dtype=dtype, output_loading_info=True)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"'{self.path / name}' lacks {len(missing)} weights of {kind.__name__} ({missing[0]}, ...); it is "
+                    "damaged, or another version of transformers saved it: install that one"
+                )
             self._parts[name] = frozen(part.to(self.device))
         return self._parts[name]
 
@@ -267,46 +274,3 @@ class Backbone(ABC):
         # Without the metadata a loader takes the rank for alpha.
         metadata = _collate_lora_metadata({self.network_name: network})
         self.pipeline_class.save_lora_weights(folder, **layers, **metadata)
-
-
-class UNetBackbone(Backbone):
-    """What Stable Diffusion and SDXL share: a U-Net that predicts eps or v on a variance-preserving schedule."""
-
-    network_name = "unet"
-    schedule: VPSchedule
-
-    def __init__(self, source: Source):
-        super().__init__(source)
-        self.schedule = VPSchedule.from_config(self.scheduler_config)
-
-    def _network(self) -> Any:
-        return super()._network().to(memory_format=torch.channels_last)
-
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        config: Any = DDIMScheduler.from_config(self.scheduler_config).config
-        return self.schedule.grid(steps, config["timestep_spacing"], config["steps_offset"])
-
-
-class FlowBackbone(Backbone):
-    """What SD3 and FLUX share: a transformer over patches that predicts the velocity of a rectified flow."""
-
-    network_name = "transformer"
-    schedule: FlowSchedule
-
-    def __init__(self, source: Source):
-        super().__init__(source)
-        self.schedule = FlowSchedule()
-
-    def _levels(self, steps: int, resolution: int, sigmas: list[float] | None = None) -> Tensor:
-        """Noise levels [steps] of the pipeline's scheduler, with the shift that it gives images of this size.
-
-        sigmas are the levels before the shift, the scheduler's own when left out.
-        """
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
-        config, mu = scheduler.config, None
-        if config.use_dynamic_shifting:
-            tokens = (self.latent_shape(resolution)[1] // self.patch) ** 2
-            lengths = (config.base_image_seq_len, config.max_image_seq_len)
-            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
-        scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
-        return scheduler.sigmas[:-1].clone()

@@ -14,7 +14,8 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from diffalign.backbones.base import Denoiser, FlowBackbone, Source
+from diffalign.backbones.base import Denoiser, Source
+from diffalign.backbones.flow import FlowBackbone
 from diffalign.types import Cond
 
 

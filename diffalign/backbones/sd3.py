@@ -14,7 +14,8 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from diffalign.backbones.base import Denoiser, FlowBackbone, Source
+from diffalign.backbones.base import Denoiser, Source
+from diffalign.backbones.flow import FlowBackbone
 from diffalign.types import Cond
 
 

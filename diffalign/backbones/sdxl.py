@@ -15,7 +15,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffalign.backbones.base import Denoiser, Source, UNetBackbone
+from diffalign.backbones.base import Denoiser, Source
+from diffalign.backbones.unet import UNetBackbone
 from diffalign.types import Cond
 from diffalign.user_adapter import ask
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from diffalign.backbones import check_backbone, encoder_fingerprint, find_pipeline, load_backbone
 from diffalign.ema import Ema
@@ -187,3 +189,13 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     assert "must be in [1, 512]" in check_backbone({**fine, "max_sequence_length": 513})[0]
     with pytest.raises(ValueError, match="Target modules"):
         load_backbone(CPU, path="playground", lora_rank=2, lora_targets=("nothing",))
+
+
+def test_a_text_encoder_without_its_weights_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
+    """transformers would draw them at random and say so in a warning."""
+    folder = shutil.copytree(tiny_sd, tmp_path / "pipeline")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = load_file(file)
+    save_file({name.replace("self_attn", "attention"): value for name, value in weights.items()}, file)
+    with pytest.raises(ValueError, match=r"text_encoder' lacks \d+ weights of CLIPTextModel"):
+        load_backbone(torch.device("cpu"), path=str(folder)).encode_text(["red circle"])
