@@ -12,9 +12,10 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from reward_models.files import write_whole
 from reward_models.images import ImageError, read_image
 from reward_models.items import Items
-from reward_models.tables import Columns, replacing
+from reward_models.tables import Columns
 
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 """Percent."""
@@ -103,8 +104,7 @@ def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str
         shown = {title: [_shown(items, int(i), column) for i in chosen] for title, chosen in sheets.items()}
         columns.append({"name": name, "summary": summary, "bars": _bars(column), "sheets": shown})
     page = environment.get_template("report.html.j2").render(meta=meta, columns=columns)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_whole(path, page)
 
 
 def _bars(scores: np.ndarray) -> list[dict[str, float]]:

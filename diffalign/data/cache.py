@@ -49,7 +49,7 @@ def look(ref: ImageRef, resolution: int, known: Callable[[str], str | None] = la
     except FileNotFoundError:
         return Look(Seen("", f"missing image: {ref}"))
     except OSError as error:
-        return Look(Seen("", f"unreadable image: {ref}: {error}"))
+        return Look(Seen("", f"unreadable image: {error.strerror or error}"))
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     reason = known(digest)
     if reason is not None:

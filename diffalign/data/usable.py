@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.data.cache import Seen
+from diffalign.data.entries import side_of
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
+from reward_models.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,20 @@ def usable_records(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> tup
     usable, dropped = [], []
     for record in records:
         images = [seen[ref] for ref in record.images]
-        reason = next((image.reason for image in images if image.reason), "")
-        if not reason and any(images[w].digest == images[l_].digest for w, l_ in record.pairs()):
-            reason = "identical images"
-        if reason:
-            dropped.append(Dropped(record.id, reason))
+        bad = next((k for k, image in enumerate(images) if image.reason), None)
+        if bad is not None:
+            dropped.append(Dropped(record.id, images[bad].reason, _side(record, bad), str(record.images[bad])))
+        elif any(images[w].digest == images[l_].digest for w, l_ in record.pairs()):
+            dropped.append(Dropped(record.id, "identical images"))
         else:
             usable.append(record)
     return usable, dropped
+
+
+def _side(record: Record, k: int) -> str:
+    if len(record.images) == 2 and record.ranks[0] != record.ranks[1]:
+        return "chosen" if record.ranks[k] == min(record.ranks) else "rejected"
+    return side_of(k, len(record.images))
 
 
 class DropReport:
@@ -58,10 +65,8 @@ class DropReport:
     def stop_if_damaged(self, usable: int, dropped: Sequence[Dropped]) -> None:
         """Write the list. Raises ValueError when more than max_dropped is damaged or nothing is left."""
         if self.main:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_name(self.file.name + ".tmp")
-            temporary.write_text("".join(json.dumps(d._asdict()) + "\n" for d in dropped), encoding="utf-8")
-            os.replace(temporary, self.file)
+            rows = ({name: value for name, value in d._asdict().items() if value} for d in dropped)
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         damaged = sum(d.kind not in NO_PREFERENCE for d in dropped)
         if not usable:
             raise ValueError(f"no usable pair in '{self.path}' ({_counts(dropped)}); see '{self.file}'")

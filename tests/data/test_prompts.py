@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diffalign.backbones import load_backbone
-from diffalign.data import KeyedLoader, Prompts, TargetImages
+from diffalign.data import Dropped, KeyedLoader, Prompts, TargetImages
 from diffalign.data.prompts import find_prompts
 from diffalign.data.targets import read_targets
 from diffalign.draws import Draws
@@ -82,5 +82,7 @@ def test_what_is_wrong_with_a_folder_of_targets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs captions: metadata\.jsonl, a \.txt beside each image, or one"):
         read_targets(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png"}\n')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl' line 1 needs file_name and text"):
-        read_targets(tmp_path)
+    assert read_targets(tmp_path) == [
+        Dropped("metadata.jsonl:1", "bad line: needs file_name and text"),
+        Dropped("a.png", "empty caption"),
+    ]
