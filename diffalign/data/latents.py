@@ -174,7 +174,7 @@ class PreferenceLatents(Dataset):
         """Find the latents and embeddings in the cache; images and prompts themselves are needed no more."""
         store.add_prompts(self.prompts)
         digests = [seen[ref].digest for ref in self.images]
-        self._latents = [store.latents(digests, flipped=f) for f in ((False, True) if self.hflip else (False,))]
+        self._latents = [store.latents(digests, self.images, flipped=f) for f in ((False, True)[: 1 + self.hflip])]
         self._texts = store.texts(self.prompts)
 
     def __len__(self) -> int:
