@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ from reward_models.tables import Columns
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 """Percent."""
 BINS = 40
+PREFIX = 16
+"""Tokens that a scorer may add to a prompt, at most."""
 SHEET = 16
 """Images of a contact sheet."""
 THUMBNAIL = 160
@@ -65,6 +67,28 @@ def summary_lines(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
         numbers = "".join(f"{'-' if values[head] is None else format(values[head], '.5g'):>11}" for head in heads)
         lines.append(f"{name:<{width}}{numbers}  {summary['unit']}")
     return lines
+
+
+def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None:
+    """How many different prompts are longer than a scorer reads: {limit, count, of, first}. None where none is, or the
+    scorer does not tell."""
+    count = getattr(scorer, "token_counts", None)
+    if count is None:
+        return None
+    distinct = list(dict.fromkeys(prompts))
+    limit, _ = count([])
+    # A token is a byte or more: most prompts need not be looked at.
+    candidates = [text for text in distinct if len(text.encode()) > limit - PREFIX]
+    longer = [text for text, n in zip(candidates, count(candidates)[1], strict=True) if n > limit]
+    return {"limit": limit, "count": len(longer), "of": len(distinct), "first": longer[0]} if longer else None
+
+
+def longer_line(name: str, longer: Mapping[str, Any]) -> str:
+    """What `longer_prompts` found, for the terminal."""
+    return (
+        f"{longer['count']} of {longer['of']} prompts are longer than the {longer['limit']} tokens that '{name}' reads "
+        f"and are cut there; the first: '{longer['first'][:80]}...'"
+    )
 
 
 def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str, str, float, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
@@ -26,6 +27,8 @@ from diffalign.data.shards import Mended, Shards, stored
 from diffalign.types import Cond, Encoder
 from reward_models.files import write_whole
 from reward_models.images import DECODING
+
+logger = logging.getLogger(__name__)
 
 SHARD = 256
 """Images, or prompts, a shard."""
@@ -245,10 +248,24 @@ class LatentCache:
                 for start in range(0, len(missing), 32):
                     rows |= self._read([texts[key] for key in missing[start : start + 32]])
                 if missing:
-                    self._prompts.write(missing, rows, {})
+                    self._prompts.write(missing, rows, {}, self._longer([texts[key] for key in missing]))
                 bar.update(len(chunk))
         self.ranks.barrier()
         self._prompts.refresh()
+        longer = [key for key in keys if key in self._prompts.notes]
+        if longer and self.ranks.rank == 0:
+            note, first = self._prompts.notes[longer[0]], texts[longer[0]]
+            logger.warning(
+                "%d of %d prompts are longer than the text encoder reads, and cut there; the first: '%.80s...' (%s)",
+                *(len(longer), len(keys) - 1, first, note),
+            )
+
+    def _longer(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Notes on those that are cut, by key."""
+        if not (count := getattr(self.encoder, "token_counts", None)):
+            return {}
+        limit, counts = count(prompts)
+        return {_digest(p): f"{n} tokens, {limit} are read" for p, n in zip(prompts, counts, strict=True) if n > limit}
 
     @torch.no_grad()
     def _read(self, prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
