@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, Ranks, cond_of
+from diffalign.data.cache import LatentCache, cond_of
 from diffalign.data.latents import cache_folder
+from diffalign.data.looks import Ranks
 from diffalign.playground.world import captions
 from diffalign.types import Cond, Encoder, Key, PromptBatch
 from reward_models.files import bad_name, parse_json, text_lines

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from diffalign.data.cache import Seen
 from diffalign.data.entries import side_of
+from diffalign.data.looks import Seen
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import write_whole
 
 logger = logging.getLogger(__name__)
 
+Verify = Callable[[Sequence[Record], Sequence[ImageRef]], None]
+"""What is told of the records and images of a data set before any image is read; it may refuse them."""
 NO_PREFERENCE = ("tie", "not labelled")
 """Records that say nothing about preference. They are listed like damaged ones but do not count as damage: one record
 in eight of Pick-a-Pic is a tie."""
@@ -48,6 +51,44 @@ def usable_records(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> tup
         else:
             usable.append(record)
     return usable, dropped
+
+
+class Notice(NamedTuple):
+    """A record that is used although something about it is strange: `kind` or `kind: detail`."""
+
+    id: str
+    notice: str
+
+
+def notices_of(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> Iterator[Notice]:
+    """Preferences that come twice, by the same person or nobody named, or also the other way round; tiny images."""
+    first: dict[int, int] = {}
+    for number, record in enumerate(records):
+        images = [seen[ref] for ref in record.images]
+        for k, image in enumerate(images):
+            if image.note:
+                yield Notice(record.id, f"tiny image: {_side(record, k)} is {image.note}")
+        found = {"duplicate": -1, "both directions": -1}
+        for w, l_ in record.pairs():
+            better, worse = images[w].digest, images[l_].digest
+            said = hash((record.prompt, better, worse))  # not the texts: a million of them would take gigabytes
+            same = first.setdefault(hash((said, record.annotator)), number)
+            first.setdefault(said, number)
+            other = first.get(hash((record.prompt, worse, better)), number)
+            found["duplicate"] = same if same < number else found["duplicate"]
+            found["both directions"] = other if other < number else found["both directions"]
+        for kind, before in found.items():
+            if before >= 0:
+                yield Notice(record.id, f"{kind}: {records[before].id}")
+
+
+def trained_on(records: Sequence[Record], path: str | None) -> Iterator[Notice]:
+    """Validation records whose prompts are also those of training, read from `path`."""
+    if path is not None:
+        prompts = {one.prompt: one.id for one in read_records(path, keep_ties=True) if isinstance(one, Record)}
+        for record in records:
+            if record.prompt in prompts:
+                yield Notice(record.id, f"prompt of training: {prompts[record.prompt]}")
 
 
 def _side(record: Record, k: int) -> str:
@@ -84,6 +125,24 @@ class DropReport:
             what = f"; dropped {len(dropped)} ({_counts(dropped)}), listed in '{self.file}'" if dropped else ""
             logger.log(level, "%d pairs from %d records of '%s'%s", pairs, usable, self.path, what)
 
+    def notice(self, notices: Callable[[], Iterable[Notice]]) -> None:
+        """List what is strange but used, and say how much it is, in one line; nothing where nothing is."""
+        if not self.main:
+            return
+        found = list(notices())
+        file = self.file.with_name(self.file.name.replace("dropped", "notices"))
+        if not found:
+            file.unlink(missing_ok=True)
+            return
+        write_whole(file, "".join(json.dumps(one._asdict()) + "\n" for one in found))
+        logger.warning(
+            "of the records used, %s; listed in '%s'", _kinds(one.notice.split(":")[0] for one in found), file
+        )
+
 
 def _counts(dropped: Sequence[Dropped]) -> str:
-    return ", ".join(f"{n} {kind}" for kind, n in Counter(d.kind for d in dropped).most_common()) or "it is empty"
+    return _kinds(d.kind for d in dropped) or "it is empty"
+
+
+def _kinds(kinds: Iterable[str]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).most_common())
