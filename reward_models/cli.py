@@ -229,7 +229,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
         described[name] = {
             "unit": scorer.unit,
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
-            "longer_prompts": longer_prompts(scorer, (item.prompt for item in items)),
+            "longer_prompts": longer_prompts(scorer, items.prompts),
             **summarise(outcomes.scores[:, k]),
         }
     return {

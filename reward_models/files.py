@@ -26,10 +26,10 @@ def open_file(path: PathLike) -> BinaryIO:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:  # NUL, or lone surrogates
-        raise OSError(f"no file can have this name ({bad_name(os.fspath(path)) or error})") from error
+        raise OSError(errno.EINVAL, f"no file can have this name: {bad_name(str(path)) or error}", str(path)) from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError("a folder, a pipe or a device, and not a file")
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device, and not a file", str(path))
     return os.fdopen(file, "rb")
 
 

@@ -34,14 +34,15 @@ class Row(NamedTuple):
 class Items(Sequence[Item]):
     """Many items in little memory: a name each, and each distinct prompt once. A million take about 0.1 GB.
 
-    digest  of all names and prompts in their order, hexadecimal
-    faults  item -> why it cannot be scored
+    prompts  of the items, in their order
+    digest   of all names and prompts in their order, hexadecimal
+    faults   item -> why it cannot be scored
     """
 
     def __init__(self, root: Path, rows: Iterable[Row]):
         self._root = root
         self._names: list[str] = []
-        self._prompts: list[str] = []
+        self.prompts: list[str] = []
         self.faults: dict[int, str] = {}
         once: dict[str, str] = {}
         digest = hashlib.sha256()
@@ -51,7 +52,7 @@ class Items(Sequence[Item]):
                 row = Row(_escaped(row.image), _escaped(row.prompt))
             digest.update(f"{row.image}\0{row.prompt}\0".encode())
             self._names.append(row.image)
-            self._prompts.append(once.setdefault(row.prompt, row.prompt))
+            self.prompts.append(once.setdefault(row.prompt, row.prompt))
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class Items(Sequence[Item]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name = self._names[index]
-        return Item(name, self._prompts[index], self._root / name, self.faults.get(index % len(self), ""))
+        return Item(name, self.prompts[index], self._root / name, self.faults.get(index % len(self), ""))
 
 
 def _unwritable(row: Row) -> str:
