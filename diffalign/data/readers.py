@@ -9,7 +9,8 @@
                                       HPDv3: prompt, path1 (the better one), path2[, confidence]; also as *.jsonl
     images/train/train_1.zip, ...     ImageRewardDB: prompt_id, prompt, image_path, rank, ..._rating; also extracted
 
-No reader opens an image: a record says where its images lie.
+No reader opens an image: a record says where its images lie. In lists that people make themselves (*.jsonl of the first
+two kinds) that may be anywhere; paths of the published layouts stay within the data set's folder.
 """
 
 from __future__ import annotations
