@@ -48,7 +48,7 @@ def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
         image = decode(data)
     except ImageError as error:
         kind = "unsupported" if isinstance(error, UnsupportedImage) else "corrupt"
-        raise ValueError(f"{kind} image: {error}") from error
+        raise ValueError(f"{kind} image: {str(error).removeprefix('damaged: ')}") from error
     original = (image.height, image.width)
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:

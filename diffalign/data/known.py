@@ -22,8 +22,9 @@ import numpy as np
 from diffalign.data.records import ImageRef
 from reward_models.files import write_whole
 
-SETTLED = 2_000_000_000
-"""Nanoseconds. A file that changed less long ago may change again without its times showing it: they are coarse."""
+SETTLED, COARSE = 20_000_000, 2_000_000_000
+"""Nanoseconds. A file that changed less long ago may change again without its times showing it: clocks of file systems
+tick every 10 ms or oftener, some only every second or two, which shows in times of whole seconds."""
 FILES, PENDING = 64, 16_384
 """More files are put together into one; so many images are added before a file is written."""
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Known:
 
     def stamp(self, ref: ImageRef) -> bytes | None:
         """To be taken before the image is read, for `add`. None where it could change unnoticed, or is not there."""
-        return self._key(ref, {}, time.time_ns() - SETTLED)
+        return self._key(ref, {}, time.time_ns())
 
     def add(self, stamp: bytes | None, digest: str) -> None:
         """Remember the content, by the stamp that was taken before it was read."""
@@ -82,15 +83,18 @@ class Known:
         write_whole(self.folder / f"{uuid.uuid4().hex}.known", rows)
 
     @staticmethod
-    def _key(ref: ImageRef, containers: dict[str, str], settled: int | None = None) -> bytes | None:
-        """A digest of where an image lies and of its file; `containers` keeps that of files with many images."""
+    def _key(ref: ImageRef, containers: dict[str, str], now: int | None = None) -> bytes | None:
+        """A digest of where an image lies and of its file; `containers` keeps that of files with many images. None
+        where there is no file, or one that is too young for its times to say much `now`."""
         file = containers.get(ref.path)
         if file is None:
             try:
                 status = os.stat(ref.path)
             except (OSError, ValueError):
                 return None
-            if settled is not None and max(status.st_mtime_ns, status.st_ctime_ns) > settled:
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            tick = SETTLED if any(t % 10**9 for t in times) else COARSE
+            if now is not None and max(times) > now - tick:
                 return None
             # Not the time of change alone: it can be set back, as by unpacking an archive; that of the inode cannot.
             file = f"{os.path.abspath(ref.path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"

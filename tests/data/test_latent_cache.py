@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from PIL import Image
 from diffalign.data import ImageRef, LatentCache
 from diffalign.data.cache import cond_of
 from diffalign.data.images import square
+from diffalign.data.shards import OPEN, DamagedEntry, Shards, _files
 from diffalign.types import Cond
 from reward_models.images import DECODING
 
@@ -361,11 +363,43 @@ def test_a_second_start_reads_no_image_and_a_replaced_one_is_read_again(tmp_path
 
 
 def test_images_that_changed_just_now_are_not_trusted_to_their_times(tmp_path, monkeypatch):
+    """Nor are files of file systems whose times are whole seconds, for two."""
     images = gallery(tmp_path / "images", 3)
     read = counted(monkeypatch)
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 60 * 10**9)
     for _ in range(2):
         LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
     assert len(read) == 6
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    second = time.time_ns() // 10**9 * 10**9
+
+    class Coarse:
+        st_size, st_mtime_ns, st_ctime_ns = 99, second, second
+
+    monkeypatch.setattr("diffalign.data.known.os", SimpleNamespace(stat=lambda path: Coarse, path=os.path))
+    for _ in range(2):
+        LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
+    assert len(read) == 12
+
+
+def test_a_damaged_entry_stops_a_worker_process_by_name_and_the_next_start_mends_it(tmp_path):
+    images = gallery(tmp_path / "images", 4)
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    rows = cache.latents([s.digest for s in cache.add_images(images)], images)
+    (file,) = (tmp_path / "cache/pool").rglob("*.rows")
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+    class Latents(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return rows.read(i)["latent"]
+
+    with pytest.raises(DamagedEntry, match=rf"cache file '{file}' is damaged; it was set aside, start again"):
+        list(torch.utils.data.DataLoader(Latents(), num_workers=1, multiprocessing_context=FORK))
+    again = LatentCache(tmp_path / "cache", Pool(), 8)
+    assert numbers(again, again.add_images(images)) == list(range(4)) and again.encoder.images == 4
 
 
 def test_images_in_parquet_and_zip_files_are_known_by_the_file(tmp_path, monkeypatch):
@@ -404,8 +438,6 @@ def test_what_is_known_of_files_survives_damage_and_is_put_together(tmp_path, mo
 
 
 def test_any_number_of_shards_is_read_within_64_open_files(tmp_path):
-    from diffalign.data.shards import OPEN, Shards, _files
-
     shards = Shards(tmp_path)
     for k in range(200):
         shards.write([str(k)], {str(k): {"latent": torch.full((2,), k)}}, {})
