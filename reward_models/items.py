@@ -176,13 +176,18 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
         yield f"line {number}", row
 
 
-def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(text_lines(file))
+def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Each row's last line with the row, or with what is wrong. Bytes that are no UTF-8 become no valid Unicode."""
+    reader = csv.DictReader(line.decode(errors="surrogateescape") for line in raw_lines(file))
+    try:
+        reader.fieldnames  # noqa: B018  # reads the first line
+    except csv.Error as error:
+        raise ValueError(f"'{file}' line 1 is not CSV: {error}") from error
     while True:
         try:
-            row = next(reader)
+            row: dict[str, Any] | str = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
-            raise ValueError(f"'{file}' line {reader.line_num} is not CSV: {error}") from error
-        yield f"line {reader.line_num}", row
+        except csv.Error as error:  # such as a field of a hundred thousand characters
+            row = f"is not CSV: {error}"
+        yield f"line {reader.reader.line_num}", row

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -89,3 +90,43 @@ def test_the_cells_of_a_bad_name_can_be_written(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     bad, fine = sorted(read_items(tmp_path, prompt="x"), key=lambda item: not item.fault)
     assert bad.image.encode() and "not valid Unicode" in bad.fault and not fine.fault
+
+
+def test_bad_rows_of_a_csv_are_faults(tmp_path: Path) -> None:
+    rows = ["image,prompt", "0.png,a", "1.png", "2.png," + "x" * 200_000, "3.png,caf\xe9", "4.png,b"]
+    (tmp_path / "list.csv").write_bytes("\n".join(rows).encode("latin-1"))
+    items = read_items(tmp_path / "list.csv")
+    assert [i for i in range(5) if not items[i].fault] == [0, 4]
+    words = (
+        "line 3 needs 'image' and 'prompt'",
+        "line 4 is not CSV: field larger",
+        "bad prompt: it is not valid Unicode",
+    )
+    assert all(word in items[i].fault for i, word in enumerate(words, 1))
+
+
+@pytest.mark.parametrize("name", ["list.jsonl", "list.csv"])
+def test_mutants_of_a_list_are_items_or_a_named_error(tmp_path: Path, name: str) -> None:
+    """Whatever is read can be written to a table, and good lines before a bad one stay what they are."""
+    random, refused = np.random.default_rng(5), 0
+    rows = [json.dumps({"image": f"{k}.png", "prompt": f"prompt é {k}"}, ensure_ascii=False) for k in range(8)]
+    if name == "list.csv":
+        rows = ["image,prompt", *(f'{k}.png,"prompt é, {k}"' for k in range(8))]
+    data = "\n".join(rows).encode()
+    for _ in range(1500):
+        new = bytearray(data)
+        for _ in range(int(random.integers(1, 4))):
+            place = int(random.integers(len(new)))
+            new[place : place + int(random.integers(0, 3))] = bytes(
+                random.choice([0, 10, 34, 44, 91, 123, 195, 255], 1)
+            )
+        (tmp_path / name).write_bytes(new)
+        try:
+            items = read_items(tmp_path / name)
+        except ValueError as error:
+            assert name in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        for item in items:
+            assert f"{item.image}{item.prompt}{item.fault}".encode()
+    assert refused < 300
