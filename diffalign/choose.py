@@ -18,7 +18,8 @@ from urllib.parse import parse_qs, urlencode
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from diffalign.choice_file import Choices, Pair
-from diffalign.data.images import decode
+from reward_models.files import read_file
+from reward_models.images import decode
 
 __all__ = ["Choices", "Pair", "Server", "serve"]
 
@@ -106,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         file, png = self.server.choices.pairs[index].images[int(asked["image"])], io.BytesIO()
         try:
             # As training will see it, and as a format that every browser shows.
-            decode(file.read_bytes()).save(png, "PNG", compress_level=1)
+            decode(read_file(file)).save(png, "PNG", compress_level=1)
         except (OSError, ValueError) as error:
             return _Reply(404, f"'{file}' cannot be shown: {error}")
         return _Reply(200, png.getvalue(), "image/png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from diffalign.config import Config
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
+from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.placement import HALVES, Placement, deterministic_only
 
@@ -109,20 +111,28 @@ class Run:
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
         """A preference data set of this run as latents, with its draws, ranks and folder."""
-        a = self.accelerator
-        return kind(encoder, self.draws, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
+        a, verify = (
+            self.accelerator,
+            partial(check_same_data, self.folder, kind.__name__, config["path"], main=self.main),
+        )
+        ranks = (a.process_index, a.num_processes, a.wait_for_everyone)
+        return kind(encoder, self.draws, self.folder, *ranks, verify, **config)
 
     def prompts(self, encoder: Any, **config: Any) -> Prompts:
         """A list of prompts of this run with their text embeddings."""
         a = self.accelerator
-        return Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
+        prompts = Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
+        found = zip(prompts.ids, prompts.prompts, strict=True)
+        check_same_prompts(self.folder, config["path"], found, main=self.main)
+        return prompts
 
     def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
         """The training or validation part of a data set of this run, as groups of images for a scorer."""
         a = self.accelerator
-        return PreferenceGroups(
-            prepare, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, part, **config
-        )
+        path = (config.get("validation_path") if part == "validation" else None) or config["path"]
+        verify = partial(check_same_data, self.folder, f"groups {part}", path, main=self.main)
+        ranks = (a.process_index, a.num_processes, a.wait_for_everyone)
+        return PreferenceGroups(prepare, self.folder, *ranks, part, verify, **config)
 
     def loader(self, dataset: KeyedDataset) -> KeyedLoader:
         """This rank's micro-batches of the data set, on the device."""

@@ -186,7 +186,8 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 class Encoder(Protocol):
     """The frozen half of a backbone: pixels to latents and prompts to conditions.
 
-    `fingerprint` changes whenever the weights, settings or dtypes that decide those outputs change.
+    `fingerprint` changes whenever the weights, settings or dtypes that decide those outputs change. Where prompts are cut, it
+    also has `token_counts(prompts) -> (limit, [tokens of each])`, so that it can be said.
     """
 
     @property

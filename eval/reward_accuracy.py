@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import sys
@@ -27,14 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.data import Dropped, ImageRef, Record, read_records
-from diffalign.data.images import DAMAGE, look_ahead
+from diffalign.data.images import look_ahead
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
-from reward_models.images import to_tensor
+from reward_models.images import ImageError, decode, to_tensor
 from reward_models.loading import load_scorer
 from reward_models.protocol import Scorer
 from reward_models.scoring import device_of
@@ -202,13 +200,11 @@ def _batches(
 
 def _decode(ref: ImageRef) -> Tensor | str:
     try:
-        image = Image.open(io.BytesIO(ref.read()))
-        image.load()
-        return to_tensor(image)
+        return to_tensor(decode(ref.read()))
     except FileNotFoundError:
         return f"{ref}: missing"
-    except DAMAGE as error:
-        return f"{ref}: {error or type(error).__name__}"
+    except (OSError, ImageError) as error:
+        return f"{ref}: {error}"
 
 
 @torch.no_grad()

@@ -33,9 +33,9 @@ from tqdm import tqdm
 from diffalign import launch
 from diffalign.choose import Choices, Pair, serve
 from diffalign.data import Dropped, FeatureEncoder, PreferencePairs, Record, read_records
-from diffalign.data.images import decode
 from diffalign.draws import Draws
 from reward_models import load_scorer
+from reward_models.images import decode
 from reward_models.personal import PersonalScorer, save_user
 from reward_models.tastes import Choice
 from reward_models.vlm_users import Pooling, load_vlm_user_encoder

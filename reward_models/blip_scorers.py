@@ -157,6 +157,11 @@ class BLIPScorer(NetworkScorer):
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
         return torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"])
 
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        ids = self.tokenizer(list(prompts), verbose=False)["input_ids"] if prompts else []
+        return self.architecture["context_length"], [len(x) for x in ids]
+
     def cast(self, dtype: torch.dtype) -> BLIPScorer:
         """Hold the towers in another floating type. The heads stay float32."""
         self.vision.to(dtype)

@@ -189,7 +189,7 @@ def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], N
 def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> int:
     """Write the table and what goes with it, print the summary, return the exit code."""
     from reward_models.journal import remove_journals
-    from reward_models.report import BEST_COLUMNS, best_rows, summary_lines, write_report
+    from reward_models.report import BEST_COLUMNS, best_rows, longer_line, summary_lines, write_report
     from reward_models.tables import write_failures, write_meta, write_table
 
     missing = int((~outcomes.done).sum())
@@ -197,7 +197,7 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
         raise ValueError(f"{missing} batches of {args.batch_size} have no result; run again with --resume")
     scores, reasons = outcomes.scores, dict(sorted(outcomes.reasons.items()))
     failed = write_failures(args.out, ((items[i].image, items[i].prompt, x) for i, x in reasons.items()))
-    meta = _meta(args, scorers, outcomes)
+    meta = _meta(args, items, scorers, outcomes)
     columns: Columns = {"image": "string", "prompt": "string", **dict.fromkeys(scorers, "float32")}
     rows = ((x.image, x.prompt, *scores[i].tolist()) for i, x in enumerate(items) if i not in reasons)
     write_meta(args.out, meta)
@@ -209,6 +209,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     remove_journals(args.out)
     print(f"{meta['scored']} images scored, {meta['failed']} failed: '{args.out}'")
     print("\n".join(summary_lines(meta["scorers"])))
+    for name, scorer in meta["scorers"].items():
+        if scorer["longer_prompts"]:
+            print(f"reward-score: {longer_line(name, scorer['longer_prompts'])}", file=sys.stderr)
     for i in list(reasons)[:LISTED_FAILURES]:
         print(f"reward-score: '{items[i].image}' is not scored: {reasons[i]}", file=sys.stderr)
     if reasons:
@@ -216,9 +219,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     return 2 if reasons else 0
 
 
-def _meta(args: argparse.Namespace, scorers: dict[str, Scorer], outcomes: Outcomes) -> dict[str, Any]:
+def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> dict[str, Any]:
     """Units and summaries, and what the numbers depend on."""
-    from reward_models.report import summarise
+    from reward_models.report import longer_prompts, summarise
 
     described = {}
     for k, (name, scorer) in enumerate(scorers.items()):
@@ -226,6 +229,7 @@ def _meta(args: argparse.Namespace, scorers: dict[str, Scorer], outcomes: Outcom
         described[name] = {
             "unit": scorer.unit,
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
+            "longer_prompts": longer_prompts(scorer, items.prompts),
             **summarise(outcomes.scores[:, k]),
         }
     return {

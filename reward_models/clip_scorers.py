@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from reward_models.base import NetworkScorer
 from reward_models.clip_networks import build_clip, check_model_name, clip_config, find_weights, image_size, load_clip
-from reward_models.clip_text import Tokenize, TransformersTokenizer, find_tokenizer
+from reward_models.clip_text import Tokenize, TransformersTokenizer, find_tokenizer, token_counts
 from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, save_state, write_config
 
@@ -91,6 +91,10 @@ class CLIPFeatures(NetworkScorer):
             features = self._encode(chunk + [""] * (TEXT_CHUNK - len(chunk)))
             self._features.update(zip(chunk, features, strict=False))
         return torch.stack([self._features[text] for text in texts])
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return token_counts(self.tokenize, [self.prefix + prompt for prompt in prompts])
 
     def _encode(self, texts: list[str]) -> Tensor:
         tokens = self.tokenize(texts).to(next(self.clip.parameters()).device)

@@ -31,9 +31,20 @@ class TransformersTokenizer:
         ids = self.tokenizer(texts, max_length=self.context_length, padding="max_length", truncation=True)["input_ids"]
         return torch.tensor(ids)
 
+    def count(self, texts: list[str]) -> list[int]:
+        """How many tokens each text has, however long."""
+        return [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]] if texts else []
+
     def save(self, folder: str | PathLike[str]) -> None:
         """Write it where `find_tokenizer` finds it."""
         self.tokenizer.save_pretrained(folder)
+
+
+def token_counts(tokenize: Any, texts: list[str]) -> tuple[int, list[int]]:
+    """How many tokens of a text the model reads, and how many each text has, with those of its start and end."""
+    if isinstance(tokenize, TransformersTokenizer):
+        return tokenize.context_length, tokenize.count(texts)
+    return tokenize.context_length, [len(tokenize.encode(text)) + 2 for text in texts]
 
 
 def find_tokenizer(source: str | PathLike[str] | None, text: Mapping[str, Any]) -> Tokenize:

@@ -1,11 +1,12 @@
-"""Image files: finding them in a stable order, and reading them."""
+"""Image files: finding them in a stable order, and the one decoder of scoring and training."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
-import struct
-import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,23 +14,32 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+from reward_models.files import one_line, read_file
 
-# What Pillow raises for damaged files: its own errors are OSErrors, its readers let the others through.
-_DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+with suppress(ImportError):  # the plugin is a package of its own
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
+"""What counts as an image in a folder. Files that are listed by name may have others."""
+DECODING = 2
+"""Number of the rule by which bytes become pixels. What is kept of images must not outlive it."""
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
 
 class ImageError(ValueError):
-    """An image file that cannot be scored. The message is the reason, without the file's name."""
+    """An image that cannot be used. The message is the reason in one line, without the file's name."""
+
+
+class UnsupportedImage(ImageError):
+    """An image that is whole, but of a kind that is not read."""
+
+
+def is_image(name: str) -> bool:
+    """Whether a file counts as an image in a folder: by its suffix; hidden files (`._0.jpg`) do not."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def find_images(folder: Path) -> list[str]:
@@ -41,7 +51,7 @@ def find_images(folder: Path) -> list[str]:
     for here, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(here).relative_to(folder)
-        found += [(inside / f).as_posix() for f in files if f.lower().endswith(SUFFIXES) and not f.startswith(".")]
+        found += [(inside / f).as_posix() for f in files if is_image(f)]
     return sorted(found, key=_natural)
 
 
@@ -57,34 +67,81 @@ def _number(digits: str) -> str:
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """An image file -> uint8 [3, H, W], upright, as `read_rgb` reads it. Divide by 255, best on the device, before
+    """An image file -> uint8 [3, H, W], upright, as `decode` reads it. Divide by 255, best on the device, before
     scoring it. Raises ImageError."""
     return _tensor(read_rgb(path))
 
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """An image file -> Pillow image of mode RGB, upright.
+    """An image file -> Pillow image of mode RGB, upright, as `decode` reads it. Raises ImageError."""
+    try:
+        return decode(read_file(path))
+    except FileNotFoundError as error:
+        raise ImageError("no such file") from error
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded image -> Pillow image of mode RGB, upright.
 
     Palettes and grey become RGB; what is transparent is shown over white; orientation tags are applied; of an animation
-    the first frame is taken. Raises ImageError with the reason for files that are missing or damaged and for more than
-    8 bits a channel, which Pillow would clip.
+    the first frame is taken. Raises ImageError with the reason for what is damaged and for more than 8 bits a channel,
+    which Pillow would clip.
     """
     try:
-        with Image.open(path) as image:
+        return _decode(data)
+    except UnsupportedImage:
+        raise
+    except ImageError:
+        # Pillow takes a PNG for damaged whose text or profile it cannot read, or finds too long. Nobody needs them.
+        if (plain := _without_texts(data)) == data:
+            raise
+        return _decode(plain)
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             return to_rgb(image)
     except ImageError:
         raise
-    except FileNotFoundError as error:
-        raise ImageError("no such file") from error
-    except Image.UnidentifiedImageError as error:
-        raise ImageError("not an image that Pillow can read") from error
-    except _DAMAGE as error:
-        raise ImageError(f"damaged: {error or type(error).__name__}") from error
+    except Exception as error:  # whatever a plugin stumbles over: their readers are many, and raise all there is
+        raise _reason(data, error) from error
+
+
+def _reason(data: bytes, error: Exception) -> ImageError:
+    """Why Pillow could not open an image."""
+    brands = data[8:64] if data[4:8] == b"ftyp" else b""
+    if any(brand in brands for brand in (b"heic", b"heix", b"hevc")) and "HEIF" not in Image.OPEN:
+        return UnsupportedImage("HEIC, which needs another package: pip install pillow-heif")
+    if b"avif" in brands and "AVIF" not in Image.OPEN:
+        return UnsupportedImage("AVIF, which needs Pillow 11.3 or newer: pip install --upgrade pillow")
+    if isinstance(error, Image.DecompressionBombError):
+        return UnsupportedImage(one_line(error))
+    if isinstance(error, Image.UnidentifiedImageError):  # its message is a memory address
+        return ImageError("not an image that Pillow can read")
+    reason = re.sub(r"<[^<>]* at 0x[0-9a-fA-F]+>", "the file", one_line(error))
+    return ImageError(f"damaged: {reason}")
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its text and profile chunks; anything else as it is."""
+    return _PNG + b"".join(_chunks(data)) if data.startswith(_PNG) else data
+
+
+def _chunks(data: bytes) -> Iterator[bytes]:
+    place = len(_PNG)
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")  # length, name, content, check sum
+        if data[place + 4 : place + 8] not in _TEXTS:
+            yield data[place:end]
+        place = end
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A Pillow image -> uint8 [3, H, W], by the rules of `read_image`. Raises ImageError."""
+    """A Pillow image -> uint8 [3, H, W], by the rules of `decode`. Raises ImageError."""
     return _tensor(to_rgb(image))
 
 
@@ -95,7 +152,7 @@ def _tensor(image: Image.Image) -> Tensor:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as RGB, upright, what is transparent over white. Raises ImageError for over 8 bits a channel."""
     if image.mode.startswith(("I", "F")):
-        raise ImageError(f"mode {image.mode} has more than 8 bits a channel; save it with 8")
+        raise UnsupportedImage(f"mode {image.mode} has more than 8 bits a channel; save it with 8")
     # Neither turned nor converted where there is nothing to do: both copy the whole image, a third of the time.
     upright = ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
     if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
+from reward_models.files import bad_name, leads_out, parse_json, raw_lines, text_lines
 from reward_models.images import SUFFIXES, find_images
 
 SOURCES = "give --prompt TEXT, --prompts FILE, a manifest.jsonl in the folder, or x.txt beside each image x.png"
@@ -20,29 +20,39 @@ class Item(NamedTuple):
     image: str  # as it is called in the table: relative to the folder
     prompt: str
     path: Path  # where it is
+    fault: str = ""  # why it cannot be scored, where that is known before it is read
+
+
+class Row(NamedTuple):
+    """An image and its prompt as a list has them, or why the line cannot be used."""
+
+    image: str
+    prompt: str
+    fault: str = ""
 
 
 class Items(Sequence[Item]):
     """Many items in little memory: a name each, and each distinct prompt once. A million take about 0.1 GB.
 
-    digest  of all names and prompts in their order, hexadecimal
-
-    Raises ValueError for names and prompts that cannot be written to a table.
+    prompts  of the items, in their order
+    digest   of all names and prompts in their order, hexadecimal
+    faults   item -> why it cannot be scored
     """
 
-    def __init__(self, root: Path, pairs: Iterable[tuple[str, str]]):
+    def __init__(self, root: Path, rows: Iterable[Row]):
         self._root = root
         self._names: list[str] = []
-        self._prompts: list[str] = []
+        self.prompts: list[str] = []
+        self.faults: dict[int, str] = {}
         once: dict[str, str] = {}
         digest = hashlib.sha256()
-        for name, prompt in pairs:
-            try:
-                digest.update(f"{name}\0{prompt}\0".encode())
-            except UnicodeEncodeError as error:
-                raise ValueError(f"name or prompt of image {name!r} is not valid Unicode; rename it") from error
-            self._names.append(name)
-            self._prompts.append(once.setdefault(prompt, prompt))
+        for row in rows:
+            if fault := row.fault or _unwritable(row):
+                self.faults[len(self._names)] = fault
+                row = Row(_escaped(row.image), _escaped(row.prompt))
+            digest.update(f"{row.image}\0{row.prompt}\0".encode())
+            self._names.append(row.image)
+            self.prompts.append(once.setdefault(row.prompt, row.prompt))
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -56,7 +66,19 @@ class Items(Sequence[Item]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         name = self._names[index]
-        return Item(name, self._prompts[index], self._root / name)
+        return Item(name, self.prompts[index], self._root / name, self.faults.get(index % len(self), ""))
+
+
+def _unwritable(row: Row) -> str:
+    """Why a name or prompt cannot be written to a table, or nothing."""
+    for what, text in (("name", row.image), ("prompt", row.prompt)):
+        if reason := bad_name(text):
+            return f"bad {what}: {reason}"
+    return ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None = None) -> Items:
@@ -67,8 +89,9 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     prompts  a list with `image`, relative to the folder, and `prompt`; then the list says what is scored. Or .txt with
              one prompt a line, for the images in natural order.
 
-    With neither, a folder's manifest.jsonl is its list; without one, the prompt of x.png is read from x.txt.
-    Raises FileNotFoundError, and ValueError when prompts are missing or do not fit the images.
+    With neither, a folder's manifest.jsonl is its list; without one, the prompt of x.png is read from x.txt. A damaged
+    line of a list is an item with a fault. Lists may name images anywhere, a manifest only those in its folder.
+    Raises FileNotFoundError, and ValueError when prompts are missing or do not fit the images, or no line can be used.
     """
     for path in filter(None, (images, prompts)):
         if not path.exists():
@@ -77,79 +100,94 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     if images.suffix.lower() in (".jsonl", ".csv") and images.is_file():
         if prompts is not None:
             raise ValueError(f"'{images}' is a list with prompts of its own; --prompts is for folders and images")
-        pairs: Iterable[tuple[str, str]] = _listed(images, prompt)
+        rows: Iterable[Row] = _listed(images, prompt)
     elif images.is_dir() and prompt is None and prompts is None and (images / "manifest.jsonl").exists():
-        pairs = _listed(images / "manifest.jsonl", None)
+        rows = _listed(images / "manifest.jsonl", None, inside=True)
     elif prompts is not None and prompts.suffix.lower() in (".jsonl", ".csv"):
-        pairs = _listed(prompts, None)
+        rows = _listed(prompts, None)
     else:
-        pairs = _found(images, prompt, prompts)
-    items = Items(folder, pairs)
+        rows = _found(images, prompt, prompts)
+    items = Items(folder, rows)
     if not items:
         raise ValueError(f"no images in '{images}'; known suffixes: {' '.join(SUFFIXES)}")
+    if len(items.faults) == len(items):
+        raise ValueError(f"nothing in '{prompts or images}' can be scored: {items[0].image}: {items.faults[0]}")
     return items
 
 
-def _found(images: Path, prompt: str | None, prompts: Path | None) -> Iterable[tuple[str, str]]:
+def _found(images: Path, prompt: str | None, prompts: Path | None) -> Iterable[Row]:
     """The images that lie in a folder, or one image, with prompts from elsewhere."""
     names = find_images(images) if images.is_dir() else [images.name]
     if prompt is not None:
-        return ((name, prompt) for name in names)
+        return (Row(name, prompt) for name in names)
     if prompts is None:
         return _beside(images if images.is_dir() else images.parent, names)
     if prompts.suffix.lower() != ".txt":
         raise ValueError(f"--prompts must end in .jsonl, .csv or .txt; got '{prompts}'")
-    texts = [text.strip() for text in _lines(prompts)]
+    texts = [text.strip() for text in text_lines(prompts)]
     while len(texts) > len(names) and not texts[-1]:
         texts.pop()
     if len(texts) != len(names):
         raise ValueError(f"'{prompts}' has {len(texts)} lines for {len(names)} images in '{images}'")
-    return zip(names, texts, strict=True)
+    return map(Row, names, texts)
 
 
-def _beside(folder: Path, names: list[str]) -> Iterator[tuple[str, str]]:
+def _beside(folder: Path, names: list[str]) -> Iterator[Row]:
     def file(name: str) -> Path:
         return (folder / name).with_suffix(".txt")
 
     missing = [name for name in names if not file(name).is_file()]
     if missing:
         raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, first '{missing[0]}'; {SOURCES}")
-    return ((name, "".join(_lines(file(name))).strip()) for name in names)
+    for name in names:
+        try:
+            yield Row(name, "".join(text_lines(file(name))).strip())
+        except (OSError, ValueError) as error:
+            yield Row(name, "", f"bad prompt: {error}")
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """A text file line by line, with their ends. Only at newlines: str.splitlines also splits at characters that may be
-    inside a prompt, and every later one would shift."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="\n") as text:
-            yield from text
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{file}' is not UTF-8 text: {error}") from error
-
-
-def _listed(file: Path, prompt: str | None) -> Iterator[tuple[str, str]]:
+def _listed(file: Path, prompt: str | None, *, inside: bool = False) -> Iterator[Row]:
     """Image and prompt of the rows of a list. A given prompt stands for all of theirs."""
     for where, row in _csv(file) if file.suffix.lower() == ".csv" else _jsonl(file):
+        if isinstance(row, str):
+            yield Row(f"{file.name} {where}", "", f"'{file}' {where} {row}")
+            continue
         image, text = row.get("image"), row.get("prompt") if prompt is None else prompt
         if not isinstance(image, str) or not image or not isinstance(text, str):
-            raise ValueError(f"'{file}' {where} needs 'image' and 'prompt'; got {str(row)[:80]}")
-        yield image, text
+            fault = f"'{file}' {where} needs 'image' and 'prompt'; got {str(row)[:80]}"
+            yield Row(image if isinstance(image, str) and image else f"{file.name} {where}", "", fault)
+        elif inside and leads_out(image):
+            yield Row(image, text, f"'{file}' {where} leads out of its folder")
+        else:
+            yield Row(image, text)
 
 
-def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(_lines(file), 1):
+def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Each line's number with its object, or with what is wrong."""
+    for number, line in enumerate(raw_lines(file), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"'{file}' line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"'{file}' line {number} must be an object; got {line.strip()[:80]}")
+            row = parse_json(line)
+        except ValueError as error:
+            row = f"is {error}"
+        if not isinstance(row, (dict, str)):
+            row = f"must be an object; got {line.strip()[:80].decode(errors='replace')}"
         yield f"line {number}", row
 
 
-def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(_lines(file))
-    for row in reader:
-        yield f"line {reader.line_num}", row
+def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Each row's last line with the row, or with what is wrong. Bytes that are no UTF-8 become no valid Unicode."""
+    reader = csv.DictReader(line.decode(errors="surrogateescape") for line in raw_lines(file))
+    try:
+        reader.fieldnames  # noqa: B018  # reads the first line
+    except csv.Error as error:
+        raise ValueError(f"'{file}' line 1 is not CSV: {error}") from error
+    while True:
+        try:
+            row: dict[str, Any] | str = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # such as a field of a hundred thousand characters
+            row = f"is not CSV: {error}"
+        yield f"line {reader.reader.line_num}", row

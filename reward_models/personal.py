@@ -77,6 +77,10 @@ class PersonalScorer(NetworkScorer):
 
     joint = staticmethod(joint)
 
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return self.features.token_counts(prompts)
+
     @torch.no_grad()
     def encode_choices(self, choices: Iterable[Choice]) -> tuple[Tensor, Tensor]:
         """N choices -> z [N, 3E] of the chosen and of the other images. Raises ValueError naming a bad image."""
@@ -157,6 +161,10 @@ class ForUser(NetworkScorer):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """As `score_pixels`."""
         return self.score_pixels(pixels, prompts)
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return self.scorer.token_counts(prompts)
 
 
 def load_features(spec: str, device: str | torch.device) -> CLIPFeatures:

@@ -126,6 +126,8 @@ def resize(
     if method != "pil":
         if tuple(images.shape[-2:]) != tuple(size):
             mode = tv.InterpolationMode(interpolation)
+            if 1 in size:  # torch mixes the channels up of what is channels-last, as decoded files are, and one wide
+                images = images.contiguous()
             images = tv.resize(images, list(size), mode, antialias=method == "antialias")
         return images[..., top:bottom, left:right]
     height, width = images.shape[-2:]

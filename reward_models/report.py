@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,13 +12,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from reward_models.files import write_whole
 from reward_models.images import ImageError, read_image
 from reward_models.items import Items
-from reward_models.tables import Columns, replacing
+from reward_models.tables import Columns
 
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 """Percent."""
 BINS = 40
+PREFIX = 16
+"""Tokens that a scorer may add to a prompt, at most."""
 SHEET = 16
 """Images of a contact sheet."""
 THUMBNAIL = 160
@@ -66,6 +69,28 @@ def summary_lines(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None:
+    """How many different prompts are longer than a scorer reads: {limit, count, of, first}. None where none is, or the
+    scorer does not tell."""
+    count = getattr(scorer, "token_counts", None)
+    if count is None:
+        return None
+    distinct = list(dict.fromkeys(prompts))
+    limit, _ = count([])
+    # A token is a byte or more: most prompts need not be looked at.
+    candidates = [text for text in distinct if len(text.encode()) > limit - PREFIX]
+    longer = [text for text, n in zip(candidates, count(candidates)[1], strict=True) if n > limit]
+    return {"limit": limit, "count": len(longer), "of": len(distinct), "first": longer[0]} if longer else None
+
+
+def longer_line(name: str, longer: Mapping[str, Any]) -> str:
+    """What `longer_prompts` found, for the terminal."""
+    return (
+        f"{longer['count']} of {longer['of']} prompts are longer than the {longer['limit']} tokens that '{name}' reads "
+        f"and are cut there; the first: '{longer['first'][:80]}...'"
+    )
+
+
 def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str, str, float, int]]:
     """Prompt, scorer, its best image, the score, and among how many; prompts as they first come, ties to the first.
 
@@ -103,8 +128,7 @@ def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str
         shown = {title: [_shown(items, int(i), column) for i in chosen] for title, chosen in sheets.items()}
         columns.append({"name": name, "summary": summary, "bars": _bars(column), "sheets": shown})
     page = environment.get_template("report.html.j2").render(meta=meta, columns=columns)
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_whole(path, page)
 
 
 def _bars(scores: np.ndarray) -> list[dict[str, float]]:

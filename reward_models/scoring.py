@@ -116,7 +116,7 @@ def _decoded(
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
             for items in work:
-                waiting.append((items, [pool.submit(_read, item.path, rule) for item in items]))
+                waiting.append((items, [pool.submit(_read, item, rule) for item in items]))
                 if len(waiting) > AHEAD:
                     items, images = waiting.popleft()
                     yield items, [image.result() for image in images]
@@ -127,9 +127,11 @@ def _decoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _read(path: Path, rule: ImageRule | None) -> Tensor | str:
+def _read(item: Item, rule: ImageRule | None) -> Tensor | str:
+    if item.fault:
+        return item.fault
     try:
-        return read_image(path) if rule is None else to_tensor(rule.shrink(read_rgb(path)))
+        return read_image(item.path) if rule is None else to_tensor(rule.shrink(read_rgb(item.path)))
     except ImageError as error:
         return str(error)
 

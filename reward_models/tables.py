@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from reward_models.files import replacing, write_whole
 
 META = b"reward_models"
 """Key of the parquet file's metadata under which lies what `<out>.meta.json` holds."""
@@ -38,8 +38,7 @@ def write_table(out: Path, columns: Columns, rows: Rows, meta: Mapping[str, Any]
 
 def write_meta(out: Path, meta: Mapping[str, Any]) -> None:
     """Write `<out>.meta.json`: units, summary, what the numbers depend on."""
-    with replacing(out.with_name(out.name + ".meta.json")) as temporary:
-        temporary.write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(out.with_name(out.name + ".meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_failures(out: Path, failures: Rows) -> Path:
@@ -53,18 +52,6 @@ def write_failures(out: Path, failures: Rows) -> Path:
         with replacing(path) as temporary:
             _jsonl(temporary, {"image": "string", "prompt": "string", "reason": "string"}, chain([first], rows), "")
     return path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _csv(path: Path, columns: Columns, rows: Rows, meta: str) -> None:

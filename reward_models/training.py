@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from reward_models.base import NetworkScorer
@@ -18,7 +16,7 @@ from reward_models.blip_networks import IMAGE_REWARD, TOKENIZER
 from reward_models.blip_scorers import IMAGE_REWARD_TRAINS, BLIPScorer
 from reward_models.clip_networks import clip_config
 from reward_models.clip_scorers import CLIPScorer
-from reward_models.images import to_tensor
+from reward_models.images import decode, to_tensor
 from reward_models.playground import PLAYGROUND
 from reward_models.preprocess import ImageRule
 from reward_models.weights import read_config
@@ -131,7 +129,7 @@ def prepare(rule: ImageRule) -> Any:
 
 
 def _prepare(rule: ImageRule, data: bytes) -> Tensor:
-    return rule(to_tensor(Image.open(io.BytesIO(data)))[None].float() / 255)[0]
+    return rule(to_tensor(decode(data))[None].float() / 255)[0]
 
 
 class LimitLogitScale:

@@ -283,3 +283,18 @@ def test_every_config_error_is_reported_before_anything_loads(
     ):
         assert words in said, words
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
+    assert json.loads((tmp_path / "run/data.json").read_text())["PreferencePairs"]["count"] > 0
+    image = pairs_file.parent / "chosen0.png"
+    before = image.stat()
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    try:
+        with pytest.raises(
+            ValueError, match=r"the data of '.*' changed since '.*run' began: images of other sizes or ti"
+        ):
+            recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
+    finally:
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -175,6 +175,17 @@ class Backbone(ABC):
         ).input_ids
         return self.text_encoder(name)(ids.to(self.device), **options)
 
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """The most tokens of a prompt that a text encoder reads, and how many each prompt has."""
+        t5 = {name for name, (kind, _) in self.text_classes.items() if "T5" in kind.__name__}
+        limits = {
+            name: self.source.max_sequence_length if name in t5 else tokenizer.model_max_length
+            for name, tokenizer in self._tokenizers.items()
+        }
+        name = max(limits, key=lambda x: limits[x])
+        ids = self._tokenizers[name](list(prompts), verbose=False).input_ids if prompts else []
+        return limits[name], [len(x) for x in ids]
+
     def _read_clip_pair(self, prompts: Sequence[str]) -> tuple[Tensor, list[Any]]:
         """Two CLIP encoders: their last but one hidden states side by side [B, L, D1 + D2], and both outputs."""
         outputs = [self._read(name, prompts, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]

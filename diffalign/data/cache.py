@@ -1,115 +1,32 @@
 """Latents and text embeddings, computed once and kept on disk for every later run.
 
-An entry's key is the content of its image (or the prompt) and what was done to it, its folder the encoder: a changed
-image is another entry, the same image elsewhere is the same one, and nothing goes by file names or times.
+An entry's key is the content of its image (or the prompt) and what was done to it, its folder the encoder and the rule
+by which images are decoded: a changed image is another entry, the same image elsewhere is the same one. Images that
+were seen before are recognised without reading them; see `known`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from diffalign.data.images import Square, look_ahead, square
+from diffalign.data.known import Known
+from diffalign.data.looks import SHARD, Look, Ranks, Seen, look
 from diffalign.data.records import ImageRef
-from diffalign.data.shards import Rows, Shards
+from diffalign.data.shards import Mended, Shards, stored
 from diffalign.types import Cond, Encoder
+from reward_models.images import DECODING
 
-SHARD = 256
-"""Images, or prompts, a shard."""
-
-
-class Seen(NamedTuple):
-    """One image: the digest of its bytes ("" when unreadable), and why it cannot be used ("" when it can)."""
-
-    digest: str
-    reason: str
-
-
-class Look(NamedTuple):
-    """An image as a thread hands it over, cut to a square where that is needed and can be done."""
-
-    seen: Seen
-    square: Square | None = None
-
-
-def look(ref: ImageRef, resolution: int, known: Callable[[str], str | None] = lambda digest: None) -> Look:
-    """Read an image and decode it unless its digest is known: then `known` gives the reason ("" if it is fine)."""
-    try:
-        data = ref.read()
-    except FileNotFoundError:
-        return Look(Seen("", f"missing image: {ref}"))
-    except OSError as error:
-        return Look(Seen("", f"unreadable image: {ref}: {error}"))
-    digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    reason = known(digest)
-    if reason is not None:
-        return Look(Seen(digest, reason))
-    try:
-        return Look(Seen(digest, ""), square(data, resolution))
-    except ValueError as error:
-        return Look(Seen(digest, str(error)))
-
-
-class Ranks(NamedTuple):
-    """How the processes of one run share work: rank r takes the chunks r, r + world_size, ...
-
-    exchange is a folder of this run that every rank sees; barrier returns when every rank has called it.
-    """
-
-    rank: int
-    world_size: int
-    barrier: Callable[[], object]
-    exchange: Path
-
-    def chunks(self, n: int, size: int) -> list[range]:
-        """This rank's chunks of range(n)."""
-        return [range(start, min(start + size, n)) for start in range(0, n, size)][self.rank :: self.world_size]
-
-    def bar(self, chunks: list[range], what: str) -> tqdm:
-        """A progress bar over the chunks, on the main rank."""
-        return tqdm(total=sum(map(len, chunks)), desc=what, disable=self.rank > 0, mininterval=1, leave=False)
-
-    def share(self, found: dict[int, Seen], n: int) -> list[Seen]:
-        """Every rank's findings by number, put together, on every rank."""
-        if self.world_size > 1:
-            self.exchange.mkdir(parents=True, exist_ok=True)
-            files = [self.exchange / f"seen-{rank}.json" for rank in range(self.world_size)]
-            temporary = files[self.rank].with_suffix(".tmp")
-            temporary.write_text(json.dumps(list(found.items())))
-            os.replace(temporary, files[self.rank])
-            self.barrier()
-            if missing := [file.name for file in files if not file.exists()]:
-                raise FileNotFoundError(
-                    f"'{self.exchange}' lacks {', '.join(missing)} of the other processes; 'run.folder' must be one "
-                    "folder that all of them see"
-                )
-            found = {i: Seen(*seen) for file in files for i, seen in json.loads(file.read_text())}
-            self.barrier()
-            files[self.rank].unlink()
-        return [found[i] for i in range(n)]
-
-
-def check_images(images: Sequence[ImageRef], resolution: int, ranks: Ranks) -> list[Seen]:
-    """Read and decode every image once, the ranks sharing the work; keeps nothing but what was seen."""
-    chunks = ranks.chunks(len(images), SHARD)
-    mine = [i for chunk in chunks for i in chunk]
-    looks = look_ahead((images[i] for i in mine), lambda ref: look(ref, resolution).seen, processes=ranks.world_size)
-    found = {}
-    with closing(looks), ranks.bar(chunks, "check images") as bar:
-        for i, seen in zip(mine, looks, strict=True):
-            found[i] = seen
-            bar.update()
-    return ranks.share(found, len(images))
+logger = logging.getLogger(__name__)
 
 
 class LatentCache:
@@ -144,24 +61,43 @@ class LatentCache:
         self.ranks = Ranks(rank, world_size, barrier, exchange or folder)
         self.variants = ("", "-hflip") if hflip else ("",)
         home = folder.expanduser() / encoder.fingerprint
-        self._images, self._prompts = Shards(home / f"squares-{resolution}-center"), Shards(home / "prompts")
+        self._images = Shards(home / f"squares-{resolution}-center-decoding-{DECODING}")
+        self._prompts = Shards(home / "texts")
+        self.known = Known(folder.expanduser() / "files")
 
     def add_images(self, images: Sequence[ImageRef]) -> list[Seen]:
         """Encode what is missing. One Seen an image, the same list on every rank."""
         chunks = self.ranks.chunks(len(images), self.shard_size)
-        mine = (images[i] for chunk in chunks for i in chunk)
-        looks = look_ahead(mine, lambda ref: look(ref, self.resolution, self._known), processes=self.ranks.world_size)
         found: dict[int, Seen] = {}
-        with closing(looks), self.ranks.bar(chunks, "latents") as bar:
-            for chunk in chunks:
-                found |= zip(chunk, self._add_chunk(_ticking(islice(looks, len(chunk)), bar)), strict=True)
-        seen = self.ranks.share(found, len(images))
+        new: list[int] = []
+        with self.ranks.bar(chunks, "latents") as bar:
+            for chunk, digests in zip(
+                chunks, self.known.find_all([[images[i] for i in c] for c in chunks]), strict=True
+            ):
+                for i, digest in zip(chunk, digests, strict=True):
+                    if seen := self.recall(digest):
+                        found[i] = seen
+                        bar.update()
+                    else:
+                        new.append(i)
+            looks = look_ahead(
+                (images[i] for i in new),
+                lambda ref: look(ref, self.resolution, self.known.stamp, self.recall),
+                processes=self.ranks.world_size,
+            )
+            with closing(looks):
+                for start in range(0, len(new), self.shard_size):
+                    part = new[start : start + self.shard_size]
+                    found |= zip(part, self._add_chunk(_ticking(islice(looks, len(part)), bar)), strict=True)
+        self.known.save()
+        all_seen = self.ranks.share(found, len(images))
         self._images.refresh()
-        return seen
+        return all_seen
 
-    def _known(self, digest: str) -> str | None:
-        if all(digest + variant in self._images for variant in self.variants):
-            return self._images.bad.get(digest, "")
+    def recall(self, digest: str) -> Seen | None:
+        """What is known of an image by the digest of its content; None where it is not in the cache."""
+        if digest and all(digest + variant in self._images for variant in self.variants):
+            return Seen(digest, self._images.bad.get(digest, ""), self._images.notes.get(digest, ""))
         return None
 
     def _add_chunk(self, looks: Iterable[Look]) -> list[Seen]:
@@ -169,12 +105,16 @@ class LatentCache:
         seen: list[Seen] = []
         rows: dict[str, dict[str, Tensor]] = {}
         bad: dict[str, str] = {}
+        stamps: list[tuple[bytes | None, str]] = []
         waiting: dict[str, Square] = {}
         size = max(1, min(64, 8 * 512**2 // self.resolution**2))
-        for one, image in looks:
+        for one, image, stamp in looks:
             seen.append(one)
+            if one.digest:
+                stamps.append((stamp, one.digest))
             if image is None:
-                if one.digest and self._known(one.digest) is None:
+                # What is not supported may be tomorrow, with another package.
+                if one.digest and self.recall(one.digest) is None and not one.reason.startswith("unsupported"):
                     bad |= {one.digest + variant: one.reason for variant in self.variants}
                 continue
             for variant in self.variants:
@@ -187,7 +127,9 @@ class LatentCache:
         if waiting:
             rows |= self._encode(waiting)
         if rows or bad:
-            self._images.write([*rows, *bad], rows, bad)
+            self._images.write([*rows, *bad], rows, bad, {one.digest: one.note for one in seen if one.note})
+        for stamp, digest in stamps:
+            self.known.add(stamp, digest)
         return seen
 
     @torch.no_grad()
@@ -209,26 +151,56 @@ class LatentCache:
                 missing = [keys[i] for i in chunk if keys[i] not in self._prompts]
                 rows: dict[str, dict[str, Tensor]] = {}
                 for start in range(0, len(missing), 32):
-                    part = missing[start : start + 32]
-                    cond = self.encoder.encode_text([texts[key] for key in part])
-                    fields = {name: value.cpu() for name, value in cond._asdict().items() if value is not None}
-                    rows |= {key: {name: value[k] for name, value in fields.items()} for k, key in enumerate(part)}
+                    rows |= self._read([texts[key] for key in missing[start : start + 32]])
                 if missing:
-                    self._prompts.write(missing, rows, {})
+                    self._prompts.write(missing, rows, {}, self._longer([texts[key] for key in missing]))
                 bar.update(len(chunk))
         self.ranks.barrier()
         self._prompts.refresh()
+        longer = [key for key in keys if key in self._prompts.notes]
+        if longer and self.ranks.rank == 0:
+            note, first = self._prompts.notes[longer[0]], texts[longer[0]]
+            logger.warning(
+                "%d of %d prompts are longer than the text encoder reads, and cut there; the first: '%.80s...' (%s)",
+                *(len(longer), len(keys) - 1, first, note),
+            )
 
-    def latents(self, digests: Sequence[str], *, flipped: bool = False) -> Rows:
+    def _longer(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Notes on those that are cut, by key."""
+        if not (count := getattr(self.encoder, "token_counts", None)):
+            return {}
+        limit, counts = count(prompts)
+        return {_digest(p): f"{n} tokens, {limit} are read" for p, n in zip(prompts, counts, strict=True) if n > limit}
+
+    @torch.no_grad()
+    def _read(self, prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+        cond = self.encoder.encode_text(prompts)
+        fields = {name: value.cpu() for name, value in cond._asdict().items() if value is not None}
+        return {_digest(p): {name: value[k] for name, value in fields.items()} for k, p in enumerate(prompts)}
+
+    def latents(self, digests: Sequence[str], images: Sequence[ImageRef], *, flipped: bool = False) -> Mended:
         """The rows of these images: "latent" [C, h, w] and "size" [6]. Raises ValueError when one was never added."""
-        return self._images.rows([digest + "-hflip" * flipped for digest in digests])
 
-    def texts(self, prompts: Sequence[str]) -> Rows:
+        def again(i: int) -> dict[str, Tensor]:
+            image = square(images[i].read(), self.resolution)
+            return _kept(self._encode({"": image.mirrored() if flipped else image}))
+
+        return Mended(self._images.rows([digest + "-hflip" * flipped for digest in digests]), again)
+
+    def texts(self, prompts: Sequence[str]) -> Mended:
         """The rows of these prompts, one field for each of Cond's. Raises ValueError when one was never added."""
-        return self._prompts.rows([_digest(text) for text in prompts])
+        return Mended(
+            self._prompts.rows([_digest(text) for text in prompts]), lambda i: _kept(self._read([prompts[i]]))
+        )
 
 
-def cond_of(rows: Rows, i: int) -> Cond:
+def _kept(rows: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A row as it comes back from the disk."""
+    ((key, row),) = rows.items()
+    return {name: torch.from_numpy(stored(name, {key: value})[0]).float() for name, value in row.items()}
+
+
+def cond_of(rows: Mended, i: int) -> Cond:
     """A row of `LatentCache.texts` as a Cond of batch 1."""
     return Cond(**{name: value[None] for name, value in rows.read(i).items()})
 

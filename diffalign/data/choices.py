@@ -39,6 +39,10 @@ class FeatureEncoder:
         """B prompts -> unit vectors as tokens [B, 1, E]."""
         return Cond(self.scorer.encode_text([self.scorer.prefix + prompt for prompt in prompts])[:, None])
 
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return self.scorer.token_counts(prompts)
+
 
 class Choices(NamedTuple):
     """N choices of one person: z [N, Z] of the preferred images and of the others."""

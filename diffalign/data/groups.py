@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import Ranks, check_images
+from diffalign.data.looks import Ranks, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import Record
-from diffalign.data.usable import DropReport, read_some, usable_records
+from diffalign.data.usable import DropReport, Verify, notices_of, read_some, trained_on, usable_records
 from diffalign.types import GroupBatch, Key
 
 OVERALL = "overall"
@@ -36,10 +36,12 @@ class Group(NamedTuple):
 class PreferenceGroups(Dataset):
     """A preference data set as groups of prepared images. Pairs are groups of two.
 
-    Reads what PreferencePairs reads, and lists what cannot be used in `<folder>/dropped.jsonl`. A prompt is in the
-    validation part or in the training part by a hash of its text, so no prompt is in both and every run agrees.
+    Reads what PreferencePairs reads, and lists what cannot be used in `<folder>/dropped-<part>.jsonl`, what is strange
+    in notices-<part>.jsonl. A prompt is in the validation part or in the training part by a hash of its text, so no
+    prompt is in both and every run agrees.
 
-    Positional: how an image is prepared, the run's folder, its rank, how many there are and what waits for all.
+    Positional: how an image is prepared, the run's folder, its rank, how many there are, what waits for all, which part
+    it is, and what is told of the records and images before any is read.
 
     Args:
         path: Pick-a-Pic .parquet, .jsonl, HPDv2, HPDv3, ImageRewardDB or VisionPrefer-style files; see the docs
@@ -62,6 +64,7 @@ class PreferenceGroups(Dataset):
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
         part: Literal["train", "validation"] = "train",
+        verify: Verify = lambda records, images: None,
         *,
         path: str,
         validation_path: str | None = None,
@@ -84,11 +87,14 @@ class PreferenceGroups(Dataset):
         report = DropReport(folder / f"dropped-{part}.jsonl", rank == 0, source, max_dropped)
         report.stop_if_damaged(len(records), dropped)
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
-        seen = check_images(images, 32, Ranks(rank, world_size, barrier, folder))
-        self.records, damaged = usable_records(records, dict(zip(images, seen, strict=True)))
+        verify(records, images)
+        seen = dict(zip(images, check_images(images, 32, Ranks(rank, world_size, barrier, folder)), strict=True))
+        self.records, damaged = usable_records(records, seen)
         dropped += damaged
         report.stop_if_damaged(len(self.records), dropped)
         report.summary(len(self.records), sum(1 for r in self.records for _ in r.pairs()), dropped)
+        trained = path if source != path else None
+        report.notice(lambda: [*notices_of(self.records, seen), *trained_on(self.records, trained)])
         lacking = {a for a in aspects for r in self.records if a != OVERALL and a not in (r.aspects or {})}
         if lacking:
             raise ValueError(

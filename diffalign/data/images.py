@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-import struct
-import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,38 +10,16 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from diffalign.data.records import ImageRef, forget_row_groups
+from reward_models.images import ImageError, UnsupportedImage, decode
 
 T = TypeVar("T")
 
-# What Pillow raises for damaged files: its own errors are OSErrors, its readers let the others through.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
 MAX_ASPECT = 32
 """Longer images than this are strips: resizing their shorter side would need gigabytes."""
-
-
-def decode(data: bytes) -> Image.Image:
-    """An encoded image -> RGB, upright. Raises ValueError with the reason when it is damaged or of another kind."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    except DAMAGE as error:
-        raise ValueError(f"corrupt image: {error or type(error).__name__}") from error
-    if image.mode.startswith(("I", "F")):  # converting more than 8 bits to RGB clips them
-        raise ValueError(f"unsupported image: mode {image.mode} has more than 8 bits a channel")
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 class Square(NamedTuple):
@@ -56,7 +31,7 @@ class Square(NamedTuple):
     def mirrored(self) -> Square:
         """The same cut out of the mirrored image."""
         height, width, _, left, resolution, _ = self.size.tolist()
-        resized = max(resolution, round(width * (resolution / min(height, width))))
+        resized = int(resolution * width / min(height, width))
         size = self.size.clone()
         size[3] = resized - resolution - left
         return Square(self.pixels.flip(-1), size)
@@ -66,15 +41,19 @@ def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
     """An encoded image -> a square of `resolution` pixels.
 
     The shorter side is resized (bilinear, antialiased), the longer one cropped: `at` is where, from 0 (left or top)
-    over 0.5 (centre) to 1. Raises ValueError when it is damaged.
+    over 0.5 (centre) to 1. At the centre it is torchvision's Resize and CenterCrop: they cut the fraction of the longer
+    side off. Raises ValueError with the reason when the image is damaged.
     """
-    image = decode(data)
+    try:
+        image = decode(data)
+    except ImageError as error:
+        kind = "unsupported" if isinstance(error, UnsupportedImage) else "corrupt"
+        raise ValueError(f"{kind} image: {str(error).removeprefix('damaged: ')}") from error
     original = (image.height, image.width)
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
         raise ValueError(f"unsupported image: {image.width} x {image.height} pixels is more than {MAX_ASPECT}:1")
-    scale = resolution / short
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    width, height = (int(resolution * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (round((side - resolution) * at) for side in (width, height))
     image = image.crop((left, top, left + resolution, top + resolution))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, Ranks, Seen, check_images, cond_of
+from diffalign.data.cache import LatentCache, cond_of
 from diffalign.data.images import square
+from diffalign.data.looks import Ranks, Seen, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import ImageRef, Record
-from diffalign.data.usable import DropReport, read_some, usable_records
+from diffalign.data.usable import DropReport, Verify, notices_of, read_some, usable_records
 from diffalign.draws import Draws
 from diffalign.types import Cond, Encoder, Key, LatentBatch
 
@@ -65,8 +66,9 @@ class PreferenceLatents(Dataset):
     Crop, flip and caption dropout are drawn once an example, from its key (epoch, sample id), in the streams "crop",
     "hflip" and "caption_dropout". What cannot be used is listed with its reason in `<folder>/dropped.jsonl`.
 
-    Positional: the encoder and the draws of the run, its folder, this process's rank, how many there are, and what
-    waits for all of them.
+    Positional: the encoder and the draws of the run, its folder, this process's rank, how many there are, what waits
+    for all of them, and what is told of the records and images before any is read. What is strange and yet used, such
+    as duplicates, is listed in `<folder>/notices.jsonl`.
 
     Args:
         path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
@@ -94,6 +96,7 @@ class PreferenceLatents(Dataset):
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
+        verify: Verify = lambda records, images: None,
         *,
         path: str,
         resolution: int = 512,
@@ -119,6 +122,7 @@ class PreferenceLatents(Dataset):
         report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
         report.stop_if_damaged(len(records), dropped)  # labels first: images may take hours
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
+        verify(records, images)
         store = None
         if cache == "off":
             found = check_images(images, resolution, ranks)
@@ -131,6 +135,7 @@ class PreferenceLatents(Dataset):
         report.stop_if_damaged(len(records), dropped)
         self._arrange(records)
         report.summary(len(records), len(self), dropped)
+        report.notice(lambda: notices_of(records, seen))
         if store is not None:
             self._locate(store, seen)
 
@@ -174,7 +179,7 @@ class PreferenceLatents(Dataset):
         """Find the latents and embeddings in the cache; images and prompts themselves are needed no more."""
         store.add_prompts(self.prompts)
         digests = [seen[ref].digest for ref in self.images]
-        self._latents = [store.latents(digests, flipped=f) for f in ((False, True) if self.hflip else (False,))]
+        self._latents = [store.latents(digests, self.images, flipped=f) for f in ((False, True)[: 1 + self.hflip])]
         self._texts = store.texts(self.prompts)
 
     def __len__(self) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, Ranks, cond_of
+from diffalign.data.cache import LatentCache, cond_of
 from diffalign.data.latents import cache_folder
+from diffalign.data.looks import Ranks
 from diffalign.playground.world import captions
 from diffalign.types import Cond, Encoder, Key, PromptBatch
+from reward_models.files import bad_name, parse_json, text_lines
 
 PLAYGROUND_PROMPTS = 768
 
@@ -104,7 +105,7 @@ def read_prompts(path: Path) -> dict[str, str]:
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist")
     prompts: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text_lines(path), 1):
         if not line.strip():
             continue
         row = {"prompt": line.strip()} if path.suffix == ".txt" else _row(path, number, line)
@@ -119,9 +120,11 @@ def read_prompts(path: Path) -> dict[str, str]:
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' line {number} is not JSON: {error}") from error
+        row = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"'{path}' line {number} is {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f"'{path}' line {number} needs a string under \"prompt\"; got {line[:80]}")
+        raise ValueError(f"'{path}' line {number} needs a string under \"prompt\"; got {line[:80].strip()}")
+    if bad_name(row["prompt"]) or bad_name(str(row.get("prompt_id", ""))):
+        raise ValueError(f"'{path}' line {number}: its prompt holds a NUL or is not valid Unicode")
     return row

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.entries import Records, bad_label, bad_labels, bad_prompt, json_lines
+from diffalign.data.entries import Records, bad_images, bad_label, bad_labels, bad_prompt, files, json_lines
 from diffalign.data.records import Dropped, ImageRef, Record
+from reward_models.files import leads_out, parse_json, read_file
 
 IMAGES, LABELS = ("file_path", "image_path", "generations"), ("human_preference", "rank", "ranking")
 SPLITS = ("train", "validation", "test")
@@ -47,11 +48,13 @@ def _rated(id: str, line: dict[str, Any], folder: Path) -> Record | Dropped:
     for reason in (bad_prompt(line.get("prompt")), *(bad_labels(x, len(images)) for x in labels)):
         if reason:
             return Dropped(id, reason)
+    if bad := bad_images(id, images):
+        return bad
     if ranking is None:  # fsum: equal means must not differ by the order of the aspects
         judged = [scores[PHI]] if PHI in scores else list(scores.values())
         ranking = [-math.fsum(column) / len(judged) for column in zip(*judged, strict=True)]
     aspects = {aspect: tuple(map(float, x)) for aspect, x in scores.items()}
-    refs = tuple(ImageRef(str(folder / x)) for x in images)
+    refs = files(folder, images)
     overall = aspects.get(PHI) or (next(iter(aspects.values())) if len(aspects) == 1 else None)
     return Record(id, line["prompt"], refs, tuple(map(float, ranking)), overall, aspects=aspects or None)
 
@@ -65,7 +68,7 @@ def read_json(path: Path) -> Records:
 
     Images lie beside the file or in its train/, test/ or test_images/. Raises ValueError when it is no JSON list.
     """
-    entries = _load(path.read_bytes(), str(path))
+    entries = _load(read_file(path), str(path))
     if any(isinstance(x, dict) and "prompt_id" in x and isinstance(x.get("image_path"), str) for x in entries[:1]):
         yield from read_image_reward_db([path])
         return
@@ -82,9 +85,9 @@ def read_hpd_v3_lines(path: Path) -> Records:
 
 def _load(data: bytes, where: str) -> list[Any]:
     try:
-        entries = json.loads(data)
+        entries = parse_json(data.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as error:
-        raise ValueError(f"'{where}' is not valid JSON: {error}") from error
+        raise ValueError(f"'{where}' is {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"'{where}' must hold a list of entries, got {type(entries).__name__}")
     return entries
@@ -105,10 +108,12 @@ def _entry(id: str, entry: Any, folder: Path) -> Record | Dropped:
     reason = bad_prompt(entry.get("prompt"))
     for label in labels:
         reason = reason or bad_label(label, (lambda x: x in (0, 0.5, 1)) if pair else math.isfinite)
+    if not reason and pair and len(labels) == 2 and sum(labels) != 1:
+        reason = f"contradicting labels: human_preference {labels}"
     if reason:
         return Dropped(id, reason)
     ranks = tuple(float(1 - x if pair else x) for x in labels)
-    return Record(id, entry["prompt"], tuple(ImageRef(str(folder / n)) for n in names), ranks)
+    return bad_images(id, names, inside=True) or Record(id, entry["prompt"], files(folder, names), ranks)
 
 
 def _hpd_v3(id: str, entry: dict[str, Any], names: list[str], folder: Path) -> Record | Dropped:
@@ -120,7 +125,9 @@ def _hpd_v3(id: str, entry: dict[str, Any], names: list[str], folder: Path) -> R
         reason = reason or bad_label(confidence, lambda x: 0 <= x <= 1)
     if reason:
         return Dropped(id, reason)
-    images = tuple(ImageRef(str(folder / n)) for n in names)
+    if bad := bad_images(id, names, inside=True):
+        return bad
+    images = files(folder, names)
     if confidence == 0.5:
         return Record(id, entry["prompt"], images, (0.0, 0.0))
     # Below one half it cannot be the probability that the label is right: then that is unknown.
@@ -139,8 +146,9 @@ def _names(entry: Any) -> list[str]:
 def _image_folder(path: Path, entries: list[Any]) -> Path:
     """Where the images are: decided once, by the first image that is found."""
     places = [path.parent / path.stem, path.parent, *(path.parent / x for x in ("train", "test", "test_images"))]
-    names = (name for entry in entries for name in _names(entry))
-    return next((place for name in names for place in places if (place / name).is_file()), path.parent)
+    names = (name for entry in entries for name in _names(entry) if not leads_out(name))
+    # os.path's isfile: pathlib's raises for names that are too long.
+    return next((place for name in names for place in places if os.path.isfile(place / name)), path.parent)
 
 
 def image_reward_db_shards(folder: Path) -> list[Path]:
@@ -173,7 +181,7 @@ def read_image_reward_db(shards: Sequence[Path]) -> Records:
     """
     for shard in shards:
         name = f"{shard.stem}.json"
-        data = shard.read_bytes() if shard.suffix == ".json" else _member(shard, name)
+        data = read_file(shard) if shard.suffix == ".json" else _member(shard, name)
         items = enumerate(_load(data, str(shard)))
         for _, group in groupby(items, lambda x: x[1].get("prompt_id") if isinstance(x[1], dict) else None):
             numbers, found = zip(*group, strict=True)
@@ -193,9 +201,12 @@ def _image_reward_group(id: str, items: Sequence[Any], shard: Path) -> Record | 
         return Dropped(id, "bad entry: needs two or more items of one prompt_id, each with its image_path")
     rated = [key for key in RATINGS if any(key in item for item in items)]
     columns = {key: [item.get(key) for item in items] for key in ("rank", *rated)}
-    for reason in (bad_prompt(items[0].get("prompt")), *(bad_labels(x, len(items)) for x in columns.values())):
+    ranked = bad_labels(columns["rank"], len(items), lambda x: math.isfinite(x) and x >= 1)  # 0: nobody ranked it
+    for reason in (bad_prompt(items[0].get("prompt")), ranked, *(bad_labels(x, len(items)) for x in columns.values())):
         if reason:
             return Dropped(id, reason)
+    if bad := bad_images(id, [str(n) for n in names]):
+        return bad
     ranks, *ratings = (tuple(map(float, column)) for column in columns.values())
     files = [str(name).rpartition("/")[2] for name in names]  # as they lie in the archive, which has no folders
     zipped = shard.suffix == ".zip"

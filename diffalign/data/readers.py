@@ -9,7 +9,8 @@
                                       HPDv3: prompt, path1 (the better one), path2[, confidence]; also as *.jsonl
     images/train/train_1.zip, ...     ImageRewardDB: prompt_id, prompt, image_path, rank, ..._rating; also extracted
 
-No reader opens an image: a record says where its images lie.
+No reader opens an image: a record says where its images lie. In lists that people make themselves (*.jsonl of the first
+two kinds) that may be anywhere; paths of the published layouts stay within the data set's folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.entries import Records, bad_label, bad_labels, bad_prompt, json_lines
+from diffalign.data.entries import (
+    Records,
+    bad_annotator,
+    bad_images,
+    bad_label,
+    bad_labels,
+    bad_path,
+    bad_prompt,
+    files,
+    json_lines,
+)
 from diffalign.data.rankings import (
     image_reward_db_shards,
     read_hpd_v3_lines,
@@ -34,13 +45,14 @@ from diffalign.data.rankings import (
 )
 from diffalign.data.records import Dropped, ImageRef, Record
 from diffalign.playground import PAIRS
+from reward_models.files import one_line, text_lines
+from reward_models.images import is_image
 
 EXPECTED = (
     "a .parquet file or a folder of them (Pick-a-Pic columns), a .jsonl file (prompt, chosen, rejected; or "
     "prompt, images, scores), a folder with w/, l/ and prompts.txt or prompts.jsonl, an HPDv2 .json file, one of HPDv3 "
     "or ImageReward, or the shards of ImageRewardDB"
 )
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 logger = logging.getLogger(__name__)
 
 
@@ -120,36 +132,72 @@ def _shards(folder: Path) -> list[Path]:
     return [f for f in files if splits[f] == "train"]
 
 
-def read_parquet(files: list[Path]) -> Records:
+def read_parquet(shards: list[Path]) -> Records:
     """Pick-a-Pic v1 and v2: label_0 is 1 where jpg_0 wins, 0 where jpg_1 wins, 0.5 for a tie.
 
-    Streams row groups and reads no image column. Raises ValueError when a file is damaged or lacks a column.
+    Streams row groups and reads no image column. Raises ValueError when a file is damaged, lacks a column, or holds
+    something else than encoded images where they should be.
     """
-    needed, optional = ["caption", "jpg_0", "jpg_1", "label_0"], ["has_label", "user_id"]
-    for path in files:
+    needed, optional = ["caption", "jpg_0", "jpg_1", "label_0"], ["label_1", "has_label", "user_id"]
+    for path in shards:
         try:
             with pq.ParquetFile(path, pre_buffer=False) as file:
                 names = file.schema_arrow.names
                 if missing := [c for c in needed if c not in names]:
                     raise ValueError(f"'{path}' has no column {', '.join(missing)}; it has {', '.join(names)}")
+                for column in ("jpg_0", "jpg_1"):
+                    _check_images(path, column, file.schema_arrow.field(column).type)
                 columns = ["caption", "label_0"] + [c for c in optional if c in names]
                 start = 0
                 for group in range(file.num_row_groups):
-                    rows = file.read_row_group(group, columns=columns, use_threads=False).to_pylist()
-                    for k, row in enumerate(rows):
+                    table = file.read_row_group(group, columns=columns, use_threads=False)
+                    for k, row in enumerate(_rows(table)):
                         images = tuple(ImageRef(str(path), c, group, k) for c in ("jpg_0", "jpg_1"))
                         yield _pickapic(f"{path.name}:{start + k}", row, images)
-                    start += len(rows)
-        except pa.ArrowException as error:
-            raise ValueError(f"'{path}' is not a readable parquet file: {error}") from error
+                    start += len(table)
+        except (pa.ArrowException, OSError, UnicodeError) as error:
+            raise ValueError(f"'{path}' is not a readable parquet file: {one_line(error)}") from error
+
+
+def _check_images(path: Path, column: str, kind: pa.DataType) -> None:
+    """Raise ValueError for a column that cannot hold encoded images: bytes, or the structs of `datasets.Image`."""
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
+        inner = inner.field("bytes").type
+    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null)
+    if not (any(test(inner) for test in binary) or str(inner) == "binary_view"):
+        raise ValueError(
+            f"column '{column}' of '{path}' holds {kind}, and not encoded images: it must be binary, or a struct with "
+            "'bytes' as `datasets.Image` writes it"
+        )
+
+
+def _rows(table: pa.Table) -> list[dict[str, Any]]:
+    """The rows as dictionaries, None in place of text that is not UTF-8."""
+    try:
+        return table.to_pylist()
+    except UnicodeDecodeError:
+        return [
+            {name: _cell(column[k]) for name, column in zip(table.column_names, table.columns, strict=True)}
+            for k in range(len(table))
+        ]
+
+
+def _cell(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return None
 
 
 def _pickapic(id: str, row: dict[str, Any], images: tuple[ImageRef, ...]) -> Record | Dropped:
     if row.get("has_label") is False:
         return Dropped(id, "not labelled")
-    label = row["label_0"]
+    label, other = row["label_0"], row.get("label_1")
     if reason := bad_prompt(row["caption"]) or bad_label(label, lambda x: x in (0, 0.5, 1)):
         return Dropped(id, reason)
+    if other is not None and label + other != 1:
+        return Dropped(id, f"contradicting labels: label_0 = {label:g} and label_1 = {other:g}")
     annotator = None if row.get("user_id") is None else str(row["user_id"])
     return Record(id, row["caption"], images, (1 - label, label), annotator=annotator)
 
@@ -168,13 +216,15 @@ def read_jsonl(path: Path) -> Records:
         prob = line.get("prob", 1.0)
         scores = line.get("scores")
         reason = bad_prompt(line.get("prompt")) or bad_label(prob, lambda x: 0.5 <= x <= 1)
-        reason = reason or ("" if scores is None else bad_labels(scores, 2))
+        reason = reason or ("" if scores is None else bad_labels(scores, 2)) or bad_annotator(line.get("annotator"))
         if not all(isinstance(n, str) and n for n in names):
             reason = "bad line: 'chosen' and 'rejected' must be image paths"
         if reason:
             yield Dropped(id, reason)
+        elif bad := bad_images(id, names):
+            yield bad._replace(side="rejected" if bad.side.startswith("image 2") else "chosen")
         else:
-            images = tuple(ImageRef(str(path.parent / n)) for n in names)
+            images = files(path.parent, names)
             annotator = None if line.get("annotator") is None else str(line["annotator"])
             ranks, flip = ((0.0, 0.0), 0.0) if prob == 0.5 else ((0.0, 1.0), 1 - prob)
             given = None if scores is None else tuple(map(float, scores))
@@ -187,10 +237,9 @@ def read_folders(folder: Path, prompts: Path) -> Records:
     prompts.txt has one prompt a line, in the sorted order of the names that lie in w/ or l/; prompts.jsonl has
     {"image": name, "prompt": text} in any order. Raises ValueError when prompts.txt has another number of lines.
     """
-    names = sorted({f.name for side in "wl" for f in (folder / side).iterdir() if f.suffix.lower() in SUFFIXES})
+    names = sorted({f.name for side in "wl" for f in (folder / side).iterdir() if is_image(f.name)})
     if prompts.suffix == ".txt":
-        # Not splitlines(): it also splits at characters that may be inside a prompt, and every later pair would shift.
-        lines = prompts.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = [line.removesuffix("\n") for line in text_lines(prompts)]
         while len(lines) > len(names) and not lines[-1].strip():
             lines.pop()
         if len(lines) != len(names):
@@ -214,7 +263,7 @@ def read_folders(folder: Path, prompts: Path) -> Records:
 
 
 def _folder_pair(folder: Path, name: str, prompt: Any) -> Record | Dropped:
-    if reason := bad_prompt(prompt):
+    if reason := bad_path(name, inside=True) or bad_prompt(prompt):
         return Dropped(name, reason)
     return Record(name, prompt, tuple(ImageRef(str(folder / side / name)) for side in "wl"), (0.0, 1.0))
 

@@ -6,14 +6,13 @@ import functools
 import os
 import threading
 import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
+
+from reward_models.files import one_line, read_file
 
 
 class ImageRef(NamedTuple):
@@ -39,12 +38,12 @@ class ImageRef(NamedTuple):
         if self.member is not None:
             return self._unzip(self.member)
         if self.column is None:
-            return Path(self.path).read_bytes()
+            return read_file(self.path)
         with _lock:
             try:
                 value = _cells(self.path, self.row_group, self.column)[self.row].as_py()
-            except pa.ArrowInvalid as error:
-                raise OSError(f"{self} is damaged: {error}") from error
+            except Exception as error:  # Arrow raises its own, and Python's: a damaged page may say anything
+                raise OSError(f"{self} is damaged: {one_line(error)}") from error
         if isinstance(value, dict):  # `datasets.Image` keeps {"bytes", "path"}
             value = value.get("bytes")
         if value is None:
@@ -58,8 +57,8 @@ class ImageRef(NamedTuple):
             return archive.read(member)
         except KeyError as error:
             raise FileNotFoundError(f"'{self.path}' holds no {member}") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
-            raise OSError(f"{self} is damaged: {error}") from error
+        except Exception as error:  # zipfile lets through whatever a damaged archive makes it stumble over
+            raise OSError(f"{self} is damaged: {one_line(error)}") from error
 
     def __str__(self) -> str:
         if self.member is not None:
@@ -125,10 +124,13 @@ class Record:
 
 
 class Dropped(NamedTuple):
-    """A record that cannot be used. The reason is `kind` or `kind: detail`."""
+    """A record that cannot be used. The reason is `kind` or `kind: detail`; side says which of its images it is about,
+    and image where that lies."""
 
     id: str
     reason: str
+    side: str = ""
+    image: str = ""
 
     @property
     def kind(self) -> str:

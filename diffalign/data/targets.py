@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.entries import bad_prompt
+from diffalign.data.entries import bad_path, bad_prompt, json_lines
 from diffalign.data.latents import Example, PreferenceLatents, check_latents
-from diffalign.data.readers import SUFFIXES
 from diffalign.data.records import Dropped, ImageRef, Record
+from reward_models.files import read_text
+from reward_models.images import SUFFIXES, is_image
 
 
 class TargetImages(PreferenceLatents):
@@ -49,35 +49,47 @@ def read_targets(folder: Path) -> list[Record | Dropped]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images at '{folder}'")
-    names = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)
+    names = sorted(f.name for f in folder.iterdir() if is_image(f.name))
     if not names:
         raise ValueError(f"'{folder}' holds no images ({', '.join(SUFFIXES)})")
     one, listed = folder / "prompt.txt", folder / "metadata.jsonl"
+    found: list[Record | Dropped] = []
+    captions: dict[str, Any] = {}
     if one.exists():
-        captions = dict.fromkeys(names, one.read_text(encoding="utf-8").strip())
+        captions = dict.fromkeys(names, read_text(one).strip())
     elif listed.exists():
-        captions = _metadata(listed)
+        captions, found = _metadata(listed)
     else:
-        beside = {name: (folder / name).with_suffix(".txt") for name in names}
-        captions = {name: f.read_text(encoding="utf-8").strip() for name, f in beside.items() if f.exists()}
+        for name in names:
+            file = (folder / name).with_suffix(".txt")
+            try:
+                captions[name] = read_text(file).strip()
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                captions[name] = Dropped(name, f"bad caption: {error}")
         if not captions:
             raise ValueError(f"'{folder}' needs captions: metadata.jsonl, a .txt beside each image, or one prompt.txt")
-    found: list[Record | Dropped] = []
     for name in names:
-        if reason := bad_prompt(captions.get(name)):
+        caption: Any = captions.get(name)
+        if isinstance(caption, Dropped):
+            found.append(caption)
+        elif reason := bad_path(name) or bad_prompt(caption):
             found.append(Dropped(name, reason))
         else:
-            found.append(Record(name, captions[name], (ImageRef(str(folder / name)),), (0.0,)))
+            found.append(Record(name, caption, (ImageRef(str(folder / name)),), (0.0,)))
     return found
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def _metadata(file: Path) -> tuple[dict[str, Any], list[Record | Dropped]]:
+    """The captions by file name, and the lines that give none."""
     captions: dict[str, Any] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                captions[row["file_name"]] = row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"'{file}' line {number} needs file_name and text: {error!r}") from error
-    return captions
+    bad: list[Record | Dropped] = []
+    for id, line in json_lines(file):
+        if isinstance(line, Dropped):
+            bad.append(line)
+        elif not isinstance(line.get("file_name"), str) or "text" not in line:
+            bad.append(Dropped(id, "bad line: needs file_name and text"))
+        else:
+            captions[line["file_name"]] = line["text"]
+    return captions, bad

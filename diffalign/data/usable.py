@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from diffalign.data.cache import Seen
+from diffalign.data.entries import side_of
+from diffalign.data.looks import Seen
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
+from reward_models.files import write_whole
 
 logger = logging.getLogger(__name__)
 
+Verify = Callable[[Sequence[Record], Sequence[ImageRef]], None]
+"""What is told of the records and images of a data set before any image is read; it may refuse them."""
 NO_PREFERENCE = ("tie", "not labelled")
 """Records that say nothing about preference. They are listed like damaged ones but do not count as damage: one record
 in eight of Pick-a-Pic is a tie."""
@@ -39,14 +43,58 @@ def usable_records(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> tup
     usable, dropped = [], []
     for record in records:
         images = [seen[ref] for ref in record.images]
-        reason = next((image.reason for image in images if image.reason), "")
-        if not reason and any(images[w].digest == images[l_].digest for w, l_ in record.pairs()):
-            reason = "identical images"
-        if reason:
-            dropped.append(Dropped(record.id, reason))
+        bad = next((k for k, image in enumerate(images) if image.reason), None)
+        if bad is not None:
+            dropped.append(Dropped(record.id, images[bad].reason, _side(record, bad), str(record.images[bad])))
+        elif any(images[w].digest == images[l_].digest for w, l_ in record.pairs()):
+            dropped.append(Dropped(record.id, "identical images"))
         else:
             usable.append(record)
     return usable, dropped
+
+
+class Notice(NamedTuple):
+    """A record that is used although something about it is strange: `kind` or `kind: detail`."""
+
+    id: str
+    notice: str
+
+
+def notices_of(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> Iterator[Notice]:
+    """Preferences that come twice, by the same person or nobody named, or also the other way round; tiny images."""
+    first: dict[int, int] = {}
+    for number, record in enumerate(records):
+        images = [seen[ref] for ref in record.images]
+        for k, image in enumerate(images):
+            if image.note:
+                yield Notice(record.id, f"tiny image: {_side(record, k)} is {image.note}")
+        found = {"duplicate": -1, "both directions": -1}
+        for w, l_ in record.pairs():
+            better, worse = images[w].digest, images[l_].digest
+            said = hash((record.prompt, better, worse))  # not the texts: a million of them would take gigabytes
+            same = first.setdefault(hash((said, record.annotator)), number)
+            first.setdefault(said, number)
+            other = first.get(hash((record.prompt, worse, better)), number)
+            found["duplicate"] = same if same < number else found["duplicate"]
+            found["both directions"] = other if other < number else found["both directions"]
+        for kind, before in found.items():
+            if before >= 0:
+                yield Notice(record.id, f"{kind}: {records[before].id}")
+
+
+def trained_on(records: Sequence[Record], path: str | None) -> Iterator[Notice]:
+    """Validation records whose prompts are also those of training, read from `path`."""
+    if path is not None:
+        prompts = {one.prompt: one.id for one in read_records(path, keep_ties=True) if isinstance(one, Record)}
+        for record in records:
+            if record.prompt in prompts:
+                yield Notice(record.id, f"prompt of training: {prompts[record.prompt]}")
+
+
+def _side(record: Record, k: int) -> str:
+    if len(record.images) == 2 and record.ranks[0] != record.ranks[1]:
+        return "chosen" if record.ranks[k] == min(record.ranks) else "rejected"
+    return side_of(k, len(record.images))
 
 
 class DropReport:
@@ -58,10 +106,8 @@ class DropReport:
     def stop_if_damaged(self, usable: int, dropped: Sequence[Dropped]) -> None:
         """Write the list. Raises ValueError when more than max_dropped is damaged or nothing is left."""
         if self.main:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.file.with_name(self.file.name + ".tmp")
-            temporary.write_text("".join(json.dumps(d._asdict()) + "\n" for d in dropped), encoding="utf-8")
-            os.replace(temporary, self.file)
+            rows = ({name: value for name, value in d._asdict().items() if value} for d in dropped)
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         damaged = sum(d.kind not in NO_PREFERENCE for d in dropped)
         if not usable:
             raise ValueError(f"no usable pair in '{self.path}' ({_counts(dropped)}); see '{self.file}'")
@@ -79,6 +125,24 @@ class DropReport:
             what = f"; dropped {len(dropped)} ({_counts(dropped)}), listed in '{self.file}'" if dropped else ""
             logger.log(level, "%d pairs from %d records of '%s'%s", pairs, usable, self.path, what)
 
+    def notice(self, notices: Callable[[], Iterable[Notice]]) -> None:
+        """List what is strange but used, and say how much it is, in one line; nothing where nothing is."""
+        if not self.main:
+            return
+        found = list(notices())
+        file = self.file.with_name(self.file.name.replace("dropped", "notices"))
+        if not found:
+            file.unlink(missing_ok=True)
+            return
+        write_whole(file, "".join(json.dumps(one._asdict()) + "\n" for one in found))
+        logger.warning(
+            "of the records used, %s; listed in '%s'", _kinds(one.notice.split(":")[0] for one in found), file
+        )
+
 
 def _counts(dropped: Sequence[Dropped]) -> str:
-    return ", ".join(f"{n} {kind}" for kind, n in Counter(d.kind for d in dropped).most_common()) or "it is empty"
+    return _kinds(d.kind for d in dropped) or "it is empty"
+
+
+def _kinds(kinds: Iterable[str]) -> str:
+    return ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).most_common())

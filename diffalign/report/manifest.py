@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from reward_models.files import bad_name, leads_out, parse_json, text_lines
 
 FIELDS = ("image", "prompt", "prompt_id", "sample")
 
@@ -23,26 +24,41 @@ class Pair(NamedTuple):
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
     """The rows of `folder/manifest.jsonl`, as eval/generate.py writes them, in its order.
 
-    Raises FileNotFoundError without that file, ValueError for a row without one of FIELDS or for a (prompt_id, sample)
-    that comes twice.
+    Raises FileNotFoundError without that file, ValueError for a row without one of FIELDS, for an image outside the
+    folder, or for a (prompt_id, sample) that comes twice.
     """
     path = folder / "manifest.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist; write it with `diffalign eval generate --out {folder}`")
     rows, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
+    for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
             continue
-        row = json.loads(line)
-        missing = [field for field in FIELDS if field not in row]
+        where = f"'{path}' line {number}"
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{where} is {error}") from error
+        missing = [field for field in FIELDS if field not in row] if isinstance(row, dict) else list(FIELDS)
         if missing:
-            raise ValueError(f"'{path}' line {number} has no {', '.join(missing)}; every row needs {', '.join(FIELDS)}")
+            raise ValueError(f"{where} has no {', '.join(missing)}; every row needs {', '.join(FIELDS)}")
+        if bad := _wrong(row):
+            raise ValueError(f"{where}: {bad}")
         key = (row["prompt_id"], row["sample"])
         if key in seen:
-            raise ValueError(f"'{path}' line {number}: prompt_id {key[0]!r}, sample {key[1]} comes twice")
+            raise ValueError(f"{where}: prompt_id {key[0]!r}, sample {key[1]} comes twice")
         seen.add(key)
         rows.append(row)
     return rows
+
+
+def _wrong(row: dict[str, Any]) -> str:
+    """What no row can have, or nothing."""
+    if not all(isinstance(row[name], str) and not bad_name(row[name]) for name in ("image", "prompt")):
+        return f"image and prompt must be text; got {str(row)[:80]!r}"
+    if not isinstance(row["prompt_id"], (str, int)) or not isinstance(row["sample"], int):
+        return f"prompt_id must be a text or number, sample a whole number; got {str(row)[:80]!r}"
+    return f"image '{row['image'][:80]}' leads out of the folder" if leads_out(row["image"]) else ""
 
 
 def read_pairs(base: Path, aligned: Path) -> list[Pair]:

@@ -22,13 +22,42 @@ def noise(height, width, channels=3):
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("size", [(40, 61), (61, 40), (16, 16), (9, 12)])
-def test_the_shorter_side_is_resized_and_the_centre_kept_as_torchvision_does(size):
-    image = noise(*size)
-    height, width = (16 * max(1, size[0] / size[1]), 16 * max(1, size[1] / size[0]))
-    resize = v2.Resize([round(height), round(width)], antialias=True)  # PIL input: Pillow's own bilinear
-    expected = v2.functional.pil_to_tensor(v2.CenterCrop(16)(resize(Image.fromarray(image)))) / 255
-    torch.testing.assert_close(square(encoded(image), 16).pixels, expected, rtol=0, atol=0)
+def released(image, resolution):
+    """The transforms of the released training codes, and the crop ids that SDXL's is told: top, left."""
+    resized = v2.Resize(resolution, v2.InterpolationMode.BILINEAR, antialias=True)(image)
+    cropped = v2.functional.pil_to_tensor(v2.CenterCrop(resolution)(resized)) / 255
+    return cropped, [round((side - resolution) / 2) for side in (resized.height, resized.width)]
+
+
+def sizes():
+    random = np.random.default_rng(0)
+    drawn = [tuple(x) for x in random.integers(1, 90, (150, 2)).tolist() if max(x) <= 32 * min(x)]
+    return [(40, 61), (61, 40), (16, 16), (9, 12), (1, 1), (1, 32), (33, 2), *drawn]
+
+
+@pytest.mark.parametrize("resolution", [16, 23, 32])
+def test_the_centre_crop_is_that_of_torchvision_to_the_pixel(resolution):
+    for size in sizes():
+        image = noise(*size)
+        expected, crop = released(Image.fromarray(image), resolution)
+        found = square(encoded(image), resolution)
+        torch.testing.assert_close(found.pixels, expected, rtol=0, atol=0, msg=str(size))
+        assert found.size.tolist() == [*size, *crop, resolution, resolution], size
+
+
+def test_the_fraction_of_the_longer_side_is_cut_as_the_released_transforms_do():
+    """1024 x 768 at 512: 1024 * 512 / 768 = 682.67 becomes 682, and SDXL is told (682 - 512) / 2 = 85 from the left."""
+    image = noise(768, 1024)
+    found = square(encoded(image), 512)
+    assert found.size.tolist() == [768, 1024, 0, 85, 512, 512]
+    assert found.mirrored().size.tolist() == [768, 1024, 0, 85, 512, 512]
+    assert torch.equal(found.pixels, released(Image.fromarray(image), 512)[0])
+    random = np.random.default_rng(1)
+    for height, width in random.integers(200, 1300, (12, 2)).tolist():
+        image = Image.fromarray(noise(height, width))
+        expected, crop = released(image, 256)
+        found = square(encoded(np.asarray(image), compress_level=0), 256)
+        assert torch.equal(found.pixels, expected) and found.size[2:4].tolist() == crop
 
 
 @pytest.mark.parametrize("at, left", [(0.0, 0), (0.25, 4), (0.5, 8), (1.0, 16)])

@@ -7,8 +7,12 @@ import os
 import resource
 import signal
 import time
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +20,9 @@ from PIL import Image
 from diffalign.data import ImageRef, LatentCache
 from diffalign.data.cache import cond_of
 from diffalign.data.images import square
+from diffalign.data.shards import OPEN, DamagedEntry, Shards, _files
 from diffalign.types import Cond
+from reward_models.images import DECODING
 
 FORK = multiprocessing.get_context("fork")
 
@@ -59,7 +65,7 @@ def number(latent):
 
 
 def numbers(cache, seen, **options):
-    rows = cache.latents([s.digest for s in seen], **options)
+    rows = cache.latents([s.digest for s in seen], [], **options)
     return [number(rows.read(i)["latent"]) for i in range(len(seen))]
 
 
@@ -70,7 +76,7 @@ def test_every_latent_is_that_of_its_image_and_a_second_build_encodes_nothing(tm
     seen = cache.add_images(images)
     assert encoder.images == 21 and not any(s.reason for s in seen)
     assert numbers(cache, seen) == list(range(21))
-    rows = cache.latents([s.digest for s in seen])
+    rows = cache.latents([s.digest for s in seen], images)
     expected = torch.nn.functional.adaptive_avg_pool2d(square(images[3].read(), 8).pixels, 2)
     torch.testing.assert_close(rows.read(3)["latent"], expected.half().float(), rtol=0, atol=0)
     again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
@@ -84,8 +90,8 @@ def test_mirrored_latents_are_those_of_the_mirrored_image(tmp_path):
     Image.fromarray(array).save(tmp_path / "a.png")
     cache = LatentCache(tmp_path / "cache", Pool(), 8, hflip=True)
     (seen,) = cache.add_images([ImageRef(str(tmp_path / "a.png"))])
-    plain = cache.latents([seen.digest]).read(0)["latent"]
-    mirrored = cache.latents([seen.digest], flipped=True).read(0)["latent"]
+    plain = cache.latents([seen.digest], []).read(0)["latent"]
+    mirrored = cache.latents([seen.digest], [], flipped=True).read(0)["latent"]
     torch.testing.assert_close(mirrored, plain.flip(-1), rtol=0, atol=1e-3)
     assert not torch.equal(mirrored, plain)
     assert LatentCache(tmp_path / "cache", Pool(), 8).add_images([ImageRef(str(tmp_path / "a.png"))]) == [seen]
@@ -142,7 +148,7 @@ def test_bad_images_are_remembered_with_their_reason_and_missing_ones_are_not(tm
     assert seen[0] == seen[1]
     assert seen[0][0].reason.startswith("corrupt image: ") and seen[0][0].digest
     assert seen[0][1].reason == ""
-    assert seen[0][2] == ("", f"missing image: {tmp_path / 'gone.png'}")
+    assert seen[0][2] == ("", f"missing image: {tmp_path / 'gone.png'}", "")
     solid(tmp_path / "gone.png", 9)
     assert LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)[2].reason == ""
 
@@ -163,7 +169,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     images = gallery(tmp_path / "images", 24)
     process = FORK.Process(target=build, args=(tmp_path / "cache", images, 0.2))
     process.start()
-    shards = tmp_path / "cache/pool/squares-256-center"
+    shards = tmp_path / f"cache/pool/squares-256-center-decoding-{DECODING}"
     give_up = time.monotonic() + 20
     while len(list(shards.glob("*.json"))) < 2 and time.monotonic() < give_up:
         time.sleep(0.01)
@@ -182,11 +188,11 @@ def test_what_a_kill_leaves_half_written_is_not_used(tmp_path):
     """An array without its list of keys, one cut short, and temporary files."""
     images = gallery(tmp_path / "images", 12)
     LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4).add_images(images)
-    folder = tmp_path / "cache/pool/squares-8-center"
+    folder = tmp_path / f"cache/pool/squares-8-center-decoding-{DECODING}"
     lists = sorted(folder.glob("*.json"))
     lists[0].unlink()
-    with lists[1].with_suffix(".latent.npy").open("rb+") as file:
-        file.truncate(100)
+    with lists[1].with_suffix(".rows").open("rb+") as file:
+        file.truncate(60)
     (folder / f".{lists[0].name}.1234.tmp").write_text('{"keys": [')
     cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4)
     seen = cache.add_images(images)
@@ -224,7 +230,7 @@ def test_the_ranks_of_a_run_share_the_work_and_agree(tmp_path):
     reports = [json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2)]
     assert [(r["images"], r["prompts"]) for r in reports] == [(6, 5), (4, 4)]
     assert reports[0]["seen"] == reports[1]["seen"]
-    assert reports[0]["seen"][10] == ["", f"missing image: {tmp_path / 'gone.png'}"]
+    assert reports[0]["seen"][10] == ["", f"missing image: {tmp_path / 'gone.png'}", ""]
     assert list((tmp_path / "run").iterdir()) == []
     cache = LatentCache(folder, Pool(), 256)
     assert numbers(cache, cache.add_images(images)[:10]) == list(range(10))
@@ -237,14 +243,14 @@ def test_ranks_need_a_place_to_meet(tmp_path):
 
 
 def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path):
-    """No file may grow over 300 bytes: the array of 16 float16 latents [3, 2, 2] has 128 + 16 * 24."""
+    """No file may grow over 700 bytes: 16 rows of a float16 latent [3, 2, 2] and a float32 size [6] have 16 * 48."""
     images = gallery(tmp_path / "images", 20)
     cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4)
     cache.add_images(images[:4])
     cache.shard_size = 16
     before = sorted(p.name for p in (tmp_path / "cache").rglob("*"))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
     try:
         with pytest.raises(OSError, match=r"cannot write the cache in .*; free space there, or set 'data\.cache'"):
             cache.add_images(images[4:])
@@ -267,15 +273,179 @@ def test_numbers_that_overflow_half_precision_stop_the_build(tmp_path):
 
     with pytest.raises(ValueError, match=r"'latent' .* not finite or too large for float16; .*'backbone.dtype' = fp32"):
         LatentCache(tmp_path / "cache", Hot(), 8).add_images(gallery(tmp_path, 2))
-    assert not list((tmp_path / "cache").rglob("*.npy"))
+    assert not list((tmp_path / "cache").rglob("*.rows"))
 
 
-def test_a_damaged_list_of_keys_names_the_file(tmp_path):
-    LatentCache(tmp_path / "cache", Pool(), 8).add_images(gallery(tmp_path, 2))
-    (file,) = (tmp_path / "cache").rglob("*.json")
-    file.write_text("{")
-    with pytest.raises(ValueError, match=f"'{file}' is damaged; delete it"):
-        LatentCache(tmp_path / "cache", Pool(), 8)
+def test_a_damaged_list_of_keys_is_said_and_its_entries_are_made_anew(tmp_path, caplog):
+    images = gallery(tmp_path / "images", 6)
+    LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3).add_images(images)
+    for content in (b"{", b"[]", b"\xff", b"{}", b'{"keys": 3, "fields": [], "sums": [], "bad": {}, "notes": {}}'):
+        file = sorted((tmp_path / "cache/pool").rglob("*.json"))[0]
+        file.write_bytes(content)
+        cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
+        assert f"{file.name}' is damaged and left out" in caplog.text
+        assert numbers(cache, cache.add_images(images)) == list(range(6)) and cache.encoder.images == 3
+
+
+def test_every_flipped_byte_of_a_cached_latent_is_noticed_and_it_is_made_anew(tmp_path, caplog):
+    """In this process by the encoder, and for later ones by setting the shard aside."""
+    images = gallery(tmp_path / "images", 6)
+    LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3).add_images(images)
+    random, (file, *_) = np.random.default_rng(0), sorted((tmp_path / "cache/pool").rglob("*.rows"))
+    for _ in range(20):
+        cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
+        seen = cache.add_images(images)
+        rows = cache.latents([s.digest for s in seen], images)
+        whole = [rows.rows.read(i)["latent"] for i in range(6)]
+        data = bytearray(file.read_bytes())
+        data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+        file.write_bytes(data)
+        assert all(torch.equal(rows.read(i)["latent"], whole[i]) for i in range(6))
+        assert cache.encoder.images in (1, 4) and len(rows.made) == 1, "one damaged, and three of the last round"
+        assert not file.with_suffix(".json").exists()
+    assert f"cache file '{file}' is damaged: made anew" in caplog.text
+    again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
+    assert numbers(again, again.add_images(images)) == list(range(6)) and again.encoder.images == 3
+
+
+def test_a_damaged_text_embedding_is_made_anew(tmp_path):
+    cache = LatentCache(tmp_path, Pool(), 8)
+    cache.add_prompts(["one", "three"])
+    rows = cache.texts(["one", "three"])
+    (file,) = tmp_path.rglob("*.rows")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x55")
+    assert [cond_of(rows, i).tokens.unique().tolist() for i in range(2)] == [[3], [5]]
+    assert len(rows.made) == 1
+
+
+def test_what_is_not_supported_is_not_remembered(tmp_path):
+    """Tomorrow the package for it may be there."""
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    for _ in range(2):
+        cache = LatentCache(tmp_path / "cache", Pool(), 8)
+        (seen,) = cache.add_images([ImageRef(str(tmp_path / "deep.png"))])
+        assert seen.reason.startswith("unsupported image: mode I;16") and not cache._images.bad
+
+
+def counted(monkeypatch):
+    """The paths that are read from now on."""
+    read = []
+
+    def spy(path):
+        read.append(str(path))
+        return open(path, "rb").read()
+
+    monkeypatch.setattr("diffalign.data.records.read_file", spy)
+    return read
+
+
+def test_a_second_start_reads_no_image_and_a_replaced_one_is_read_again(tmp_path, monkeypatch):
+    """Under the same name, with the same size in bytes."""
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    images = gallery(tmp_path / "images", 20)
+    sizes = {os.path.getsize(ref.path) for ref in images}
+    read = counted(monkeypatch)
+    first = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
+    seen = first.add_images(images)
+    assert sorted(read) == sorted(ref.path for ref in images)
+    read.clear()
+    again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
+    assert again.add_images(images) == seen and again.encoder.images == 0 and read == []
+    solid(tmp_path / "images/7.png", 77)
+    assert {os.path.getsize(tmp_path / "images/7.png")} <= sizes
+    once_more = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
+    assert numbers(once_more, once_more.add_images(images)) == [*range(7), 77, *range(8, 20)]
+    assert read == [str(tmp_path / "images/7.png")] and once_more.encoder.images == 1
+    read.clear()
+    other = LatentCache(tmp_path / "cache", Pool("other"), 8, shard_size=8)
+    other.add_images(images)
+    assert len(read) == 20 and other.encoder.images == 20, "another encoder needs the pixels"
+
+
+def test_images_that_changed_just_now_are_not_trusted_to_their_times(tmp_path, monkeypatch):
+    """Nor are files of file systems whose times are whole seconds, for two."""
+    images = gallery(tmp_path / "images", 3)
+    read = counted(monkeypatch)
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 60 * 10**9)
+    for _ in range(2):
+        LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
+    assert len(read) == 6
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    second = time.time_ns() // 10**9 * 10**9
+
+    class Coarse:
+        st_size, st_mtime_ns, st_ctime_ns = 99, second, second
+
+    monkeypatch.setattr("diffalign.data.known.os", SimpleNamespace(stat=lambda path: Coarse, path=os.path))
+    for _ in range(2):
+        LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
+    assert len(read) == 12
+
+
+def test_a_damaged_entry_stops_a_worker_process_by_name_and_the_next_start_mends_it(tmp_path):
+    images = gallery(tmp_path / "images", 4)
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    rows = cache.latents([s.digest for s in cache.add_images(images)], images)
+    (file,) = (tmp_path / "cache/pool").rglob("*.rows")
+    file.write_bytes(b"x" + file.read_bytes()[1:])
+
+    class Latents(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return rows.read(i)["latent"]
+
+    with pytest.raises(DamagedEntry, match=rf"cache file '{file}' is damaged; it was set aside, start again"):
+        list(torch.utils.data.DataLoader(Latents(), num_workers=1, multiprocessing_context=FORK))
+    again = LatentCache(tmp_path / "cache", Pool(), 8)
+    assert numbers(again, again.add_images(images)) == list(range(4)) and again.encoder.images == 4
+
+
+def test_images_in_parquet_and_zip_files_are_known_by_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour(5)).save(stream, "PNG")
+    pq.write_table(pa.table({"jpg_0": [stream.getvalue()] * 4}), tmp_path / "a.parquet", row_group_size=2)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.png", stream.getvalue())
+    images = [ImageRef(str(tmp_path / "a.parquet"), "jpg_0", k // 2, k % 2) for k in range(4)]
+    images.append(ImageRef(str(tmp_path / "a.zip"), member="x.png"))
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    seen = cache.add_images(images)
+    monkeypatch.setattr(ImageRef, "read", lambda self: pytest.fail("read again"))
+    assert LatentCache(tmp_path / "cache", Pool(), 8).add_images(images) == seen
+    os.utime(tmp_path / "a.zip")
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
+
+
+def test_what_is_known_of_files_survives_damage_and_is_put_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    monkeypatch.setattr("diffalign.data.known.FILES", 3)
+    for start in range(0, 12, 2):
+        LatentCache(tmp_path / "cache", Pool(), 8).add_images(gallery(tmp_path / "images", start + 2)[start:])
+    images = [ImageRef(str(tmp_path / f"images/{k}.png")) for k in range(12)]
+    cache = LatentCache(tmp_path / "cache", Pool(), 8)
+    seen = cache.add_images(images)
+    files = list((tmp_path / "cache/files").iterdir())
+    assert len(files) <= 4 and numbers(cache, seen) == list(range(12))
+    for damage in (b"", b"x" * 33, b"\xff" * 320):
+        for file in files:
+            file.write_bytes(damage)
+        cache = LatentCache(tmp_path / "cache", Pool(), 8)
+        assert cache.add_images(images) == seen and cache.encoder.images == 0
+
+
+def test_any_number_of_shards_is_read_within_64_open_files(tmp_path):
+    shards = Shards(tmp_path)
+    for k in range(200):
+        shards.write([str(k)], {str(k): {"latent": torch.full((2,), k)}}, {})
+    rows = shards.rows([str(k) for k in range(200)])
+    before = len(os.listdir("/proc/self/fd"))
+    for i in (*range(200), *range(0, 200, 7)):
+        assert rows.read(i)["latent"].tolist() == [i, i]
+    assert len(os.listdir("/proc/self/fd")) <= before + OPEN and len(_files.open) <= OPEN
 
 
 def test_one_image_under_several_names_is_encoded_once(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffalign.backbones import load_backbone
-from diffalign.data import KeyedLoader, Prompts, TargetImages
-from diffalign.data.prompts import find_prompts
+from diffalign.data import Dropped, KeyedLoader, Prompts, TargetImages
+from diffalign.data.prompts import find_prompts, read_prompts
 from diffalign.data.targets import read_targets
 from diffalign.draws import Draws
 
@@ -82,5 +83,40 @@ def test_what_is_wrong_with_a_folder_of_targets(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"needs captions: metadata\.jsonl, a \.txt beside each image, or one"):
         read_targets(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png"}\n')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl' line 1 needs file_name and text"):
-        read_targets(tmp_path)
+    assert read_targets(tmp_path) == [
+        Dropped("metadata.jsonl:1", "bad line: needs file_name and text"),
+        Dropped("a.png", "empty caption"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_prompt_files_of_other_editors(tmp_path: Path, name: str) -> None:
+    """A byte order mark is dropped; other encodings, and lines that cannot be read, are named with file and line."""
+    lines = ["small red circle on white"] * 2
+    if name == "p.jsonl":
+        lines = [json.dumps({"prompt": line}) for line in lines]
+    file = tmp_path / name
+    file.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert list(read_prompts(file).values()) == ["small red circle on white"] * 2
+    file.write_bytes("\n".join([lines[0], lines[1].replace("red", "r\u00e9d")]).encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"{name}' line 2 is not UTF-8"):
+        read_prompts(file)
+    file.write_bytes(lines[0].encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{name}' line 1 is not UTF-8 but UTF-16"):
+        read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[" * 20_000, "line 2 is not JSON that can be read: nested too deeply"),
+        ('{"prompt": "a\\ud800"}', "line 2: its prompt holds a NUL or is not valid Unicode"),
+        ('{"prompt": 1}', 'line 2 needs a string under "prompt"'),
+        ('{"prompt": "a", "prompt_id": "\\ud800"}', "line 2: its prompt holds"),
+        ("{", "line 2 is not JSON: Expecting property name"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_prompts(tmp_path / "p.jsonl")

@@ -24,12 +24,13 @@ def put(path, n):
 
 def parquet(path, rows, row_group_size=4, **columns):
     """Pick-a-Pic columns; jpg_0 of row k is picture(2k), jpg_1 is picture(2k + 1)."""
+    label_0 = columns.get("label_0", [float(k % 2) for k in range(rows)])
     table = {
         "caption": [f"prompt {k}" for k in range(rows)],
         "jpg_0": [picture(2 * k) for k in range(rows)],
         "jpg_1": [picture(2 * k + 1) for k in range(rows)],
-        "label_0": [float(k % 2) for k in range(rows)],
-        "label_1": [1 - float(k % 2) for k in range(rows)],
+        "label_0": label_0,
+        "label_1": [None if x is None else 1 - x for x in label_0],
         "has_label": [True] * rows,
         "user_id": list(range(100, 100 + rows)),
     } | columns
@@ -148,9 +149,9 @@ def test_jsonl_paths_are_relative_to_the_file_and_prob_becomes_a_flip_probabilit
         ('{"chosen": "1", "rejected": "2"}', "empty caption"),
         ('{"prompt": "a\\ud800", "chosen": "1", "rejected": "2"}', "bad caption: not valid Unicode"),
         ('{"prompt": "a", "chosen": "1"}', "bad line: 'chosen' and 'rejected' must be image paths"),
-        ('{"prompt": "a", "chosen": "1", "rej', "bad line: not a JSON object"),
+        ('{"prompt": "a", "chosen": "1", "rej', "bad line: not JSON: Invalid control character at column 36"),
         ("[1, 2]", "bad line: not a JSON object"),
-        (b"\xff\xfe{", "bad line: not a JSON object"),
+        (b"\xff\xfe{", "bad line: not UTF-8 text (byte 0xff)"),
     ],
 )
 def test_a_jsonl_line_that_cannot_be_used_is_dropped_with_its_reason(tmp_path, line, reason):
@@ -215,7 +216,7 @@ def test_hpd_pairs_lie_in_the_subfolder_of_their_split(tmp_path):
     entries = [
         {"prompt": "a", "file_path": ["0.jpg", "1.jpg"], "human_preference": [0, 1]},
         {"prompt": "b", "file_path": ["2.jpg", "3.jpg"], "human_preference": [1, 0]},
-        {"prompt": "c", "file_path": ["2.jpg", "3.jpg"], "human_preference": [1, 1]},
+        {"prompt": "c", "file_path": ["2.jpg", "3.jpg"], "human_preference": [0.5, 0.5]},
         {"prompt": "d", "file_path": ["2.jpg"], "human_preference": [1]},
     ]
     (tmp_path / "train.json").write_text(json.dumps(entries))

@@ -230,3 +230,25 @@ def test_win_rates_of_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 other pairs than the 3"):
         write_report(tmp_path / "report", **arguments)
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ({"image": "../secret.png"}, "line 2: image '../secret.png' leads out of the folder"),
+        ({"image": "/etc/passwd"}, "line 2: image '/etc/passwd' leads out"),
+        ({"image": "a/../../x.png"}, "line 2: image 'a/../../x.png' leads out"),
+        ({"image": "a\0.png"}, "line 2: image and prompt must be text"),
+        ({"prompt": ["a"]}, "line 2: image and prompt must be text"),
+        ({"prompt_id": [1]}, "line 2: prompt_id must be"),
+        ("{", "line 2 is not JSON: Expecting property name"),
+        ("[" * 20_000, "line 2 is not JSON that can be read: nested too deeply"),
+        ("[1]", "line 2 has no image, prompt, prompt_id, sample"),
+    ],
+)
+def test_a_manifest_leads_nowhere_else_and_its_bad_lines_are_named(tmp_path: Path, line: Any, message: str) -> None:
+    fine = {"image": "0.png", "prompt": "a", "prompt_id": "0", "sample": 0}
+    bad = line if isinstance(line, str) else json.dumps({**fine, "sample": 1, **line})
+    (tmp_path / "manifest.jsonl").write_text("\ufeff" + json.dumps(fine) + "\n" + bad + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_manifest(tmp_path)

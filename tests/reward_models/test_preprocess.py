@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,7 +133,8 @@ def test_the_two_crops_differ_where_half_a_pixel_is_left() -> None:
 def test_longest_is_what_hpsv2_does(height: int, width: int, antialias: bool) -> None:
     """Restated: the longer side to 224, sides rounded to even, bicubic on the float tensor, overshoot kept, black
     around it. Always padded, and never a side of 0, where the original fails."""
-    x = to_tensor(_image(np.random.default_rng(2), height, width))[None].float() / 255
+    # Contiguous: torch is wrong about one pixel wide results of what is channels-last.
+    x = to_tensor(_image(np.random.default_rng(2), height, width))[None].contiguous().float() / 255
     rule = ImageRule(224, resize="longest", method="antialias" if antialias else "plain", clamp=False)
     scale = 224 / max(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
@@ -168,3 +171,39 @@ def test_autocast_and_half_precision_do_not_touch_it() -> None:
     expected = ImageRule(32)(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(ImageRule(32)(x), expected)
+
+
+@pytest.mark.parametrize("method", ["pil", "antialias", "plain"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_memory_format_of_an_image_does_not_count(method: Any, interpolation: Any) -> None:
+    """Decoded files are channels-last. Strips whose shorter side shrinks to a pixel are where torch went wrong."""
+    random = np.random.default_rng(0)
+    for height, width in ((300, 1), (700, 3), (3, 700), (1, 300), (2, 2), (1, 1), (40, 61)):
+        decoded = torch.from_numpy(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).permute(2, 0, 1)[None]
+        for rule in (ImageRule(24, resize=how) for how in ("longest", "squash")):
+            same = replace(rule, method=method, interpolation=interpolation)
+            expected = same(decoded.contiguous().float() / 255)
+            torch.testing.assert_close(same(decoded.float() / 255), expected, rtol=0, atol=1e-6)
+        for size in ((1, 1), (5, 1), (1, 5), (2, 24)):
+            x = decoded.float() / 255
+            expected = resize(x.contiguous(), size, method=method, interpolation=interpolation)
+            torch.testing.assert_close(
+                resize(x, size, method=method, interpolation=interpolation), expected, rtol=0, atol=1e-6
+            )
+
+
+def test_files_and_images_of_a_strip_get_the_same_score(tmp_path: Path) -> None:
+    from reward_models import load_scorer, score_files
+
+    scorer: Any = load_scorer("playground_hps", "cpu")
+    scorer.rule = replace(scorer.rule, resize="longest", method="antialias")
+    random, files, prompts = np.random.default_rng(0), [], []
+    for k, (height, width) in enumerate(((300, 1), (700, 3), (1, 300), (3, 700))):
+        files.append(tmp_path / f"{k}.png")
+        prompts.append(f"a red circle {k}")
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(files[-1])
+    from_files = score_files(scorer, files, prompts)
+    torch.testing.assert_close(scorer.score_images(files, prompts), from_files, rtol=0, atol=1e-5)
+    pixels = [torch.from_numpy(np.array(Image.open(f))).permute(2, 0, 1)[None].contiguous() for f in files]
+    tensors = torch.cat([scorer.score(x.float() / 255, [p]) for x, p in zip(pixels, prompts, strict=True)])
+    torch.testing.assert_close(tensors.detach(), from_files, rtol=0, atol=1e-5)

@@ -83,7 +83,7 @@ def test_text_files_beside_the_images(folder: Path) -> None:
     "name, text, message",
     [
         ("p.jsonl", '{"image": "2.png"}\n', "line 1 needs 'image' and 'prompt'"),
-        ("p.jsonl", '{"image": "2.png", "prompt": "x"}\n{"im', "line 2 is not JSON"),
+        ("p.jsonl", '\n{"im', "line 2 is not JSON"),
         ("p.jsonl", '["2.png"]\n', "line 1 must be an object"),
         ("p.jsonl", '{"image": "2.png", "prompt": "\\ud800"}\n', "is not valid Unicode"),
         ("p.csv", "image,text\n2.png,x\n", "line 2 needs 'image' and 'prompt'"),
@@ -91,7 +91,9 @@ def test_text_files_beside_the_images(folder: Path) -> None:
         ("p.md", "x", "must end in .jsonl, .csv or .txt"),
     ],
 )
-def test_bad_lists_name_file_and_line(folder: Path, tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_lists_without_one_good_line_name_file_and_line(
+    folder: Path, tmp_path: Path, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_items(folder, prompts=tmp_path / name)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from reward_models import tables
 from reward_models.cards import card_text
 from reward_models.cli import main
-from reward_models.items import Items
+from reward_models.items import Items, Row
 from reward_models.loading import SCORERS
 from reward_models.report import best_rows, summarise
 
@@ -77,10 +77,10 @@ def test_summary_by_hand() -> None:
 
 def test_best_of_n_by_hand() -> None:
     """The first of equals wins; failed images do not take part; a prompt of which all failed has no row."""
-    pairs = [("1", "a"), ("2", "b"), ("3", "a"), ("4", "a"), ("5", "c"), ("6", "b")]
+    rows = map(Row, "123456", "abaacb")
     nan = (np.nan, np.nan)
     scores = np.array([(0.5, 0.1), (1.0, 1.0), (0.5, 0.7), nan, nan, (1.5, 0.0)])
-    assert list(best_rows(Items(Path(), pairs), scores, ["x", "y"])) == [
+    assert list(best_rows(Items(Path(), rows), scores, ["x", "y"])) == [
         ("a", "x", "1", 0.5, 2),
         ("a", "y", "3", 0.7, 2),
         ("b", "x", "6", 1.5, 2),

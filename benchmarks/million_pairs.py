@@ -1,0 +1,146 @@
+"""How a data set of a million pairs starts: seconds, memory and open files, with an empty cache and with a full one.
+
+    python benchmarks/million_pairs.py --records 1000000 --images 200000
+
+Writes a JSONL of that many pairs over tiny images in a temporary folder, and opens it twice, each time in a process of
+its own that may open 1024 files, with an encoder that costs nothing. Prints one JSON object, and writes it with --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FILES = 1024
+
+
+class Pool:
+    """An encoder that averages: latents [3, 2, 2], embeddings of one number."""
+
+    fingerprint = "pool"
+
+    def encode_pixels(self, pixels: Any) -> Any:
+        import torch
+
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2)
+
+    def encode_text(self, prompts: Sequence[str]) -> Any:
+        import torch
+
+        from diffalign.types import Cond
+
+        return Cond(torch.tensor([[[float(len(p))]] for p in prompts]))
+
+
+def png(number: int) -> bytes:
+    """A PNG of 2 x 2 pixels with the number in its colour, made by hand: a million of them in seconds."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    line = b"\0" + 2 * number.to_bytes(3, "big")
+    head = (2).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(2 * line, 1)) + chunk(b"IEND", b"")
+    )
+
+
+def make(folder: Path, records: int, images: int, prompts: int) -> Path:
+    """The data set: pair k has images 2 k and 2 k + 1, modulo their number; the second round pairs them anew."""
+    for k in range(images):
+        if k % 1000 == 0:
+            (folder / f"images/{k // 1000:05d}").mkdir(parents=True)
+        (folder / f"images/{k // 1000:05d}/{k:07d}.png").write_bytes(png(k))
+    with (folder / "pairs.jsonl").open("w") as file:
+        for k in range(records):
+            w, l_ = 2 * k % images, (2 * k + 1 + 2 * (2 * k // images)) % images
+            names = [f"images/{i // 1000:05d}/{i:07d}.png" for i in (w, l_)]
+            file.write(json.dumps({"prompt": f"prompt {k % prompts}", "chosen": names[0], "rejected": names[1]}) + "\n")
+    return folder / "pairs.jsonl"
+
+
+def start(path: Path, work: Path) -> dict[str, Any]:
+    """Open the data set in this process, read some of it as training does, and say what that took."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
+    begun = time.perf_counter()
+    import torch
+
+    from diffalign.data import PreferencePairs, records
+    from diffalign.draws import Draws
+
+    torch.set_num_threads(1)
+    read, most = [0], [0]
+    whole = records.read_file
+
+    def counted(name: str) -> bytes:
+        read[0] += 1
+        return whole(name)
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            most[0] = max(most[0], len(os.listdir("/proc/self/fd")))
+
+    records.read_file = counted  # type: ignore[assignment]
+    done = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    imported = time.perf_counter() - begun
+    begun = time.perf_counter()
+    pairs = PreferencePairs(Pool(), Draws(0), work / "run", path=str(path), resolution=8, cache=str(work / "cache"))
+    opened = time.perf_counter() - begun
+    begun = time.perf_counter()
+    order = Draws(0).permutation(len(pairs), key=0, stream="order")[:20_000].tolist()
+    for index in order:
+        pairs[0, index]
+    seconds = time.perf_counter() - begun
+    done.set()
+    watcher.join()
+    return {
+        "pairs": len(pairs),
+        "import_s": round(imported, 1),
+        "start_s": round(opened, 1),
+        "images_read": read[0],
+        "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "open_files": most[0],
+        "random_pairs_per_s": round(len(order) / seconds),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=int, default=1_000_000)
+    parser.add_argument("--images", type=int, default=200_000, help="different ones, each in several pairs")
+    parser.add_argument("--prompts", type=int, default=50_000)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.start:
+        print(json.dumps(start(args.start, args.start.parent)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        path = make(Path(name), args.records, args.images, args.prompts)
+        time.sleep(2.5)  # what changed just now is not trusted to its times
+        found: dict[str, Any] = {"records": args.records, "images": args.images, "prompts": args.prompts}
+        for which in ("first", "second"):
+            done = subprocess.run(
+                [sys.executable, __file__, "--start", str(path)], stdout=subprocess.PIPE, text=True, check=True
+            )
+            found[which] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(found, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

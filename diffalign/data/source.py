@@ -1,0 +1,76 @@
+"""What a run was trained on: `data.json` in its folder, so that it goes on with the same data or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffalign.data.records import ImageRef, Record
+from reward_models.files import read_json, write_whole
+
+
+def check_same_data(
+    folder: Path, name: str, path: str, records: Sequence[Record], images: Iterable[ImageRef], *, main: bool
+) -> None:
+    """Write what the data are to `<folder>/data.json` under `name`, or compare with what is there since the run has a
+    checkpoint. Raises ValueError when the records, or the sizes or times of their images, are others."""
+    found = {"path": path, "count": len(records), "records": _records(records), "images": _images(images)}
+    _compare(folder / "data.json", name, found, main)
+
+
+def check_same_prompts(folder: Path, path: str, prompts: Iterable[tuple[str, str]], *, main: bool) -> None:
+    """The same for prompts with their ids."""
+    rows = [f"{id}\0{prompt}" for id, prompt in prompts]
+    _compare(folder / "data.json", "prompts", {"path": path, "count": len(rows), "records": _digest(rows)}, main)
+
+
+def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
+    before = read_json(file) if file.exists() else {}
+    begun = any((file.parent / "checkpoints").glob("step-*"))
+    if begun and name in before:
+        changed = [key for key in ("count", "records", "images") if before[name].get(key) != found.get(key)]
+        if changed:
+            what = {"count": "other records", "records": "other records", "images": "images of other sizes or times"}
+            count = f" ({before[name]['count']} before, {found['count']} now)" if changed[0] == "count" else ""
+            raise ValueError(
+                f"the data of '{found['path']}' changed since '{file.parent}' began: {what[changed[0]]}{count}; put "
+                f"them back, choose another run.folder, or delete '{file}' to go on all the same"
+            )
+    elif main:
+        write_whole(file, json.dumps({**before, name: found}, indent=1) + "\n")
+
+
+def _records(records: Iterable[Record]) -> str:
+    return _digest(
+        repr((r.id, r.prompt, r.ranks, r.scores, r.aspects, r.annotator, r.weight, r.flip, len(r.images)))
+        for r in records
+    )
+
+
+def _images(images: Iterable[ImageRef]) -> str:
+    containers: dict[str, str] = {}
+    return _digest(_image(ref, containers) for ref in images)
+
+
+def _image(ref: ImageRef, containers: dict[str, str]) -> str:
+    stamp = containers.get(ref.path)
+    if stamp is None:
+        try:
+            status = os.stat(ref.path)
+            stamp = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):
+            stamp = "missing"
+        if ref.column is not None or ref.member is not None:
+            containers[ref.path] = stamp
+    return f"{os.path.basename(ref.path)} {stamp} {ref.row_group} {ref.row} {ref.column} {ref.member}"
+
+
+def _digest(rows: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        digest.update(row.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,72 @@
+"""Prompts beyond the limit of a text encoder: how many, where the limit is, and the first of them, once."""
+
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+
+from diffalign.backbones import load_backbone
+from diffalign.data import LatentCache
+from diffalign.playground import BASE, FLOW
+from reward_models import load_scorer
+from reward_models.cli import main
+from reward_models.report import longer_prompts
+
+LONG = "small red circle on white, " * 30
+SHORT = "small red circle on white"
+
+
+@pytest.mark.parametrize("model", [BASE, FLOW])
+def test_training_says_once_how_many_prompts_are_cut(tmp_path, caplog, capfd, model):
+    backbone = load_backbone(torch.device("cpu"), path=str(model))
+    limit = backbone.token_counts([])[0]
+    longest = [LONG + "a", SHORT, LONG + LONG + LONG + "b"]
+    for prompts in (longest, longest):  # with an empty cache, and with a full one
+        caplog.clear()
+        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+            warnings.simplefilter("error")
+            LatentCache(tmp_path, backbone, 32).add_prompts(prompts)
+        (record,) = caplog.records
+        said = record.getMessage()
+        counts = backbone.token_counts(prompts)[1]
+        longer = [p for p, n in zip(prompts, counts, strict=True) if n > limit]
+        assert said.startswith(f"{len(longer)} of 3 prompts are longer than the text encoder reads") and longer
+        assert f"the first: '{longer[0][:80]}...'" in said and f"tokens, {limit} are read)" in said
+    assert "Token indices" not in capfd.readouterr().err
+
+
+def test_nothing_is_said_of_prompts_that_are_read_whole(tmp_path, caplog):
+    LatentCache(tmp_path, load_backbone(torch.device("cpu"), path=str(BASE)), 32).add_prompts([SHORT, "a " * 9])
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["playground_hps", "playground_vp_score"])
+def test_scoring_says_so_and_counts_in_the_meta_file(tmp_path, capsys, name):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "prompt": p} for p in (SHORT, LONG + "x", LONG + "x", LONG + "y")]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "s.csv"
+    assert main([str(tmp_path / "list.jsonl"), "--scorer", name, "--out", str(out), "--device", "cpu"]) == 0
+    limit = load_scorer(name, "cpu").token_counts([])[0]
+    (line,) = (x for x in capsys.readouterr().err.splitlines() if "longer" in x)
+    assert line.startswith(f"reward-score: 2 of 3 prompts are longer than the {limit} tokens that '{name}' reads")
+    found = json.loads((tmp_path / "s.csv.meta.json").read_text())["scorers"][name]["longer_prompts"]
+    assert found == {"limit": limit, "count": 2, "of": 3, "first": LONG + "x"}
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows[0]))
+    assert main([str(tmp_path / "list.jsonl"), "--scorer", name, "--out", str(out), "--device", "cpu"]) == 0
+    assert "longer" not in capsys.readouterr().err
+    assert json.loads((tmp_path / "s.csv.meta.json").read_text())["scorers"][name]["longer_prompts"] is None
+
+
+def test_the_limit_itself_is_no_cut():
+    """Ten more words are ten more tokens."""
+    scorer = load_scorer("playground_hps", "cpu")
+    limit, (n,) = scorer.token_counts(["red " * 10])
+    words = limit - (n - 10)
+    assert scorer.token_counts(["red " * words])[1] == [limit]
+    assert longer_prompts(scorer, ["red " * words]) is None
+    assert longer_prompts(scorer, ["red " * (words + 1)])["count"] == 1
+    assert longer_prompts(object(), [LONG]) is None
