@@ -80,6 +80,10 @@ class Validation:
     def measure(self, step: int) -> None:
         """Validate; export when it is the best so far. Every rank calls it."""
         right, pairs, logits = self._score()
+        if bad := int((~torch.isfinite(logits)).any(1).sum()):
+            raise FloatingPointError(
+                f"step {step}: the scorer has no finite logit for {bad} of {len(logits)} validation images"
+            )
         row = {"step": step, "accuracy": float(right.sum() / pairs.sum()), "pairs": int(pairs.sum())}
         row |= {f"accuracy/{a}": float(r / n) for a, r, n in zip(self.groups.aspects, right, pairs, strict=True)}
         if hasattr(self.scorer, "set_statistics"):

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -36,8 +37,7 @@ from diffalign.data.images import DAMAGE, look_ahead
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
 from reward_models.images import to_tensor
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer
-from reward_models.scoring import device_of
+from reward_models.protocol import Scorer, checked, device_of
 
 PICK = "pick_threshold"
 LIBRARIES = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers", "numpy", "scipy")
@@ -213,11 +213,9 @@ def _decode(ref: ImageRef) -> Tensor | str:
 
 @torch.no_grad()
 def _scores(name: str, scorer: Scorer, pixels: Tensor, keys: Sequence[tuple[ImageRef, str]]) -> list[float]:
-    scores = scorer.score(pixels.to(device_of(scorer)).float() / 255, [prompt for _, prompt in keys])
-    if scores.shape != (len(keys),):
-        raise ValueError(f"scorer '{name}' must return [{len(keys)}] for {len(keys)} images; got {tuple(scores.shape)}")
+    scores = checked(name, scorer.score(pixels.to(device_of(scorer)).float() / 255, [p for _, p in keys]), len(keys))
     for (ref, _), value in zip(keys, scores.tolist(), strict=True):
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             raise ValueError(f"scorer '{name}' returned {value} for {ref}")
     return scores.tolist()
 

@@ -77,7 +77,7 @@ def compare(args: argparse.Namespace) -> None:
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
     prompts = [pair.prompt for pair in pairs]
     base, aligned = (
-        score_files(scorer, files, prompts, batch_size=args.batch_size).tolist()
+        score_files(scorer, files, prompts, batch_size=args.batch_size, name=spec).tolist()
         for files in ([pair.base for pair in pairs], [pair.aligned for pair in pairs])
     )
     return {

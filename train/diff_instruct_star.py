@@ -20,7 +20,7 @@ from diffalign.rewards import Rewards
 from diffalign.run import Run
 from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer, adamw
-from reward_models import check_mixture, load_mixture, load_scorer
+from reward_models import check_mixture, load_mixture
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     empty = backbone.encode_text([""])
     algorithm = DiffInstructStar(generator, aux, scores, sampler, noising, empty, rewards, **cfg.algorithm)
     players = {"generator": adamw(generator, **cfg.optimizer), "aux": adamw(aux, **cfg.aux_optimizer)}
-    monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
+    monitor = Monitor(run, backbone, sampler, rewards, load_mixture, **cfg.monitor)
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
     backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
     Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))

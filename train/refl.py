@@ -19,7 +19,7 @@ from diffalign.rewards import Rewards
 from diffalign.run import Run
 from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer, adamw
-from reward_models import check_mixture, load_mixture, load_scorer
+from reward_models import check_mixture, load_mixture
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     policy = run.prepare(backbone.denoiser)
     algorithm = ReFL(policy, reference, sampler, rewards, **cfg.algorithm)
     players = {"policy": adamw(policy, **cfg.optimizer)}
-    monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
+    monitor = Monitor(run, backbone, sampler, rewards, load_mixture, **cfg.monitor)
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, **cfg.hooks)
     backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
     Trainer(run, algorithm, players, [monitor, *hooks], **cfg.trainer).fit(run.loader(prompts))
