@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +33,26 @@ class Pair(NamedTuple):
         return (1, 0) if hashlib.sha256(self.id.encode()).digest()[0] % 2 else (0, 1)
 
 
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Inside, no other process is in a block of this file. The kernel ends the lock with the process, however it ends.
+
+    Raises ValueError where one is.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(file.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"'{file}' is being written by another `diffalign user choose`; end that one, or choose another --out"
+            ) from error
+        yield
+
+
 class Choices:
-    """The choices of one person: an append-only JSONL file and what it says. Threads may share it, processes may not.
+    """The choices of one person: an append-only JSONL file and what it says. Threads may share it, processes only one
+    after the other: see `alone`.
 
     Beside it lies `<file>.skipped`, the pairs that the person could not tell apart: no name that readers of a folder
     take for data.

@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from diffalign.data.prompts import read_prompts
 from diffalign.draws import Draws
+from diffalign.lora_files import load_lora, lora_file
 from diffalign.playground import SHIPPED
 from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
 
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pipeline", required=True, help="diffusers folder, hub id, or `playground`, `playground_flow` (shipped)")
-    add("--lora", type=Path, help="LoRA folder or file in diffusers layout, such as the export/ of a LoRA run")
+    add("--lora", type=Path, help="LoRA folder or file as diffusers, kohya or peft writes it, such as export/")
     add("--user-adapter", type=Path, metavar="FOLDER", help="export/ of a train/ppd.py run")
     add(
         "--user",
@@ -140,8 +141,8 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     path = str(SHIPPED.get(name, name))
     if not Path(path).exists() and path.count("/") != 1:
         raise FileNotFoundError(f"--pipeline '{name}' is neither a folder nor a hub id such as 'owner/model'")
-    if lora is not None and not lora.exists():
-        raise FileNotFoundError(f"--lora '{lora}' does not exist")
+    if lora is not None:
+        lora_file(lora)  # before anything loads
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     parts = DiffusionPipeline.load_config(path)
@@ -151,7 +152,7 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **off)
     if lora is not None:
-        pipe.load_lora_weights(str(lora))
+        load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -210,7 +211,8 @@ def _weights(path: Path) -> str | None:
     if not path.exists():
         return None
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+    names = ("*.safetensors", "*.bin", "adapter_config.json")
+    for file in [path] if path.is_file() else sorted(x for name in names for x in path.rglob(name)):
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

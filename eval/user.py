@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import launch
+from diffalign.choice_file import alone
 from diffalign.choose import Choices, Pair, serve
 from diffalign.data import Dropped, FeatureEncoder, PreferencePairs, Record, read_records
 from diffalign.data.images import decode
@@ -99,6 +100,11 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
 
 def choose(args: argparse.Namespace) -> int:
     """Serve the page until the person stops it."""
+    with alone(args.out / "choices.jsonl"):
+        return _choose(args)
+
+
+def _choose(args: argparse.Namespace) -> int:
     pairs = _pairs(args)
     after = f"diffalign user fit {args.out}/choices.jsonl --encoder {args.encoder or 'ENCODER'} --out me.safetensors"
     pick = None

@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     """Score both folders with every scorer, print the table, write the file."""
     pairs = read_pairs(args.base, args.aligned)
+    equal = sum(pair.base.read_bytes() == pair.aligned.read_bytes() for pair in pairs)
+    if equal and args.base.resolve() != args.aligned.resolve():
+        print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
     loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
     scorers = []
     for spec, scorer in loaded.items():
@@ -67,7 +70,8 @@ def compare(args: argparse.Namespace) -> None:
     if args.groups:
         print(groups_line(scorers))
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
-    result = {"base": str(args.base), "aligned": str(args.aligned), "scorers": scorers, "pairs": rows}
+    result = {"base": str(args.base), "aligned": str(args.aligned), "equal_images": equal}
+    result |= {"scorers": scorers, "pairs": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(args.out.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -89,6 +93,13 @@ def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Nam
         "base_scores": base,
         "aligned_scores": aligned,
     }
+
+
+def equal_line(equal: int, n: int) -> str:
+    """What it means that so many of n pairs are the same image twice."""
+    if equal < n:
+        return f"{equal} of {n} pairs are the same image twice, byte for byte"
+    return f"all {n} pairs are the same image twice, byte for byte: both models are one; was the aligned one loaded?"
 
 
 def groups_line(results: Sequence[dict[str, Any]]) -> str:
