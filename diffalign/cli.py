@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["train"], ["eval"]):
         named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.recipes(arguments[0])]
         split = named[0] + 1 if named else len(arguments)
-    args = parser.parse_args(arguments[:split])
+    args, unknown = parser.parse_known_args(arguments[:split])
+    if unknown and args.run is not _recipe:  # after a recipe that is not there, they are its own
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.rest = arguments[split:]
     try:
         return args.run(args)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import math
 import sys
 import types
 import typing
@@ -20,8 +21,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Section = Callable[..., Any]
-Check = Callable[..., list[str]]
-"""Takes the values of the sections it is listed under, returns one line a problem."""
+"""What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
+section, and those of every other section whose name is one of its parameters (and the section's own name as `section`);
+it returns one line a problem."""
 
 
 class ConfigError(ValueError):
@@ -44,13 +46,10 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.create(self.sections))
 
 
-def parse(
-    argv: Sequence[str] | None, recipe: str, *, checks: Mapping[str, Check] | None = None, **sections: Section
-) -> Config:
+def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Config:
     """Command line -> configuration; exits with status 2 and one message when anything is wrong.
 
     recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
-    checks maps one section, or several with spaces between, to a function that lists impossible combinations.
     """
     file = Path(recipe)
     folder = file.resolve().parent.parent / "configs" / file.stem
@@ -76,12 +75,12 @@ def parse(
             from diffalign.sweep import sweep
 
             def resolved(more: Sequence[str]) -> Config:
-                return resolve(content, [*args.overrides, *more], sections, checks or {})
+                return resolve(content, [*args.overrides, *more], sections)
 
             arguments = [*(["--config", args.config] if args.config else []), *args.overrides]
             judging = {"prompts": args.sweep_prompts, "scorer": args.sweep_scorer}
             raise SystemExit(sweep(file.resolve(), args.sweep, arguments, resolved, **judging))
-        return resolve(content, args.overrides, sections, checks or {})
+        return resolve(content, args.overrides, sections)
     except ConfigError as error:
         print(f"{file.name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -106,9 +105,7 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
     return content  # type: ignore[return-value]
 
 
-def resolve(
-    content: Any, overrides: Sequence[str], sections: Mapping[str, Section], checks: Mapping[str, Check]
-) -> Config:
+def resolve(content: Any, overrides: Sequence[str], sections: Mapping[str, Section]) -> Config:
     """Merge, fill in defaults and check. Raises ConfigError with every problem found."""
     bad = [x for x in overrides if "=" not in x or "." not in x.split("=")[0]]
     if bad:
@@ -126,9 +123,8 @@ def resolve(
         if not wrong:
             resolved[name] = values
         problems += wrong
-    for names, check in checks.items():
-        if all(name in resolved for name in names.split()):
-            problems += check(*(resolved[name] for name in names.split()))
+    for name, factory in sections.items():
+        problems += _checked(name, factory, resolved)
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -151,7 +147,32 @@ def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], l
             values[key] = _typed(given[key], hint)
         except TypeError:
             problems.append(f"'{name}.{key}' must be {_words(hint)}, got {given[key]!r}")
+            continue
+        numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+            problems.append(f"'{name}.{key}' = {given[key]} must be finite")
     return values, problems
+
+
+def _checked(name: str, factory: Section, resolved: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What the section's own check says, as far as all sections that it looks at could be read."""
+    check = getattr(factory, "check", None)
+    others = list(inspect.signature(check).parameters)[1:] if check else []
+    if check is None or not all(x in resolved for x in (name, *others) if x != "section"):
+        return []
+    try:
+        return check(resolved[name], **{x: name if x == "section" else resolved[x] for x in others})
+    except OSError as error:
+        return [f"section '{name}': {error}"]
+
+
+def too_small(section: str, cfg: Mapping[str, Any], **least: float) -> list[str]:
+    """A line for every key whose value is below its least one; null is not."""
+    return [
+        f"'{section}.{key}' = {cfg[key]} must be {low:g} or more"
+        for key, low in least.items()
+        if cfg[key] is not None and not cfg[key] >= low
+    ]
 
 
 def parameters(factory: Section) -> dict[str, tuple[Any, Any]]:

@@ -18,6 +18,7 @@ from torchvision.utils import save_image
 
 from diffalign.algorithms.base import Algorithm
 from diffalign.backbones import Backbone
+from diffalign.config import too_small
 from diffalign.ema import Ema
 from diffalign.export import export
 from diffalign.run import Run
@@ -67,6 +68,22 @@ def standard_hooks(
             sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
     return [*hooks, Export(run, backbone, averaged, resolution, verify_export)]
+
+
+def check_checkpoints(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in the keys about checkpoints of a `hooks` section, one line each."""
+    return too_small("hooks", cfg, checkpoint_every=0, keep_checkpoints=1)
+
+
+def check_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `hooks` section, one line each."""
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, sample_every=0, sample_steps=1, sample_guidance=0)
+    if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
+        problems.append(f"'hooks.ema_decay' = {cfg['ema_decay']} must lie between 0 and 1, or be null")
+    return problems
+
+
+standard_hooks.check = check_hooks  # type: ignore[attr-defined]
 
 
 class _Hook:

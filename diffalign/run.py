@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -13,7 +14,7 @@ from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from diffalign.config import Config
+from diffalign.config import Config, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
@@ -61,6 +62,19 @@ class Run:
             self.accelerator.init_trackers(
                 "diffalign", init_kwargs={"wandb": {"dir": str(self.folder), "name": self.folder.name}}
             )
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `run` section, one line each."""
+        problems = too_small("run", cfg, log_every=1)
+        if not cfg["folder"].strip():
+            problems.append("'run.folder' is empty; name the folder that receives the run")
+        packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(cfg["tracker"], ())
+        if packages and not any(find_spec(package) for package in packages):
+            problems.append(
+                f"'run.tracker' = {cfg['tracker']} needs a package that is missing: pip install {packages[0]}"
+            )
+        return problems
 
     @property
     def main(self) -> bool:

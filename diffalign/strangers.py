@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from diffalign.config import too_small
 from diffalign.data import PersonalChoices
-from diffalign.hooks import Checkpoint
+from diffalign.hooks import Checkpoint, check_checkpoints
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
 
@@ -42,6 +43,17 @@ def stranger_hooks(
     if checkpoint_every:
         hooks.insert(0, Checkpoint(run, None, checkpoint_every, keep_checkpoints))
     return hooks
+
+
+def check_stranger_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in this `hooks` section, one line each."""
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1)
+    if min(cfg["shots"], default=1) < 1:
+        problems.append(f"'hooks.shots' = {list(cfg['shots'])} must be 1 or more each")
+    return problems
+
+
+stranger_hooks.check = check_stranger_hooks  # type: ignore[attr-defined]
 
 
 class Strangers:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.config import too_small
 from diffalign.lora import trained_parameters
 from diffalign.run import Run
 from diffalign.types import Metrics
@@ -35,6 +36,17 @@ class Player:
             return self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
         done = (step - self.lr_warmup_steps) / max(1, self.lr_cosine_steps - self.lr_warmup_steps)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def check_adamw(cfg: dict[str, Any], section: str = "optimizer") -> list[str]:
+    """What cannot work in the section of an optimizer, one line each."""
+    problems = [f"'{section}.{k}' = {cfg[k]} must be positive" for k in ("lr", "eps") if not cfg[k] > 0]
+    if len(cfg["betas"]) != 2 or not all(0 <= beta < 1 for beta in cfg["betas"]):
+        problems.append(f"'{section}.betas' = {list(cfg['betas'])} must be two numbers in [0, 1)")
+    problems += too_small(section, cfg, weight_decay=0, lr_warmup_steps=0)
+    if cfg["lr_cosine_steps"] is not None and cfg["lr_cosine_steps"] <= cfg["lr_warmup_steps"]:
+        problems.append(f"'{section}.lr_cosine_steps' = {cfg['lr_cosine_steps']} must be above 'lr_warmup_steps'")
+    return problems
 
 
 def adamw(
@@ -69,6 +81,9 @@ def adamw(
         groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
     )
     return Player(module, optimizer, lr, lr_warmup_steps, lr_cosine_steps)
+
+
+adamw.check = check_adamw  # type: ignore[attr-defined]
 
 
 class Hook(Protocol):
@@ -106,6 +121,14 @@ class Trainer:
         self.micro = 0  # micro-batches used by this rank
         for player in players.values():
             player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `trainer` section, one line each."""
+        problems = too_small("trainer", cfg, steps=1, grad_accum=1)
+        if not cfg["max_grad_norm"] > 0:
+            problems.append(f"'trainer.max_grad_norm' = {cfg['max_grad_norm']} must be positive; 1e9 clips nothing")
+        return problems
 
     def fit(self, loader: Any) -> None:
         """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on."""

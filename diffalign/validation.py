@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from diffalign.config import too_small
 from diffalign.data.groups import PreferenceGroups
-from diffalign.hooks import Checkpoint
+from diffalign.hooks import Checkpoint, check_checkpoints
 from diffalign.losses import ranking
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
@@ -42,6 +43,14 @@ def scorer_hooks(
     if checkpoint_every:
         hooks.insert(0, Checkpoint(run, None, checkpoint_every, keep_checkpoints))
     return hooks
+
+
+def check_scorer_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in this `hooks` section, one line each."""
+    return check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1, patience=1)
+
+
+scorer_hooks.check = check_scorer_hooks  # type: ignore[attr-defined]
 
 
 class Validation:

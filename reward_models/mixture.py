@@ -184,3 +184,6 @@ def check_mixture(cfg: dict[str, Any]) -> list[str]:
     if cfg.get("maxmin", 0) < 0 or (cfg.get("maxmin") and min((*weights, 1.0)) < 0):
         problems.append(f"'reward.maxmin' = {cfg['maxmin']} and its weights must be 0 or more")
     return problems
+
+
+load_mixture.check = check_mixture  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from diffalign import config
 from diffalign.algorithms.refl import ReFL
-from diffalign.backbones import check_backbone, load_backbone
+from diffalign.backbones import load_backbone
 from diffalign.data import Prompts
 from diffalign.hooks import standard_hooks
 from diffalign.monitor import Monitor
@@ -19,21 +19,13 @@ from diffalign.rewards import Rewards
 from diffalign.run import Run
 from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer, adamw
-from reward_models import check_mixture, load_mixture
+from reward_models import load_mixture
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": Prompts.check,
-            "sampler": Sampler.check,
-            "reward": check_mixture,
-            "monitor": Monitor.check,
-            "algorithm sampler": ReFL.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=Prompts,

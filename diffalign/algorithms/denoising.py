@@ -79,6 +79,13 @@ class Denoising(Algorithm):
         }
 
 
+def check_reference_free(data: Mapping[str, Any]) -> list[str]:
+    """What cannot work in the `data` section of a method without a reference, one line each."""
+    if data["draws_per_sample"] is None:
+        return []
+    return ["'data.draws_per_sample' saves forwards of the reference, and this method has none; leave it out"]
+
+
 def verdict(recent: Mapping[str, float]) -> str:
     """One line from the mean of the last metrics: implicit accuracy, and the drift of the preferred images' error."""
     accuracy, change = recent["policy/accuracy"], recent["policy/winner_error_change"]

@@ -88,8 +88,8 @@ class DiffInstructStar(Algorithm):
     def check(cfg: dict[str, Any]) -> list[str]:
         """What cannot work in an `algorithm` section, one line each."""
         problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("huber_c", "aux_rounds") if cfg[k] <= 0]
-        if cfg["reward_weight"] < 0:
-            problems.append(f"'algorithm.reward_weight' = {cfg['reward_weight']} must be 0 or more")
+        names = ("reward_weight", "guidance")
+        problems += [f"'algorithm.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]
         if cfg["sid_alpha"] != 1 and cfg["distance"] != "sid":
             problems.append("'algorithm.sid_alpha' has an effect on 'algorithm.distance' = sid only")
         return problems

@@ -66,6 +66,8 @@ class DiffusionDPO(Denoising):
         problems = check_pair_loss(cfg["loss"], cfg["label_smoothing"], data["batch_size"])
         if not cfg["beta"] > 0:
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual")
+        if cfg["sft_weight"] < 0:
+            problems.append(f"'algorithm.sft_weight' = {cfg['sft_weight']} must be 0 or more")
         if (cfg["loss"] == "offset") != (cfg["offset_scale"] != 0):
             problems.append(
                 "'algorithm.loss' = offset and 'algorithm.offset_scale' belong together; give both or neither"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.algorithms.denoising import Denoising
+from diffalign.algorithms.denoising import Denoising, check_reference_free
 from diffalign.noising import Noising, errors
 from diffalign.types import LatentBatch, Metrics
 
@@ -57,9 +57,10 @@ class MaPO(Denoising):
         self.scale, self.power, self.sharpness, self.weight = scale, power, sharpness, weight
 
     @staticmethod
-    def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section."""
-        return [f"'algorithm.{k}' = {v} must be positive" for k, v in cfg.items() if not v > 0]
+    def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with this `data` section, one line each."""
+        problems = [f"'algorithm.{k}' = {v} must be positive" for k, v in cfg.items() if not v > 0]
+        return problems + check_reference_free(data)
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
         """B pairs -> mean loss, and per pair [B]: accuracy, margin, errors, each also by noise level."""

@@ -197,7 +197,10 @@ class PSOCustomization(DiffusionDPO):
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:  # type: ignore[override]
         """What cannot work in an `algorithm` section, one line each."""
-        return [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("beta", "redraw_every") if not cfg[k] > 0]
+        problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("beta", "redraw_every") if not cfg[k] > 0]
+        if cfg["sft_weight"] < 0:
+            problems.append(f"'algorithm.sft_weight' = {cfg['sft_weight']} must be 0 or more")
+        return problems
 
     def turns(self, step: int) -> Sequence[Turn]:
         if step // self.redraw_every != self.round:
@@ -226,6 +229,12 @@ class PSOCustomization(DiffusionDPO):
         )
 
 
+def check_subject(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `subject` section, one line each."""
+    empty = cfg["prompt"] is not None and not cfg["prompt"].strip()
+    return ["'subject.prompt' is empty; name the class (\"a photo of a dog\"), or leave it out"] if empty else []
+
+
 def subject(encode_text: Callable[[Sequence[str]], Cond], *, prompt: str | None = None) -> Cond | None:
     """The Cond of the prompt from which samples to compare with are drawn.
 
@@ -233,3 +242,6 @@ def subject(encode_text: Callable[[Sequence[str]], Cond], *, prompt: str | None 
         prompt: of the class that a subject belongs to ("a photo of a dog"); each target's own caption when left out
     """
     return None if prompt is None else encode_text([prompt])
+
+
+subject.check = check_subject  # type: ignore[attr-defined]

@@ -6,10 +6,11 @@ loss = err_w = mean over C, h, w of (network(x_t, t, c) - target)^2
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from diffalign.algorithms.denoising import Denoising
+from diffalign.algorithms.denoising import Denoising, check_reference_free
 from diffalign.noising import Noising, errors
 from diffalign.types import LatentBatch, Metrics
 
@@ -22,6 +23,11 @@ class SFT(Denoising):
 
     def __init__(self, policy: nn.Module, noising: Noising):
         super().__init__(policy, None, noising)
+
+    @staticmethod
+    def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """What cannot work in this `data` section, one line each; the method has no settings of its own."""
+        return check_reference_free(data)
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
         """B pairs -> mean loss, and per pair [B] the winner's error, also by noise level."""

@@ -92,29 +92,36 @@ def load_backbone(
     return backbone
 
 
-def check_backbone(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `backbone` section, one line each."""
+def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
+    """What cannot work in the section of a backbone, one line each."""
     problems = []
     if cfg["attention"] == "xformers" and (
         importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()
     ):
         problems.append(
-            "'backbone.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a CUDA "
-            "GPU; use sdpa, which is as fast on recent GPUs"
+            f"'{section}.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a "
+            "CUDA GPU; use sdpa, which is as fast on recent GPUs"
         )
     if cfg["lora_rank"] < 0:
-        problems.append(f"'backbone.lora_rank' = {cfg['lora_rank']} must be 0 (train everything) or more")
+        problems.append(f"'{section}.lora_rank' = {cfg['lora_rank']} must be 0 (train everything) or more")
     if cfg["lora_rank"] and not cfg["lora_targets"]:
-        problems.append("'backbone.lora_targets' is empty; name at least one layer, such as to_q")
+        problems.append(f"'{section}.lora_targets' is empty; name at least one layer, such as to_q")
     if not cfg["lora_rank"] and cfg["lora_alpha"] is not None:
         problems.append(
-            "'backbone.lora_alpha' has no effect while 'backbone.lora_rank' is 0; set a rank or leave it out"
+            f"'{section}.lora_alpha' has no effect while '{section}.lora_rank' is 0; set a rank or leave it out"
         )
+    if cfg["lora_alpha"] is not None and not cfg["lora_alpha"] > 0:
+        problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
+    if cfg["guidance_embedding"] < 0:
+        problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
     if not 1 <= cfg["max_sequence_length"] <= MOST_T5_TOKENS:
         problems.append(
-            f"'backbone.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
+            f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
         )
     return problems
+
+
+load_backbone.check = check_backbone  # type: ignore[attr-defined]
 
 
 def family_of(folder: Path) -> str:

@@ -108,7 +108,7 @@ def test_metrics_by_noise_level_cover_every_sample_once(constant, noising_of, ba
 
 def test_impossible_settings_are_listed() -> None:
     def check(**changes):
-        cfg = {"beta": 5000.0, "loss": "dpo", "label_smoothing": 0.0, "offset_scale": 0.0} | changes
+        cfg = {"beta": 5000.0, "loss": "dpo", "label_smoothing": 0.0, "offset_scale": 0.0, "sft_weight": 0.1} | changes
         return DiffusionDPO.check(cfg, {"batch_size": changes.get("batch_size", 4)})
 
     assert check() == []
