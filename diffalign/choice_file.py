@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from diffalign.data.entries import json_lines
 from diffalign.data.records import Dropped
+from reward_models.files import write_whole
 
 logger = logging.getLogger(__name__)
 Pick = Callable[[Mapping[int, int], Sequence[int]], int]
@@ -173,20 +174,15 @@ def _append(path: Path, row: Mapping[str, str]) -> None:
             file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         if path.exists():
             os.truncate(path, size)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Write a file so that it is either the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(map(_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, b"".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, str]) -> bytes:

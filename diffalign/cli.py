@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = arguments[split:]
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"diffalign: {error}", file=sys.stderr)
+    except Exception as error:
+        if not launch.of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
+            raise
+        print(f"diffalign: {launch.said(error)}", file=sys.stderr)
         return 2
 
 
@@ -140,13 +143,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> int:
     from diffalign.playground.world import captions
+    from reward_models.files import write_whole
 
     lines = [
         json.dumps({"prompt": c, "prompt_id": f"{i:04d}"})
         for i, c in enumerate(captions(args.n, held_out=args.held_out, seed=args.seed))
     ]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n")
+    write_whole(args.out, "\n".join(lines) + "\n")
     print(f"{len(lines)} prompts in '{args.out}'")
     return 0
 

@@ -99,7 +99,7 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
+        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")
     return content  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from diffalign.backbones import Backbone
 from diffalign.lora import lora_layers
 from diffalign.user_adapter import FILE, has_user_adapter, user_width
+from reward_models.files import writing
 
 VERIFY_STEPS = 4
 TOLERANCE = 1e-4
@@ -64,7 +65,8 @@ def export(backbone: Backbone, folder: Path, resolution: int, *, verify: bool) -
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    backbone.save(temporary)
+    with writing(temporary):
+        backbone.save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     how = LOADED_BY[kind_of(backbone)].format(folder)

@@ -24,6 +24,7 @@ from diffalign.export import export
 from diffalign.run import Run
 from diffalign.sampler import Sampler
 from diffalign.trainer import Hook, Trainer
+from reward_models.files import readable, writing
 
 
 def standard_hooks(
@@ -168,6 +169,7 @@ class Checkpoint(_Hook):
         self.run.accelerator.wait_for_everyone()
         if self.run.main:
             shutil.rmtree(final, ignore_errors=True)
+            readable(temporary)
             os.replace(temporary, final)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)
@@ -234,7 +236,9 @@ class SampleGrid(_Hook):
                 latents = self.sampler.sample(self.backbone.denoiser, self.cond, self.prompts)
             folder = self.run.folder / "samples"
             folder.mkdir(exist_ok=True)
-            save_image(self.backbone.decode(latents), folder / f"step-{step:06d}.png", nrow=self.columns, padding=1)
+            file = folder / f"step-{step:06d}.png"
+            with writing(file):
+                save_image(self.backbone.decode(latents), file, nrow=self.columns, padding=1)
             self.backbone.release()
         self.run.accelerator.wait_for_everyone()
 

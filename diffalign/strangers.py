@@ -16,6 +16,7 @@ from diffalign.data import PersonalChoices
 from diffalign.hooks import Checkpoint, check_checkpoints
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
+from reward_models.files import read_lines
 
 BINS = 10
 """Of the calibration error."""
@@ -69,8 +70,8 @@ class Strangers:
         self.file, self.export = run.folder / "validation.jsonl", run.folder / "export"
 
     def start(self, trainer: Trainer) -> None:
-        lines = self.file.read_text().splitlines() if trainer.step and self.file.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= trainer.step]
+        rows = read_lines(self.file) if trainer.step and self.file.exists() else []
+        self.rows = [row for row in rows if row["step"] <= trainer.step]
 
     def after_step(self, trainer: Trainer) -> None:
         if self.run.main and (trainer.step % self.every == 0 or trainer.step == trainer.steps):

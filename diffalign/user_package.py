@@ -14,6 +14,7 @@ from diffalign.backbones.base import UNetBackbone
 from diffalign.run import Run, write
 from diffalign.trainer import Trainer
 from diffalign.user_adapter import FILE, add_user_adapter, user_width
+from reward_models.files import writing
 
 CARD = """# A personalised {family}
 
@@ -75,7 +76,8 @@ class UserPackage:
             folder = self.run.folder / "export"
             users = {name: table.mean(0).contiguous() for name, table in self.users.items()}
             temporary = folder / "users.safetensors.tmp"
-            save_file(users, temporary)
+            with writing(temporary):
+                save_file(users, temporary)
             temporary.replace(folder / "users.safetensors")
             write(folder / "README.md", self._card(users))
         self.run.accelerator.wait_for_everyone()

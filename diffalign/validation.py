@@ -19,6 +19,7 @@ from diffalign.losses import ranking
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
 from diffalign.types import on_device
+from reward_models.files import read_lines
 
 
 def scorer_hooks(
@@ -68,8 +69,8 @@ class Validation:
 
     def start(self, trainer: Trainer) -> None:
         if trainer.step:  # resumed: what came later will come again
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= trainer.step]
+            rows = read_lines(self.file) if self.file.exists() else []
+            self.rows = [row for row in rows if row["step"] <= trainer.step]
         else:
             self.measure(0)
 

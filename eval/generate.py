@@ -36,11 +36,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from diffalign.backbones import find_pipeline
 from diffalign.data.prompts import read_prompts
 from diffalign.draws import Draws
 from diffalign.lora_files import load_lora, lora_file
 from diffalign.playground import SHIPPED
 from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
+from reward_models.files import read_json, write_whole, writing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         generate(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
     return 0
@@ -132,17 +134,15 @@ def generate(args: argparse.Namespace) -> None:
     if state.is_main_process:
         rows = [{**task._asdict(), "seed": args.seed} for task in tasks]
         order = ("image", "prompt", "prompt_id", "seed", "sample")
-        write(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
+        write_whole(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
         print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
 
 
 def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
-    """The pipeline on the CPU, quiet, without a safety checker. Raises FileNotFoundError for missing folders."""
-    path = str(SHIPPED.get(name, name))
-    if not Path(path).exists() and path.count("/") != 1:
-        raise FileNotFoundError(f"--pipeline '{name}' is neither a folder nor a hub id such as 'owner/model'")
+    """The pipeline on the CPU, quiet, without a safety checker. Raises what `find_pipeline` and `load_lora` raise."""
     if lora is not None:
         lora_file(lora)  # before anything loads
+    path = find_pipeline(name)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     parts = DiffusionPipeline.load_config(path)
@@ -150,7 +150,7 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         # Its new name, `dtype`, means nothing to the older diffusers that we support.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **off)
+        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **off)
     if lora is not None:
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
@@ -224,7 +224,9 @@ def claim(out: Path, now: dict[str, Any]) -> None:
     path = out / "settings.json"
     (out / "images").mkdir(parents=True, exist_ok=True)
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise ValueError(f"'{path}' holds no settings; choose another --out or delete that folder")
         for key in now:
             if before.get(key) != now[key]:
                 raise ValueError(
@@ -233,7 +235,7 @@ def claim(out: Path, now: dict[str, Any]) -> None:
                 )
     elif any((out / "images").iterdir()):
         raise ValueError(f"'{out}/images' holds files but '{path}' does not exist; choose another --out")
-    write(path, json.dumps(now, indent=2) + "\n")
+    write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
@@ -263,15 +265,9 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
         array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         path = args.out / task.image
         temporary = path.with_name(path.name + ".tmp")
-        Image.fromarray(array).save(temporary, format="PNG")
-        os.replace(temporary, path)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        with writing(path):
+            Image.fromarray(array).save(temporary, format="PNG")
+            os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -24,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from reward_models.accuracy import interval
+from reward_models.files import write_whole
 from reward_models.items import Item
 from reward_models.loading import load_scorer
 from reward_models.protocol import Scorer
@@ -80,11 +80,8 @@ def benchmark(args: argparse.Namespace) -> None:
         results.append({"name": spec, "unit": scorer.unit, "results": rows, "scores": scores[spec]})
     if args.out is not None:
         found = {"images": str(args.images), "prompts": str(args.prompts), "seed": args.seed, "scorers": results}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_name(args.out.name + ".tmp")
         text = json.dumps({**found, "versions": {x: version(x) for x in LIBRARIES}}, indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, args.out)
+        write_whole(args.out, text + "\n")
 
 
 def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[Item]]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from diffalign.report import read_manifest
 from reward_models.agreement import win_rates
+from reward_models.files import write_whole
 from reward_models.items import Item
 from reward_models.loading import load_scorer
 from reward_models.protocol import Scorer
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         rank(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"rank_images: {error}", file=sys.stderr)
         return 2
     return 0
@@ -72,10 +73,7 @@ def rank(args: argparse.Namespace) -> None:
     scorers = {spec: load_scorer(spec, args.device) for spec in args.scorer}
     scores = iter(score([item for items in groups for item in items], scorers, args.batch_size))
     lines = [line(items, [next(scores) for _ in items], args.scorer, args.out.parent) for items in groups]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, args.out)
+    write_whole(args.out, "".join(lines))
     few = len(found) - len(groups)
     left = f"; prompts with fewer than {args.min_images} images, left out: {few}" if few else ""
     print(f"{sum(map(len, groups))} images of {len(groups)} prompts ranked in '{args.out}'{left}")

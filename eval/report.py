@@ -8,12 +8,12 @@ OUT/index.html opens from disk and needs no network; send the whole folder. OUT/
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.report import write_report
+from reward_models.files import read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     args = parser.parse_args(argv)
     try:
-        win_rates = json.loads(args.win_rate.read_text(encoding="utf-8"))
+        win_rates = read_json(args.win_rate)
         index = write_report(
             args.out,
             win_rates=win_rates,
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_dir=args.run,
             title=args.title,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     print(f"report: {index.resolve()}")

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from diffalign.data import Dropped, ImageRef, Record, read_records
 from diffalign.data.images import DAMAGE, look_ahead
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
+from reward_models.files import write_whole
 from reward_models.images import to_tensor
 from reward_models.loading import load_scorer
 from reward_models.protocol import Scorer, checked, device_of
@@ -100,20 +100,18 @@ def measure(args: argparse.Namespace) -> None:
             print(line(spec, scorer.unit, result, data.path), flush=True)
     if args.out is not None:
         labels = json.dumps([(r.id, r.prompt, r.ranks) for r in data.records])
-        write(
-            args.out,
-            {
-                "data": data.path,
-                "validation": args.validation,
-                "limit": args.limit,
-                "records": len(data.records),
-                "labels": f"sha256 {hashlib.sha256(labels.encode()).hexdigest()[:12]}",
-                "dropped": data.dropped,
-                "seed": args.seed,
-                "scorers": results,
-                "versions": {name: version(name) for name in LIBRARIES},
-            },
-        )
+        found = {
+            "data": data.path,
+            "validation": args.validation,
+            "limit": args.limit,
+            "records": len(data.records),
+            "labels": f"sha256 {hashlib.sha256(labels.encode()).hexdigest()[:12]}",
+            "dropped": data.dropped,
+            "seed": args.seed,
+            "scorers": results,
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        write_whole(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: str, limit: int | None) -> Loaded:
@@ -236,14 +234,6 @@ def line(spec: str, unit: str, result: Mapping[str, Any], data: str) -> str:
     if "threshold" in result:
         extra = f", threshold {result['threshold']}, always 'tie' {result['always_tie']:.4f}"
     return f"{spec} {result['metric']} {value} [{low}, {high}]{extra}, {counts}, unit {unit}, {data}"
-
-
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ model, whose users `reward-score` does not know.
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,9 @@ from diffalign.choose import Choices, Pair, serve
 from diffalign.data import Dropped, FeatureEncoder, PreferencePairs, Record, read_records
 from diffalign.data.images import decode
 from diffalign.draws import Draws
+from diffalign.report import read_manifest
 from reward_models import load_scorer
+from reward_models.files import replacing, writing
 from reward_models.personal import PersonalScorer, save_user
 from reward_models.tastes import Choice
 from reward_models.vlm_users import Pooling, load_vlm_user_encoder
@@ -145,10 +146,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
             raise ValueError("the images could not be generated; the message above says why")
     elif args.rest:
         raise ValueError(f"unknown arguments {' '.join(args.rest)}: '{folder}' is already generated")
-    if not (folder / "manifest.jsonl").is_file():
-        raise FileNotFoundError(f"'{folder}' holds no manifest.jsonl; `diffalign eval generate` makes such a folder")
     images: dict[tuple[str, str], list[Path]] = {}
-    for row in map(json.loads, (folder / "manifest.jsonl").read_text().splitlines()):
+    for row in read_manifest(folder):
         images.setdefault((str(row["prompt_id"]), row["prompt"]), []).append(folder / row["image"])
     pairs = [Pair(id, prompt, (files[0], files[1])) for (id, prompt), files in images.items() if len(files) > 1]
     if not pairs:
@@ -190,10 +189,8 @@ def embed(args: argparse.Namespace) -> int:
     tables = _embed_by_vlm(args, draws) if args.vlm else _embed_by_scorer(args, draws)
     if not tables:
         raise ValueError(f"no annotator of '{args.pairs}' has {args.least} choices; see --least")
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: table.contiguous() for name, table in tables.items()}, temporary)
-    temporary.replace(args.out)
+    with replacing(args.out) as temporary, writing(temporary):
+        save_file({name: table.contiguous() for name, table in tables.items()}, temporary)
     m, t, d = next(iter(tables.values())).shape
     print(f"{len(tables)} people, {m} embeddings of {t} x {d} each: '{args.out}'")
     return 0

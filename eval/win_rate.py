@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.report import Pair, paired_win_rate, read_pairs
+from reward_models.files import write_whole
 from reward_models.loading import load_scorer
 from reward_models.protocol import Scorer
 from reward_models.scoring import score_files
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         compare(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"win_rate: {error}", file=sys.stderr)
         return 2
     return 0
@@ -72,10 +72,7 @@ def compare(args: argparse.Namespace) -> None:
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
     result = {"base": str(args.base), "aligned": str(args.aligned), "equal_images": equal}
     result |= {"scorers": scorers, "pairs": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, args.out)
+    write_whole(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:

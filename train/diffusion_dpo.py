@@ -12,7 +12,7 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.backbones import load_backbone
 from diffalign.data import PreferencePairs
@@ -55,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -9,7 +9,7 @@ the few-step scheduler of the student.
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.diff_instruct_star import DiffInstructStar
 from diffalign.backbones import load_backbone
 from diffalign.backbones.scores import score_networks
@@ -55,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -12,7 +12,7 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.inpo import InPO
 from diffalign.backbones import load_backbone
 from diffalign.data import PreferencePairs
@@ -59,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

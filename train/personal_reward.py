@@ -9,7 +9,7 @@ choices), checkpoints/ and export/, which `load_scorer`, `reward-score --user` a
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.personal_reward import PersonalReward
 from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs
 from diffalign.run import Run
@@ -45,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

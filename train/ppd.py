@@ -14,7 +14,7 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.ppd import PPD
 from diffalign.backbones import load_backbone
 from diffalign.data import PreferencePairs, UserPairs
@@ -61,4 +61,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

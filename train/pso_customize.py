@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.pso import PSOCustomization, subject
 from diffalign.backbones import load_backbone
 from diffalign.data import TargetImages
@@ -54,4 +54,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

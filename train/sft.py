@@ -8,7 +8,7 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.sft import SFT
 from diffalign.backbones import load_backbone
 from diffalign.data import PreferencePairs
@@ -44,4 +44,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -9,7 +9,7 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl, checkpoints/
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.reward_training import RewardTraining
 from diffalign.data.groups import PreferenceGroups
 from diffalign.run import Run
@@ -41,4 +41,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffalign.reference import frozen
 from diffalign.schedule import FlowSchedule, Schedule, VPSchedule
 from diffalign.types import Cond
 from diffalign.user_adapter import has_user_adapter, save_adapter
+from reward_models.files import read_json
 
 
 class Denoiser(nn.Module, ABC):
@@ -100,7 +100,7 @@ class Backbone(ABC):
         self._parts: dict[str, Any] = {}
 
     def _json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+        return read_json(self.path / name)
 
     def _network(self) -> Any:
         network = self.network_class.from_pretrained(
@@ -179,11 +179,9 @@ class Backbone(ABC):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image of `resolution` pixels. ValueError where it does not divide."""
-        if resolution % (self.factor * self.patch):
-            raise ValueError(
-                f"'data.resolution' = {resolution} is not a multiple of {self.factor * self.patch}, the pixels of the "
-                "smallest piece of an image that this model draws"
-            )
+        step = max(8, self.factor * self.patch)  # the stock pipelines take no other sizes than multiples of 8
+        if resolution % step:
+            raise ValueError(f"'data.resolution' = {resolution} is not a multiple of {step}, as this model needs it")
         return self.vae_config["latent_channels"], resolution // self.factor, resolution // self.factor
 
     @abstractmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from reward_models.files import parse_json, text_lines
 
 FIELDS = ("image", "prompt", "prompt_id", "sample")
 
@@ -30,11 +31,14 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist; write it with `diffalign eval generate --out {folder}`")
     rows, seen = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line:
+    for number, line in enumerate(text_lines(path), 1):
+        if not line.strip():
             continue
-        row = json.loads(line)
-        missing = [field for field in FIELDS if field not in row]
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"'{path}' line {number} is {error}; generate the folder again") from error
+        missing = [field for field in FIELDS if not isinstance(row, dict) or field not in row]
         if missing:
             raise ValueError(f"'{path}' line {number} has no {', '.join(missing)}; every row needs {', '.join(FIELDS)}")
         key = (row["prompt_id"], row["sample"])

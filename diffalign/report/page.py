@@ -17,6 +17,7 @@ from PIL import Image
 from diffalign.report.curves import draw_curves, read_metrics
 from diffalign.report.manifest import Pair, read_pairs
 from diffalign.report.win_rate import holm
+from reward_models.files import read_json, write_whole, writing
 
 EXTREMES, RANDOM = 12, 24
 """Pairs shown: so many of the largest gains, so many of the largest losses, and so many drawn from the rest."""
@@ -70,12 +71,14 @@ def write_report(
         "settings": {"base": base, "aligned": aligned},
         "run": {"config": run["config"], "curves": run["metrics"]},
     }
-    _write(out_dir / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
-    _write(out_dir / "index.html", text)
+    write_whole(out_dir / "report.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    write_whole(out_dir / "index.html", text)
     return out_dir / "index.html"
 
 
 def _check(win_rates: Mapping[str, Any], pairs: Sequence[Pair], base: Path, aligned: Path) -> None:
+    if not isinstance(win_rates, dict) or not {"pairs", "scorers"} <= win_rates.keys():
+        raise ValueError("the file of win rates is none that `diffalign eval win_rate` has written")
     scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
     if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
         raise ValueError(
@@ -127,8 +130,9 @@ def _picture(out: Path, source: Path, name: str) -> dict[str, Any]:
         width, height = image.size
     target = out / "images" / (name + source.suffix)
     temporary = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with writing(target):
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
     return {"src": f"images/{target.name}", "width": width, "height": height, "tiny": width <= TINY}
 
 
@@ -155,7 +159,7 @@ def _side_by_side(base: Mapping[str, Any], aligned: Mapping[str, Any]) -> list[t
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def _template() -> Any:
@@ -168,10 +172,3 @@ def _template() -> Any:
 
 def _signed(value: float) -> str:
     return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}") if value else "0"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

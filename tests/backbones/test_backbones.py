@@ -65,7 +65,7 @@ def test_latents_have_the_scale_the_network_expects() -> None:
     latents = backbone.encode_pixels(pixels)
     expected = backbone.vae.encode(pixels * 2 - 1).latent_dist.mean * backbone.vae.config.scaling_factor
     assert torch.equal(latents, expected)
-    with pytest.raises(ValueError, match="not a multiple of 2"):
+    with pytest.raises(ValueError, match="not a multiple of 8"):
         backbone.latent_shape(33)
 
 

@@ -1,0 +1,206 @@
+"""Files: read without being held up, text as UTF-8, written whole or not at all. Shared by both packages; loads no
+network."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+PathLike = str | os.PathLike[str]
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""Errors of whatever is written to."""
+
+
+def open_file(path: PathLike) -> BinaryIO:
+    """A regular file, open for reading. A pipe or a device would wait for ever: that is an OSError here.
+
+    Raises OSError only, FileNotFoundError among them; also for names that no file can have.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # NUL, or lone surrogates
+        raise OSError(f"no file can have this name ({bad_name(os.fspath(path)) or error})") from error
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError("a folder, a pipe or a device, and not a file")
+    return os.fdopen(file, "rb")
+
+
+def read_file(path: PathLike) -> bytes:
+    """The bytes of a regular file. Raises OSError as `open_file` does."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def read_text(path: PathLike) -> str:
+    """A UTF-8 text file without its byte order mark; line ends stay. ValueError names the line that is no UTF-8."""
+    return _decoded(path, read_file(path), 1).removeprefix("\ufeff")
+
+
+def text_lines(path: PathLike) -> Iterator[str]:
+    """A UTF-8 text file line by line, with their ends, without a byte order mark.
+
+    Only at newlines: str.splitlines also splits at characters that may be inside a prompt, and every later one would
+    shift. Raises OSError, and ValueError that names file and line for other encodings.
+    """
+    for number, line in enumerate(raw_lines(path), 1):
+        yield _decoded(path, line, number)
+
+
+def raw_lines(path: PathLike) -> Iterator[bytes]:
+    """The same, not decoded: for readers that go on after a line that is damaged."""
+    with open_file(path) as file:
+        for number, line in enumerate(file):
+            yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+
+
+def _decoded(path: PathLike, data: bytes, number: int) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        number += data.count(b"\n", 0, error.start)
+        found = (
+            "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else f"another encoding (byte {data[error.start]:#x})"
+        )
+        raise ValueError(
+            f"'{os.fspath(path)}' line {number} is not UTF-8 but {found}; save the file as UTF-8"
+        ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON -> objects. Raises ValueError in one line, whatever is wrong with the text."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode())  # left to itself, json guesses encodings
+    except RecursionError as error:
+        raise ValueError("not JSON that can be read: nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.object[error.start]:#x})") from error
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}") from error
+    except ValueError as error:
+        raise ValueError("not JSON that can be read: a number has thousands of digits") from error
+
+
+def read_json(path: PathLike) -> Any:
+    """What a JSON file holds. Raises OSError, and ValueError that names the file."""
+    text = read_text(path)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise ValueError(f"'{os.fspath(path)}' is {error}") from error
+
+
+def read_lines(path: PathLike) -> list[dict[str, Any]]:
+    """The objects of a file that a run appends to, one a line; a last line that a kill cut off is not there.
+
+    Raises OSError, and ValueError that names the line that is damaged.
+    """
+    rows = []
+    for number, line in enumerate(text_lines(path), 1):
+        try:
+            rows.append(parse_json(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise ValueError(f"'{os.fspath(path)}' line {number} is {error}; delete that line") from error
+    return rows
+
+
+def bad_name(name: str) -> str:
+    """Why no file can have this name, or nothing."""
+    if "\0" in name:
+        return "it holds a NUL"
+    return "" if is_unicode(name) else "it is not valid Unicode"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON and file names may hold halves of characters, which no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path that should lie inside a folder leads out of it: absolute, or with `..`."""
+    return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """A temporary name beside `path`, which takes its place when the block ends without an error.
+
+    What is written there is on the disk before it does, so that neither a kill, a crash of the machine nor a full disk
+    leaves half a file. Folders are made. Raises OSError that names `path` when it cannot be written.
+    """
+    path = Path(path)
+    # Another process may write the same file at the same time, so that each needs a name of its own.
+    temporary = path.with_name(f".{uuid.uuid4().hex[:16]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        # What the block reads may fail as well: that is told as it is.
+        if error.errno not in DISK and error.filename not in (str(temporary), str(path), str(path.parent)):
+            raise
+        raise OSError(f"cannot write '{path}': {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_whole(path: PathLike, content: str | bytes | memoryview) -> None:
+    """Write a file so that it is either whole or not there; text as UTF-8. Raises OSError that names it."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: PathLike) -> Iterator[None]:
+    """For libraries that write by themselves: what a full or read-only disk makes of them becomes an OSError that names
+    `path`, and the file, or all files of the folder, get the permissions that other files have (safetensors: mode 600).
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch have errors of their own, with the system's number or words in them.
+        number = re.search(r"os error (\d+)", str(error))
+        code = getattr(error, "errno", None) or (int(number[1]) if number else None)
+        if code is None and not re.search("PytorchStreamWriter|file write", str(error)):
+            raise
+        words = os.strerror(code) if code else one_line(error)
+        raise OSError(code or errno.EIO, words, os.fspath(path)) from error
+    readable(path)
+
+
+def readable(path: PathLike) -> None:
+    """Give a file, or all files of a folder, the permissions that the umask leaves to new files."""
+    path = Path(path)
+    os.umask(mask := os.umask(0o077))  # there is no other way to ask for it
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with suppress(OSError):
+                file.chmod(file.stat().st_mode | (0o666 & ~mask))
