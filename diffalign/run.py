@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
+from diffalign.types import Recent
 from reward_models.files import read_lines, write_whole, writing
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
@@ -184,11 +186,12 @@ class Run:
             file.write("\n".join(lines) + "\n")
         self._pending.clear()
 
-    def recent(self, n: int) -> dict[str, float]:
-        """The mean of every metric over the last n steps written."""
+    def recent(self, n: int, samples: int) -> Recent:
+        """Every metric over the last n steps written, each of so many samples."""
         lines = read_lines(self.metrics)[-n:]
-        keys = {k for line in lines for k in line}
-        return {k: sum(v) / len(v) for k in keys if (v := [line[k] for line in lines if k in line])}
+        values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
+        errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
+        return Recent({k: statistics.fmean(v) for k, v in values.items()}, errors, len(lines) * samples)
 
 
 def _check_size(encoder: Any, resolution: int) -> None:

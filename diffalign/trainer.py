@@ -148,6 +148,9 @@ class Trainer:
             for hook in self.hooks:
                 hook.after_step(self)
             bar.update()
+            if self.step % self.run.log_every == 0 or self.step == self.steps:  # not oftener: it waits for the device
+                seen = {name.partition("/")[2]: values[name].item() for name in self.algorithm.shown if name in values}
+                bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in seen.items()))
             if self.stop:
                 self.run.print(f"stopped after step {self.step}: {self.stop}")
                 break
@@ -156,7 +159,7 @@ class Trainer:
         for hook in self.hooks:
             hook.end(self)
         if self.run.main and self.run.metrics.exists():
-            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
+            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10), self._effective(loader))))
         self.run.accelerator.end_training()
 
     def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor]:

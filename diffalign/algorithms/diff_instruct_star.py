@@ -32,7 +32,7 @@ from diffalign.rewards import Rewards, norm
 from diffalign.sampler import Move, Sampler
 from diffalign.sampling import Network
 from diffalign.schedule import per_sample
-from diffalign.types import Cond, Metrics, PromptBatch
+from diffalign.types import Cond, Metrics, PromptBatch, Recent
 
 MIDDLE = (0.02, 0.98)
 """Levels between which scores are compared, as fractions of the way to pure noise (DMD2)."""
@@ -54,6 +54,8 @@ class DiffInstructStar(Algorithm):
         aux_rounds: turns of the aux network before each one of the generator
         graph: vjp holds one network's graph at a time, for two more forwards; plain is one graph through all
     """
+
+    shown = ("generator/loss", "generator/reward", "generator/score_gap", "aux/loss")
 
     def __init__(
         self,
@@ -172,9 +174,10 @@ class DiffInstructStar(Algorithm):
     def describe(self) -> list[str]:
         return [f"distance {self.distance}, guidance {self.guidance:g}, {self.aux_rounds} aux turns a step"]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
-        reward = f"reward {recent['generator/reward']:.4g}, " if "generator/reward" in recent else ""
-        return f"verdict: {reward}score gap {recent['generator/score_gap']:.4g}; judge its images with eval/win_rate.py"
+    def verdict(self, recent: Recent) -> str:
+        reward = f"reward {recent.about('generator/reward')}, " if "generator/reward" in recent.means else ""
+        gap = recent.about("generator/score_gap")
+        return f"verdict: {reward}score gap {gap}; judge its images with eval/win_rate.py"
 
 
 def _activate(network: nn.Module) -> None:

@@ -16,7 +16,6 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss
 from diffalign.noising import Noising, errors
 from diffalign.sampling import Network
-from diffalign.types import LatentBatch, Metrics
+from diffalign.types import LatentBatch, Metrics, Recent
 
 
 class DiffusionDPO(Denoising):
@@ -106,7 +105,7 @@ class DiffusionDPO(Denoising):
         others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
         return [f"beta {self.beta:g} (mean-form error, factor 1/2), loss '{self.name}'; the same elsewhere:", *others]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return verdict(recent)
 
 

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.algorithms.denoising import ranking_of
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.noising import Noising
 from diffalign.rewards import Rewards
 from diffalign.sampler import Move, Sampler
 from diffalign.sampling import Network, log_prob
-from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch
+from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, Recent
 
 
 class Rollouts(NamedTuple):
@@ -63,6 +64,8 @@ class PSO(Algorithm):
         reduction: of a move's log density over C, h, w: mean (as released) or sum
         shared_noise: a pair starts from the same noise and parts on the way; false for noise of its own
     """
+
+    shown = ("policy/loss", "policy/reward", "policy/accuracy")
 
     def __init__(
         self,
@@ -156,10 +159,10 @@ class PSO(Algorithm):
         trained = [round(t, 4) for t in self.sampler.timesteps.tolist()[:-1]]
         return [f"beta {self.beta:g} per {self.per}, timesteps {trained} of the law '{self.sampler.law}'"]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return (
-            f"verdict: reward {recent['policy/reward']:.4g}, implicit accuracy {recent['policy/accuracy']:.2f} over "
-            "the last steps; judge its images with another scorer: eval/win_rate.py"
+            f"verdict: reward {recent.about('policy/reward')}; {ranking_of(recent, 'the scorer')}; judge its images with another "
+            "scorer: eval/win_rate.py"
         )
 
 
