@@ -161,8 +161,8 @@ class PSO(Algorithm):
 
     def verdict(self, recent: Recent) -> str:
         return (
-            f"verdict: reward {recent.about('policy/reward')}; {ranking_of(recent, 'the scorer')}; judge its images with another "
-            "scorer: eval/win_rate.py"
+            f"verdict: reward {recent.about('policy/reward')}; {ranking_of(recent, 'the scorer')}; judge its images "
+            "with another scorer: eval/win_rate.py"
         )
 
 
