@@ -6,6 +6,7 @@ Everything that is wrong is reported in one message, before anything loads.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import inspect
 import math
@@ -19,6 +20,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from diffalign.recipe_help import keys
 
 Section = Callable[..., Any]
 """What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
@@ -52,20 +55,8 @@ def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Confi
     recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
     """
     file = Path(recipe)
-    folder = file.resolve().parent.parent / "configs" / file.stem
-    parser = argparse.ArgumentParser(
-        prog=file.name,
-        description=inspect.cleandoc(_docstring(file)),
-        epilog=_keys(sections),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-    parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
-    parser.add_argument("--sweep", action="append", default=[], metavar="section.key=v1,v2", help="docs/sweep.md")
-    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts, which the playground has")
-    parser.add_argument("--sweep-scorer", metavar="SPEC", help="who judges their images; the playground has a judge")
+    folder = _configs(file)
+    parser = command_line(file)
     args = parser.parse_intermixed_args(argv)
     if (args.sweep_prompts or args.sweep_scorer) and not args.sweep:
         parser.error("--sweep-prompts and --sweep-scorer belong to --sweep")
@@ -84,6 +75,28 @@ def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Confi
     except ConfigError as error:
         print(f"{file.name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _configs(recipe: Path) -> Path:
+    return recipe.resolve().parent.parent / "configs" / recipe.stem
+
+
+def command_line(recipe: Path) -> argparse.ArgumentParser:
+    """What a recipe understands. Imports nothing of what it configures, so that help comes at once."""
+    parser = argparse.ArgumentParser(
+        prog=recipe.name,
+        description=inspect.cleandoc(ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""),
+        epilog=keys(recipe, _words),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ", ".join(sorted(p.stem for p in _configs(recipe).glob("*.yaml")))
+    parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
+    parser.add_argument("--sweep", action="append", default=[], metavar="section.key=v1,v2", help="docs/sweep.md")
+    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts, which the playground has")
+    parser.add_argument("--sweep-scorer", metavar="SPEC", help="who judges their images; the playground has a judge")
+    return parser
 
 
 def read(name: str | None, folder: Path) -> dict[str, Any]:
@@ -235,22 +248,3 @@ def _words(hint: Any) -> str:
 def _unknown(kind: str, name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"unknown {kind} '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
-
-
-def _docstring(file: Path) -> str:
-    import ast
-
-    return ast.get_docstring(ast.parse(file.read_text())) or ""
-
-
-def _keys(sections: Mapping[str, Section]) -> str:
-    """The help text of every key: type, default, and what the docstring's Args says of it."""
-    lines = ["keys:"]
-    for name, factory in sections.items():
-        doc = inspect.getdoc(factory.__init__ if inspect.isclass(factory) else factory) or ""  # type: ignore[misc]
-        said = (inspect.getdoc(factory) or "") + "\n" + doc
-        for key, (hint, default) in parameters(factory).items():
-            about = next((x.split(":", 1)[1].strip() for x in said.splitlines() if x.strip().startswith(f"{key}:")), "")
-            value = "required" if default is inspect.Parameter.empty else f"default {default}"
-            lines.append(f"  {name}.{key}: {_words(hint)} ({value}){'  ' + about if about else ''}")
-    return "\n".join(lines)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import logging
 import os
 import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +17,9 @@ from typing import NoReturn
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE
 """What holds train/, eval/ and configs/: the checkout, or the installed package they travel in."""
+
+SAYS_NOTHING = ("should be kept in float32: []", "No LoRA keys associated to", "`torch_dtype` is deprecated")
+"""Warnings of diffusers and transformers about what is as it should be."""
 
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
 
@@ -47,6 +52,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     With DIFFALIGN_TRACEBACK set it is raised, so that one can see where it came from.
     """
+    quiet()
     try:
         sys.exit(main())
     except Exception as error:
@@ -56,6 +62,22 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         where = Path(sys.argv[0]).name + (f" (process {rank})" if rank != "0" else "")
         print(f"{where}: {said(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet() -> None:
+    """Leave out what libraries say that means nothing to the user of a recipe: bars of a dozen small files, notices of
+    what is as it should be. Whatever else they warn of is shown."""
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:  # a recipe has imported them, or has no use for them
+            importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
+            for handler in logging.getLogger(name).handlers:
+                handler.addFilter(_says_something)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in SAYS_NOTHING)
 
 
 def of_user(error: BaseException) -> bool:
@@ -82,7 +104,7 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
     either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
     accelerate follows; its own launcher starts them only through MPI.
     """
-    gpus = _gpus()
+    gpus = 0 if processes == 1 else _gpus()  # asking takes seconds
     environment = dict(os.environ)
     if config is None and not gpus and (processes or 1) > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

@@ -36,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from diffalign import launch
 from diffalign.backbones import find_pipeline
 from diffalign.data.prompts import read_prompts
 from diffalign.draws import Draws
@@ -271,4 +272,4 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from diffalign import launch
 from reward_models.accuracy import interval
 from reward_models.files import write_whole
 from reward_models.items import Item
@@ -160,4 +161,4 @@ def line(spec: str, style: str, row: dict[str, Any], unit: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

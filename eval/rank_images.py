@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from diffalign import launch
 from diffalign.report import read_manifest
 from reward_models.agreement import win_rates
 from reward_models.files import write_whole
@@ -130,4 +131,4 @@ def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequ
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from diffalign import launch
 from diffalign.data import Dropped, ImageRef, Record, read_records
 from diffalign.data.images import DAMAGE, look_ahead
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
@@ -237,4 +238,4 @@ def line(spec: str, unit: str, result: Mapping[str, Any], data: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -12,13 +12,13 @@ process, though the table is whole.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
+from diffalign import launch
 from reward_models import cli
 
 
@@ -33,4 +33,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -259,4 +259,4 @@ def _personal(spec: str, device: str) -> PersonalScorer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

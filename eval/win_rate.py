@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from diffalign import launch
 from diffalign.report import Pair, paired_win_rate, read_pairs
 from reward_models.files import write_whole
 from reward_models.loading import load_scorer
@@ -116,4 +117,4 @@ def line(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Literal
 
@@ -108,19 +109,62 @@ def test_unknown_config_name_lists_the_shipped_ones(tmp_path: Path) -> None:
         config.read(str(tmp_path / "bad.yaml"), tmp_path)
 
 
+RECIPE = '''"""What it does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from diffalign import config
+
+SIZES = (1, 2)
+Mode = Literal["no", "fp16"]
+
+
+class Base:
+    """Args:
+    folder: receives
+        everything
+    """
+
+    def __init__(self, place: str, *, folder: str, mode: Mode | None = None, sizes: tuple[int, ...] = SIZES):
+        pass
+
+
+class Run(Base):
+    """Has its keys from another class."""
+
+
+def optimizer(*, lr: float) -> None:
+    """Steps.
+
+    Args:
+        lr: how far a step goes
+    """
+
+
+def main(argv: list[str]) -> None:
+    config.parse(argv, __file__, run=Run, optimizer=optimizer)
+'''
+
+
 def test_parse_prints_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train").mkdir()
     recipe = tmp_path / "train" / "it.py"
-    recipe.write_text('"""What it does."""\n')
+    recipe.write_text(RECIPE)
+    main = runpy.run_path(str(recipe))["main"]
     with pytest.raises(SystemExit) as caught:
-        config.parse(["run.sed=1"], str(recipe), run=Run)
+        main(["run.foldr=x"])
     assert caught.value.code == 2
-    assert "did you mean 'run.seed'" in capsys.readouterr().err
+    assert "did you mean 'run.folder'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        config.parse(["--help"], str(recipe), run=Run, optimizer=optimizer)
+        main(["--help"])
     shown = capsys.readouterr().out
     assert "What it does." in shown
     assert "optimizer.lr: float (required)  how far a step goes" in shown
+    assert "run.folder: str (required)  receives everything" in shown
+    assert "run.mode: one of no, fp16 or null (default None)" in shown
+    assert "run.sizes: a list of int (default (1, 2))" in shown
 
 
 def test_config_yaml_reads_back_to_the_same() -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 import runpy
+import subprocess
+import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -145,3 +149,25 @@ def test_a_check_that_cannot_read_a_file_is_one_more_problem() -> None:
     section.check = check  # type: ignore[attr-defined]
     with pytest.raises(config.ConfigError, match=r"section 'it': .*Permission denied: 'secret'"):
         config.resolve({}, ["it.path=secret"], {"it": section})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections: Callable) -> None:
+    """Read from sources alone; where a default has a name, by its value."""
+    shown = config.command_line(ROOT / "train" / f"{recipe}.py").format_help()
+    for name, factory in sections(recipe).items():
+        for key, (hint, default) in config.parameters(factory).items():
+            value = "required" if default is inspect.Parameter.empty else f"default {default}"
+            assert re.search(
+                rf"^  {name}\.{key}: {re.escape(config._words(hint))} \({re.escape(value)}\)  \S", shown, re.M
+            ), key
+
+
+def test_help_comes_at_once() -> None:
+    """Without torch, diffusers and the rest, which take seconds to import: no recipe's help needs them."""
+    seen = "import sys, diffalign.cli; assert diffalign.cli.main(sys.argv[1:]) == 0; print(*sys.modules)"
+    for recipe in ("pso", "hps"):
+        words = [sys.executable, "-c", seen, "train", recipe, "--help"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert "data.path: str" in done.stdout
+        assert not {"torch", "diffusers", "transformers", "numpy"} & {*done.stdout.splitlines()[-1].split()}
