@@ -177,6 +177,8 @@ def _append(path: Path, row: Mapping[str, str]) -> None:
     except OSError as error:
         if path.exists():
             os.truncate(path, size)
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -1,4 +1,4 @@
-"""A LoRA file in the layout of diffusers, kohya or peft, into a stock pipeline: never one that changes nothing."""
+"""A LoRA file in the layout of diffusers, kohya or peft, into a stock pipeline; one that changes nothing is told."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PEFT = "base_model.model."
 def load_lora(pipe: Any, path: Path) -> None:
     """Load the LoRA of a file or folder into the pipeline, and make sure that it changes the model.
 
-    Raises FileNotFoundError where there are no weights, ValueError where no layer takes one, where they do not fit, or
-    where all that is taken is 0.
+    Raises FileNotFoundError where there are no weights, ValueError where no layer takes one or where they do not fit.
+    Where all that is taken is 0, it says so on stderr.
     """
     file = lora_file(path)
     try:
@@ -91,13 +91,18 @@ def _load_peft(pipe: Any, file: Path) -> None:
 
 
 def _check(pipe: Any, path: Path, keys: list[str]) -> None:
-    """Raise ValueError unless some layer is changed; say on stderr when some weights have found no layer."""
+    """Raise ValueError unless some layer took weights. Say on stderr when they change nothing (a run with lr 0 leaves
+    such a LoRA), and when some have found no layer."""
     layers = [m for part in _parts(pipe).values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
     if not layers:
         raise ValueError(f"no layer of the model took a weight of '--lora {path}'")
     deltas = (layer.get_delta_weight(name) for layer in layers for name in layer.active_adapters)  # type: ignore[operator]
     if not any(bool(delta.any()) for delta in deltas):
-        raise ValueError(f"'--lora {path}' changes nothing: in all {len(layers)} layers its product is 0")
+        print(
+            f"generate: '--lora {path}' changes nothing, for in all {len(layers)} layers its product is 0: these are "
+            "the images of the model without it",
+            file=sys.stderr,
+        )
     given = sum(any(word in key for word in ("lora_A.", "lora_down.", ".down.weight")) for key in keys)
     if len(layers) < given:
         print(

@@ -40,10 +40,11 @@ class Player:
 
 def check_adamw(cfg: dict[str, Any], section: str = "optimizer") -> list[str]:
     """What cannot work in the section of an optimizer, one line each."""
-    problems = [f"'{section}.{k}' = {cfg[k]} must be positive" for k in ("lr", "eps") if not cfg[k] > 0]
+    problems = too_small(section, cfg, lr=0, weight_decay=0, lr_warmup_steps=0)  # lr 0 is a control
+    if not cfg["eps"] > 0:
+        problems.append(f"'{section}.eps' = {cfg['eps']} must be positive")
     if len(cfg["betas"]) != 2 or not all(0 <= beta < 1 for beta in cfg["betas"]):
         problems.append(f"'{section}.betas' = {list(cfg['betas'])} must be two numbers in [0, 1)")
-    problems += too_small(section, cfg, weight_decay=0, lr_warmup_steps=0)
     if cfg["lr_cosine_steps"] is not None and cfg["lr_cosine_steps"] <= cfg["lr_warmup_steps"]:
         problems.append(f"'{section}.lr_cosine_steps' = {cfg['lr_cosine_steps']} must be above 'lr_warmup_steps'")
     return problems

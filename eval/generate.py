@@ -23,29 +23,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import accelerate
-import diffusers
-import torch
-import transformers
-from accelerate import PartialState
-from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from diffalign import launch
-from diffalign.backbones import find_pipeline
-from diffalign.data.prompts import read_prompts
-from diffalign.draws import Draws
-from diffalign.lora_files import load_lora, lora_file
-from diffalign.playground import SHIPPED
-from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
 from reward_models.files import read_json, write_whole, writing
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Task(NamedTuple):
@@ -99,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace) -> None:
     """Make the images that are not there yet, this process its share; the main process writes the manifest."""
+    import torch  # here and below: heavy, and `--help` needs none of it
+    from accelerate import PartialState
+
+    from diffalign.data.prompts import read_prompts
+    from diffalign.user_adapter import adapter_arguments
+
     for name in ("samples_per_prompt", "steps", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
@@ -109,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
         for k in range(args.samples_per_prompt)
     ]
     state = PartialState(cpu=args.device == "cpu")
-    pipe = load(args.pipeline, args.lora, DTYPES[args.dtype])
+    pipe = load(args.pipeline, args.lora, getattr(torch, DTYPES[args.dtype]))
     if bool(args.user_adapter) != bool(args.user):
         raise ValueError("--user-adapter and --user belong together; give both or neither")
     if args.user_adapter:
@@ -141,17 +136,21 @@ def generate(args: argparse.Namespace) -> None:
 
 def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     """The pipeline on the CPU, quiet, without a safety checker. Raises what `find_pipeline` and `load_lora` raise."""
+    import diffusers
+
+    from diffalign.backbones import find_pipeline
+    from diffalign.lora_files import load_lora, lora_file
+
     if lora is not None:
         lora_file(lora)  # before anything loads
     path = find_pipeline(name)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    parts = DiffusionPipeline.load_config(path)
+    launch.quiet()
+    parts = diffusers.DiffusionPipeline.load_config(path)
     off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
     with warnings.catch_warnings():
         # Its new name, `dtype`, means nothing to the older diffusers that we support.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **off)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **off)
     if lora is not None:
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
@@ -162,6 +161,11 @@ def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
     """The user of all images, a mixture where several are named, as the pipeline takes it. Raises ValueError."""
     if not args.user:
         return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from diffalign.user_adapter import mix_users, user_embeds
+
     users = []
     for file in args.user:
         try:
@@ -173,6 +177,8 @@ def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
 
 def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
     """[C, h, w] of the initial latents of a square image, `size` pixels wide or as the model was trained."""
+    from diffusers import FluxPipeline
+
     flux = isinstance(pipe, FluxPipeline)
     if hasattr(pipe, "_pack_latents") and not flux:
         raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be SD, SDXL, SD3 or FLUX")
@@ -190,6 +196,13 @@ def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
 
 def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
     """What decides the images, for settings.json."""
+    import accelerate
+    import diffusers
+    import torch
+    import transformers
+
+    from diffalign.playground import SHIPPED
+
     names = ("samples_per_prompt", "steps", "timesteps", "guidance", "seed", "dtype", "max_sequence_length")
     own = {k: getattr(args, k) for k in names}
     return {
@@ -240,6 +253,11 @@ def claim(out: Path, now: dict[str, Any]) -> None:
 
 
 def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
+    import torch
+    from diffusers import FluxPipeline
+
+    from diffalign.draws import Draws
+
     draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
     latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     if isinstance(pipe, FluxPipeline):

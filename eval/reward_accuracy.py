@@ -24,21 +24,21 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import launch
-from diffalign.data import Dropped, ImageRef, Record, read_records
-from diffalign.data.images import DAMAGE, look_ahead
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
 from reward_models.files import write_whole
-from reward_models.images import to_tensor
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer, checked, device_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffalign.data import ImageRef, Record
+    from reward_models.protocol import Scorer
 
 PICK = "pick_threshold"
 LIBRARIES = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers", "numpy", "scipy")
@@ -117,6 +117,8 @@ def measure(args: argparse.Namespace) -> None:
 
 def load(path: str, limit: int | None) -> Loaded:
     """The first `limit` records, or all. Says on stderr what cannot be used. Raises ValueError when nothing can."""
+    from diffalign.data import Dropped, read_records  # here and below: heavy, and `--help` needs none of it
+
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     for one in read_records(path, keep_ties=True):
@@ -146,6 +148,8 @@ def spread(records: list[Record]) -> list[Record]:
 
 
 def _turned(record: Record) -> Record:
+    from diffalign.data import Record
+
     return Record(record.id, record.prompt, record.images[::-1], record.ranks[::-1])
 
 
@@ -154,6 +158,8 @@ def score(records: Sequence[Record], scorers: Mapping[str, Scorer], batch_size: 
 
     Raises ValueError naming the images that are missing or damaged, when it has looked at all of them.
     """
+    import torch
+
     asked: dict[ImageRef, dict[str, None]] = {}
     for record in records:
         for ref in record.images:
@@ -183,6 +189,8 @@ def _batches(
 
     Images of a rare size wait for more of it, but no more than eight batches do.
     """
+    from diffalign.data.images import look_ahead
+
     waiting: dict[torch.Size, list[tuple[ImageRef, str, Tensor]]] = {}
     images = look_ahead(asked, _decode)
     for ref, image in zip(asked, tqdm(images, total=len(asked), desc="score", unit="image", leave=False), strict=True):
@@ -200,6 +208,11 @@ def _batches(
 
 
 def _decode(ref: ImageRef) -> Tensor | str:
+    from PIL import Image
+
+    from diffalign.data.images import DAMAGE
+    from reward_models.images import to_tensor
+
     try:
         image = Image.open(io.BytesIO(ref.read()))
         image.load()
@@ -210,9 +223,14 @@ def _decode(ref: ImageRef) -> Tensor | str:
         return f"{ref}: {error or type(error).__name__}"
 
 
-@torch.no_grad()
 def _scores(name: str, scorer: Scorer, pixels: Tensor, keys: Sequence[tuple[ImageRef, str]]) -> list[float]:
-    scores = checked(name, scorer.score(pixels.to(device_of(scorer)).float() / 255, [p for _, p in keys]), len(keys))
+    import torch
+
+    from reward_models.protocol import checked, device_of
+
+    images = pixels.to(device_of(scorer)).float() / 255
+    with torch.no_grad():
+        scores = checked(name, scorer.score(images, [prompt for _, prompt in keys]), len(keys))
     for (ref, _), value in zip(keys, scores.tolist(), strict=True):
         if not math.isfinite(value):
             raise ValueError(f"scorer '{name}' returned {value} for {ref}")

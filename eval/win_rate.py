@@ -18,14 +18,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffalign import launch
-from diffalign.report import Pair, paired_win_rate, read_pairs
 from reward_models.files import write_whole
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer
-from reward_models.scoring import score_files
+
+if TYPE_CHECKING:
+    from diffalign.report import Pair
+    from reward_models.protocol import Scorer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> None:
     """Score both folders with every scorer, print the table, write the file."""
+    from diffalign.report import read_pairs  # here and below: heavy, and `--help` needs none of it
+
     pairs = read_pairs(args.base, args.aligned)
     equal = sum(pair.base.read_bytes() == pair.aligned.read_bytes() for pair in pairs)
     if equal and args.base.resolve() != args.aligned.resolve():
@@ -77,6 +80,9 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
+    from diffalign.report import paired_win_rate
+    from reward_models.scoring import score_files
+
     prompts = [pair.prompt for pair in pairs]
     base, aligned = (
         score_files(scorer, files, prompts, batch_size=args.batch_size, name=spec).tolist()

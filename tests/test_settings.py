@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from diffalign import config
+from reward_models.vlm_users import Pooling
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p.stem for p in (ROOT / "train").glob("*.py"))
@@ -98,7 +99,8 @@ def test_every_number_of_every_section_is_checked(recipe: str, sections: Callabl
         "hooks.ema_decay=1.5",
         "hooks.ema_decay=1",
         "hooks.sample_steps=0",
-        "optimizer.lr=0",
+        "optimizer.lr=-1",
+        "optimizer.eps=0",
         "optimizer.betas=[0.9]",
         "optimizer.betas=[0.9,1.0]",
         "optimizer.betas=[0.9,0.99,0.999]",
@@ -115,7 +117,7 @@ def test_what_else_is_known_to_be_wrong(override: str, sections: Callable) -> No
 
 
 def test_the_second_optimizer_is_called_by_its_name(sections: Callable) -> None:
-    said = problems("diff_instruct_star", sections("diff_instruct_star"), "aux_optimizer.lr=0", "teacher.lora_rank=-1")
+    said = problems("diff_instruct_star", sections("diff_instruct_star"), "aux_optimizer.lr=-1", "teacher.lora_rank=-1")
     assert len(said) == 2 and "'teacher.lora_rank'" in said[0] and "'aux_optimizer.lr'" in said[1]
 
 
@@ -163,11 +165,28 @@ def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections:
             ), key
 
 
+SEEN = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+except SystemExit as ended:
+    assert not ended.code
+print(*sys.modules)
+"""
+
+
 def test_help_comes_at_once() -> None:
-    """Without torch, diffusers and the rest, which take seconds to import: no recipe's help needs them."""
-    seen = "import sys, diffalign.cli; assert diffalign.cli.main(sys.argv[1:]) == 0; print(*sys.modules)"
-    for recipe in ("pso", "hps"):
-        words = [sys.executable, "-c", seen, "train", recipe, "--help"]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        assert "data.path: str" in done.stdout
-        assert not {"torch", "diffusers", "transformers", "numpy"} & {*done.stdout.splitlines()[-1].split()}
+    """Without torch, diffusers and the rest, which take seconds to import: no command's help needs them."""
+    cli = str(ROOT / "diffalign" / "cli.py")
+    calls = [[cli, "train", "pso", "--help"], [cli, "train", "hps", "--help"], [cli, "--help"]]
+    calls += [[str(file), "--help"] for file in sorted((ROOT / "eval").glob("*.py"))]
+    for words in calls:
+        done = subprocess.run([sys.executable, "-c", SEEN, *words], capture_output=True, text=True, check=True)
+        assert "--help" in done.stdout and ("data.path: str" in done.stdout) == ("train" in words)
+        found = {"torch", "diffusers", "transformers", "open_clip"} & {*done.stdout.splitlines()[-1].split()}
+        assert not found, words
+
+
+def test_choices_of_the_command_are_those_of_the_encoder() -> None:
+    user = runpy.run_path(str(ROOT / "eval" / "user.py"))
+    assert user["POOLINGS"] == typing.get_args(Pooling)
