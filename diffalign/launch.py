@@ -58,6 +58,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
         if not of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
             raise
+        for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+            bar.close()  # or the error stands at its end
         rank = os.environ.get("RANK", "0")
         where = Path(sys.argv[0]).name + (f" (process {rank})" if rank != "0" else "")
         print(f"{where}: {said(error)}", file=sys.stderr)

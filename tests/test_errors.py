@@ -21,6 +21,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 from diffalign import cli, launch
 from diffalign.backbones import find_pipeline
@@ -318,6 +319,24 @@ def test_the_names_of_a_full_disk(error: Exception) -> None:
         raise error
     with pytest.raises(RuntimeError, match="ours"), writing("x.safetensors"):
         raise RuntimeError("ours")
+
+
+def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        with tqdm(total=2, desc="train") as bar:
+            bar.update()
+            raise ValueError("'a.b' = 1 must be 2")
+
+    def left_open() -> None:
+        bar = tqdm(total=2, desc="train")
+        bar.update()
+        raise ValueError("'a.b' = 1 must be 2")
+
+    for main in (stopped, left_open):
+        with pytest.raises(SystemExit):
+            launch.run(main)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.endswith(": 'a.b' = 1 must be 2") and "%|" not in last
 
 
 def test_faults_of_ours_keep_their_trace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
