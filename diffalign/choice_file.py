@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffalign.data.entries import json_lines
 from diffalign.data.records import Dropped
+from reward_models.files import write_whole
 
 logger = logging.getLogger(__name__)
 Pick = Callable[[Mapping[int, int], Sequence[int]], int]
@@ -31,8 +34,26 @@ class Pair(NamedTuple):
         return (1, 0) if hashlib.sha256(self.id.encode()).digest()[0] % 2 else (0, 1)
 
 
+@contextmanager
+def alone(file: Path) -> Iterator[None]:
+    """Inside, no other process is in a block of this file. The kernel ends the lock with the process, however it ends.
+
+    Raises ValueError where one is.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_name(file.name + ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"'{file}' is being written by another `diffalign user choose`; end that one, or choose another --out"
+            ) from error
+        yield
+
+
 class Choices:
-    """The choices of one person: an append-only JSONL file and what it says. Threads may share it, processes may not.
+    """The choices of one person: an append-only JSONL file and what it says. Threads may share it, processes only one
+    after the other: see `alone`.
 
     Beside it lies `<file>.skipped`, the pairs that the person could not tell apart: no name that readers of a folder
     take for data.
@@ -153,20 +174,17 @@ def _append(path: Path, row: Mapping[str, str]) -> None:
             file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         if path.exists():
             os.truncate(path, size)
-        raise
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Write a file so that it is either the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.writelines(map(_line, rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, b"".join(map(_line, rows)))
 
 
 def _line(row: Mapping[str, str]) -> bytes:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffalign import launch
+from diffalign import __version__, launch
 
 DESCRIPTION = """Align text-to-image diffusion models with human preference, and prove that it worked.
 
@@ -30,18 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] in (["train"], ["eval"]):
         named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.recipes(arguments[0])]
         split = named[0] + 1 if named else len(arguments)
-    args = parser.parse_args(arguments[:split])
+    args, unknown = parser.parse_known_args(arguments[:split])
+    if unknown and args.run is not _recipe:  # after a recipe that is not there, they are its own
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.rest = arguments[split:]
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        print(f"diffalign: {error}", file=sys.stderr)
+    except Exception as error:
+        if not launch.of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
+            raise
+        print(f"diffalign: {launch.said(error)}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="diffalign", description=DESCRIPTION, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"diffalign {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for kind, what in (("train", "launch a training recipe with accelerate"), ("eval", "run an evaluation recipe")):
         p = commands.add_parser(kind, help=what, epilog=_listing(kind), formatter_class=raw)
@@ -53,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=lambda args: print(_listing("train") + "\n" + _listing("eval")) or 0)
     p = commands.add_parser("user", add_help=False, help="choose images, fit and embed what people like")
     p.set_defaults(run=lambda args: launch.start(launch.find("eval", "user"), args.rest, processes=1, config=None))
+    p = commands.add_parser("cache", help="where latents and text embeddings are kept, how many; or empty it")
+    p.add_argument("--folder", help="data.cache of the runs ($DIFFALIGN_CACHE, or ~/.cache/diffalign)")
+    p.add_argument("--clear", action="store_true", help="delete them; runs compute anew what they need")
+    p.set_defaults(run=_cache)
     p = commands.add_parser("demo", help="pairs, alignment, win rate and report from the shipped model; CPU, minutes")
     p.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything the demo makes")
     p.set_defaults(run=_demo)
@@ -125,9 +136,28 @@ def _listing(kind: str) -> str:
 
 def _recipe(args: argparse.Namespace) -> int:
     recipe = launch.find(args.kind, args.name)
+    if args.kind == "train" and {"-h", "--help"} & {*args.rest}:
+        from diffalign.config import command_line
+
+        command_line(recipe).print_help()
+        return 0
     alone = args.kind == "eval" or any(word.split("=")[0] == "--sweep" for word in args.rest)
     processes = args.num_processes or (1 if alone else None)
     return launch.start(recipe, args.rest, processes=processes, config=args.accelerate_config)
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from diffalign.data.latents import cache_folder
+
+    folder = cache_folder(args.folder)
+    # Whatever else somebody keeps there is not touched.
+    ours = [p for p in folder.glob("*/") if p.name == "files" or any(p.glob("squares-*/")) or any(p.glob("prompts/"))]
+    size = sum(file.stat().st_size for part in ours for file in part.rglob("*") if file.is_file())
+    print(f"'{folder}': {size / 1e9:.3f} GB of {len(ours)} encoders")
+    for part in ours if args.clear else ():
+        shutil.rmtree(part)
+    print("emptied" if args.clear else "`diffalign cache --clear` empties it; no run must be using it")
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -138,13 +168,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> int:
     from diffalign.playground.world import captions
+    from reward_models.files import write_whole
 
     lines = [
         json.dumps({"prompt": c, "prompt_id": f"{i:04d}"})
         for i, c in enumerate(captions(args.n, held_out=args.held_out, seed=args.seed))
     ]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n")
+    write_whole(args.out, "\n".join(lines) + "\n")
     print(f"{len(lines)} prompts in '{args.out}'")
     return 0
 

@@ -6,8 +6,10 @@ Everything that is wrong is reported in one message, before anything loads.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import inspect
+import math
 import sys
 import types
 import typing
@@ -19,9 +21,12 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from diffalign.recipe_help import keys
+
 Section = Callable[..., Any]
-Check = Callable[..., list[str]]
-"""Takes the values of the sections it is listed under, returns one line a problem."""
+"""What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
+section, and those of every other section whose name is one of its parameters (and the section's own name as `section`);
+it returns one line a problem."""
 
 
 class ConfigError(ValueError):
@@ -44,29 +49,14 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.create(self.sections))
 
 
-def parse(
-    argv: Sequence[str] | None, recipe: str, *, checks: Mapping[str, Check] | None = None, **sections: Section
-) -> Config:
+def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Config:
     """Command line -> configuration; exits with status 2 and one message when anything is wrong.
 
     recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
-    checks maps one section, or several with spaces between, to a function that lists impossible combinations.
     """
     file = Path(recipe)
-    folder = file.resolve().parent.parent / "configs" / file.stem
-    parser = argparse.ArgumentParser(
-        prog=file.name,
-        description=inspect.cleandoc(_docstring(file)),
-        epilog=_keys(sections),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
-    parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
-    parser.add_argument("--sweep", action="append", default=[], metavar="section.key=v1,v2", help="docs/sweep.md")
-    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts, which the playground has")
-    parser.add_argument("--sweep-scorer", metavar="SPEC", help="who judges their images; the playground has a judge")
+    folder = _configs(file)
+    parser = command_line(file)
     args = parser.parse_intermixed_args(argv)
     if (args.sweep_prompts or args.sweep_scorer) and not args.sweep:
         parser.error("--sweep-prompts and --sweep-scorer belong to --sweep")
@@ -76,15 +66,37 @@ def parse(
             from diffalign.sweep import sweep
 
             def resolved(more: Sequence[str]) -> Config:
-                return resolve(content, [*args.overrides, *more], sections, checks or {})
+                return resolve(content, [*args.overrides, *more], sections)
 
             arguments = [*(["--config", args.config] if args.config else []), *args.overrides]
             judging = {"prompts": args.sweep_prompts, "scorer": args.sweep_scorer}
             raise SystemExit(sweep(file.resolve(), args.sweep, arguments, resolved, **judging))
-        return resolve(content, args.overrides, sections, checks or {})
+        return resolve(content, args.overrides, sections)
     except ConfigError as error:
         print(f"{file.name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _configs(recipe: Path) -> Path:
+    return recipe.resolve().parent.parent / "configs" / recipe.stem
+
+
+def command_line(recipe: Path) -> argparse.ArgumentParser:
+    """What a recipe understands. Imports nothing of what it configures, so that help comes at once."""
+    parser = argparse.ArgumentParser(
+        prog=recipe.name,
+        description=inspect.cleandoc(ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""),
+        epilog=keys(recipe, _words),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ", ".join(sorted(p.stem for p in _configs(recipe).glob("*.yaml")))
+    parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
+    parser.add_argument("--sweep", action="append", default=[], metavar="section.key=v1,v2", help="docs/sweep.md")
+    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts, which the playground has")
+    parser.add_argument("--sweep-scorer", metavar="SPEC", help="who judges their images; the playground has a judge")
+    return parser
 
 
 def read(name: str | None, folder: Path) -> dict[str, Any]:
@@ -100,15 +112,13 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"'{path}' is not valid YAML: {error}") from None
+        raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")
     return content  # type: ignore[return-value]
 
 
-def resolve(
-    content: Any, overrides: Sequence[str], sections: Mapping[str, Section], checks: Mapping[str, Check]
-) -> Config:
+def resolve(content: Any, overrides: Sequence[str], sections: Mapping[str, Section]) -> Config:
     """Merge, fill in defaults and check. Raises ConfigError with every problem found."""
     bad = [x for x in overrides if "=" not in x or "." not in x.split("=")[0]]
     if bad:
@@ -126,9 +136,8 @@ def resolve(
         if not wrong:
             resolved[name] = values
         problems += wrong
-    for names, check in checks.items():
-        if all(name in resolved for name in names.split()):
-            problems += check(*(resolved[name] for name in names.split()))
+    for name, factory in sections.items():
+        problems += _checked(name, factory, resolved)
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
@@ -151,7 +160,32 @@ def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], l
             values[key] = _typed(given[key], hint)
         except TypeError:
             problems.append(f"'{name}.{key}' must be {_words(hint)}, got {given[key]!r}")
+            continue
+        numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+            problems.append(f"'{name}.{key}' = {given[key]} must be finite")
     return values, problems
+
+
+def _checked(name: str, factory: Section, resolved: Mapping[str, dict[str, Any]]) -> list[str]:
+    """What the section's own check says, as far as all sections that it looks at could be read."""
+    check = getattr(factory, "check", None)
+    others = list(inspect.signature(check).parameters)[1:] if check else []
+    if check is None or not all(x in resolved for x in (name, *others) if x != "section"):
+        return []
+    try:
+        return check(resolved[name], **{x: name if x == "section" else resolved[x] for x in others})
+    except OSError as error:
+        return [f"section '{name}': {error}"]
+
+
+def too_small(section: str, cfg: Mapping[str, Any], **least: float) -> list[str]:
+    """A line for every key whose value is below its least one; null is not."""
+    return [
+        f"'{section}.{key}' = {cfg[key]} must be {low:g} or more"
+        for key, low in least.items()
+        if cfg[key] is not None and not cfg[key] >= low
+    ]
 
 
 def parameters(factory: Section) -> dict[str, tuple[Any, Any]]:
@@ -214,22 +248,3 @@ def _words(hint: Any) -> str:
 def _unknown(kind: str, name: str, known: Any) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"unknown {kind} '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
-
-
-def _docstring(file: Path) -> str:
-    import ast
-
-    return ast.get_docstring(ast.parse(file.read_text())) or ""
-
-
-def _keys(sections: Mapping[str, Section]) -> str:
-    """The help text of every key: type, default, and what the docstring's Args says of it."""
-    lines = ["keys:"]
-    for name, factory in sections.items():
-        doc = inspect.getdoc(factory.__init__ if inspect.isclass(factory) else factory) or ""  # type: ignore[misc]
-        said = (inspect.getdoc(factory) or "") + "\n" + doc
-        for key, (hint, default) in parameters(factory).items():
-            about = next((x.split(":", 1)[1].strip() for x in said.splitlines() if x.strip().startswith(f"{key}:")), "")
-            value = "required" if default is inspect.Parameter.empty else f"default {default}"
-            lines.append(f"  {name}.{key}: {_words(hint)} ({value}){'  ' + about if about else ''}")
-    return "\n".join(lines)

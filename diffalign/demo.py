@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from diffalign import launch
+from reward_models.files import read_json, write_whole
 
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 2.0 --size 32 --batch-size 64"
 STORY = f"""
@@ -72,13 +73,11 @@ def _placed(word: str, folders: dict[str, Path]) -> str:
 
 
 def _summary(out: Path, seconds: float) -> int:
-    result = json.loads((out / "win_rate.json").read_text())["scorers"][0]
+    result = read_json(out / "win_rate.json")["scorers"][0]
     keys = {"win_rate": "win_rate", "win_rate_low": "low", "win_rate_high": "high", "n": "n"}
     summary = {ours: result[theirs] for ours, theirs in keys.items()}
     summary |= {"seconds": round(seconds, 1), "export": str(out / "run" / "export")}
-    temporary = out / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, out / "summary.json")
+    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
         f"\nThe aligned model wins {summary['win_rate']:.1%} of {summary['n']} held-out comparisons "
         f"(95 % interval {summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}), in {seconds:.0f} s.\n"

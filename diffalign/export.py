@@ -26,6 +26,7 @@ from diffalign.draws import seeded
 from diffalign.lora import GENERATOR, lora_layers
 from diffalign.run import write
 from diffalign.user_adapter import FILE, has_user_adapter, user_width
+from reward_models.files import writing
 
 VERIFY_STEPS = 4
 VERIFY_PIXELS = 256
@@ -88,7 +89,8 @@ def export(backbone: Backbone, folder: Path) -> str:
     """Write the denoiser's present weights to `folder`, replacing it as a whole, and say how to load them."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    backbone.save(temporary)
+    with writing(temporary):
+        backbone.save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return f"exported; load it with {LOADED_BY[kind_of(backbone)].format(folder)}"

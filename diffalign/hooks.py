@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm
 from diffalign.backbones import Backbone
+from diffalign.config import too_small
 from diffalign.ema import Ema
 from diffalign.export import export, verify
 from diffalign.run import Run
 from diffalign.sample_grid import SampleGrid
 from diffalign.sampler import Sampler
 from diffalign.trainer import Hook, Trainer
+from reward_models.files import readable
 
 
 class Stateful(Protocol):
@@ -94,6 +96,22 @@ def in_order(checkpoint: Checkpoint, hooks: Sequence[Hook]) -> list[Hook]:
     """Restored before any other hook looks at the run; saved after all of them have, so that a kill between loses
     nothing of theirs, and a step that one of them declares the last is saved as well."""
     return [Restore(checkpoint), *hooks, checkpoint]
+
+
+def check_checkpoints(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in the keys about checkpoints of a `hooks` section, one line each."""
+    return too_small("hooks", cfg, checkpoint_every=0, keep_checkpoints=1)
+
+
+def check_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `hooks` section, one line each."""
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, sample_every=0, sample_steps=1, sample_guidance=0)
+    if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
+        problems.append(f"'hooks.ema_decay' = {cfg['ema_decay']} must lie between 0 and 1, or be null")
+    return problems
+
+
+standard_hooks.check = check_hooks  # type: ignore[attr-defined]
 
 
 class _Hook:
@@ -195,6 +213,7 @@ class Checkpoint(_Hook):
         self.run.accelerator.wait_for_everyone()
         if self.run.main:
             shutil.rmtree(final, ignore_errors=True)
+            readable(temporary)
             os.replace(temporary, final)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)

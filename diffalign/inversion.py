@@ -60,8 +60,8 @@ class Inversion:
         problems = []
         if cfg["steps"] < 1:
             problems.append(f"'inversion.steps' = {cfg['steps']} must be 1 or more")
-        if cfg["eta"] < 0 or cfg["renoise"] < 0:
-            problems.append("'inversion.eta' and 'inversion.renoise' must be 0 or more")
+        names = ("eta", "renoise", "guidance")
+        problems += [f"'inversion.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]
         return problems
 
     def levels(self, t: Tensor) -> Tensor:

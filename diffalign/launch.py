@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import logging
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE
 """What holds train/, eval/ and configs/: the checkout, or the installed package they travel in."""
+
+SAYS_NOTHING = ("should be kept in float32: []", "No LoRA keys associated to", "`torch_dtype` is deprecated")
+"""Warnings of diffusers and transformers about what is as it should be."""
 
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
 
@@ -39,6 +47,58 @@ def title(recipe: Path) -> str:
     return (ast.get_docstring(ast.parse(recipe.read_text())) or "").split("\n")[0]
 
 
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """The main of a recipe as a program: what a user can cause is a line or two on stderr, and exit code 2.
+
+    With DIFFALIGN_TRACEBACK set it is raised, so that one can see where it came from.
+    """
+    quiet()
+    try:
+        sys.exit(main())
+    except Exception as error:
+        if not of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
+            raise
+        for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+            bar.close()  # or the error stands at its end
+        rank = os.environ.get("RANK", "0")
+        where = Path(sys.argv[0]).name + (f" (process {rank})" if rank != "0" else "")
+        print(f"{where}: {said(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def quiet() -> None:
+    """Leave out what libraries say that means nothing to the user of a recipe: bars of a dozen small files, notices of
+    what is as it should be. Whatever else they warn of is shown."""
+    for name in ("diffusers", "transformers"):
+        if name in sys.modules:  # a recipe has imported them, or has no use for them
+            importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
+            for handler in logging.getLogger(name).handlers:
+                handler.addFilter(_says_something)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in SAYS_NOTHING)
+
+
+def of_user(error: BaseException) -> bool:
+    """Whether a user can cause it: settings, files, disks, data, memory; the rest are faults of ours, with a trace."""
+    kinds = (ValueError, OSError, FloatingPointError)
+    return isinstance(error, kinds) or type(error).__name__ in ("SafetensorError", "OutOfMemoryError")
+
+
+def said(error: BaseException) -> str:
+    """What an error says, without the number that the system gives it; of what libraries say, two lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": '{error.filename}'" if error.filename else "")
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    more = "lower data.batch_size, or set backbone.gradient_checkpointing"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{lines[0][:200]}\n{more}"
+    return "\n".join(lines if isinstance(error, ValueError) else lines[:2])
+
+
 def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> int:
     """Run a recipe in one or more processes; returns its exit code.
 
@@ -46,7 +106,7 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
     either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
     accelerate follows; its own launcher starts them only through MPI.
     """
-    gpus = _gpus()
+    gpus = 0 if processes == 1 else _gpus()  # asking takes seconds
     environment = dict(os.environ)
     if config is None and not gpus and (processes or 1) > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -60,7 +120,8 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
         launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
     else:
         launcher = []
-    command = [sys.executable, *(["-m", *launcher] if launcher else []), str(recipe), *arguments]
+    quiet = ["-m", "diffalign.launch", *launcher] if launcher else []
+    command = [sys.executable, *quiet, str(recipe), *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
 
@@ -68,3 +129,22 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _launch(module: str, *words: str) -> int:
+    """Run a launcher without what it says of a process that failed, for that has said it; returns its exit code."""
+    logging.disable(logging.ERROR)
+    sys.argv = [module, *words]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except subprocess.CalledProcessError as error:  # accelerate's
+        return error.returncode
+    except Exception as error:
+        if type(error).__name__ != "ChildFailedError":  # torchrun's
+            raise
+        return max(failure.exitcode for failure in error.failures.values())  # type: ignore[attr-defined]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_launch(*sys.argv[1:]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.backbones import Backbone
 from diffalign.data.prompts import find_prompts
@@ -32,7 +32,7 @@ MOST_CLAMPED = 0.05
 class Monitor:
     """Looks at samples of fixed prompts and noise, before the first step and every so many steps.
 
-    Positional: the run, the backbone, its sampler, the rewards that are trained on, and what loads a scorer by name.
+    Positional: the run, the backbone, its sampler, the rewards that are trained on, and what loads scorers by name.
 
     `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, clamped, diversity (the distance of samples of
     one prompt), warnings (how many), trained_gain and held_out_gain: how far the mean score rose, in standard
@@ -52,7 +52,7 @@ class Monitor:
         backbone: Backbone,
         sampler: Sampler,
         rewards: Rewards,
-        load_scorer: Callable[..., Any],
+        load_mixture: Callable[..., Any],
         *,
         prompts: str | None = None,
         prompt_count: int = 32,
@@ -62,9 +62,7 @@ class Monitor:
     ):
         self.run, self.backbone, self.sampler, self.rewards = run, backbone, sampler, rewards
         self.every, self.stop, self.warned = every, stop, list[int]()
-        self.scorer = load_scorer(held_out, run.device) if held_out and prompts else None
-        weights = next(self.scorer.parameters(), None) if isinstance(self.scorer, nn.Module) else None
-        self.device = "cpu" if weights is None else weights.device
+        self.scorer = load_mixture(run.device, scorers=(held_out,)) if held_out and prompts else None
         self.prompts: list[str] = []
         if prompts:
             self.prompts = list(find_prompts(prompts, held_out=True).values())[:prompt_count]
@@ -134,7 +132,7 @@ class Monitor:
             images.append(some)
             trained.append(self.rewards.look(some, theirs))
             if self.scorer is not None:
-                held_out.append(self.scorer.score(some.to(self.device), theirs))
+                held_out.append(self.scorer.score(some, theirs))
         found = {**look_of(torch.cat(images)), "trained": torch.cat(trained)}
         if held_out:
             found["held_out"] = torch.cat(held_out)

@@ -94,6 +94,8 @@ class Rewards:
                 pixels = images.detach().requires_grad_()
                 score = self.mixture.part(name, pixels, prompts)
                 (slopes[name],) = torch.autograd.grad(score.sum(), pixels)
+                if not torch.isfinite(slopes[name]).all():
+                    raise FloatingPointError(f"the gradient of scorer '{name}' is not finite, though its scores are")
                 parts[name] = score.detach()
             self._update(parts)
             ends = {name: score.requires_grad_() for name, score in parts.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import statistics
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,12 +16,14 @@ from accelerate.utils import gather_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from diffalign.config import Config
+from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.placement import HALVES, Placement, deterministic_only
+from diffalign.types import Recent
+from reward_models.files import read_lines, write_whole, writing
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
 
@@ -71,6 +74,19 @@ class Run:
                 "diffalign", init_kwargs={"wandb": {"dir": str(self.folder), "name": self.folder.name}}
             )
 
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `run` section, one line each."""
+        problems = too_small("run", cfg, log_every=1)
+        if not cfg["folder"].strip():
+            problems.append("'run.folder' is empty; name the folder that receives the run")
+        packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(cfg["tracker"], ())
+        if packages and not any(find_spec(package) for package in packages):
+            problems.append(
+                f"'run.tracker' = {cfg['tracker']} needs a package that is missing: pip install {packages[0]}"
+            )
+        return problems
+
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
@@ -92,7 +108,7 @@ class Run:
                 f"'{self.folder}' already holds a run; continue it with run.resume=true or choose another run.folder"
             )
         if path.exists():
-            before = OmegaConf.load(path)
+            before = read(str(path), self.folder)
             now = OmegaConf.create(config.yaml())
             old, new = _flat(before), _flat(now)
             changed = [k for k in new if new[k] != old.get(k)]
@@ -111,6 +127,7 @@ class Run:
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
         """A preference data set of this run as latents, with its draws, ranks and folder."""
+        _check_size(encoder, config["resolution"])
         a, verify = (
             self.accelerator,
             partial(check_same_data, self.folder, kind.__name__, config["path"], main=self.main),
@@ -120,6 +137,7 @@ class Run:
 
     def prompts(self, encoder: Any, **config: Any) -> Prompts:
         """A list of prompts of this run with their text embeddings."""
+        _check_size(encoder, config["resolution"])
         a = self.accelerator
         prompts = Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
         found = zip(prompts.ids, prompts.prompts, strict=True)
@@ -161,8 +179,8 @@ class Run:
     def rewind(self, step: int) -> None:
         """Forget the metrics after `step`: a resumed run writes them again."""
         if self.main and self.metrics.exists():
-            kept = [x for x in self.metrics.read_text().splitlines() if _complete(x) and json.loads(x)["step"] <= step]
-            write(self.metrics, "".join(x + "\n" for x in kept))
+            kept = [row for row in read_lines(self.metrics) if row["step"] <= step]
+            write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.
@@ -188,26 +206,27 @@ class Run:
         lines = [json.dumps({"step": step, **row}) for step, row in rows.items()]
         for step, row in rows.items():
             self.accelerator.log(row, step=step)
-        with self.metrics.open("a") as file:
+        with writing(self.metrics), self.metrics.open("a") as file:
             file.write("\n".join(lines) + "\n")
         self._pending.clear()
 
-    def recent(self, n: int) -> dict[str, float]:
-        """The mean of every metric over the last n steps written."""
-        lines = [json.loads(x) for x in self.metrics.read_text().splitlines()[-n:]]
-        keys = {k for line in lines for k in line}
-        return {k: sum(v) / len(v) for k in keys if (v := [line[k] for line in lines if k in line])}
+    def recent(self, n: int, samples: int) -> Recent:
+        """Every metric over the last n steps written, each of so many samples."""
+        lines = read_lines(self.metrics)[-n:]
+        values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
+        errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
+        return Recent({k: statistics.fmean(v) for k, v in values.items()}, errors, len(lines) * samples)
+
+
+def _check_size(encoder: Any, resolution: int) -> None:
+    """Raise ValueError for images that a backbone cannot draw, before hours go into encoding them."""
+    if hasattr(encoder, "latent_shape"):
+        encoder.latent_shape(resolution)
 
 
 def write(path: Path, text: str) -> None:
     """Write a text file so that it is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _complete(line: str) -> bool:
-    return line.startswith("{") and line.endswith("}")
+    write_whole(path, text)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

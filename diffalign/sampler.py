@@ -135,6 +135,8 @@ class Sampler:
         problems = []
         if cfg["steps"] < 1:
             problems.append(f"'sampler.steps' = {cfg['steps']} must be 1 or more")
+        if cfg.get("guidance", 1) < 0:
+            problems.append(f"'sampler.guidance' = {cfg['guidance']} must be 0 or more")
         if any(then >= now for now, then in itertools.pairwise(cfg["timesteps"])):
             problems.append(f"'sampler.timesteps' = {list(cfg['timesteps'])} must descend")
         return problems

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from diffalign.config import too_small
 from diffalign.data import PersonalChoices
-from diffalign.hooks import Checkpoint, in_order
+from diffalign.hooks import Checkpoint, check_checkpoints, in_order
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
+from reward_models.files import read_lines
 
 BINS = 10
 """Of the calibration error."""
@@ -42,6 +44,17 @@ def stranger_hooks(
     return in_order(checkpoint, [Strangers(run, scorer, choices, validate_every, shots)])
 
 
+def check_stranger_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in this `hooks` section, one line each."""
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1)
+    if min(cfg["shots"], default=1) < 1:
+        problems.append(f"'hooks.shots' = {list(cfg['shots'])} must be 1 or more each")
+    return problems
+
+
+stranger_hooks.check = check_stranger_hooks  # type: ignore[attr-defined]
+
+
 class Strangers:
     """Fits every stranger from their first choices and predicts the others; exports the scorer at the end.
 
@@ -55,8 +68,8 @@ class Strangers:
         self.file, self.export = run.folder / "validation.jsonl", run.folder / "export"
 
     def start(self, trainer: Trainer) -> None:
-        lines = self.file.read_text().splitlines() if trainer.step and self.file.exists() else []
-        self.rows = [row for row in map(json.loads, lines) if row["step"] <= trainer.step]
+        rows = read_lines(self.file) if trainer.step and self.file.exists() else []
+        self.rows = [row for row in rows if row["step"] <= trainer.step]
 
     def after_step(self, trainer: Trainer) -> None:
         if self.run.main and (trainer.step % self.every == 0 or trainer.last):

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from diffalign import launch
-from diffalign.config import Config, ConfigError
+from diffalign.config import Config, ConfigError, read
 from diffalign.playground.world import captions
 from diffalign.report.sweep_table import advice, judged, markdown, trained, verdict
 from diffalign.run import write
+from reward_models.files import read_json
 
 PROMPTS, SAMPLES = 64, 2
 FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.sample_steps", "hooks.sample_guidance")
@@ -143,7 +144,8 @@ def _changed(point: Point) -> list[str]:
     file = point.folder / "config.yaml"
     if not file.exists():
         return []
-    before, now = OmegaConf.load(file), OmegaConf.create(point.config.yaml())
+    before: Any = read(str(file), point.folder)
+    now = OmegaConf.create(point.config.yaml())
     keys = [f"{section}.{key}" for section in point.config.sections for key in point.config.sections[section]]
     other = [key for key in keys if key != "run.resume" and OmegaConf.select(before, key) != OmegaConf.select(now, key)]
     said = f"  - '{point.folder}' holds a run with another {', '.join(other)}; delete it, or choose another run.folder"
@@ -179,7 +181,7 @@ def _judge(contest: Contest, images: Path, out: Path) -> int:
 def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest) -> dict[str, Any]:
     """Train and judge a point, as far as that is not done; its row of the table."""
     file, export, images = (point.folder / name for name in ("result.json", "export", "held_out"))
-    result = json.loads(file.read_text()) if file.exists() and export.exists() else {}
+    result = read_json(file) if file.exists() and export.exists() else {}
     if not result:
         resume = any((point.folder / "checkpoints").glob("step-*/state.json"))
         # Without a checkpoint it begins again; and there must be no images of another export.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.config import too_small
 from diffalign.lora import trained_parameters
 from diffalign.run import Run
 from diffalign.types import Metrics
@@ -35,6 +36,18 @@ class Player:
             return self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
         done = (step - self.lr_warmup_steps) / max(1, self.lr_cosine_steps - self.lr_warmup_steps)
         return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def check_adamw(cfg: dict[str, Any], section: str = "optimizer") -> list[str]:
+    """What cannot work in the section of an optimizer, one line each."""
+    problems = too_small(section, cfg, lr=0, weight_decay=0, lr_warmup_steps=0)  # lr 0 is a control
+    if not cfg["eps"] > 0:
+        problems.append(f"'{section}.eps' = {cfg['eps']} must be positive")
+    if len(cfg["betas"]) != 2 or not all(0 <= beta < 1 for beta in cfg["betas"]):
+        problems.append(f"'{section}.betas' = {list(cfg['betas'])} must be two numbers in [0, 1)")
+    if cfg["lr_cosine_steps"] is not None and cfg["lr_cosine_steps"] <= cfg["lr_warmup_steps"]:
+        problems.append(f"'{section}.lr_cosine_steps' = {cfg['lr_cosine_steps']} must be above 'lr_warmup_steps'")
+    return problems
 
 
 def adamw(
@@ -69,6 +82,9 @@ def adamw(
         groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
     )
     return Player(module, optimizer, lr, lr_warmup_steps, lr_cosine_steps)
+
+
+adamw.check = check_adamw  # type: ignore[attr-defined]
 
 
 class Hook(Protocol):
@@ -112,6 +128,14 @@ class Trainer:
         for player in players.values():
             player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
 
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `trainer` section, one line each."""
+        problems = too_small("trainer", cfg, steps=1, grad_accum=1)
+        if not cfg["max_grad_norm"] > 0:
+            problems.append(f"'trainer.max_grad_norm' = {cfg['max_grad_norm']} must be positive; 1e9 clips nothing")
+        return problems
+
     def fit(self, loader: Any) -> None:
         """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on."""
         for hook in self.hooks:
@@ -130,6 +154,9 @@ class Trainer:
             for hook in self.hooks:
                 hook.after_step(self)
             bar.update()
+            if self.step % self.run.log_every == 0 or self.step == self.steps:  # not oftener: it waits for the device
+                seen = {name.partition("/")[2]: float(values[name]) for name in self.algorithm.shown if name in values}
+                bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in seen.items()))
             if self.stop:
                 self.run.print(f"stopped after step {self.step}: {self.stop}")
                 break
@@ -138,7 +165,7 @@ class Trainer:
         for hook in self.hooks:
             hook.end(self)
         if self.run.main and self.run.metrics.exists():
-            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10))))
+            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10), self._effective(loader))))
         self.run.accelerator.end_training()
 
     @property

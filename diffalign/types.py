@@ -17,6 +17,32 @@ Metrics = Mapping[str, Tensor]
 """Detached values to log: a scalar, or one value per sample [B] in which NaN means "not in this group"."""
 
 
+class Recent(NamedTuple):
+    """The metrics of a run's last steps, for the line at its end.
+
+    means    name -> mean over the steps; a metric without a value in any of them is not there
+    errors   name -> standard error of that mean, by its spread from step to step; needs two steps
+    samples  of how many preferences, prompts or images the steps were, in all
+    """
+
+    means: Mapping[str, float]
+    errors: Mapping[str, float]
+    samples: int
+
+    def share(self, name: str) -> tuple[float, float] | None:
+        """A share in [0, 1] and its standard error, no less than that of so many coins. None where it is not there."""
+        if name not in self.means or not self.samples:
+            return None
+        return self.means[name], max(self.errors.get(name, 0.0), 0.5 / self.samples**0.5)
+
+    def about(self, name: str, form: str = ".4g") -> str:
+        """The mean with twice its standard error, as far as both are known."""
+        if name not in self.means:
+            return "unknown"
+        spread = f" +- {2 * self.errors[name]:.2g}" if name in self.errors else ""
+        return f"{self.means[name]:{form}}{spread}"
+
+
 class Cond(NamedTuple):
     """What a denoiser is conditioned on besides x_t and t. Batch axis first in every field.
 
@@ -186,8 +212,8 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 class Encoder(Protocol):
     """The frozen half of a backbone: pixels to latents and prompts to conditions.
 
-    `fingerprint` changes whenever the weights, settings or dtypes that decide those outputs change. Where prompts are cut, it
-    also has `token_counts(prompts) -> (limit, [tokens of each])`, so that it can be said.
+    `fingerprint` changes whenever the weights, settings or dtypes that decide those outputs change. Where prompts are
+    cut, it also has `token_counts(prompts) -> (limit, [tokens of each])`, so that it can be said.
     """
 
     @property

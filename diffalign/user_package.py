@@ -13,7 +13,8 @@ from diffalign.backbones import FAMILIES, Backbone, family_of, find_pipeline
 from diffalign.backbones.unet import UNetBackbone
 from diffalign.run import Run, write
 from diffalign.trainer import Trainer
-from diffalign.user_adapter import FILE, user_width
+from diffalign.user_adapter import FILE, add_user_adapter, user_width
+from reward_models.files import writing
 
 CARD = """# A personalised {family}
 
@@ -38,27 +39,30 @@ image = pipe("{prompt}", ip_adapter_image_embeds=embeds).images[0]
 """
 
 
+def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
+    """What cannot work in an `adapter` section with this `backbone` section, one line each."""
+    problems = []
+    if backbone["lora_rank"]:
+        problems.append("'backbone.lora_rank' must be 0: what trains is the adapter, whose rank is 'adapter.rank'")
+    if cfg["rank"] < 0:
+        problems.append(f"'adapter.rank' = {cfg['rank']} must be 0 (whole matrices) or more")
+    try:
+        family = family_of(find_pipeline(backbone["path"]))
+    except (OSError, ValueError):
+        return problems  # reported where it is loaded
+    if not issubclass(FAMILIES.get(family, UNetBackbone), UNetBackbone):
+        problems.append(f"'backbone.path' holds a {family}; user adapters are for Stable Diffusion and SDXL")
+    return problems
+
+
+add_user_adapter.check = check_adapter  # type: ignore[attr-defined]
+
+
 class UserPackage:
     """At the end, writes users.safetensors (each user's mean embedding [T, D]) and README.md into the export."""
 
     def __init__(self, run: Run, backbone: Backbone, users: Mapping[str, Tensor]):
         self.run, self.backbone, self.users = run, backbone, users
-
-    @staticmethod
-    def check(cfg: dict[str, Any], adapter: dict[str, Any]) -> list[str]:
-        """What cannot work in `backbone` and `adapter` sections together."""
-        problems = []
-        if cfg["lora_rank"]:
-            problems.append("'backbone.lora_rank' must be 0: what trains is the adapter, whose rank is 'adapter.rank'")
-        if adapter["rank"] < 0:
-            problems.append(f"'adapter.rank' = {adapter['rank']} must be 0 (whole matrices) or more")
-        try:
-            family = family_of(find_pipeline(cfg["path"]))
-        except (FileNotFoundError, OSError, ValueError):
-            return problems  # reported where it is loaded
-        if not issubclass(FAMILIES.get(family, UNetBackbone), UNetBackbone):
-            problems.append(f"'backbone.path' holds a {family}; user adapters are for Stable Diffusion and SDXL")
-        return problems
 
     def start(self, trainer: Trainer) -> None:
         """Nothing to do."""
@@ -72,7 +76,8 @@ class UserPackage:
             folder = self.run.folder / "export"
             users = {name: table.mean(0).contiguous() for name, table in self.users.items()}
             temporary = folder / "users.safetensors.tmp"
-            save_file(users, temporary)
+            with writing(temporary):
+                save_file(users, temporary)
             temporary.replace(folder / "users.safetensors")
             write(folder / "README.md", self._card(users))
         self.run.accelerator.wait_for_everyone()

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from diffalign.config import too_small
 from diffalign.data.groups import PreferenceGroups
-from diffalign.hooks import Checkpoint, in_order
+from diffalign.hooks import Checkpoint, check_checkpoints, in_order
 from diffalign.losses import ranking
 from diffalign.run import Run, write
 from diffalign.trainer import Hook, Trainer
 from diffalign.types import on_device
+from reward_models.files import read_lines
 
 
 def scorer_hooks(
@@ -42,6 +44,14 @@ def scorer_hooks(
     return in_order(checkpoint, [Validation(run, scorer, validation, validate_every, patience)])
 
 
+def check_scorer_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in this `hooks` section, one line each."""
+    return check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1, patience=1)
+
+
+scorer_hooks.check = check_scorer_hooks  # type: ignore[attr-defined]
+
+
 class Validation:
     """Measures the share of held-out pairs that the scorer puts in the right order, a tie being wrong.
 
@@ -57,8 +67,8 @@ class Validation:
 
     def start(self, trainer: Trainer) -> None:
         if trainer.step:  # resumed: what came later will come again
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
-            self.rows = [row for row in map(json.loads, lines) if row["step"] <= trainer.step]
+            rows = read_lines(self.file) if self.file.exists() else []
+            self.rows = [row for row in rows if row["step"] <= trainer.step]
         else:
             self.measure(0)
 
@@ -78,6 +88,10 @@ class Validation:
     def measure(self, step: int) -> None:
         """Validate; export when it is the best so far. Every rank calls it."""
         right, pairs, logits = self._score()
+        if bad := int((~torch.isfinite(logits)).any(1).sum()):
+            raise FloatingPointError(
+                f"step {step}: the scorer has no finite logit for {bad} of {len(logits)} validation images"
+            )
         row = {"step": step, "accuracy": float(right.sum() / pairs.sum()), "pairs": int(pairs.sum())}
         row |= {f"accuracy/{a}": float(r / n) for a, r, n in zip(self.groups.aspects, right, pairs, strict=True)}
         if hasattr(self.scorer, "set_statistics"):

@@ -23,25 +23,18 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import accelerate
-import diffusers
-import torch
-import transformers
-from accelerate import PartialState
-from diffusers import DiffusionPipeline, FluxPipeline
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from diffalign.data.prompts import read_prompts
-from diffalign.draws import Draws
-from diffalign.playground import SHIPPED
-from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
+from diffalign import launch
+from reward_models.files import read_json, write_whole, writing
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class Task(NamedTuple):
@@ -58,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         generate(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 2
     return 0
@@ -68,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pipeline", required=True, help="diffusers folder, hub id, or `playground`, `playground_flow` (shipped)")
-    add("--lora", type=Path, help="LoRA folder or file in diffusers layout, such as the export/ of a LoRA run")
+    add("--lora", type=Path, help="LoRA folder or file as diffusers, kohya or peft writes it, such as export/")
     add("--user-adapter", type=Path, metavar="FOLDER", help="export/ of a train/ppd.py run")
     add(
         "--user",
@@ -95,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace) -> None:
     """Make the images that are not there yet, this process its share; the main process writes the manifest."""
+    import torch  # here and below: heavy, and `--help` needs none of it
+    from accelerate import PartialState
+
+    from diffalign.data.prompts import read_prompts
+    from diffalign.user_adapter import adapter_arguments
+
     for name in ("samples_per_prompt", "steps", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
@@ -105,7 +104,7 @@ def generate(args: argparse.Namespace) -> None:
         for k in range(args.samples_per_prompt)
     ]
     state = PartialState(cpu=args.device == "cpu")
-    pipe = load(args.pipeline, args.lora, DTYPES[args.dtype])
+    pipe = load(args.pipeline, args.lora, getattr(torch, DTYPES[args.dtype]))
     if bool(args.user_adapter) != bool(args.user):
         raise ValueError("--user-adapter and --user belong together; give both or neither")
     if args.user_adapter:
@@ -131,28 +130,29 @@ def generate(args: argparse.Namespace) -> None:
     if state.is_main_process:
         rows = [{**task._asdict(), "seed": args.seed} for task in tasks]
         order = ("image", "prompt", "prompt_id", "seed", "sample")
-        write(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
+        write_whole(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
         print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
 
 
 def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
-    """The pipeline on the CPU, quiet, without a safety checker. Raises FileNotFoundError for missing folders."""
-    path = str(SHIPPED.get(name, name))
-    if not Path(path).exists() and path.count("/") != 1:
-        raise FileNotFoundError(f"--pipeline '{name}' is neither a folder nor a hub id such as 'owner/model'")
-    if lora is not None and not lora.exists():
-        raise FileNotFoundError(f"--lora '{lora}' does not exist")
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    parts = DiffusionPipeline.load_config(path)
+    """The pipeline on the CPU, quiet, without a safety checker. Raises what `find_pipeline` and `load_lora` raise."""
+    import diffusers
+
+    from diffalign.backbones import find_pipeline
+    from diffalign.lora_files import load_lora, lora_file
+
+    if lora is not None:
+        lora_file(lora)  # before anything loads
+    path = find_pipeline(name)
+    launch.quiet()
+    parts = diffusers.DiffusionPipeline.load_config(path)
     off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
     with warnings.catch_warnings():
         # Its new name, `dtype`, means nothing to the older diffusers that we support.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, use_safetensors=True, **off)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **off)
     if lora is not None:
-        ours = "pytorch_lora_weights.safetensors"  # without network, older diffusers wants to be told the file
-        pipe.load_lora_weights(str(lora), weight_name=ours if (lora / ours).is_file() else None)
+        load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -161,6 +161,11 @@ def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
     """The user of all images, a mixture where several are named, as the pipeline takes it. Raises ValueError."""
     if not args.user:
         return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from diffalign.user_adapter import mix_users, user_embeds
+
     users = []
     for file in args.user:
         try:
@@ -172,6 +177,8 @@ def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
 
 def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
     """[C, h, w] of the initial latents of a square image, `size` pixels wide or as the model was trained."""
+    from diffusers import FluxPipeline
+
     flux = isinstance(pipe, FluxPipeline)
     if hasattr(pipe, "_pack_latents") and not flux:
         raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be SD, SDXL, SD3 or FLUX")
@@ -189,6 +196,13 @@ def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
 
 def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
     """What decides the images, for settings.json."""
+    import accelerate
+    import diffusers
+    import torch
+    import transformers
+
+    from diffalign.playground import SHIPPED
+
     names = ("samples_per_prompt", "steps", "timesteps", "guidance", "seed", "dtype", "max_sequence_length")
     own = {k: getattr(args, k) for k in names}
     return {
@@ -211,7 +225,8 @@ def _weights(path: Path) -> str | None:
     if not path.exists():
         return None
     digest = hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
+    names = ("*.safetensors", "*.bin", "adapter_config.json")
+    for file in [path] if path.is_file() else sorted(x for name in names for x in path.rglob(name)):
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -223,7 +238,9 @@ def claim(out: Path, now: dict[str, Any]) -> None:
     path = out / "settings.json"
     (out / "images").mkdir(parents=True, exist_ok=True)
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise ValueError(f"'{path}' holds no settings; choose another --out or delete that folder")
         for key in now:
             if before.get(key) != now[key]:
                 raise ValueError(
@@ -232,10 +249,15 @@ def claim(out: Path, now: dict[str, Any]) -> None:
                 )
     elif any((out / "images").iterdir()):
         raise ValueError(f"'{out}/images' holds files but '{path}' does not exist; choose another --out")
-    write(path, json.dumps(now, indent=2) + "\n")
+    write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
 def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
+    import torch
+    from diffusers import FluxPipeline
+
+    from diffalign.draws import Draws
+
     draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
     latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     if isinstance(pipe, FluxPipeline):
@@ -262,16 +284,10 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
         array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         path = args.out / task.image
         temporary = path.with_name(path.name + ".tmp")
-        Image.fromarray(array).save(temporary, format="PNG")
-        os.replace(temporary, path)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        with writing(path):
+            Image.fromarray(array).save(temporary, format="PNG")
+            os.replace(temporary, path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

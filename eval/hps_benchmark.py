@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm import tqdm
 
-from reward_models.accuracy import interval
-from reward_models.items import Item
+from diffalign import launch
+from reward_models.files import write_whole
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer
-from reward_models.scoring import Failed, score_items
+
+if TYPE_CHECKING:
+    from reward_models.items import Item
+    from reward_models.protocol import Scorer
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
 PLAIN = "drawbench"
@@ -80,15 +80,14 @@ def benchmark(args: argparse.Namespace) -> None:
         results.append({"name": spec, "unit": scorer.unit, "results": rows, "scores": scores[spec]})
     if args.out is not None:
         found = {"images": str(args.images), "prompts": str(args.prompts), "seed": args.seed, "scorers": results}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.out.with_name(args.out.name + ".tmp")
         text = json.dumps({**found, "versions": {x: version(x) for x in LIBRARIES}}, indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, args.out)
+        write_whole(args.out, text + "\n")
 
 
 def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[Item]]:
     """The images of every style with their prompts, in order. Raises ValueError listing what is missing or too much."""
+    from reward_models.items import Item  # here and below: heavy, and `--help` needs none of it
+
     found: dict[str, list[Item]] = {}
     missing, extra = [], []
     for style in styles:
@@ -124,6 +123,8 @@ def score(
     items: dict[str, list[Item]], scorers: dict[str, Scorer], batch_size: int
 ) -> dict[str, dict[str, list[float]]]:
     """Scorer -> style -> the scores in the order of the prompts. Raises ValueError listing images without a score."""
+    from reward_models.scoring import Failed, score_items
+
     scores: dict[str, dict[str, list[float]]] = {name: {style: [] for style in items} for name in scorers}
     bad: list[str] = []
     with tqdm(total=sum(map(len, items.values())), desc="score", unit="image", leave=False) as bar:
@@ -144,6 +145,10 @@ def score(
 
 def summary(style: str, scores: Sequence[float], seed: int) -> dict[str, Any]:
     """Mean of all scores with its interval and, of a style, mean and standard deviation of the means of its groups."""
+    import numpy as np
+
+    from reward_models.accuracy import interval
+
     values = np.asarray(scores)
     low, high = interval(np.stack([values, np.ones(len(values))], axis=1), seed=seed)
     row: dict[str, Any] = {"images": len(values), "mean": float(values.mean()), "low": low, "high": high}
@@ -163,4 +168,4 @@ def line(spec: str, style: str, row: dict[str, Any], unit: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -17,16 +17,18 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from diffalign.report import read_manifest
-from reward_models.agreement import win_rates
-from reward_models.items import Item
+from diffalign import launch
+from reward_models.files import write_whole
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer
-from reward_models.scoring import Failed, score_items
+
+if TYPE_CHECKING:
+    from reward_models.items import Item
+    from reward_models.protocol import Scorer
+    from reward_models.scoring import Failed
 
 SHOWN = 20
 """Images that cannot be scored which an error names."""
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         rank(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"rank_images: {error}", file=sys.stderr)
         return 2
     return 0
@@ -72,10 +74,7 @@ def rank(args: argparse.Namespace) -> None:
     scorers = {spec: load_scorer(spec, args.device) for spec in args.scorer}
     scores = iter(score([item for items in groups for item in items], scorers, args.batch_size))
     lines = [line(items, [next(scores) for _ in items], args.scorer, args.out.parent) for items in groups]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, args.out)
+    write_whole(args.out, "".join(lines))
     few = len(found) - len(groups)
     left = f"; prompts with fewer than {args.min_images} images, left out: {few}" if few else ""
     print(f"{sum(map(len, groups))} images of {len(groups)} prompts ranked in '{args.out}'{left}")
@@ -83,6 +82,9 @@ def rank(args: argparse.Namespace) -> None:
 
 def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
     """prompt_id -> its images in all folders, in their order. Raises ValueError where one id means several prompts."""
+    from diffalign.report import read_manifest  # here and below: heavy, and `--help` needs none of it
+    from reward_models.items import Item
+
     groups: dict[str, list[Item]] = {}
     for folder in folders:
         for row in read_manifest(folder):
@@ -99,6 +101,8 @@ def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
 
 def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int) -> list[tuple[float, ...]]:
     """The scores of every image, one a scorer. Raises ValueError naming all images that have none."""
+    from reward_models.scoring import Failed, score_items
+
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     scores: list[tuple[float, ...]] = []
     failed: list[Failed] = []
@@ -120,6 +124,10 @@ def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int)
 
 def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path) -> str:
     """One prompt as a line of the file that lies in `folder`."""
+    import torch
+
+    from reward_models.agreement import win_rates
+
     columns = dict(zip(names, zip(*scores, strict=True), strict=True))
     phi = win_rates(torch.tensor(list(columns.values()), dtype=torch.float64)).tolist()
     group = {
@@ -132,4 +140,4 @@ def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequ
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

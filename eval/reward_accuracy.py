@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,19 +23,21 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data import Dropped, ImageRef, Record, read_records
-from diffalign.data.images import look_ahead
+from diffalign import launch
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
-from reward_models.images import ImageError, decode, to_tensor
+from reward_models.files import write_whole
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer
-from reward_models.scoring import device_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from diffalign.data import ImageRef, Record
+    from reward_models.protocol import Scorer
 
 PICK = "pick_threshold"
 LIBRARIES = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers", "numpy", "scipy")
@@ -98,24 +100,24 @@ def measure(args: argparse.Namespace) -> None:
             print(line(spec, scorer.unit, result, data.path), flush=True)
     if args.out is not None:
         labels = json.dumps([(r.id, r.prompt, r.ranks) for r in data.records])
-        write(
-            args.out,
-            {
-                "data": data.path,
-                "validation": args.validation,
-                "limit": args.limit,
-                "records": len(data.records),
-                "labels": f"sha256 {hashlib.sha256(labels.encode()).hexdigest()[:12]}",
-                "dropped": data.dropped,
-                "seed": args.seed,
-                "scorers": results,
-                "versions": {name: version(name) for name in LIBRARIES},
-            },
-        )
+        found = {
+            "data": data.path,
+            "validation": args.validation,
+            "limit": args.limit,
+            "records": len(data.records),
+            "labels": f"sha256 {hashlib.sha256(labels.encode()).hexdigest()[:12]}",
+            "dropped": data.dropped,
+            "seed": args.seed,
+            "scorers": results,
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        write_whole(args.out, json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 def load(path: str, limit: int | None) -> Loaded:
     """The first `limit` records, or all. Says on stderr what cannot be used. Raises ValueError when nothing can."""
+    from diffalign.data import Dropped, read_records  # here and below: heavy, and `--help` needs none of it
+
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     for one in read_records(path, keep_ties=True):
@@ -145,6 +147,8 @@ def spread(records: list[Record]) -> list[Record]:
 
 
 def _turned(record: Record) -> Record:
+    from diffalign.data import Record
+
     return Record(record.id, record.prompt, record.images[::-1], record.ranks[::-1])
 
 
@@ -153,6 +157,8 @@ def score(records: Sequence[Record], scorers: Mapping[str, Scorer], batch_size: 
 
     Raises ValueError naming the images that are missing or damaged, when it has looked at all of them.
     """
+    import torch
+
     asked: dict[ImageRef, dict[str, None]] = {}
     for record in records:
         for ref in record.images:
@@ -182,6 +188,8 @@ def _batches(
 
     Images of a rare size wait for more of it, but no more than eight batches do.
     """
+    from diffalign.data.images import look_ahead
+
     waiting: dict[torch.Size, list[tuple[ImageRef, str, Tensor]]] = {}
     images = look_ahead(asked, _decode)
     for ref, image in zip(asked, tqdm(images, total=len(asked), desc="score", unit="image", leave=False), strict=True):
@@ -199,6 +207,8 @@ def _batches(
 
 
 def _decode(ref: ImageRef) -> Tensor | str:
+    from reward_models.images import ImageError, decode, to_tensor
+
     try:
         return to_tensor(decode(ref.read()))
     except FileNotFoundError:
@@ -207,13 +217,16 @@ def _decode(ref: ImageRef) -> Tensor | str:
         return f"{ref}: {error}"
 
 
-@torch.no_grad()
 def _scores(name: str, scorer: Scorer, pixels: Tensor, keys: Sequence[tuple[ImageRef, str]]) -> list[float]:
-    scores = scorer.score(pixels.to(device_of(scorer)).float() / 255, [prompt for _, prompt in keys])
-    if scores.shape != (len(keys),):
-        raise ValueError(f"scorer '{name}' must return [{len(keys)}] for {len(keys)} images; got {tuple(scores.shape)}")
+    import torch
+
+    from reward_models.protocol import checked, device_of
+
+    images = pixels.to(device_of(scorer)).float() / 255
+    with torch.no_grad():
+        scores = checked(name, scorer.score(images, [prompt for _, prompt in keys]), len(keys))
     for (ref, _), value in zip(keys, scores.tolist(), strict=True):
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             raise ValueError(f"scorer '{name}' returned {value} for {ref}")
     return scores.tolist()
 
@@ -236,13 +249,5 @@ def line(spec: str, unit: str, result: Mapping[str, Any], data: str) -> str:
     return f"{spec} {result['metric']} {value} [{low}, {high}]{extra}, {counts}, unit {unit}, {data}"
 
 
-def write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -16,14 +16,17 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
-import torch
-from accelerate import PartialState
-
+from diffalign import launch
 from reward_models import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
+        return cli.main(argv)
+    import torch  # heavy, and `--help` needs none of it
+    from accelerate import PartialState
+
     # The processes meet twice, hours apart: the usual ten minutes of patience would end the run. They only meet, so
     # gloo does, and processes without a GPU know of each other too.
     state = PartialState(cpu=True, timeout=timedelta(days=30))
@@ -33,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -18,27 +18,29 @@ model, whose users `reward-score` does not know.
 from __future__ import annotations
 
 import argparse
-import json
 import runpy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from diffalign import launch
-from diffalign.choose import Choices, Pair, serve
-from diffalign.data import Dropped, FeatureEncoder, PreferencePairs, Record, read_records
-from diffalign.draws import Draws
-from reward_models import load_scorer
-from reward_models.images import decode
-from reward_models.personal import PersonalScorer, save_user
-from reward_models.tastes import Choice
-from reward_models.vlm_users import Pooling, load_vlm_user_encoder
+from reward_models.files import replacing, writing
+from reward_models.loading import load_scorer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffalign.choice_file import Pair
+    from diffalign.data import Record
+    from diffalign.draws import Draws
+    from reward_models.personal import PersonalScorer
+    from reward_models.tastes import Choice
+
+POOLINGS = ("last", "tokens", "description")
+"""Those of reward_models.vlm_users."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,12 +95,22 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--encoder", help="personal scorer: the export of train/personal_reward.py")
     either.add_argument("--vlm", metavar="MODEL", help="vision-language model: folder or hub id (LLaVA-OneVision)")
     parser.add_argument("--layer", type=int, help="of the vision-language model's hidden states (the middle one)")
-    parser.add_argument("--pooling", choices=get_args(Pooling), default="last", help="tokens that stand for the person")
+    parser.add_argument("--pooling", choices=POOLINGS, default="last", help="tokens that stand for the person")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
 
 
 def choose(args: argparse.Namespace) -> int:
     """Serve the page until the person stops it."""
+    from diffalign.choice_file import alone  # here and below: heavy, and `--help` needs none of it
+
+    with alone(args.out / "choices.jsonl"):
+        return _choose(args)
+
+
+def _choose(args: argparse.Namespace) -> int:
+    from diffalign.choose import Choices, serve
+    from reward_models.tastes import Choice
+
     pairs = _pairs(args)
     after = f"diffalign user fit {args.out}/choices.jsonl --encoder {args.encoder or 'ENCODER'} --out me.safetensors"
     pick = None
@@ -122,6 +134,8 @@ def least_sure(
     scorer: PersonalScorer, z: tuple[Tensor, Tensor], answers: Mapping[int, int], open: Sequence[int]
 ) -> int:
     """The open pair about which the draws of the taste disagree most; z are [n, Z] of first and second images."""
+    import torch
+
     rows = list(answers)
     first = torch.tensor([answers[i] == 0 for i in rows])[:, None] if rows else torch.zeros(0, 1, dtype=torch.bool)
     chosen, other = (torch.where(first, z[k][rows], z[1 - k][rows]) for k in (0, 1))
@@ -131,6 +145,9 @@ def least_sure(
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
     """The first two images of every prompt, generated where they are not there."""
+    from diffalign.choice_file import Pair
+    from diffalign.report import read_manifest
+
     folder = args.prompts
     if not folder.is_dir():
         folder = args.out / "generated"
@@ -139,10 +156,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
             raise ValueError("the images could not be generated; the message above says why")
     elif args.rest:
         raise ValueError(f"unknown arguments {' '.join(args.rest)}: '{folder}' is already generated")
-    if not (folder / "manifest.jsonl").is_file():
-        raise FileNotFoundError(f"'{folder}' holds no manifest.jsonl; `diffalign eval generate` makes such a folder")
     images: dict[tuple[str, str], list[Path]] = {}
-    for row in map(json.loads, (folder / "manifest.jsonl").read_text().splitlines()):
+    for row in read_manifest(folder):
         images.setdefault((str(row["prompt_id"]), row["prompt"]), []).append(folder / row["image"])
     pairs = [Pair(id, prompt, (files[0], files[1])) for (id, prompt), files in images.items() if len(files) > 1]
     if not pairs:
@@ -152,6 +167,9 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
 
 def fit(args: argparse.Namespace) -> int:
     """One person's file."""
+    from reward_models.personal import save_user
+    from reward_models.vlm_users import load_vlm_user_encoder
+
     records = _records(args.pairs)
     names = sorted({r.annotator for r in records if r.annotator is not None})
     if args.annotator is None and len(names) > 1:
@@ -178,16 +196,18 @@ def fit(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     """Every annotator's embeddings [M, T, D]."""
+    from safetensors.torch import save_file
+
+    from diffalign.draws import Draws
+
     if min(args.supports, args.choices) < 1 or args.least < args.choices:
         raise ValueError("--supports and --choices must be at least 1, and --least no less than --choices")
     draws = Draws(args.seed)
     tables = _embed_by_vlm(args, draws) if args.vlm else _embed_by_scorer(args, draws)
     if not tables:
         raise ValueError(f"no annotator of '{args.pairs}' has {args.least} choices; see --least")
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: table.contiguous() for name, table in tables.items()}, temporary)
-    temporary.replace(args.out)
+    with replacing(args.out) as temporary, writing(temporary):
+        save_file({name: table.contiguous() for name, table in tables.items()}, temporary)
     m, t, d = next(iter(tables.values())).shape
     print(f"{len(tables)} people, {m} embeddings of {t} x {d} each: '{args.out}'")
     return 0
@@ -201,6 +221,10 @@ def _supports(args: argparse.Namespace, draws: Draws, name: str, n: int) -> list
 
 def _embed_by_scorer(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
     """Features are read and kept as in training: an image that many people saw is looked at once."""
+    import torch
+
+    from diffalign.data import FeatureEncoder, PreferencePairs
+
     scorer = _personal(args.encoder, args.device)
     device = scorer.centre.device
     size = args.resolution or scorer.rule.size
@@ -221,6 +245,10 @@ def _embed_by_scorer(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor
 
 
 def _embed_by_vlm(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
+    import torch
+
+    from reward_models.vlm_users import load_vlm_user_encoder
+
     mine: dict[str, list[Record]] = {}
     for record in _records(args.pairs):
         if record.annotator is not None:
@@ -237,6 +265,8 @@ def _embed_by_vlm(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
 
 
 def _records(path: Path) -> list[Record]:
+    from diffalign.data import Dropped, read_records
+
     records = [r for r in read_records(path) if not isinstance(r, Dropped)]
     if not records:
         raise ValueError(f"'{path}' holds no usable pair")
@@ -244,11 +274,16 @@ def _records(path: Path) -> list[Record]:
 
 
 def _choices(record: Record) -> list[Choice]:
+    from reward_models.images import decode
+    from reward_models.tastes import Choice
+
     images = [decode(ref.read()) for ref in record.images]
     return [Choice(record.prompt, images[w], images[l_]) for w, l_ in record.pairs()]
 
 
 def _personal(spec: str, device: str) -> PersonalScorer:
+    from reward_models.personal import PersonalScorer
+
     scorer = load_scorer(spec, device)
     if not isinstance(scorer, PersonalScorer):
         raise ValueError(f"'{spec}' is no personal scorer; train/personal_reward.py exports one")
@@ -256,4 +291,4 @@ def _personal(spec: str, device: str) -> PersonalScorer:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from diffalign.report import Pair, paired_win_rate, read_pairs
+from diffalign import launch
+from reward_models.files import write_whole
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer
-from reward_models.scoring import score_files
+
+if TYPE_CHECKING:
+    from diffalign.report import Pair
+    from reward_models.protocol import Scorer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         compare(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"win_rate: {error}", file=sys.stderr)
         return 2
     return 0
@@ -56,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> None:
     """Score both folders with every scorer, print the table, write the file."""
+    from diffalign.report import read_pairs  # here and below: heavy, and `--help` needs none of it
+
     pairs = read_pairs(args.base, args.aligned)
+    equal = sum(pair.base.read_bytes() == pair.aligned.read_bytes() for pair in pairs)
+    if equal and args.base.resolve() != args.aligned.resolve():
+        print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
     loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
     scorers = []
     for spec, scorer in loaded.items():
@@ -67,17 +74,18 @@ def compare(args: argparse.Namespace) -> None:
     if args.groups:
         print(groups_line(scorers))
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
-    result = {"base": str(args.base), "aligned": str(args.aligned), "scorers": scorers, "pairs": rows}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(args.out.name + ".tmp")
-    temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, args.out)
+    result = {"base": str(args.base), "aligned": str(args.aligned), "equal_images": equal}
+    result |= {"scorers": scorers, "pairs": rows}
+    write_whole(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
+    from diffalign.report import paired_win_rate
+    from reward_models.scoring import score_files
+
     prompts = [pair.prompt for pair in pairs]
     base, aligned = (
-        score_files(scorer, files, prompts, batch_size=args.batch_size).tolist()
+        score_files(scorer, files, prompts, batch_size=args.batch_size, name=spec).tolist()
         for files in ([pair.base for pair in pairs], [pair.aligned for pair in pairs])
     )
     return {
@@ -89,6 +97,13 @@ def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Nam
         "base_scores": base,
         "aligned_scores": aligned,
     }
+
+
+def equal_line(equal: int, n: int) -> str:
+    """What it means that so many of n pairs are the same image twice."""
+    if equal < n:
+        return f"{equal} of {n} pairs are the same image twice, byte for byte"
+    return f"all {n} pairs are the same image twice, byte for byte: both models are one; was the aligned one loaded?"
 
 
 def groups_line(results: Sequence[dict[str, Any]]) -> str:
@@ -108,4 +123,4 @@ def line(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.run(main)

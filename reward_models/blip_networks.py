@@ -22,6 +22,7 @@ from transformers import (
 
 from reward_models.aesthetic import Head
 from reward_models.clip_text import has_tokenizer
+from reward_models.hub import reachable
 from reward_models.weights import WEIGHTS, find_file
 
 SOURCE, FILENAME = "THUDM/ImageReward", "ImageReward.pt"
@@ -118,6 +119,8 @@ def find_tokenizer(source: str | PathLike[str], vocabulary: int) -> Any:
     Raises ValueError for one that cannot be had, or that has another number of tokens than the model.
     """
     bare = (Path(source) / "vocab.txt").is_file() and not has_tokenizer(source)
+    if not Path(source).is_dir():
+        reachable()
     try:
         tokenizer = (BertTokenizerFast if bare else AutoTokenizer).from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--version", action="version", version=f"reward-score of diffalign {version('diffalign')}")
     add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
     add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
     add("--user", type=Path, metavar="FILE", help="score for this person (`diffalign user fit`): personal scorers only")

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from reward_models.base import NetworkScorer
 from reward_models.clip_networks import build_clip, check_model_name, clip_config, find_weights, image_size, load_clip
 from reward_models.clip_text import Tokenize, TransformersTokenizer, find_tokenizer, token_counts
+from reward_models.files import one_line
+from reward_models.hub import reachable
 from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, save_state, write_config
 
@@ -238,7 +240,8 @@ def _load(model: str, pretrained: str) -> tuple[Any, Tokenize]:
         raise FileNotFoundError(f"CLIPScore: pretrained '{pretrained}' does not exist; give a file or a tag")
     if not brings_weights:
         check_model_name(model.replace("/", "-"))
-
+    if not names_file and not model.startswith("local-dir:"):
+        reachable()
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # open_clip logs what it also raises
     try:
@@ -249,6 +252,6 @@ def _load(model: str, pretrained: str) -> tuple[Any, Tokenize]:
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         source = f"model '{model}'" if brings_weights else f"model '{model}' with pretrained '{pretrained}'"
         hint = "" if model.startswith("local-dir:") else "; without network, give a file or model=local-dir:FOLDER"
-        raise ValueError(f"CLIPScore cannot load {source}: {error}{hint}") from error
+        raise ValueError(f"CLIPScore cannot load {source}: {one_line(error)}{hint}") from error
     finally:
         logging.disable(before)

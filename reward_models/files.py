@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -98,6 +99,24 @@ def read_json(path: PathLike) -> Any:
         raise ValueError(f"'{os.fspath(path)}' is {error}") from error
 
 
+def read_lines(path: PathLike) -> list[dict[str, Any]]:
+    """The objects of a file that a run appends to, one a line; a last line that a kill cut off is not there.
+
+    Raises OSError, and ValueError that names the line that is damaged.
+    """
+    rows = []
+    for number, line in enumerate(text_lines(path), 1):
+        try:
+            rows.append(parse_json(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError("no JSON object")
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break
+            raise ValueError(f"'{os.fspath(path)}' line {number} is {error}; delete that line") from error
+    return rows
+
+
 def bad_name(name: str) -> str:
     """Why no file can have this name, or nothing."""
     if "\0" in name:
@@ -157,3 +176,31 @@ def write_whole(path: PathLike, content: str | bytes | memoryview) -> None:
     """Write a file so that it is either whole or not there; text as UTF-8. Raises OSError that names it."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def writing(path: PathLike) -> Iterator[None]:
+    """For libraries that write by themselves: what a full or read-only disk makes of them becomes an OSError that names
+    `path`, and the file, or all files of the folder, get the permissions that other files have (safetensors: mode 600).
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors and torch have errors of their own, with the system's number or words in them.
+        number = re.search(r"os error (\d+)", str(error))
+        code = getattr(error, "errno", None) or (int(number[1]) if number else None)
+        if code is None and not re.search("PytorchStreamWriter|file write", str(error)):
+            raise
+        words = os.strerror(code) if code else one_line(error)
+        raise OSError(code or errno.EIO, words, os.fspath(path)) from error
+    readable(path)
+
+
+def readable(path: PathLike) -> None:
+    """Give a file, or all files of a folder, the permissions that the umask leaves to new files."""
+    path = Path(path)
+    os.umask(mask := os.umask(0o077))  # there is no other way to ask for it
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            with suppress(OSError):
+                file.chmod(file.stat().st_mode | (0o666 & ~mask))

@@ -38,8 +38,11 @@ class Journal:
         self._write({"batch": number, "results": [r.reason if isinstance(r, Failed) else r.scores for r in results]})
 
     def _write(self, row: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(row).encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def __enter__(self) -> Journal:
         return self

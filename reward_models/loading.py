@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import types
 from difflib import get_close_matches
 from functools import partial
@@ -111,12 +112,17 @@ def _find(name: str) -> Any:
         raise ValueError(
             f"no scorer '{name}'{nearest(name, SCORERS)}; known: {', '.join(SCORERS)}, or your own package.module:Class"
         )
+    if os.getcwd() not in sys.path:  # a command's own folder is there in its place; last, so that it hides nothing
+        sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; what it imports is not
-        raise ValueError(f"scorer '{name}': no module '{module_name}'; is its folder on PYTHONPATH?") from error
+        file = module_name.replace(".", "/") + ".py"
+        raise ValueError(
+            f"scorer '{name}': no module '{module_name}'; expected {file} in this folder, or its folder on PYTHONPATH"
+        ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"scorer '{name}': '{module_name}' has no {attribute}{nearest(attribute, vars(module))}")
     return getattr(module, attribute)

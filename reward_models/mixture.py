@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reward_models.loading import load_scorer
-from reward_models.protocol import Scorer, check_images
+from reward_models.protocol import Scorer, scores_of
 
 
 class WeightedSum(nn.Module):
@@ -83,7 +83,7 @@ class WeightedSum(nn.Module):
         return self.normalise in ("running", "start")
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises ValueError for other images."""
+        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises what `scores_of` raises."""
         return self.combine(self.parts(images, prompts))
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -91,10 +91,8 @@ class WeightedSum(nn.Module):
         return {name: self.part(name, images, prompts) for name in self.scorers}
 
     def part(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The score of one scorer, as in `parts`: a graph through it alone."""
-        check_images(images, prompts)
-        scorer = self.scorers[name]
-        return scorer.score(images.to(_device(scorer)), prompts).to(images.device)
+        """The score of one scorer, as in `parts`: a graph through it alone. Raises what `scores_of` raises."""
+        return scores_of(name, self.scorers[name], images, prompts).to(images.device)
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
         """What `parts` gave -> float32 [B]. Raises ValueError while all scores of the running statistics are equal."""
@@ -188,7 +186,4 @@ def check_mixture(cfg: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _device(scorer: Scorer) -> torch.device:
-    """Where a scorer wants its images, as the protocol says."""
-    weights = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
-    return torch.device(getattr(scorer, "device", "cpu")) if weights is None else weights.device
+load_mixture.check = check_mixture  # type: ignore[attr-defined]

@@ -266,3 +266,6 @@ def check_head(cfg: dict[str, Any]) -> list[str]:
     if not cfg["spread"] > 0:
         problems.append(f"'scorer.spread' = {cfg['spread']} must be positive")
     return problems
+
+
+head_to_train.check = check_head  # type: ignore[attr-defined]

@@ -1,12 +1,12 @@
-"""What a scorer is, and the check of its input."""
+"""What a scorer is, and the checks of what goes into one and of what comes out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TOLERANCE = 1e-3
 """How far outside [0, 1] a value may lie: half precision and resizing overshoot by less."""
@@ -45,12 +45,17 @@ class Resizing(Protocol):
 
 
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless images are [B, 3, H, W] float in [0, 1] and there are B prompts."""
+    """Raise ValueError unless images are [B, 3, H, W] float in [0, 1] and there are B prompts.
+
+    FloatingPointError for images that are not finite: whatever drew them has diverged, and no scorer is to blame.
+    """
     what = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
     expected = "images must be float in [0, 1] with shape [B, 3, H, W]; got"
     if not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"{expected} {what}")
     low, high = torch.stack(images.detach().aminmax()).tolist()
+    if low != low:
+        raise FloatingPointError(f"the images to be scored hold nan ({what}): what drew them has diverged")
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(f"{expected} {what} with values from {low:.3g} to {high:.3g}")
     if isinstance(prompts, str) or len(prompts) != len(images):
@@ -58,3 +63,39 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
             f"one prompt for each image is needed; got {prompts if isinstance(prompts, str) else len(prompts)!r} "
             f"for {len(images)} images"
         )
+
+
+def scores_of(name: str, scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Ask a scorer, whoever wrote it: images as in `check_images` and B prompts -> finite float32 [B], on its device.
+
+    name is what errors call it. Raises ValueError as `checked` does and where a gradient is promised but none there,
+    FloatingPointError for nan and infinity.
+    """
+    check_images(images, prompts)
+    scores = checked(name, scorer.score(images.to(device_of(scorer)), prompts), len(images))
+    if not torch.isfinite(scores).all():
+        where = int((~torch.isfinite(scores)).nonzero()[0])
+        raise FloatingPointError(
+            f"scorer '{name}' returned {scores[where].item()} for an image of prompt {prompts[where]!r}; "
+            "a score must be a finite number"
+        )
+    if scorer.differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
+        raise ValueError(f"scorer '{name}' says that it is differentiable, but its scores carry no gradient")
+    return scores
+
+
+def checked(name: str, scores: Any, count: int) -> Tensor:
+    """The answer of a scorer to `count` images, as float32 [count]. Raises ValueError for anything else."""
+    expected = f"scorer '{name}' must return float32 [{count}] for {count} images; got"
+    if not isinstance(scores, Tensor):
+        shape = getattr(scores, "shape", None)
+        raise ValueError(f"{expected} {type(scores).__name__}{'' if shape is None else f' {tuple(shape)}'}")
+    if scores.shape != (count,) or not scores.is_floating_point():
+        raise ValueError(f"{expected} {str(scores.dtype).removeprefix('torch.')} {tuple(scores.shape)}")
+    return scores.float()
+
+
+def device_of(scorer: Scorer) -> torch.device:
+    """Where a scorer wants its images: where its weights are, or its attribute `device`, or the CPU."""
+    weights = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
+    return torch.device(getattr(scorer, "device", "cpu")) if weights is None else weights.device

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reward_models.base import NetworkScorer
 from reward_models.images import ImageError, read_image, read_rgb, to_tensor
 from reward_models.items import Item
 from reward_models.preprocess import ImageRule
-from reward_models.protocol import Resizing, Scorer
+from reward_models.protocol import Resizing, Scorer, checked, device_of
 
 AHEAD = 2
 """Batches that are decoded before they are needed; memory holds one more."""
@@ -47,11 +47,12 @@ def score_files(
     *,
     batch_size: int = 32,
     num_workers: int | None = None,
+    name: str = "",
 ) -> Tensor:
     """Score image files, each with its prompt, by one scorer -> float32 [N] in their order, on the CPU.
 
-    Raises ValueError naming the first file that cannot be read or whose score is not finite. Command lines that go on
-    with the other files use `score_items`.
+    name is what errors call the scorer, its class when left out. Raises ValueError naming the first file that cannot
+    be read or whose score is not finite. Command lines that go on with the other files use `score_items`.
     """
     if len(files) != len(prompts):
         raise ValueError(f"one prompt for each file is needed; got {len(prompts)} for {len(files)} files")
@@ -60,7 +61,7 @@ def score_files(
     items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]
     work = (items[i : i + batch_size] for i in range(0, len(items), batch_size))
     scores: list[float] = []
-    for results in score_items(work, {type(scorer).__name__: scorer}, num_workers=num_workers):
+    for results in score_items(work, {name or type(scorer).__name__: scorer}, num_workers=num_workers):
         for result in results:
             if isinstance(result, Failed):
                 raise ValueError(f"cannot score '{result.item.image}': {result.reason}")
@@ -150,22 +151,7 @@ def _score(name: str, scorer: Scorer, images: Sequence[Tensor], prompts: Sequenc
         scores = scorer.score_pixels(pixels[order.to(pixels.device)], prompts)
     else:
         parts = [scorer.score(x.to(device).float() / 255, [prompts[i] for i in group]) for x, group in groups]
-        scores = torch.cat([_checked(name, part, len(g)) for part, (_, g) in zip(parts, groups, strict=True)])
+        scores = torch.cat([checked(name, part, len(g)) for part, (_, g) in zip(parts, groups, strict=True)])
         scores = scores[order.to(scores.device)]
     # The shortest decimal that means the same float32: tables stay readable and every format holds the same number.
-    return [float(str(x)) for x in _checked(name, scores, len(images)).float().cpu().numpy()]
-
-
-def _checked(name: str, scores: Tensor, count: int) -> Tensor:
-    if scores.shape != (count,) or not scores.is_floating_point():
-        raise ValueError(
-            f"scorer '{name}' must return float32 [{count}] for {count} images; "
-            f"got {scores.dtype} {tuple(scores.shape)}"
-        )
-    return scores
-
-
-def device_of(scorer: Scorer) -> torch.device:
-    """Where a scorer wants its images: where its weights are, or its attribute `device`, or the CPU."""
-    weights = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
-    return torch.device(getattr(scorer, "device", "cpu")) if weights is None else weights.device
+    return [float(str(x)) for x in checked(name, scores, len(images)).cpu().numpy()]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -18,6 +19,9 @@ META = b"reward_models"
 """Key of the parquet file's metadata under which lies what `<out>.meta.json` holds."""
 ROW_GROUP = 10_000
 """Rows of a parquet file that are in memory at once."""
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a spreadsheet may read a formula from; the last four are their full-width forms."""
 
 Columns = Mapping[str, Literal["string", "float32", "int32"]]
 """Name -> type of a column, in pyarrow's words."""
@@ -56,9 +60,18 @@ def write_failures(out: Path, failures: Rows) -> Path:
 
 def _csv(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        # Told to end lines with "\n", csv leaves a "\r" in a cell unquoted, which readers take for the end of a line.
+        writer = csv.writer(SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n")))
+        writer.writerow(map(_inert, columns))
+        writer.writerows(map(_inert, row) for row in rows)
+
+
+def _inert(cell: Any) -> Any:
+    """Text that no spreadsheet takes for a formula (OWASP, CSV injection): an apostrophe before =, +, -, @ and so on.
+
+    Numbers stay as they are.
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 
 
 def _jsonl(path: Path, columns: Columns, rows: Rows, meta: str) -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -108,6 +109,23 @@ def blip_to_train(
                 layer.reset_parameters()
     train_only(scorer, trains)
     return scorer.to(device)
+
+
+def check_to_train(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in the `scorer` section of a scorer that is trained, one line each."""
+    problems = []
+    for pattern in cfg["trains"]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"'scorer.trains': '{pattern}' is no regular expression: {error}")
+    if cfg["architecture"].endswith(".json") and not Path(cfg["architecture"]).is_file():
+        problems.append(f"'scorer.architecture': no file '{cfg['architecture']}'")
+    return problems
+
+
+clip_to_train.check = check_to_train  # type: ignore[attr-defined]
+blip_to_train.check = check_to_train  # type: ignore[attr-defined]
 
 
 def train_only(module: nn.Module, patterns: Sequence[str]) -> None:

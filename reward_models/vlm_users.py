@@ -23,6 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from reward_models.files import one_line
+from reward_models.hub import reachable
 from reward_models.images import read_rgb, to_rgb
 from reward_models.tastes import Choice
 from reward_models.weights import save_state
@@ -195,6 +197,8 @@ def load_vlm_user_encoder(
     if dtype not in types:
         raise ValueError(f"dtype must be one of {', '.join(types)}; got '{dtype}'")
     how: dict[str, Any] = {"torch_dtype": types[dtype], "use_safetensors": True, "output_loading_info": True}
+    if not Path(model).is_dir():
+        reachable()
     try:
         if (kind := AutoConfig.from_pretrained(model).model_type) != "llava_onevision":
             raise ValueError(f"it is a {kind}")
@@ -204,7 +208,7 @@ def load_vlm_user_encoder(
             raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
     except (OSError, ValueError, SafetensorError) as error:
         need = "give a hub id or a folder with config, processor and weights in safetensors"
-        raise ValueError(f"no LLaVA-OneVision can be loaded from '{model}': {error}; {need}") from error
+        raise ValueError(f"no LLaVA-OneVision can be loaded from '{model}': {one_line(error)}; {need}") from error
     settings: dict[str, Any] = {"layer": layer, "pooling": pooling, "tokens": tokens, "max_new_tokens": max_new_tokens}
     return VLMUserEncoder(network.to(device), processor, name=model, **settings)
 

@@ -19,6 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reward_models.files import replacing, write_whole, writing
+from reward_models.hub import reachable
+
 CONFIG = "reward_config.json"
 """What makes a folder a scorer folder. Beside it lie WEIGHTS and, where it is not the default one, a tokenizer."""
 WEIGHTS = "model.safetensors"
@@ -44,6 +47,7 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
         return path / filename
     if not _HUB_ID.fullmatch(str(source)):
         raise FileNotFoundError(f"'{source}' is no file, no folder and no hub id owner/name")
+    reachable()
     try:
         return Path(hf_hub_download(str(source), filename))
     except (OSError, ValueError, EntryNotFoundError) as error:  # not there, not reachable, not allowed, or offline
@@ -108,14 +112,8 @@ def save_state(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write tensors as safetensors, with text beside them: all of the file appears, or none of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary, writing(temporary):
         save_file({key: _own(value) for key, value in state.items()}, temporary, dict(metadata or {}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -134,10 +132,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
     """Write reward_config.json, whole or not at all. Last of a folder's files: with it, the folder is a scorer."""
-    path = Path(folder) / CONFIG
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import re
+import runpy
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,10 +20,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffalign.choice_file import alone
 from diffalign.choose import Choices, Pair, Server, serve
 from diffalign.data import read_records
 from diffalign.data.records import Record
 
+ROOT = Path(__file__).parents[1]
 SCRIPT = "<script>document.title='hacked'</script>"
 TAG = "\"><img src=x onerror=\"document.title='hacked'\"> & 'quoted'"
 
@@ -405,6 +409,29 @@ def _prefer(page: Any, pair: Pair, image: int, key: bool) -> None:
     side = "left" if pair.shown[0] == image else "right"
     with page.expect_navigation():
         page.keyboard.press(f"Arrow{side.title()}") if key else page.click(f"#{side}")
+
+
+def test_two_servers_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one says so and touches nothing; the kernel frees the file when the first is killed."""
+    choose = runpy.run_path(str(ROOT / "eval" / "user.py"))["main"]
+    told, tell = os.pipe()
+    holder = os.fork()
+    if not holder:
+        with alone(tmp_path / "out" / "choices.jsonl"):
+            os.write(tell, b"x")
+            time.sleep(600)
+    try:
+        os.read(told, 1)
+        assert choose(["choose", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert "choices.jsonl' is being written by another" in said and len(said.splitlines()) == 1
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["choices.jsonl.lock"]
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    (tmp_path / "images").mkdir()
+    assert choose(["choose", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 2
+    assert "being written" not in capsys.readouterr().err, "now it is the empty folder"
 
 
 def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:

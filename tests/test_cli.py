@@ -30,10 +30,13 @@ def test_recipes_are_listed_with_their_configs(capsys: pytest.CaptureFixture[str
         assert name in shown
 
 
-def test_unknown_recipes_are_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "dpo"]) == 2
+@pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
+def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "dpo", *more]) == 2
     said = capsys.readouterr().err
-    assert "no train recipe 'dpo'; known recipes: " in said and "diffusion_dpo, distill" in said
+    assert "no train recipe 'dpo'; known recipes: " in said and "inpo, kto" in said
+    assert cli.main(["eval", "frobnicate", *more]) == 2
+    assert "no eval recipe 'frobnicate'; known recipes: generate" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no eval recipe 'score'"):
         launch.find("eval", "score")
 

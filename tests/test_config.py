@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,25 @@ def optimizer(module: object, *, lr: float, betas: tuple[float, ...] = (0.9, 0.9
     """
 
 
+def check(cfg: dict, run: dict, section: str) -> list[str]:
+    problems = [] if cfg["lr"] > 0 else [f"lr of {section}"]
+    return problems + ([f"not with a name, not in run {run['folder']}"] if cfg["name"] else [])
+
+
+optimizer.check = check  # type: ignore[attr-defined]
+
+
 class Run:
     def __init__(self, *, folder: str, seed: int = 0, mode: Literal["no", "fp16"] = "no", resume: bool = False):
         pass
 
+    @staticmethod
+    def check(cfg: dict) -> list[str]:
+        return ["never with seed 3"] if cfg["seed"] == 3 else []
 
-def resolve(content: dict, *overrides: str, checks: dict | None = None) -> config.Config:
-    return config.resolve(content, overrides, {"run": Run, "optimizer": optimizer}, checks or {})
+
+def resolve(content: dict, *overrides: str) -> config.Config:
+    return config.resolve(content, overrides, {"run": Run, "optimizer": optimizer})
 
 
 def test_defaults_yaml_and_overrides_merge_in_that_order() -> None:
@@ -39,7 +52,7 @@ def test_positional_parameters_are_not_keys() -> None:
 
 def test_yaml_no_is_the_word_where_a_word_is_expected(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("run: {folder: a, mode: no}\noptimizer: {lr: 1}\n")
-    cfg = config.resolve(config.read(str(tmp_path / "c.yaml"), tmp_path), [], {"run": Run, "optimizer": optimizer}, {})
+    cfg = config.resolve(config.read(str(tmp_path / "c.yaml"), tmp_path), [], {"run": Run, "optimizer": optimizer})
     assert cfg.run["mode"] == "no"
     assert cfg.optimizer["lr"] == 1.0
 
@@ -82,10 +95,9 @@ def test_missing_marker_and_checks() -> None:
     with pytest.raises(config.ConfigError, match=r"'run.folder' is missing"):
         resolve({"run": {"folder": "???"}, "optimizer": {"lr": 1}})
     with pytest.raises(config.ConfigError, match="never with seed 3"):
-        resolve(
-            {"run": {"folder": "a", "seed": 3}, "optimizer": {"lr": 1}},
-            checks={"run": lambda run: ["never with seed 3"] if run["seed"] == 3 else []},
-        )
+        resolve({"run": {"folder": "a", "seed": 3}, "optimizer": {"lr": 1}})
+    with pytest.raises(config.ConfigError, match=r"2 problems.*\n.*lr of optimizer.*\n.*not with a name, not in run a"):
+        resolve({"run": {"folder": "a"}, "optimizer": {"lr": 0, "name": "x"}})
 
 
 def test_unknown_config_name_lists_the_shipped_ones(tmp_path: Path) -> None:
@@ -97,24 +109,67 @@ def test_unknown_config_name_lists_the_shipped_ones(tmp_path: Path) -> None:
         config.read(str(tmp_path / "bad.yaml"), tmp_path)
 
 
+RECIPE = '''"""What it does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from diffalign import config
+
+SIZES = (1, 2)
+Mode = Literal["no", "fp16"]
+
+
+class Base:
+    """Args:
+    folder: receives
+        everything
+    """
+
+    def __init__(self, place: str, *, folder: str, mode: Mode | None = None, sizes: tuple[int, ...] = SIZES):
+        pass
+
+
+class Run(Base):
+    """Has its keys from another class."""
+
+
+def optimizer(*, lr: float) -> None:
+    """Steps.
+
+    Args:
+        lr: how far a step goes
+    """
+
+
+def main(argv: list[str]) -> None:
+    config.parse(argv, __file__, run=Run, optimizer=optimizer)
+'''
+
+
 def test_parse_prints_and_exits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train").mkdir()
     recipe = tmp_path / "train" / "it.py"
-    recipe.write_text('"""What it does."""\n')
+    recipe.write_text(RECIPE)
+    main = runpy.run_path(str(recipe))["main"]
     with pytest.raises(SystemExit) as caught:
-        config.parse(["run.sed=1"], str(recipe), run=Run)
+        main(["run.foldr=x"])
     assert caught.value.code == 2
-    assert "did you mean 'run.seed'" in capsys.readouterr().err
+    assert "did you mean 'run.folder'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        config.parse(["--help"], str(recipe), run=Run, optimizer=optimizer)
+        main(["--help"])
     shown = capsys.readouterr().out
     assert "What it does." in shown
     assert "optimizer.lr: float (required)  how far a step goes" in shown
+    assert "run.folder: str (required)  receives everything" in shown
+    assert "run.mode: one of no, fp16 or null (default None)" in shown
+    assert "run.sizes: a list of int (default (1, 2))" in shown
 
 
 def test_config_yaml_reads_back_to_the_same() -> None:
     cfg = resolve({"run": {"folder": "a"}, "optimizer": {"lr": 1e-3}})
     from omegaconf import OmegaConf
 
-    again = config.resolve(OmegaConf.create(cfg.yaml()), [], {"run": Run, "optimizer": optimizer}, {})
+    again = config.resolve(OmegaConf.create(cfg.yaml()), [], {"run": Run, "optimizer": optimizer})
     assert again.sections == cfg.sections

@@ -233,8 +233,8 @@ def test_playground_latents_come_back(learning: bool) -> None:
 
 @pytest.mark.parametrize(("changes", "words"), [({"steps": 0}, "must be 1 or more"), ({"eta": -0.1}, "0 or more")])
 def test_impossible_settings_are_listed(changes: dict, words: str) -> None:
-    assert Inversion.check({"steps": 10, "eta": 0.0, "renoise": 0}) == []
-    assert words in Inversion.check({"steps": 10, "eta": 0.0, "renoise": 0} | changes)[0]
+    assert Inversion.check({"steps": 10, "eta": 0.0, "renoise": 0, "guidance": 1.0}) == []
+    assert words in Inversion.check({"steps": 10, "eta": 0.0, "renoise": 0, "guidance": 1.0} | changes)[0]
 
 
 def test_official_landing_has_no_meaning_for_flows() -> None:

@@ -9,9 +9,9 @@ the few-step scheduler of the student.
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.diff_instruct_star import DiffInstructStar
-from diffalign.backbones import check_backbone, load_backbone
+from diffalign.backbones import load_backbone
 from diffalign.backbones.scores import score_networks
 from diffalign.data import Prompts
 from diffalign.hooks import standard_hooks
@@ -25,14 +25,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "teacher": check_backbone,
-            "data": Prompts.check,
-            "sampler": Sampler.check,
-            "noising": Noising.check,
-            "algorithm": DiffInstructStar.check,
-        },
         run=Run,
         backbone=load_backbone,
         teacher=load_backbone,
@@ -63,4 +55,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

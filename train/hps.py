@@ -9,9 +9,9 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl, checkpoints/
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.reward_training import RewardTraining
-from diffalign.data.groups import PreferenceGroups, check_groups
+from diffalign.data.groups import PreferenceGroups
 from diffalign.run import Run
 from diffalign.trainer import Trainer, adamw
 from diffalign.validation import scorer_hooks
@@ -22,7 +22,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={"data": check_groups, "algorithm": RewardTraining.check},
         run=Run,
         scorer=clip_to_train,
         data=PreferenceGroups,
@@ -42,4 +41,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

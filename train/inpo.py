@@ -12,10 +12,10 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.inpo import InPO
-from diffalign.backbones import check_backbone, load_backbone
-from diffalign.data import PreferencePairs, check_latents
+from diffalign.backbones import load_backbone
+from diffalign.data import PreferencePairs
 from diffalign.hooks import standard_hooks
 from diffalign.inversion import Inversion
 from diffalign.noising import Noising
@@ -28,13 +28,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": check_latents,
-            "noising": Noising.check,
-            "inversion": Inversion.check,
-            "algorithm data": InPO.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=PreferencePairs,
@@ -66,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

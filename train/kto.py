@@ -12,10 +12,10 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.kto import KTO
-from diffalign.backbones import check_backbone, load_backbone
-from diffalign.data import Balanced, LikedImages, check_latents
+from diffalign.backbones import load_backbone
+from diffalign.data import Balanced, LikedImages
 from diffalign.hooks import standard_hooks
 from diffalign.noising import Noising
 from diffalign.reference import reference_for
@@ -27,13 +27,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": check_latents,
-            "noising": Noising.check,
-            "balance": Balanced.check,
-            "algorithm": KTO.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=LikedImages,
@@ -63,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

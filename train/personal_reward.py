@@ -9,13 +9,13 @@ choices), checkpoints/ and export/, which `load_scorer`, `reward-score --user` a
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.personal_reward import PersonalReward
-from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs, check_latents
+from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs
 from diffalign.run import Run
 from diffalign.strangers import stranger_hooks
 from diffalign.trainer import Trainer, adamw
-from reward_models.personal import check_head, head_to_train, load_features
+from reward_models.personal import head_to_train, load_features
 from reward_models.tastes import joint
 
 
@@ -23,12 +23,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "data": check_latents,
-            "choices": PersonalChoices.check,
-            "scorer": check_head,
-            "algorithm": PersonalReward.check,
-        },
         run=Run,
         data=PreferencePairs,
         choices=PersonalChoices,
@@ -51,4 +45,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

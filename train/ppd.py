@@ -14,10 +14,10 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.ppd import PPD
-from diffalign.backbones import check_backbone, load_backbone
-from diffalign.data import PreferencePairs, UserPairs, check_latents
+from diffalign.backbones import load_backbone
+from diffalign.data import PreferencePairs, UserPairs
 from diffalign.hooks import standard_hooks
 from diffalign.noising import Noising
 from diffalign.run import Run
@@ -30,14 +30,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "backbone adapter": UserPackage.check,
-            "data": check_latents,
-            "users": UserPairs.check,
-            "noising": Noising.check,
-            "algorithm data": PPD.check,
-        },
         run=Run,
         backbone=load_backbone,
         adapter=add_user_adapter,
@@ -69,4 +61,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

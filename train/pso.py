@@ -8,9 +8,9 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.pso import PSO
-from diffalign.backbones import check_backbone, load_backbone
+from diffalign.backbones import load_backbone
 from diffalign.data import Prompts
 from diffalign.hooks import standard_hooks
 from diffalign.monitor import Monitor
@@ -19,21 +19,13 @@ from diffalign.rewards import Rewards
 from diffalign.run import Run
 from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer, adamw
-from reward_models import check_mixture, load_mixture, load_scorer
+from reward_models import load_mixture
 
 
 def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": Prompts.check,
-            "sampler": Sampler.check,
-            "reward": check_mixture,
-            "monitor": Monitor.check,
-            "algorithm": PSO.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=Prompts,
@@ -54,11 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     policy = run.prepare(backbone.denoiser)
     algorithm = PSO(policy, reference, sampler, rewards, **cfg.algorithm)
     players = {"policy": adamw(policy, **cfg.optimizer)}
-    monitor = Monitor(run, backbone, sampler, rewards, load_scorer, **cfg.monitor)
+    monitor = Monitor(run, backbone, sampler, rewards, load_mixture, **cfg.monitor)
     hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, monitor, **cfg.hooks)
     backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
     Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(prompts))
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.pso import PSOCustomization, subject
-from diffalign.backbones import check_backbone, load_backbone
+from diffalign.backbones import load_backbone
 from diffalign.data import TargetImages
 from diffalign.hooks import standard_hooks
 from diffalign.reference import reference_for
@@ -27,12 +27,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": TargetImages.check,
-            "sampler": Sampler.check,
-            "algorithm": PSOCustomization.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=TargetImages,
@@ -60,4 +54,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -13,10 +13,10 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
-from diffalign.backbones import check_backbone, load_backbone
-from diffalign.data import PreferencePairs, check_latents
+from diffalign.backbones import load_backbone
+from diffalign.data import PreferencePairs
 from diffalign.hooks import standard_hooks
 from diffalign.reference import reference_for
 from diffalign.run import Run
@@ -28,12 +28,6 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": check_latents,
-            "sampler": Sampler.check,
-            "algorithm data": DiffusionDPO.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=PreferencePairs,
@@ -64,4 +58,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

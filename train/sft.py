@@ -8,10 +8,10 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-from diffalign import config
+from diffalign import config, launch
 from diffalign.algorithms.sft import SFT
-from diffalign.backbones import check_backbone, load_backbone
-from diffalign.data import PreferencePairs, check_reference_free
+from diffalign.backbones import load_backbone
+from diffalign.data import PreferencePairs
 from diffalign.hooks import standard_hooks
 from diffalign.noising import Noising
 from diffalign.run import Run
@@ -22,15 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.parse(
         argv,
         __file__,
-        checks={
-            "backbone": check_backbone,
-            "data": check_reference_free,
-            "noising": Noising.check,
-        },
         run=Run,
         backbone=load_backbone,
         data=PreferencePairs,
         noising=Noising,
+        algorithm=SFT,
         optimizer=adamw,
         trainer=Trainer,
         hooks=standard_hooks,
@@ -48,4 +44,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launch.run(main)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from diffalign.types import Key, Metrics
+from diffalign.types import Key, Metrics, Recent
 
 
 class Turn(NamedTuple):
@@ -27,6 +27,8 @@ class Algorithm(ABC):
     players: Mapping[str, nn.Module]
     inner_gradients: ClassVar[bool] = False
     """Whether the loss takes gradients itself, which the GradScaler of float16 does not scale."""
+    shown: Sequence[str] = ("policy/loss", "policy/accuracy")
+    """Metrics beside the progress bar: the loss, and what the method is about."""
 
     def batches(self, loader: Iterator[Any]) -> Iterator[Any]:
         """Endless training tuples from the loader's micro-batches. Online methods roll out here."""
@@ -60,6 +62,6 @@ class Algorithm(ABC):
         """Lines printed before training: what the settings mean."""
         return []
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
-        """One line printed after training, from the mean of each metric over the last tenth of the steps."""
+    def verdict(self, recent: Recent) -> str:
+        """One line printed after training, from the last tenth of the steps: no more than they can say."""
         return ""

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm
 from diffalign.noising import Noised, Noising, errors
 from diffalign.sampling import Network
-from diffalign.types import Drawn, Key, LatentBatch, Metrics
+from diffalign.types import Drawn, Key, LatentBatch, Metrics, Recent
 
+MOST_DRIFT = 0.1
+"""By how much of the reference's error the winners' own may rise before images fall apart."""
 BUCKETS = 4
 """Metrics are logged for each quarter of the noise levels as well."""
 
@@ -96,16 +98,39 @@ class Denoising(Algorithm):
         }
 
 
-def verdict(recent: Mapping[str, float]) -> str:
-    """One line from the mean of the last metrics: implicit accuracy, and the drift of the preferred images' error."""
-    accuracy, change = recent["policy/accuracy"], recent["policy/winner_error_change"]
-    drift = change / recent["policy/reference_error"]
-    ranks = "ranks images as people did" if accuracy > 0.5 else "does not rank images as people did"
-    if drift > 0.1:
-        state = "the winners' own error rose by over 10 %, which destroys images: lower the lr or raise beta"
-    else:
-        state = "judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"
-    return (
-        f"verdict: implicit accuracy {accuracy:.2f} over the last steps, the policy {ranks}; "
-        f"winner error {drift:+.1%} of the reference's; {state}"
-    )
+def check_reference_free(data: Mapping[str, Any]) -> list[str]:
+    """What cannot work in the `data` section of a method without a reference, one line each."""
+    if data["draws_per_sample"] is None:
+        return []
+    return ["'data.draws_per_sample' saves forwards of the reference, and this method has none; leave it out"]
+
+
+def verdict(recent: Recent) -> str:
+    """One line from the last metrics: implicit accuracy, and the drift of the preferred images' error. Says no more
+    than so many preferences can: nothing within two standard errors."""
+    return f"verdict: {ranking_of(recent)}; {_drift(recent)}"
+
+
+def ranking_of(recent: Recent, judge: str = "people") -> str:
+    """Whether the policy ranks images as they did, as far as the pairs can say."""
+    found = recent.share("policy/accuracy")
+    if found is None:
+        return "no preference of the last steps could be told apart, so nothing was learned from them"
+    accuracy, error = found
+    said = f"implicit accuracy {accuracy:.2f} +- {2 * error:.2f} over the last {recent.samples} preferences"
+    if abs(accuracy - 0.5) <= 2 * error:
+        return f"{said}, too few to say whether the policy ranks images as {judge} did"
+    return f"{said}, the policy {'ranks' if accuracy > 0.5 else 'does not rank'} images as {judge} did"
+
+
+def _drift(recent: Recent) -> str:
+    change, error = "policy/winner_error_change", recent.means.get("policy/reference_error")
+    if not error or change not in recent.means:
+        return "judge its images with eval/win_rate.py"
+    drift = recent.means[change] / error
+    said = f"winner error {drift:+.1%} of the reference's"
+    if change not in recent.errors:
+        return f"{said} in the last step, one step being too few to say that it moved; judge its images"
+    if drift - 2 * recent.errors[change] / error > MOST_DRIFT:
+        return f"{said}: over {MOST_DRIFT:.0%} more, which destroys images; lower the lr or raise beta"
+    return f"{said}; judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"

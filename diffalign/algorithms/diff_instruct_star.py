@@ -32,7 +32,7 @@ from diffalign.rewards import Rewards, norm
 from diffalign.sampler import Move, Sampler
 from diffalign.sampling import Network
 from diffalign.schedule import per_sample
-from diffalign.types import Cond, Metrics, PromptBatch
+from diffalign.types import Cond, Metrics, PromptBatch, Recent
 
 MIDDLE = (0.02, 0.98)
 """Levels between which scores are compared, as fractions of the way to pure noise (DMD2)."""
@@ -56,6 +56,7 @@ class DiffInstructStar(Algorithm):
     """
 
     inner_gradients = True
+    shown = ("generator/loss", "generator/reward", "generator/score_gap", "aux/loss")
 
     def __init__(
         self,
@@ -90,8 +91,8 @@ class DiffInstructStar(Algorithm):
     def check(cfg: dict[str, Any]) -> list[str]:
         """What cannot work in an `algorithm` section, one line each."""
         problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("huber_c", "aux_rounds") if cfg[k] <= 0]
-        if cfg["reward_weight"] < 0:
-            problems.append(f"'algorithm.reward_weight' = {cfg['reward_weight']} must be 0 or more")
+        names = ("reward_weight", "guidance")
+        problems += [f"'algorithm.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]
         if cfg["sid_alpha"] != 1 and cfg["distance"] != "sid":
             problems.append("'algorithm.sid_alpha' has an effect on 'algorithm.distance' = sid only")
         return problems
@@ -174,9 +175,10 @@ class DiffInstructStar(Algorithm):
     def describe(self) -> list[str]:
         return [f"distance {self.distance}, guidance {self.guidance:g}, {self.aux_rounds} aux turns a step"]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
-        reward = f"reward {recent['generator/reward']:.4g}, " if "generator/reward" in recent else ""
-        return f"verdict: {reward}score gap {recent['generator/score_gap']:.4g}; judge its images with eval/win_rate.py"
+    def verdict(self, recent: Recent) -> str:
+        reward = f"reward {recent.about('generator/reward')}, " if "generator/reward" in recent.means else ""
+        gap = recent.about("generator/score_gap")
+        return f"verdict: {reward}score gap {gap}; judge its images with eval/win_rate.py"
 
 
 def _activate(network: nn.Module) -> None:

@@ -16,7 +16,6 @@ Differs from the released code:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss
 from diffalign.noising import Noising, errors
 from diffalign.sampling import Network
-from diffalign.types import LatentBatch, Metrics
+from diffalign.types import LatentBatch, Metrics, Recent
 
 
 class DiffusionDPO(Denoising):
@@ -66,6 +65,8 @@ class DiffusionDPO(Denoising):
         problems = check_pair_loss(cfg["loss"], cfg["label_smoothing"], data["batch_size"])
         if not cfg["beta"] > 0:
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual")
+        if cfg["sft_weight"] < 0:
+            problems.append(f"'algorithm.sft_weight' = {cfg['sft_weight']} must be 0 or more")
         if (cfg["loss"] == "offset") != (cfg["offset_scale"] != 0):
             problems.append(
                 "'algorithm.loss' = offset and 'algorithm.offset_scale' belong together; give both or neither"
@@ -104,7 +105,7 @@ class DiffusionDPO(Denoising):
         others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
         return [f"beta {self.beta:g} (mean-form error, factor 1/2), loss '{self.name}'; the same elsewhere:", *others]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return verdict(recent)
 
 

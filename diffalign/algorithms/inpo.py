@@ -72,7 +72,7 @@ class InPO(DiffusionDPO):
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
         """What cannot work in an `algorithm` section with this `data` section, one line each."""
-        problems = DiffusionDPO.check({**cfg, "offset_scale": 0.0}, data)
+        problems = DiffusionDPO.check({**cfg, "offset_scale": 0.0, "sft_weight": 0.0}, data)
         if data["draws_per_sample"] and cfg["invert_by"] == "policy":
             problems.append(
                 "'data.draws_per_sample' keeps what the reference computes, but the policy inverts; set "

@@ -14,7 +14,7 @@ The paper takes that mean over unrelated images; its code, as here, over those o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -25,7 +25,7 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.losses import beta_in_other_units, gain
 from diffalign.noising import Noising, errors
 from diffalign.sampling import Network
-from diffalign.types import LatentBatch, Metrics
+from diffalign.types import LatentBatch, Metrics, Recent
 
 UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "kahneman_tversky": torch.sigmoid,
@@ -98,5 +98,5 @@ class KTO(Denoising):
         others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
         return [f"beta {self.beta:g} (mean-form error, factor 1/2), utility {self.utility}; elsewhere:", *others]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return verdict(recent)

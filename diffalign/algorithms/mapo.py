@@ -13,16 +13,15 @@ On flow models errors are near 1, not 0.1, where f is flatter: sharpness has to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffalign.algorithms.denoising import Denoising
+from diffalign.algorithms.denoising import Denoising, check_reference_free
 from diffalign.noising import Noising, errors
-from diffalign.types import LatentBatch, Metrics
+from diffalign.types import LatentBatch, Metrics, Recent
 
 
 def link(error: Tensor, scale: float, power: float) -> Tensor:
@@ -57,9 +56,10 @@ class MaPO(Denoising):
         self.scale, self.power, self.sharpness, self.weight = scale, power, sharpness, weight
 
     @staticmethod
-    def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section."""
-        return [f"'algorithm.{k}' = {v} must be positive" for k, v in cfg.items() if not v > 0]
+    def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with this `data` section, one line each."""
+        problems = [f"'algorithm.{k}' = {v} must be positive" for k, v in cfg.items() if not v > 0]
+        return problems + check_reference_free(data)
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
         """B pairs -> mean loss, and per pair [B]: accuracy, margin, errors, each also by noise level."""
@@ -76,8 +76,10 @@ class MaPO(Denoising):
         }
         return losses.mean(), metrics | self.by_level(metrics, noised)
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
+        share = recent.share("policy/accuracy")
+        said = "unknown" if share is None else f"{share[0]:.0%} +- {2 * share[1]:.0%}"
         return (
-            f"verdict: the winner has the smaller error in {recent['policy/accuracy']:.0%} of the pairs; there is no "
+            f"verdict: the winner has the smaller error in {said} of the last {recent.samples} pairs; there is no "
             "reference to measure drift against: judge its images with eval/win_rate.py"
         )

@@ -12,7 +12,6 @@ what few and what many are worth.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.draws import Draws
-from diffalign.types import ChoiceBatch, Metrics
+from diffalign.types import ChoiceBatch, Metrics, Recent
 
 
 class PersonalReward(Algorithm):
@@ -31,6 +30,8 @@ class PersonalReward(Algorithm):
     Args:
         beta_kl: weight of the cost of a person's vector; 1 / (choices of a person) is the evidence bound of VPL
     """
+
+    shown = ("scorer/loss", "scorer/accuracy")
 
     def __init__(self, head: nn.Module, size: int, draws: Draws, *, beta_kl: float = 0.01):
         self.players = {"scorer": head}
@@ -47,8 +48,10 @@ class PersonalReward(Algorithm):
         metrics = {"accuracy": (margin > 0).float(), "margin": margin.detach(), "cost": cost.detach()}
         return losses.mean(), metrics
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
-        return f"accuracy on training choices over the last steps: {recent['scorer/accuracy']:.1%}"
+    def verdict(self, recent: Recent) -> str:
+        found = recent.share("scorer/accuracy")
+        rate = "unknown" if found is None else f"{found[0]:.1%} +- {2 * found[1]:.1%}"
+        return f"accuracy on the last {recent.samples} training choices: {rate}"
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.algorithms.denoising import ranking_of
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.noising import Noising
 from diffalign.rewards import Rewards
 from diffalign.sampler import Move, Sampler
 from diffalign.sampling import Network, log_prob
-from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch
+from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, Recent
 
 
 class Rollouts(NamedTuple):
@@ -63,6 +64,8 @@ class PSO(Algorithm):
         reduction: of a move's log density over C, h, w: mean (as released) or sum
         shared_noise: a pair starts from the same noise and parts on the way; false for noise of its own
     """
+
+    shown = ("policy/loss", "policy/reward", "policy/accuracy")
 
     def __init__(
         self,
@@ -157,10 +160,10 @@ class PSO(Algorithm):
         trained = [round(t, 4) for t in self.sampler.timesteps.tolist()[:-1]]
         return [f"beta {self.beta:g} per {self.per}, timesteps {trained} of the law '{self.sampler.law}'"]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return (
-            f"verdict: reward {recent['policy/reward']:.4g}, implicit accuracy {recent['policy/accuracy']:.2f} over "
-            "the last steps; judge its images with another scorer: eval/win_rate.py"
+            f"verdict: reward {recent.about('policy/reward')}; {ranking_of(recent, 'the scorer')}; judge its images "
+            "with another scorer: eval/win_rate.py"
         )
 
 
@@ -198,7 +201,10 @@ class PSOCustomization(DiffusionDPO):
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:  # type: ignore[override]
         """What cannot work in an `algorithm` section, one line each."""
-        return [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("beta", "redraw_every") if not cfg[k] > 0]
+        problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("beta", "redraw_every") if not cfg[k] > 0]
+        if cfg["sft_weight"] < 0:
+            problems.append(f"'algorithm.sft_weight' = {cfg['sft_weight']} must be 0 or more")
+        return problems
 
     def turns(self, step: int) -> Sequence[Turn]:
         if step // self.redraw_every != self.round:
@@ -227,6 +233,12 @@ class PSOCustomization(DiffusionDPO):
         )
 
 
+def check_subject(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `subject` section, one line each."""
+    empty = cfg["prompt"] is not None and not cfg["prompt"].strip()
+    return ["'subject.prompt' is empty; name the class (\"a photo of a dog\"), or leave it out"] if empty else []
+
+
 def subject(encode_text: Callable[[Sequence[str]], Cond], *, prompt: str | None = None) -> Cond | None:
     """The Cond of the prompt from which samples to compare with are drawn.
 
@@ -234,3 +246,6 @@ def subject(encode_text: Callable[[Sequence[str]], Cond], *, prompt: str | None 
         prompt: of the class that a subject belongs to ("a photo of a dog"); each target's own caption when left out
     """
     return None if prompt is None else encode_text([prompt])
+
+
+subject.check = check_subject  # type: ignore[attr-defined]

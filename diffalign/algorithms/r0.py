@@ -59,6 +59,8 @@ class R0(RewardGradient):
     def check(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
         """What cannot work in an `algorithm` section with this `backbone` section, one line each."""
         problems = check_anchors(cfg)
+        if cfg["guidance_weight"] < 0:
+            problems.append(f"'algorithm.guidance_weight' = {cfg['guidance_weight']} must be 0 or more")
         if not cfg["reference_weight"] and not cfg["start_weight"] and not backbone["lora_rank"]:
             problems.append(
                 "R0 collapses without an anchor: give 'algorithm.start_weight' a value, or train a LoRA, which is one"

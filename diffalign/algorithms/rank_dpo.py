@@ -12,7 +12,6 @@ paper builds on. Its figure ranks by the model's own gains, its algorithm by phi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.losses import beta_in_other_units, gain
 from diffalign.noising import Noising, errors
 from diffalign.sampling import Network
-from diffalign.types import LatentBatch, Metrics
+from diffalign.types import LatentBatch, Metrics, Recent
 
 
 class RankDPO(Denoising):
@@ -81,7 +80,7 @@ class RankDPO(Denoising):
         others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
         return [f"beta {self.beta:g} (mean-form error, factor 1/2), ranks from {self.rank_source}:", *others]
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return verdict(recent)
 
 

@@ -14,7 +14,7 @@ from diffalign.losses import denoising_error
 from diffalign.reference import AdapterOffReference, DistanceToStart, FrozenReference
 from diffalign.rewards import Ascent, Rewards, climb
 from diffalign.sampler import Move, Sampler
-from diffalign.types import Metrics, PromptBatch
+from diffalign.types import Metrics, PromptBatch, Recent
 
 
 class RewardGradient(Algorithm):
@@ -24,6 +24,7 @@ class RewardGradient(Algorithm):
     """
 
     inner_gradients = True
+    shown = ("policy/loss", "policy/reward")
 
     def __init__(
         self,
@@ -73,9 +74,10 @@ class RewardGradient(Algorithm):
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.rewards.load(state)
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
+    def verdict(self, recent: Recent) -> str:
         return (
-            f"verdict: reward {recent['policy/reward']:.4g} over the last steps, {recent['policy/clamped']:.1%} of the "
+            f"verdict: reward {recent.about('policy/reward')} over the last {recent.samples} samples, "
+            f"{recent.about('policy/clamped', '.1%')} of the "
             "pixels clamped (over 5 % above the start is over-saturation); judge its images with another scorer than "
             "this one: eval/win_rate.py"
         )

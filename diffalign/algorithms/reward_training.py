@@ -14,7 +14,6 @@ Differs from the released codes:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.draws import Draws, seeded
 from diffalign.losses import ranking
-from diffalign.types import GroupBatch, Metrics
+from diffalign.types import GroupBatch, Metrics, Recent
 
 
 class RewardTraining(Algorithm):
@@ -51,6 +50,7 @@ class RewardTraining(Algorithm):
         self.players = {"scorer": scorer}
         self.scorer, self.draws, self.aspects = scorer, draws, aspects
         self.reduction, self.label_smoothing, self.dropout = reduction, label_smoothing, dropout
+        self.shown = ("scorer/loss", *(f"scorer/accuracy/{name}" for name in aspects))
 
     def turns(self, step: int) -> tuple[Turn, ...]:
         return (Turn("scorer", self.loss),)
@@ -74,9 +74,10 @@ class RewardTraining(Algorithm):
         with seeded(seed, batch.pixels.device) if self.dropout else nullcontext():
             return self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
-        rates = [f"{name} {recent[f'scorer/accuracy/{name}']:.1%}" for name in self.aspects]
-        return f"accuracy on training pairs over the last steps: {', '.join(rates)}"
+    def verdict(self, recent: Recent) -> str:
+        found = {name: recent.share(f"scorer/accuracy/{name}") for name in self.aspects}
+        rates = [f"{name} {x[0]:.1%} +- {2 * x[1]:.1%}" if x else f"{name} unknown" for name, x in found.items()]
+        return f"accuracy on the last {recent.samples} training groups: {', '.join(rates)}"
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:

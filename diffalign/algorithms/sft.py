@@ -5,13 +5,13 @@ loss = err_w = mean over C, h, w of (network(x_t, t, c) - target)^2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from diffalign.algorithms.denoising import Denoising
+from diffalign.algorithms.denoising import Denoising, check_reference_free
 from diffalign.noising import Noising, errors
-from diffalign.types import LatentBatch, Metrics
+from diffalign.types import LatentBatch, Metrics, Recent
 
 
 class SFT(Denoising):
@@ -20,8 +20,15 @@ class SFT(Denoising):
     Positional: policy and noising.
     """
 
+    shown = ("policy/loss", "policy/winner_error")
+
     def __init__(self, policy: nn.Module, noising: Noising):
         super().__init__(policy, None, noising)
+
+    @staticmethod
+    def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
+        """What cannot work in this `data` section, one line each; the method has no settings of its own."""
+        return check_reference_free(data)
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
         """B pairs -> mean loss, and per pair [B] the winner's error, also by noise level."""
@@ -33,5 +40,6 @@ class SFT(Denoising):
         metrics = {"winner_error": error.detach()}
         return (batch.weight * error).mean(), metrics | self.by_level(metrics, noised)
 
-    def verdict(self, recent: Mapping[str, float]) -> str:
-        return f"verdict: winner error {recent['policy/winner_error']:.4f}; judge its images with eval/win_rate.py"
+    def verdict(self, recent: Recent) -> str:
+        error = recent.about("policy/winner_error", ".4f")
+        return f"verdict: winner error {error}; judge its images with eval/win_rate.py"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
@@ -19,6 +20,8 @@ from diffalign.backbones.sdxl import SDXLBackbone
 from diffalign.lora import add_lora
 from diffalign.placement import Placement
 from diffalign.playground import SHIPPED
+from reward_models.files import read_json
+from reward_models.hub import missing, reachable
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 
@@ -95,46 +98,98 @@ def load_backbone(
     return backbone
 
 
-def check_backbone(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `backbone` section, one line each."""
+def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
+    """What cannot work in the section of a backbone, one line each."""
     problems = []
     if cfg["attention"] == "xformers" and (
         importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()
     ):
         problems.append(
-            "'backbone.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a CUDA "
-            "GPU; use sdpa, which is as fast on recent GPUs"
+            f"'{section}.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a "
+            "CUDA GPU; use sdpa, which is as fast on recent GPUs"
         )
     if cfg["lora_rank"] < 0:
-        problems.append(f"'backbone.lora_rank' = {cfg['lora_rank']} must be 0 (train everything) or more")
+        problems.append(f"'{section}.lora_rank' = {cfg['lora_rank']} must be 0 (train everything) or more")
     if cfg["lora_rank"] and not cfg["lora_targets"]:
-        problems.append("'backbone.lora_targets' is empty; name at least one layer, such as to_q")
+        problems.append(f"'{section}.lora_targets' is empty; name at least one layer, such as to_q")
     if not cfg["lora_rank"] and cfg["lora_alpha"] is not None:
         problems.append(
-            "'backbone.lora_alpha' has no effect while 'backbone.lora_rank' is 0; set a rank or leave it out"
+            f"'{section}.lora_alpha' has no effect while '{section}.lora_rank' is 0; set a rank or leave it out"
         )
+    if cfg["lora_alpha"] is not None and not cfg["lora_alpha"] > 0:
+        problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
+    if cfg["guidance_embedding"] < 0:
+        problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
     if not 1 <= cfg["max_sequence_length"] <= MOST_T5_TOKENS:
         problems.append(
-            f"'backbone.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
+            f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
         )
     return problems
 
 
+load_backbone.check = check_backbone  # type: ignore[attr-defined]
+
+
 def family_of(folder: Path) -> str:
-    """The class of the pipeline in a folder."""
-    return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    """The class of the pipeline in a folder. Raises ValueError where its model_index.json does not say."""
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"'{folder / 'model_index.json'}' names no pipeline; expected an object with _class_name")
+    return index["_class_name"]
 
 
 def find_pipeline(path: str) -> Path:
-    """The folder of a pipeline: itself, the shipped playground, or a hub id's files (downloaded when missing)."""
+    """The folder of a pipeline: itself, the shipped playground, or a hub id's files (downloaded when missing).
+
+    Raises FileNotFoundError where there is none, ValueError for a single file and where only a variant of the weights
+    lies there.
+    """
     if path in SHIPPED:
         return SHIPPED[path]
     folder = Path(path).expanduser()
-    if not folder.exists() and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        folder = Path(DiffusionPipeline.download(path))
+    if folder.is_file():
+        raise ValueError(
+            f"'{path}' is a single file; a pipeline is a folder in diffusers layout, which "
+            f"`StableDiffusionPipeline.from_single_file('{path}').save_pretrained(FOLDER)` writes"
+        )
+    if not folder.exists():
+        folder = _from_hub(path)
     if not (folder / "model_index.json").exists():
         raise FileNotFoundError(f"no diffusers pipeline at '{path}': there is no model_index.json in it")
+    family_of(folder)
+    for part in sorted(x.parent for x in folder.glob("*/config.json")):
+        if problem := _no_weights(part):
+            raise ValueError(f"'{path}' {problem}")
     return folder
+
+
+def _from_hub(path: str) -> Path:
+    """The files of a hub id. Raises FileNotFoundError in one line, for it may be a misspelt folder as well."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise FileNotFoundError(f"there is no folder '{path}', and it is no hub id such as 'owner/model'")
+    reachable()
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it would say is in the error
+    try:
+        return Path(DiffusionPipeline.download(path))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"there is no folder '{path}', and as a hub id: {missing(path, error)}") from error
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+
+
+def _no_weights(part: Path) -> str:
+    """Why the network in a folder cannot be loaded, or nothing."""
+    files = [x.name for x in part.iterdir() if x.suffix in (".safetensors", ".bin")]
+    if any(re.fullmatch(r"[a-z_]+(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in files):
+        return ""
+    if not files:
+        return f"has no weights in {part.name}/: there is no .safetensors or .bin file"
+    variant = files[0].removesuffix(Path(files[0]).suffix).partition(".")[2].partition("-")[0]
+    return (
+        f"holds only the variant '{variant}' of its weights ({part.name}/{files[0]}); write a folder with all: "
+        f"`DiffusionPipeline.from_pretrained('{part.parent}', variant='{variant}').save_pretrained(FOLDER)`"
+    )
 
 
 def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
@@ -143,7 +198,7 @@ def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
     That is the files of every encoder and tokenizer that the pipeline uses, and how many tokens T5 reads.
     """
     digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     for part in ENCODERS:
         if index.get(part, [None])[0] is None:  # left out of the pipeline, even where its files lie there
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffalign.reference import frozen
 from diffalign.schedule import Schedule
 from diffalign.types import Cond
 from diffalign.user_adapter import has_user_adapter, save_adapter
+from reward_models.files import read_json
 
 DECODED_PIXELS = 4 * 512 * 512
 """How many the autoencoder decodes at a time where no gradient is wanted."""
@@ -117,7 +117,7 @@ class Backbone(ABC):
         return "-".join([self.source.fingerprint, *dtypes])
 
     def _json(self, name: str) -> Any:
-        return json.loads((self.path / name).read_text())
+        return read_json(self.path / name)
 
     def _network(self) -> Any:
         network = self.network_class.from_pretrained(
@@ -232,11 +232,9 @@ class Backbone(ABC):
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image of `resolution` pixels. ValueError where it does not divide."""
-        if resolution % self.smallest:
-            raise ValueError(
-                f"'data.resolution' = {resolution} is not a multiple of {self.smallest}, the pixels of the "
-                "smallest piece of an image that this model draws"
-            )
+        step = max(8, self.smallest)  # the stock pipelines take no other sizes than multiples of 8
+        if resolution % step:
+            raise ValueError(f"'data.resolution' = {resolution} is not a multiple of {step}, as this model needs it")
         return self.vae_config["latent_channels"], resolution // self.factor, resolution // self.factor
 
     @abstractmethod

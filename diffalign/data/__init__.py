@@ -3,7 +3,7 @@
 from diffalign.data.cache import LatentCache
 from diffalign.data.choices import FeatureEncoder, PersonalChoices
 from diffalign.data.groups import PreferenceGroups
-from diffalign.data.latents import PreferenceLatents, check_latents, check_reference_free
+from diffalign.data.latents import PreferenceLatents, check_latents
 from diffalign.data.liked import Balanced, LikedImages
 from diffalign.data.loader import KeyedLoader
 from diffalign.data.pairs import PreferencePairs
@@ -32,6 +32,5 @@ __all__ = [
     "TargetImages",
     "UserPairs",
     "check_latents",
-    "check_reference_free",
     "read_records",
 ]

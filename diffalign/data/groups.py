@@ -128,6 +128,11 @@ class PreferenceGroups(Dataset):
             *(torch.tensor([getattr(i, name) for i in items]) for name in ("weight", "flip")),
         )
 
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `data` section, one line each."""
+        return check_groups(cfg)
+
     def encode(self, batch: GroupBatch) -> GroupBatch:
         """Nothing is left to do in the main process."""
         return batch

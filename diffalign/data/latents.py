@@ -259,16 +259,6 @@ def check_latents(cfg: dict[str, Any]) -> list[str]:
     return problems
 
 
-def check_reference_free(cfg: dict[str, Any]) -> list[str]:
-    """The same for methods without a reference."""
-    problems = check_latents(cfg)
-    if cfg["draws_per_sample"] is not None:
-        problems.append(
-            "'data.draws_per_sample' saves forwards of the reference, and this method has none; leave it out"
-        )
-    return problems
-
-
 def cache_folder(cache: str | None) -> Path:
     """Where latents and embeddings are kept: as given, or $DIFFALIGN_CACHE, or ~/.cache/diffalign."""
     return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()

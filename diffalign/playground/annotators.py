@@ -19,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from diffalign.draws import Draws
 from diffalign.playground.judge import TRUE_TASTE, Judge
 from diffalign.playground.people import PROTOTYPES, Person
+from reward_models.files import read_lines, replacing, write_whole
 
 _MATCH = {"colour": 1.0, "shape": 1.0, "background": 1.0, "size": 1.0}
 TASTES = {
@@ -63,7 +64,7 @@ class Annotator:
 
 def load(folder: Path) -> tuple[list[dict[str, Any]], Tensor]:
     """A folder written by eval/generate.py: its manifest rows, and the images [N, 3, 32, 32] in [0, 1]."""
-    rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    rows = read_lines(folder / "manifest.jsonl")
     images = [pil_to_tensor(Image.open(folder / row["image"]).convert("RGB")) for row in rows]
     return rows, torch.stack(images).float() / 255
 
@@ -160,7 +161,7 @@ def rank(
         phi = (liked[:, None] > liked[None]).float().sum((1, 2)) / (votes * (len(ids) - 1))
         names = [os.path.relpath(folder / rows[k]["image"], out.parent) for k in ids]
         lines.append(json.dumps({"prompt": rows[ids[0]]["prompt"], "images": names, "scores": {"phi": phi.tolist()}}))
-    _write(out, "\n".join(lines) + "\n")
+    write_whole(out, "\n".join(lines) + "\n")
     return len(lines)
 
 
@@ -191,13 +192,7 @@ def _write_jsonl(pairs: list[Compared], paths: list[Path], out: Path) -> None:
         said = {"scores": [round(x, 4) for x in p.scores], "annotator": p.annotator}
         return json.dumps({"prompt": p.prompt, **images, **({} if p.prob == 1 else {"prob": p.prob}), **said})
 
-    _write(out, "".join(line(p) + "\n" for p in pairs))
-
-
-def _write(out: Path, text: str) -> None:
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, out)
+    write_whole(out, "".join(line(p) + "\n" for p in pairs))
 
 
 def _write_parquet(pairs: list[Compared], paths: list[Path], out: Path) -> None:
@@ -217,6 +212,5 @@ def _write_parquet(pairs: list[Compared], paths: list[Path], out: Path) -> None:
             "has_label": [True] * len(pairs),
         }
     )
-    temporary = out.with_name(out.name + ".tmp")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, out)
+    with replacing(out) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Wish, captions, imagine, parse
+from reward_models.files import write_whole, writing
 
 RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
 """The aspects of a rating: what of the caption is right; vividness; cleanliness; how well the object is placed.
@@ -59,12 +59,12 @@ def write_ratings(
         for k, text in enumerate(some):
             names = [f"images/{start + k:05d}_{j}.png" for j in range(images_per_prompt)]
             for name, image in zip(names, images[k], strict=True):
-                save_image(image, folder / name)
+                with writing(folder / name):
+                    save_image(image, folder / name)
             scores = dict(zip(RATED, rated[k].T.tolist(), strict=True))
             lines.append(json.dumps({"prompt": text, "images": names, "scores": scores, "ranking": ranks[k].tolist()}))
     out = folder / "ratings.jsonl"
-    out.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
-    os.replace(out.with_suffix(".tmp"), out)
+    write_whole(out, "\n".join(lines) + "\n")
     return out
 
 
@@ -77,11 +77,11 @@ def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int
     rows = []
     for i, (text, image) in enumerate(zip(texts, images, strict=True)):
         name = f"images/{i // 2:05d}_{i % 2}.png"
-        save_image(image, folder / name)
+        with writing(folder / name):
+            save_image(image, folder / name)
         rows.append(json.dumps({"image": name, "prompt": text, "prompt_id": f"{i // 2:05d}", "sample": i % 2}))
     out = folder / "manifest.jsonl"
-    out.with_suffix(".tmp").write_text("\n".join(rows) + "\n")
-    os.replace(out.with_suffix(".tmp"), out)
+    write_whole(out, "\n".join(rows) + "\n")
 
 
 def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:

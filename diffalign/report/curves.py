@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
+from reward_models.files import read_lines
 
 POINTS = 300
 """A longer curve is drawn as the means of this many pieces."""
@@ -65,9 +66,7 @@ def read_metrics(path: Path) -> dict[str, Series]:
     """
     steps: dict[str, list[int]] = {}
     values: dict[str, list[float]] = {}
-    text = path.read_text(encoding="utf-8")
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        row = json.loads(line)
+    for row in read_lines(path):
         for key, value in row.items():
             if key != "step" and math.isfinite(value):
                 steps.setdefault(key, []).append(row["step"])

@@ -38,7 +38,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{where} is {error}") from error
+            raise ValueError(f"{where} is {error}; generate the folder again") from error
         missing = [field for field in FIELDS if field not in row] if isinstance(row, dict) else list(FIELDS)
         if missing:
             raise ValueError(f"{where} has no {', '.join(missing)}; every row needs {', '.join(FIELDS)}")

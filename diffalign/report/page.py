@@ -76,6 +76,8 @@ def write_report(
 
 
 def _check(win_rates: Mapping[str, Any], pairs: Sequence[Pair], base: Path, aligned: Path) -> None:
+    if not isinstance(win_rates, dict) or not {"pairs", "scorers"} <= win_rates.keys():
+        raise ValueError("the file of win rates is none that `diffalign eval win_rate` has written")
     scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
     if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
         raise ValueError(

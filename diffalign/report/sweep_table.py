@@ -17,11 +17,12 @@ overlap), and what is wrong with the rest.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from reward_models.files import read_json, read_lines
 
 DRIFT = 0.1
 """More than this destroys images; training's own verdict warns at the same."""
@@ -38,7 +39,7 @@ Row = Mapping[str, Any]
 
 def trained(metrics: Path) -> dict[str, float | None]:
     """accuracy, loss and drift over the last tenth of the steps of a metrics.jsonl; None: not logged by the method."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines = read_lines(metrics)
 
     def mean(name: str) -> float | None:
         seen = [line[f"policy/{name}"] for line in lines[-max(1, len(lines) // 10) :] if f"policy/{name}" in line]
@@ -54,7 +55,7 @@ def judged(results: Path) -> dict[str, float]:
 
     Raises ValueError when all images of the base score the same: there is nothing to measure a gain in.
     """
-    found = json.loads(results.read_text())["scorers"][0]
+    found = read_json(results)["scorers"][0]
     spread = statistics.pstdev(found["base_scores"])
     if not spread:
         raise ValueError(

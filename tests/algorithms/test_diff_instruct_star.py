@@ -134,6 +134,6 @@ def test_a_generator_of_several_steps_is_trained_at_one_of_them(backbone_of: Cal
 
 
 def test_impossible_settings_are_listed() -> None:
-    cfg = {"huber_c": 0.0, "aux_rounds": 0, "reward_weight": -1.0, "sid_alpha": 1.2, "distance": "kl"}
+    cfg = {"huber_c": 0.0, "aux_rounds": 0, "reward_weight": -1.0, "sid_alpha": 1.2, "distance": "kl", "guidance": -1.0}
     problems = DiffInstructStar.check(cfg)
-    assert len(problems) == 4 and "'algorithm.sid_alpha' has an effect on 'algorithm.distance' = sid only" in problems
+    assert len(problems) == 5 and "'algorithm.sid_alpha' has an effect on 'algorithm.distance' = sid only" in problems

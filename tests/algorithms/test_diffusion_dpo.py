@@ -15,7 +15,7 @@ from diffalign.losses import PAIR_LOSSES
 from diffalign.noising import Noising
 from diffalign.reference import reference_for
 from diffalign.schedule import Prediction
-from diffalign.types import LatentBatch
+from diffalign.types import LatentBatch, Recent
 
 CPU = torch.device("cpu")
 
@@ -108,7 +108,7 @@ def test_metrics_by_noise_level_cover_every_sample_once(constant, noising_of, ba
 
 def test_impossible_settings_are_listed() -> None:
     def check(**changes):
-        cfg = {"beta": 5000.0, "loss": "dpo", "label_smoothing": 0.0, "offset_scale": 0.0} | changes
+        cfg = {"beta": 5000.0, "loss": "dpo", "label_smoothing": 0.0, "offset_scale": 0.0, "sft_weight": 0.1} | changes
         return DiffusionDPO.check(cfg, {"batch_size": changes.get("batch_size", 4)})
 
     assert check() == []
@@ -123,12 +123,23 @@ def test_impossible_settings_are_listed() -> None:
     assert check(loss="offset", offset_scale=1.0) == []
 
 
+STEADY = {"policy/accuracy": 0.001, "policy/winner_error_change": 0.0001}
+
+
 def test_description_and_verdict_are_plain(constant, noising_of) -> None:
     algorithm = DiffusionDPO(constant(0.0), constant(0.0), noising_of(), 16384, beta=5000.0)
     assert any("0.152588 sum form" in line for line in algorithm.describe())
     good = {"policy/accuracy": 0.7, "policy/winner_error_change": -0.001, "policy/reference_error": 0.1}
-    assert "ranks images as people did" in algorithm.verdict(good)
-    assert "destroys" in algorithm.verdict(good | {"policy/winner_error_change": 0.02})
+    assert "the policy ranks images as people did" in algorithm.verdict(Recent(good, STEADY, 400))
+    worse = Recent(good | {"policy/winner_error_change": 0.02}, STEADY, 400)
+    assert "destroys" in algorithm.verdict(worse)
+    assert "the policy does not rank" in algorithm.verdict(Recent(good | {"policy/accuracy": 0.3}, STEADY, 400))
+    known = (good, {**STEADY, "policy/accuracy": 0.2}, 400)
+    for few in (Recent(good, STEADY, 16), Recent(good, {}, 2), Recent(*known), Recent(good, {}, 0), Recent({}, {}, 9)):
+        said = algorithm.verdict(few)
+        assert ", the policy ranks" not in said and "does not rank" not in said and "destroys" not in said, said
+    assert "one step being too few" in algorithm.verdict(worse._replace(errors={}))
+    assert "destroys" not in algorithm.verdict(worse._replace(errors={"policy/winner_error_change": 0.01}))
 
 
 @pytest.mark.parametrize("rank", [0, 2])

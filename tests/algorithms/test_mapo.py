@@ -52,4 +52,4 @@ def test_no_reference_is_run(constant, noising_of, batch_of) -> None:
     algorithm = MaPO(policy, noising_of())
     algorithm.loss(batch_of([2] * 3))
     assert forwards == [1] and algorithm.reference is None
-    assert "must be positive" in MaPO.check({"scale": 0.0, "power": 1.0, "sharpness": 1.0, "weight": 0.1})[0]
+    assert "must be positive" in MaPO.check({"scale": 0.0, "power": 1.0}, {"draws_per_sample": None})[0]

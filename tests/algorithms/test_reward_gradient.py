@@ -193,7 +193,7 @@ def test_checkpointing_changes_no_gradient(backbone_of: Callable, rewards_of: Ca
 
 
 def test_impossible_settings_are_listed() -> None:
-    anchors = {"reference_weight": 0.0, "start_weight": 0.0}
+    anchors = {"reference_weight": 0.0, "start_weight": 0.0, "guidance_weight": 0.0}
     sampler = {"steps": 4, "timesteps": ()}
     assert "last_steps' = 5 must be in [1, 4]" in DRaFT.check({**anchors, "last_steps": 5}, sampler)[0]
     assert "first_step' = 4 must be in [0, 3]" in ReFL.check({**anchors, "first_step": 4}, sampler)[0]

@@ -67,7 +67,7 @@ def test_latents_have_the_scale_the_network_expects() -> None:
     latents = backbone.encode_pixels(pixels)
     expected = backbone.vae.encode(pixels * 2 - 1).latent_dist.mean * backbone.vae.config.scaling_factor
     assert torch.equal(latents, expected)
-    with pytest.raises(ValueError, match="not a multiple of 2"):
+    with pytest.raises(ValueError, match="not a multiple of 8"):
         backbone.latent_shape(33)
 
 
@@ -181,7 +181,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     ):
         load_backbone(CPU, path=str(tmp_path))
     fine = {"attention": "sdpa", "lora_rank": 0, "lora_alpha": None, "lora_targets": ("to_q",)}
-    fine["max_sequence_length"] = 512
+    fine |= {"max_sequence_length": 512, "guidance_embedding": 1.0}
     assert check_backbone(fine) == []
     assert "needs the xformers package" in check_backbone({**fine, "attention": "xformers"})[0]
     assert "lora_alpha" in check_backbone({**fine, "lora_alpha": 4.0})[0]

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffalign.draws import Draws
 
@@ -196,6 +197,91 @@ def test_lora_changes_the_images_and_is_told_by_its_weights(
     (lora / "pytorch_lora_weights.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 2
     assert "lora_weights = 'sha256" in capsys.readouterr().err
+
+
+def _adapted(pipeline: Path, **config: Any) -> Any:
+    """The pipeline's U-Net as a PeftModel whose LoRA does something."""
+    unet: Any = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
+    torch.manual_seed(0)
+    config = {"r": 2, "lora_alpha": 6, "target_modules": ["to_q", "to_v"], **config}
+    adapted = get_peft_model(unet, LoraConfig(init_lora_weights="gaussian", **config))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            torch.nn.init.normal_(parameter)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"use_rslora": True}, {"alpha_pattern": {"to_v": 1}, "rank_pattern": {"to_q": 3}}, {"use_dora": True}],
+    ids=["plain", "rslora", "patterns", "dora"],
+)
+def test_a_lora_as_peft_saves_it_is_loaded(model: Path, whole: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+    """The images are those of the network that peft itself has merged the adapter into."""
+    adapted = _adapted(model / "pipeline", **config)
+    adapted.save_pretrained(tmp_path / "lora")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
+    assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(tmp_path / "lora"))) == 0
+    merged = StableDiffusionPipeline.from_pretrained(model / "pipeline", safety_checker=None)
+    merged.unet = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    pipeline = ["--pipeline", str(tmp_path / "merged")]
+    assert generate.main([*_arguments(model, tmp_path / "expected"), *pipeline]) == 0
+    assert np.abs(_pixels(tmp_path / "out") - _pixels(tmp_path / "expected")).max() <= 1
+    assert (_pixels(tmp_path / "out") != _pixels(whole)).mean() > 0.1
+
+
+def _spoil(folder: Path, kind: str) -> str:
+    """Turn a folder with peft's files into one that does nothing to the model; returns what should be said of it."""
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    if kind == "other names":
+        save_file({f"base_model.model.other.{k}": v for k, v in state.items()}, file)
+        return "no layer of the model took a weight"
+    if kind == "diffusers, other names":
+        file.unlink()
+        names = {k.replace("base_model.model", "nowhere"): v for k, v in state.items()}
+        save_file(names, folder / "pytorch_lora_weights.safetensors")
+        return "no layer of the model took a weight"
+    if kind == "other shapes":
+        save_file({k: torch.cat([v, v], dim=1 if "lora_A" in k else 0) for k, v in state.items()}, file)
+        return "does not fit this model"
+    if kind == "nothing learned":
+        save_file({k: v * ("lora_A" in k) for k, v in state.items()}, file)
+        return "changes nothing"
+    if kind == "alpha 0":
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 0}))
+        return "changes nothing"
+    if kind == "no config":
+        (folder / "adapter_config.json").unlink()
+        return "adapter_config.json"
+    if kind == "two files":
+        file.rename(folder / "a.safetensors")
+        save_file(state, folder / "b.safetensors")
+        return "name the file to load"
+    if kind == "damaged":
+        file.write_bytes(file.read_bytes()[:100])
+        return "no readable safetensors file"
+    file.unlink()
+    return "holds no LoRA"
+
+
+SPOILT = ["other names", "diffusers, other names", "other shapes", "nothing learned", "alpha 0", "no config"]
+
+
+@pytest.mark.parametrize("kind", [*SPOILT, "two files", "damaged", "no weights"])
+def test_a_lora_that_changes_nothing_never_passes_for_one(
+    model: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = tmp_path / "lora"
+    _adapted(model / "pipeline").save_pretrained(lora)
+    said = _spoil(lora, kind)
+    zero = said == "changes nothing"  # what a run with lr 0 leaves, a control
+    assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == (0 if zero else 2)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
+    assert len(lines) == 1 and said in lines[0] and f"'--lora {lora}'" in lines[0], lines
+    assert (tmp_path / "out").exists() == zero
 
 
 def test_resuming_with_other_settings_names_the_setting(

@@ -92,3 +92,20 @@ def test_folders_that_do_not_match_are_an_error_and_not_a_result(
     assert "no scorer 'no_such'" in printed.err and not printed.out, "nothing is scored before all names are known"
     assert report.main(["--base", "x", "--aligned", "y", "--win-rate", str(out), "--out", str(tmp_path / "r")]) == 2
     assert "win_rate.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("same", [0, 2, 3])
+def test_equal_images_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], same: int) -> None:
+    """A LoRA that was not loaded draws the base's images: .500 alone would look like a result."""
+    backgrounds = ("black", "white", "pink")
+    other = tuple(b if i < same else "white" if b != "white" else "pink" for i, b in enumerate(backgrounds))
+    folders = (_folder(tmp_path / "base", backgrounds), _folder(tmp_path / "aligned", other))
+    out = tmp_path / "win_rate.json"
+    assert win_rate.main([*map(str, folders), "--scorer", JUDGE, "--out", str(out), "--device", "cpu"]) == 0
+    said = capsys.readouterr().err
+    assert json.loads(out.read_text())["equal_images"] == same
+    assert ("2 of 3 pairs are the same image twice" in said) == (same == 2)
+    assert ("all 3 pairs are the same image twice" in said) == (same == 3)
+    assert ("same image twice" in said) == (same > 0)
+    assert win_rate.main([str(folders[0])] * 2 + ["--scorer", JUDGE, "--out", str(out), "--device", "cpu"]) == 0
+    assert "same image twice" not in capsys.readouterr().err, "a folder against itself is meant to be"

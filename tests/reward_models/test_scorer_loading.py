@@ -77,7 +77,7 @@ def test_settings_get_the_types_of_the_constructor() -> None:
         ("loading_scorers:Net,n=1", "no setting 'n'; this scorer takes none"),
         ("loading_scorers:Plian", "'loading_scorers' has no Plian, did you mean 'Plain'?"),
         ("loading_scorers:Half", "'loading_scorers:Half' is no scorer: it has no attribute differentiable, score"),
-        ("no_such_module:Scorer", "no module 'no_such_module'; is its folder on PYTHONPATH?"),
+        ("no_such_module:Scorer", "no module 'no_such_module'; expected no_such_module.py in this folder"),
     ],
 )
 def test_mistakes_name_what_is_known(spec: str, message: str) -> None:

@@ -1,0 +1,111 @@
+"""A LoRA file in the layout of diffusers, kohya or peft, into a stock pipeline; one that changes nothing is told."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names under which diffusers and peft write a LoRA."""
+PEFT = "base_model.model."
+"""What peft's own `save_pretrained` puts before the name of every layer."""
+
+
+def load_lora(pipe: Any, path: Path) -> None:
+    """Load the LoRA of a file or folder into the pipeline, and make sure that it changes the model.
+
+    Raises FileNotFoundError where there are no weights, ValueError where no layer takes one or where they do not fit.
+    Where all that is taken is 0, it says so on stderr.
+    """
+    file = lora_file(path)
+    try:
+        with safe_open(file, "pt") as opened:
+            keys = list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"'--lora {path}' is no readable safetensors file: {error}") from error
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it would say is said below
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if all(key.startswith(PEFT) for key in keys):
+                _load_peft(pipe, file)
+            else:
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
+        raise ValueError(f"'--lora {path}' does not fit this model: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+    _check(pipe, path, keys)
+
+
+def lora_file(path: Path) -> Path:
+    """The one file of weights. Raises FileNotFoundError where there is none, ValueError where there are several."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise FileNotFoundError(f"'--lora {path}' does not exist")
+    found = sorted(path.glob("*.safetensors"))
+    found = next(([path / name] for name in USUAL if (path / name).exists()), found)
+    if not found:
+        raise FileNotFoundError(f"'--lora {path}' holds no LoRA: there is no .safetensors file in it")
+    if len(found) > 1:
+        raise ValueError(f"'--lora {path}' holds {', '.join(x.name for x in found[:4])}; name the file to load")
+    return found[0]
+
+
+def _parts(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _load_peft(pipe: Any, file: Path) -> None:
+    """What peft's `save_pretrained` wrote, into the network or the text encoder whose layers it names."""
+    settings = file.with_name("adapter_config.json")
+    if not settings.exists():
+        raise ValueError(f"it has peft's layout, and '{settings.name}' with its rank and alpha is not beside it")
+    state = {key.removeprefix(PEFT): value for key, value in load_file(file).items()}
+    layers = {key.split(".lora_")[0] for key in state}
+    fit = {name: len(layers & {n for n, _ in part.named_modules()}) for name, part in _parts(pipe).items()}
+    name = max(fit, key=lambda part: fit[part])
+    if not fit[name]:
+        return
+    if fit[name] < len(layers):
+        raise ValueError(f"{len(layers) - fit[name]} of the {len(layers)} layers it changes are not in the {name}")
+    known = LoraConfig.__dataclass_fields__  # a newer peft writes keys that this one does not know
+    config = LoraConfig(**{k: v for k, v in json.loads(settings.read_text()).items() if k in known})
+    part: Any = _parts(pipe)[name]
+    part.add_adapter(config)
+    if left := set_peft_model_state_dict(part, state).unexpected_keys:
+        raise ValueError(f"the {name} has no place for {', '.join(left[:3])}")
+
+
+def _check(pipe: Any, path: Path, keys: list[str]) -> None:
+    """Raise ValueError unless some layer took weights. Say on stderr when they change nothing (a run with lr 0 leaves
+    such a LoRA), and when some have found no layer."""
+    layers = [m for part in _parts(pipe).values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
+    if not layers:
+        raise ValueError(f"no layer of the model took a weight of '--lora {path}'")
+    deltas = (layer.get_delta_weight(name) for layer in layers for name in layer.active_adapters)  # type: ignore[operator]
+    if not any(bool(delta.any()) for delta in deltas):
+        print(
+            f"generate: '--lora {path}' changes nothing, for in all {len(layers)} layers its product is 0: these are "
+            "the images of the model without it",
+            file=sys.stderr,
+        )
+    given = sum(any(word in key for word in ("lora_A.", "lora_down.", ".down.weight")) for key in keys)
+    if len(layers) < given:
+        print(
+            f"generate: {given - len(layers)} of the {given} layers of '--lora {path}' are not in this model",
+            file=sys.stderr,
+        )

@@ -1,0 +1,192 @@
+"""Settings known to be wrong: every section of every recipe has a check, and all are reported before anything loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import runpy
+import subprocess
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffalign import config
+from reward_models.vlm_users import Pooling
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(p.stem for p in (ROOT / "train").glob("*.py"))
+MAY_BE_NEGATIVE = ("seed", "ceiling", "mean")
+"""Seeds, a reward, and the mean of a distribution."""
+
+
+@pytest.fixture(scope="module")
+def sections() -> Callable[[str], dict[str, Any]]:
+    """recipe -> what its sections configure."""
+
+    def of(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+
+        def parse(argv: object, recipe: str, **sections: Any) -> None:
+            found.update(sections)
+            raise InterruptedError
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
+            patch.setattr(config, "parse", parse)
+            runpy.run_path(str(ROOT / "train" / f"{name}.py"))["main"]([])
+        return found
+
+    return of
+
+
+def problems(recipe: str, sections: dict[str, Any], *overrides: str) -> list[str]:
+    content = config.read("playground", ROOT / "configs" / recipe)
+    try:
+        config.resolve(content, ["run.folder=runs/x", *overrides], sections)
+    except config.ConfigError as error:
+        return str(error).splitlines()[1:]
+    return []
+
+
+def keys(factory: Any, kind: type) -> list[str]:
+    """The keys of a section that take one number of this type."""
+    found = {key: hint for key, (hint, _) in config.parameters(factory).items() if typing.get_origin(hint) is not tuple}
+    return [key for key, hint in found.items() if kind in (typing.get_args(hint) or (hint,))]
+
+
+def numbers(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is float
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_number_of_every_section_is_checked(recipe: str, sections: Callable, tmp_path: Path) -> None:
+    """Below its least value and not finite: every key is named, all of them in one message."""
+    mine = sections(recipe)
+    assert [name for name, factory in mine.items() if not hasattr(factory, "check")] == []
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "a.png", "rejected": "b.png"}\n')
+    (tmp_path / "users.safetensors").write_text("")
+    given = [] if "data" not in mine else [f"data.path={tmp_path / 'x.jsonl'}"]
+    given += [f"users.path={tmp_path / 'users.safetensors'}"] if "users" in mine else []
+    if recipe == "pso_customize":
+        (tmp_path / "x.png").write_bytes(b"")
+        (tmp_path / "prompt.txt").write_text("a dog")
+        given = [f"data.path={tmp_path}"]
+    assert problems(recipe, mine, *given) == []
+    wrong: list[str] = []
+    for name, factory in mine.items():
+        lists = [k for k, (hint, _) in config.parameters(factory).items() if numbers(hint)]
+        wrong += [f"{name}.{key}=-3" for key in keys(factory, int) + keys(factory, float) if key not in MAY_BE_NEGATIVE]
+        for bad in (".nan", ".inf", "-.inf"):
+            said = problems(recipe, mine, *given, *(f"{name}.{k}={bad}" for k in keys(factory, float)))
+            assert not (left := [k for k in keys(factory, float) if not any(f"'{name}.{k}'" in x for x in said)]), left
+        said = problems(recipe, mine, *given, *(f"{name}.{k}=[.5,.nan]" for k in lists))
+        assert not (left := [k for k in lists if not any(f"'{name}.{k}'" in x for x in said)]), left
+    said = problems(recipe, mine, *given, *wrong)
+    assert not (left := [x for x in wrong if not any(f"'{x.split('=')[0]}'" in line for line in said)]), left
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.steps=0",
+        "trainer.grad_accum=0",
+        "trainer.max_grad_norm=0",
+        "hooks.keep_checkpoints=0",
+        "hooks.ema_decay=1.5",
+        "hooks.ema_decay=1",
+        "hooks.sample_steps=0",
+        "optimizer.lr=-1",
+        "optimizer.eps=0",
+        "optimizer.betas=[0.9]",
+        "optimizer.betas=[0.9,1.0]",
+        "optimizer.betas=[0.9,0.99,0.999]",
+        "optimizer.lr_cosine_steps=0",
+        "run.log_every=0",
+        "run.folder=''",
+        "backbone.lora_alpha=0",
+        "algorithm.beta=0",
+    ],
+)
+def test_what_else_is_known_to_be_wrong(override: str, sections: Callable) -> None:
+    said = problems("diffusion_dpo", sections("diffusion_dpo"), override)
+    assert len(said) == 1 and f"'{override.split('=')[0]}'" in said[0], said
+
+
+def test_the_second_optimizer_is_called_by_its_name(sections: Callable) -> None:
+    said = problems("diff_instruct_star", sections("diff_instruct_star"), "aux_optimizer.lr=-1", "teacher.lora_rank=-1")
+    assert len(said) == 2 and "'teacher.lora_rank'" in said[0] and "'aux_optimizer.lr'" in said[1]
+
+
+def test_methods_without_a_reference_remember_none(sections: Callable) -> None:
+    for recipe in ("sft", "mapo"):
+        said = problems(recipe, sections(recipe), "data.draws_per_sample=2")
+        assert len(said) == 1 and "this method has none" in said[0]
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_stops_the_run(
+    tracker: str, sections: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate would train on untracked."""
+    there = importlib.util.find_spec
+
+    def find(name: str) -> Any:
+        return None if name.lower().startswith(tracker) else there(name)
+
+    monkeypatch.setattr("diffalign.run.find_spec", find)
+    said = problems("diffusion_dpo", sections("diffusion_dpo"), f"run.tracker={tracker}")
+    assert said == [f"  - 'run.tracker' = {tracker} needs a package that is missing: pip install {tracker}"]
+
+
+def test_a_check_that_cannot_read_a_file_is_one_more_problem() -> None:
+    def section(*, path: str) -> None: ...
+
+    def check(cfg: dict[str, Any]) -> list[str]:
+        raise PermissionError(13, "Permission denied", cfg["path"])
+
+    section.check = check  # type: ignore[attr-defined]
+    with pytest.raises(config.ConfigError, match=r"section 'it': .*Permission denied: 'secret'"):
+        config.resolve({}, ["it.path=secret"], {"it": section})
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections: Callable) -> None:
+    """Read from sources alone; where a default has a name, by its value."""
+    shown = config.command_line(ROOT / "train" / f"{recipe}.py").format_help()
+    for name, factory in sections(recipe).items():
+        for key, (hint, default) in config.parameters(factory).items():
+            value = "required" if default is inspect.Parameter.empty else f"default {default}"
+            assert re.search(
+                rf"^  {name}\.{key}: {re.escape(config._words(hint))} \({re.escape(value)}\)  \S", shown, re.M
+            ), key
+
+
+SEEN = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+except SystemExit as ended:
+    assert not ended.code
+print(*sys.modules)
+"""
+
+
+def test_help_comes_at_once() -> None:
+    """Without torch, diffusers and the rest, which take seconds to import: no command's help needs them."""
+    cli = str(ROOT / "diffalign" / "cli.py")
+    calls = [[cli, "train", "pso", "--help"], [cli, "train", "hps", "--help"], [cli, "--help"]]
+    calls += [[str(file), "--help"] for file in sorted((ROOT / "eval").glob("*.py"))]
+    for words in calls:
+        done = subprocess.run([sys.executable, "-c", SEEN, *words], capture_output=True, text=True, check=True)
+        assert "--help" in done.stdout and ("data.path: str" in done.stdout) == ("train" in words)
+        found = {"torch", "diffusers", "transformers", "open_clip"} & {*done.stdout.splitlines()[-1].split()}
+        assert not found, words
+
+
+def test_choices_of_the_command_are_those_of_the_encoder() -> None:
+    user = runpy.run_path(str(ROOT / "eval" / "user.py"))
+    assert user["POOLINGS"] == typing.get_args(Pooling)

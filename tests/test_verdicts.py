@@ -1,0 +1,75 @@
+"""The line at the end of a run and the numbers beside its progress bar: no more than the last steps can say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from diffalign.algorithms.diff_instruct_star import DiffInstructStar
+from diffalign.algorithms.diffusion_dpo import DiffusionDPO
+from diffalign.algorithms.draft import DRaFT
+from diffalign.algorithms.inpo import InPO
+from diffalign.algorithms.kto import KTO
+from diffalign.algorithms.mapo import MaPO
+from diffalign.algorithms.personal_reward import PersonalReward
+from diffalign.algorithms.ppd import PPD
+from diffalign.algorithms.pso import PSO, PSOCustomization
+from diffalign.algorithms.r0 import R0
+from diffalign.algorithms.rank_dpo import RankDPO
+from diffalign.algorithms.refl import ReFL
+from diffalign.algorithms.reward_training import RewardTraining
+from diffalign.algorithms.sft import SFT
+from diffalign.types import Recent
+
+RANKING = (DiffusionDPO, InPO, KTO, PPD, PSO, PSOCustomization, RankDPO)
+OTHERS = (DiffInstructStar, DRaFT, MaPO, PersonalReward, R0, ReFL, RewardTraining, SFT)
+SHORT = ["hooks.checkpoint_every=0", "hooks.sample_every=0", "hooks.verify_export=false", "run.log_every=1"]
+
+
+class Constant:
+    """Likes everything the same."""
+
+    differentiable, unit = True, "raw"
+
+    def score(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        return 0 * images.mean((1, 2, 3)) + 0.5
+
+
+@pytest.mark.parametrize("kind", [*RANKING, *OTHERS], ids=lambda kind: kind.__name__)
+def test_nothing_is_claimed_that_was_not_seen(kind: Any) -> None:
+    """Without any metric at all, as after steps of ties, and for each alone: a line, and no claim."""
+    it: Any = SimpleNamespace(aspects=("overall",))
+    names = ("policy/reward", "policy/accuracy", "policy/winner_error_change", "policy/reference_error")
+    for recent in (
+        Recent({}, {}, 8),
+        *(Recent({name: 0.8}, {}, 8) for name in names),
+        Recent(dict.fromkeys(names, 0.6), {}, 8),
+    ):
+        said = kind.verdict(it, recent)
+        assert "\n" not in said and ", the policy ranks" not in said and "destroys" not in said
+    many = Recent({"policy/accuracy": 0.6, "policy/reward": 1.0}, {"policy/accuracy": 0.01}, 1000)
+    assert (", the policy ranks images as " in kind.verdict(it, many)) == (kind in RANKING)
+
+
+def test_three_steps_are_too_few(tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: Any) -> None:
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "data.batch_size=4", "trainer.steps=3"]
+    recipe("diffusion_dpo", "--config=playground", *settings, *SHORT, "data.draws_per_sample=null")
+    said = capsys.readouterr()
+    assert "too few to say whether the policy ranks images as people did" in said.out
+    assert "one step being too few to say that it moved" in said.out
+    assert re.search(r"train: 100%.*loss 0\.\d+, accuracy [\d.]+", said.err), "the bar shows loss and accuracy"
+
+
+def test_a_scorer_that_likes_everything_the_same(tmp_path: Path, recipe: Callable, capsys: Any) -> None:
+    """All pairs are ties. The run ends as others do, and says that it learned nothing."""
+    settings = [f"run.folder={tmp_path / 'run'}", f"reward.scorers=['{__name__}:Constant']", "monitor.prompts=null"]
+    recipe("pso", "--config=playground", *settings, *SHORT, "trainer.steps=2", "data.batch_size=2")
+    said = capsys.readouterr()
+    assert "no preference of the last steps could be told apart" in said.out and (tmp_path / "run" / "export").exists()
+    assert re.search(r"train: 100%.*loss .*reward 0\.5", said.err)
