@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from diffalign.types import Key, Metrics, Recent
 
 
+def check_inner_gradients(**sections: Mapping[str, Any]) -> list[str]:
+    """Where these sections ask for float16 although the method takes gradients inside its loss, one line each."""
+    return [
+        f"'{name}.{key}' = fp16: this method takes gradients inside its loss, which vanish in float16; use bf16"
+        for name, cfg in sections.items()
+        for key in ("mixed_precision", "dtype")
+        if cfg.get(key) == "fp16"
+    ]
+
+
 class Turn(NamedTuple):
     """One optimizer step: whose, and the loss of a micro-batch -> (scalar, detached values to log)."""
 

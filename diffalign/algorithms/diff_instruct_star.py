@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.algorithms.base import Algorithm, Turn, check_inner_gradients
 from diffalign.backbones.scores import Scores
 from diffalign.divergence import Distance, Point, gradient, guidance_scale_of
 from diffalign.lora import Adapter
@@ -88,9 +88,10 @@ class DiffInstructStar(Algorithm):
         self.guidance, self.inner = guidance, guidance_place == "inner"
 
     @staticmethod
-    def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section, one line each."""
+    def check(cfg: dict[str, Any], backbone: dict[str, Any], teacher: dict[str, Any], run: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with these other sections, one line each."""
         problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("huber_c", "aux_rounds") if cfg[k] <= 0]
+        problems += check_inner_gradients(backbone=backbone, teacher=teacher, run=run)
         names = ("reward_weight", "guidance")
         problems += [f"'algorithm.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]
         if cfg["sid_alpha"] != 1 and cfg["distance"] != "sid":

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
 from diffalign.reference import AdapterOffReference, FrozenReference
 from diffalign.rewards import Rewards
@@ -45,10 +46,16 @@ class DRaFT(RewardGradient):
         self.graded = range(len(sampler) - last_steps, len(sampler))
 
     @staticmethod
-    def check(cfg: dict[str, Any], sampler: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with this `sampler` section, one line each."""
+    def check(
+        cfg: dict[str, Any],
+        sampler: dict[str, Any],
+        backbone: dict[str, Any],
+        reward: dict[str, Any],
+        run: dict[str, Any],
+    ) -> list[str]:
+        """What cannot work in an `algorithm` section with these other sections, one line each."""
         count = len(sampler["timesteps"]) or sampler["steps"]
-        problems = check_anchors(cfg)
+        problems = check_anchors(cfg) + check_inner_gradients(backbone=backbone, reward=reward, run=run)
         if not 1 <= cfg["last_steps"] <= count:
             problems.append(
                 f"'algorithm.last_steps' = {cfg['last_steps']} must be in [1, {count}], the sampler's steps"

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
 from diffalign.noising import Noising
 from diffalign.reference import AdapterOffReference, FrozenReference
@@ -56,9 +57,9 @@ class R0(RewardGradient):
         self.guidance_weight, self.unit_gradients = guidance_weight, unit_gradients
 
     @staticmethod
-    def check(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with this `backbone` section, one line each."""
-        problems = check_anchors(cfg)
+    def check(cfg: dict[str, Any], backbone: dict[str, Any], reward: dict[str, Any], run: dict[str, Any]) -> list[str]:
+        """What cannot work in an `algorithm` section with these other sections, one line each."""
+        problems = check_anchors(cfg) + check_inner_gradients(backbone=backbone, reward=reward, run=run)
         if cfg["guidance_weight"] < 0:
             problems.append(f"'algorithm.guidance_weight' = {cfg['guidance_weight']} must be 0 or more")
         if not cfg["reference_weight"] and not cfg["start_weight"] and not backbone["lora_rank"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
 from diffalign.reference import AdapterOffReference, FrozenReference
 from diffalign.rewards import Ascent, Rewards
@@ -48,10 +49,16 @@ class ReFL(RewardGradient):
         self.first_step, self.ceiling = first_step, ceiling
 
     @staticmethod
-    def check(cfg: dict[str, Any], sampler: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with this `sampler` section, one line each."""
+    def check(
+        cfg: dict[str, Any],
+        sampler: dict[str, Any],
+        backbone: dict[str, Any],
+        reward: dict[str, Any],
+        run: dict[str, Any],
+    ) -> list[str]:
+        """What cannot work in an `algorithm` section with these other sections, one line each."""
         count = len(sampler["timesteps"]) or sampler["steps"]
-        problems = check_anchors(cfg)
+        problems = check_anchors(cfg) + check_inner_gradients(backbone=backbone, reward=reward, run=run)
         if not 0 <= cfg["first_step"] < count:
             problems.append(f"'algorithm.first_step' = {cfg['first_step']} must be in [0, {count - 1}]")
         return problems

@@ -195,10 +195,13 @@ def test_checkpointing_changes_no_gradient(backbone_of: Callable, rewards_of: Ca
 def test_impossible_settings_are_listed() -> None:
     anchors = {"reference_weight": 0.0, "start_weight": 0.0, "guidance_weight": 0.0}
     sampler = {"steps": 4, "timesteps": ()}
-    assert "last_steps' = 5 must be in [1, 4]" in DRaFT.check({**anchors, "last_steps": 5}, sampler)[0]
-    assert "first_step' = 4 must be in [0, 3]" in ReFL.check({**anchors, "first_step": 4}, sampler)[0]
-    assert "R0 collapses without an anchor" in R0.check(anchors, {"lora_rank": 0})[0]
-    assert not R0.check(anchors, {"lora_rank": 4})
-    assert "'algorithm.start_weight' = -1 must be 0 or more" in R0.check(
-        {**anchors, "start_weight": -1}, {"lora_rank": 4}
-    )
+    lora, reward, run = {"lora_rank": 4, "dtype": "bf16"}, {"dtype": "fp32"}, {"mixed_precision": None}
+    rest = (lora, reward, run)
+    assert "last_steps' = 5 must be in [1, 4]" in DRaFT.check({**anchors, "last_steps": 5}, sampler, *rest)[0]
+    assert "first_step' = 4 must be in [0, 3]" in ReFL.check({**anchors, "first_step": 4}, sampler, *rest)[0]
+    assert "R0 collapses without an anchor" in R0.check(anchors, {**lora, "lora_rank": 0}, reward, run)[0]
+    assert not R0.check(anchors, *rest)
+    assert "'algorithm.start_weight' = -1 must be 0 or more" in R0.check({**anchors, "start_weight": -1}, *rest)[0]
+    for sections in (({**lora, "dtype": "fp16"}, reward, run), (lora, {"dtype": "fp16"}, run)):
+        assert "= fp16: this method takes gradients inside its loss" in R0.check(anchors, *sections)[0]
+    assert "'run.mixed_precision' = fp16" in R0.check(anchors, lora, reward, {"mixed_precision": "fp16"})[0]
