@@ -85,14 +85,14 @@ def scores_of(name: str, scorer: Scorer, images: Tensor, prompts: Sequence[str])
 
 
 def checked(name: str, scores: Any, count: int) -> Tensor:
-    """The answer of a scorer to `count` images, as float32 [count]. Raises ValueError for anything else."""
+    """The answer of a scorer to `count` images, float32 (or float64) [count]. Raises ValueError for anything else."""
     expected = f"scorer '{name}' must return float32 [{count}] for {count} images; got"
     if not isinstance(scores, Tensor):
         shape = getattr(scores, "shape", None)
         raise ValueError(f"{expected} {type(scores).__name__}{'' if shape is None else f' {tuple(shape)}'}")
     if scores.shape != (count,) or not scores.is_floating_point():
         raise ValueError(f"{expected} {str(scores.dtype).removeprefix('torch.')} {tuple(scores.shape)}")
-    return scores.float()
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def device_of(scorer: Scorer) -> torch.device:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pretend
 import pytest
 import torch
 from torchvision.utils import save_image
@@ -20,6 +21,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already; those they start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+if pretend.AVAILABLE and not torch.cuda.is_available():
+    pretend.register()  # now, since autograd starts a thread for each device at the first backward pass of a process
 ROOT = Path(__file__).parent.parent
 
 

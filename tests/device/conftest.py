@@ -1,4 +1,5 @@
-"""Tests of this folder run on the accelerator that DIFFALIGN_TEST_DEVICE names: `pretend`, when left out, or `cuda`."""
+"""Tests of this folder run on the accelerator that DIFFALIGN_TEST_DEVICE names; when left out on a GPU, else on the
+pretend one."""
 
 from __future__ import annotations
 
@@ -14,16 +15,14 @@ from accelerate.state import AcceleratorState
 
 from diffalign.run import Run
 
-NAME = os.environ.get("DIFFALIGN_TEST_DEVICE", pretend.NAME)
+NAME = os.environ.get("DIFFALIGN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else pretend.NAME)
 
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Accelerate trains on this device while the test runs."""
-    if NAME == pretend.NAME:
-        if not pretend.AVAILABLE:
-            pytest.skip("this torch cannot register a device whose kernels are Python")
-        pretend.register()
+    if NAME == pretend.NAME and not pretend.AVAILABLE:
+        pytest.skip("this torch cannot register a device whose kernels are Python")
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
     AcceleratorState._reset_state(reset_partial_state=True)
     yield torch.device(NAME, 0)

