@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from diffalign import launch
 from reward_models.files import read_json, write_whole
 
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 2.0 --size 32 --batch-size 64"
@@ -22,7 +21,7 @@ diffalign eval generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPL
 # Simulated people choose. They like vivid colours and objects in their place, and they err.
 diffalign playground label OUT/images --out OUT/pairs.jsonl
 # Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.
-accelerate launch --config_file CONFIGS/accelerate/cpu.yaml TRAIN/diffusion_dpo.py --config playground \
+diffalign train --num-processes 1 diffusion_dpo --config playground \
     run.folder=OUT/run data.path=OUT/pairs.jsonl data.cache=OUT/cache trainer.steps=100
 # Captions whose combination of colour, shape and background the model has never seen.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
@@ -36,8 +35,7 @@ diffalign eval win_rate OUT/base OUT/aligned --scorer diffalign.playground:Judge
 # A report that opens from disk.
 diffalign eval report --base OUT/base --aligned OUT/aligned --win-rate OUT/win_rate.json --run OUT/run --out OUT/report
 """
-"""What the demo runs; OUT, CONFIGS and TRAIN stand for folders."""
-PROGRAMS = {"diffalign": "diffalign.cli", "accelerate": "accelerate.commands.accelerate_cli"}
+"""What the demo runs, on a GPU where there is one; OUT stands for its folder."""
 
 
 def demo(out: Path) -> int:
@@ -49,27 +47,20 @@ def demo(out: Path) -> int:
     if (out / "run" / "config.yaml").exists():
         raise FileExistsError(f"'{out}' already holds a demo; choose another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    folders = {"OUT/": out, "CONFIGS/": launch.ROOT / "configs", "TRAIN/": launch.ROOT / "train"}
     # Offline, and without the libraries' progress bars for a dozen tiny files; ours stay.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for line in STORY.strip().splitlines():
         if line.startswith("#"):
             print(f"\n{line}", flush=True)
             continue
-        words = [_placed(word, folders) for word in line.split()]
+        words = [word.replace("OUT/", f"{out}{os.sep}") for word in line.split()]
         print(f"$ {shlex.join(words)}", flush=True)
-        command = [sys.executable, "-m", PROGRAMS[words[0]], *words[1:]]
+        command = [sys.executable, "-m", "diffalign", *words[1:]]
         code = subprocess.run(command, check=False, env=environment).returncode
         if code:
             print(f"diffalign demo: this command failed with exit code {code}", file=sys.stderr)
             return code
     return _summary(out, time.time() - started)
-
-
-def _placed(word: str, folders: dict[str, Path]) -> str:
-    for name, folder in folders.items():
-        word = word.replace(name, f"{folder}{os.sep}")
-    return word
 
 
 def _summary(out: Path, seconds: float) -> int:
