@@ -132,6 +132,9 @@ def written(job: Job, out: Path) -> dict[str, str]:
         if name.endswith("metrics.jsonl"):
             rows = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]).encode()
+        if name.endswith(".safetensors"):  # which writes its metadata in an order that changes
+            end = 8 + int.from_bytes(data[:8], "little")
+            data = json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
         kept = name.startswith(("export/", "samples/", "images/", f"checkpoints/step-{STEPS.get(job.name, 0):06d}"))
         same = ("random_states", "checksums", "settings.json")  # pickled objects; digests of those; paths
         if (kept or name in ("metrics.jsonl", "scores.csv", "dropped.jsonl")) and not any(x in name for x in same):
