@@ -170,7 +170,7 @@ def trial(job: Job, signum: int, out: Path, seconds: float, moments: random.Rand
     row["seconds to end"] = round(time.perf_counter() - sent, 2)
     row["steps before"], kept = len([s for s in steps_of(here) if s]), cached(job, here)
     row["ended as asked"] = code in ((-signum, 128 + signum) if signum != signal.SIGKILL else (-signum,))
-    if code == 128 + signum and job.name in STEPS:
+    if code == 128 + signum and job.name in STEPS and row["steps before"]:
         newest = max((here / "checkpoints").glob("step-*/state.json")).parent.name
         row["ended as asked"] &= newest == f"step-{row['steps before']:06d}"
     row["went on"] = wait(start(job, here, job.again)) == 0
