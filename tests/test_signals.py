@@ -211,7 +211,8 @@ def test_a_killed_command_line_leaves_no_run_behind(tmp_path: Path, recipe: Call
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = tmp_path / "parts/metrics.jsonl"
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
-        until(lambda: log.exists() and log.read_text().count("\n") > 2, 120)
+        until(lambda: run.poll() is not None or (log.exists() and log.read_text().count("\n") > 2), 120)
+        assert run.poll() is None, run.communicate()[1]
         second = [*settings(tmp_path / "parts", *OFFLINE), "run.resume=true"]
         with pytest.raises(FileExistsError, match=r"another run is in '.*parts' now \(process \d+ on .*\); wait"):
             recipe("diffusion_dpo", *second)
