@@ -113,9 +113,11 @@ def start(job: Job, out: Path, more: Sequence[str] = ()) -> int:
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it must not lead back into the parent's work
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def wait(child: int) -> int:
@@ -161,11 +163,12 @@ def trial(job: Job, signum: int, out: Path, seconds: float, moments: random.Rand
         moment = moments.uniform(0, seconds)
         child = start(job, here)
         time.sleep(moment)
-        if os.waitpid(child, os.WNOHANG)[0] == 0:
+        if os.waitpid(child, os.WNOHANG)[0]:
+            continue
+        os.kill(child, signum)
+        sent = time.perf_counter()
+        if code := wait(child):  # else all was done
             break
-    os.kill(child, signum)
-    sent = time.perf_counter()
-    code = wait(child)
     row = {"job": job.name, "signal": signal.Signals(signum).name, "moment": round(moment, 2), "exit": code}
     row["seconds to end"] = round(time.perf_counter() - sent, 2)
     row["steps before"], kept = len([s for s in steps_of(here) if s]), cached(job, here)
