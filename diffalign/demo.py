@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,7 +55,7 @@ def demo(out: Path) -> int:
         words = [word.replace("OUT/", f"{out}{os.sep}") for word in line.split()]
         print(f"$ {shlex.join(words)}", flush=True)
         command = [sys.executable, "-m", "diffalign", *words[1:]]
-        code = subprocess.run(command, check=False, env=environment).returncode
+        code = launch.call(command, environment)
         if code:
             print(f"diffalign demo: this command failed with exit code {code}", file=sys.stderr)
             return code

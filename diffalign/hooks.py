@@ -10,13 +10,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffalign.algorithms.base import Algorithm
 from diffalign.backbones import Backbone
+from diffalign.checkpoint_files import check_checksums, load_trained, save_trained, write_checksums
 from diffalign.config import too_small
 from diffalign.ema import Ema
 from diffalign.export import export, verify
@@ -139,14 +139,15 @@ class Checkpoint(_Hook):
     """Saves what resume needs, every so many steps (0 for never) and at the last one, and loads it.
 
     A checkpoint is written beside its final place and renamed when complete, so the newest one is always whole.
-    Only weights that train are in it. parts: whose state it holds besides, by name.
+    Only weights that train are in it. parts: whose state it holds besides, by name. The digests of its files are in it,
+    and what a disk has damaged is refused.
     """
 
     def __init__(self, run: Run, ema: Ema | None, every: int, keep: int, parts: Mapping[str, Stateful] | None = None):
         self.run, self.ema, self.every, self.keep, self.parts = run, ema, every, keep, parts or {}
         self.folder = run.folder / "checkpoints"
-        run.accelerator.register_save_state_pre_hook(_save_trained)
-        run.accelerator.register_load_state_pre_hook(_load_trained)
+        run.accelerator.register_save_state_pre_hook(save_trained)
+        run.accelerator.register_load_state_pre_hook(load_trained)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -154,12 +155,17 @@ class Checkpoint(_Hook):
 
     def restore(self, trainer: Trainer) -> None:
         """Go on from the newest checkpoint of a run that resumes. Raises ValueError where that cannot be done."""
+        if self.run.main:
+            for unfinished in self.folder.glob("step-*.tmp"):  # of a kill while it was written
+                shutil.rmtree(unfinished)
         found = self.complete() if self.run.resume else []
         if not found:
             self.run.rewind(-1)  # nothing that was logged, not even before the first step
             return
         path = found[-1]
         try:
+            if self.run.main:
+                check_checksums(path)
             self.run.accelerator.load_state(str(path))
             state = json.loads((path / "state.json").read_text())
             if self.ema:
@@ -168,9 +174,8 @@ class Checkpoint(_Hook):
                 part.load(load_file(path / f"{name}.safetensors"))
             trainer.step, used, turn = state["step"], state["micro_batches"], state["micro_batches_a_turn"]
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            raise ValueError(
-                f"checkpoint '{path}' cannot be read ({error}); delete that folder to resume from the one before"
-            ) from error
+            cure = f"to resume from '{found[-2].name}', the one before" if found[1:] else "and begin again at step 0"
+            raise ValueError(f"checkpoint '{path}' cannot be read ({error}); delete that folder {cure}") from error
         trainer.micro = self._position(trainer, used, turn)
         self.run.rewind(trainer.step)
         self.run.print(f"resumed from '{path}'")
@@ -191,8 +196,11 @@ class Checkpoint(_Hook):
         return used // world
 
     def after_step(self, trainer: Trainer) -> None:
-        if self.every and (trainer.step % self.every == 0 or trainer.last):
+        if self.every and (trainer.step % self.every == 0 or trainer.last or trainer.interrupted):
             self.save(trainer)
+        if trainer.interrupted:
+            none = "no checkpoint is written, for 'hooks.checkpoint_every' is 0"
+            self.run.print(f"step {trainer.step} is saved; run.resume=true goes on from there" if self.every else none)
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of this moment. Every rank calls it. Raises OSError when it cannot be written."""
@@ -210,7 +218,6 @@ class Checkpoint(_Hook):
                 f"cannot write checkpoint '{final}' ({error}); make room and go on with run.resume=true, "
                 "the checkpoints before it are whole"
             ) from error
-        self.run.accelerator.wait_for_everyone()
         if self.run.main:
             shutil.rmtree(final, ignore_errors=True)
             readable(temporary)
@@ -230,6 +237,9 @@ class Checkpoint(_Hook):
             state = {"step": trainer.step, "micro_batches": trainer.micro * world}
             state["micro_batches_a_turn"] = trainer.grad_accum * world
             (folder / "state.json").write_text(json.dumps(state))
+        self.run.accelerator.wait_for_everyone()
+        if self.run.main:
+            write_checksums(folder)
 
 
 class Restore(_Hook):
@@ -240,31 +250,6 @@ class Restore(_Hook):
 
     def start(self, trainer: Trainer) -> None:
         self.checkpoint.restore(trainer)
-
-
-def _save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-    """Replace accelerate's full state dicts by the weights that train. Engines that shard save by themselves."""
-    if not weights:
-        return
-    for i, model in enumerate(models):
-        trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, Path(folder) / f"trained_{i}.safetensors")
-    weights.clear()
-
-
-def _load_trained(models: list[nn.Module], folder: str) -> None:
-    files = sorted(Path(folder).glob("trained_*.safetensors"))
-    for model, file in zip(models, files, strict=bool(files)):
-        saved, here = load_file(file), {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if saved.keys() != here.keys():
-            raise ValueError(
-                f"'{file}' holds other weights than this run trains: {sorted(saved.keys() ^ here.keys())[:3]}"
-            )
-        with torch.no_grad():
-            for name, parameter in here.items():
-                parameter.copy_(saved[name])
-    if files:
-        models.clear()
 
 
 class Export(_Hook):

@@ -7,12 +7,19 @@ import importlib
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
+
+import psutil
+
+from diffalign.interruption import ENDING, handled
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE
@@ -20,6 +27,8 @@ ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists(
 
 SAYS_NOTHING = ("should be kept in float32: []", "No LoRA keys associated to", "`torch_dtype` is deprecated")
 """Warnings of diffusers and transformers about what is as it should be."""
+SHUTDOWN_SECONDS = "600"
+"""How long torchrun waits for the checkpoint of a run that it was asked to end, before it kills the processes."""
 
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
 
@@ -104,7 +113,7 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
 
     With an accelerate config file, or the name of a shipped one, or on several GPUs by `accelerate launch`. Without
     either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
-    accelerate follows; its own launcher starts them only through MPI.
+    accelerate follows; its own launcher starts them only through MPI. Signals are handled as in `call`.
     """
     gpus = 0 if processes == 1 else _gpus()  # asking takes seconds
     environment = dict(os.environ)
@@ -122,7 +131,35 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
         launcher = []
     quiet = ["-m", "diffalign.launch", *launcher] if launcher else []
     command = [sys.executable, *quiet, str(recipe), *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_SECONDS)
+    return call(command, environment)
+
+
+def call(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command and return its exit code, 128 + n where signal n killed it.
+
+    SIGTERM, SIGINT and SIGHUP are passed on to it and what it started, and waited for; where it then ends with another
+    code than 0, so does this process: raises SystemExit(128 + n). It has a process group of its own, for otherwise a
+    terminal's Ctrl-C would reach it twice, and the second signal ends a run at once.
+    """
+    children: list[subprocess.Popen[bytes]] = []
+    seen: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None = None) -> None:
+        seen.append(signum)
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signum)
+
+    with handled((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), pass_on):
+        children.append(subprocess.Popen(command, env=environment, start_new_session=True))
+        for signum in seen[:1]:  # it came before there was a process
+            pass_on(signum)
+        code = children[0].wait()
+    code = code if code >= 0 else 128 - code
+    if seen and code:
+        raise SystemExit(128 + seen[0])
+    return code
 
 
 def _gpus() -> int:
@@ -136,14 +173,23 @@ def _launch(module: str, *words: str) -> int:
     logging.disable(logging.ERROR)
     sys.argv = [module, *words]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        with handled(ENDING, _ended):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except subprocess.CalledProcessError as error:  # accelerate's
         return error.returncode
     except Exception as error:
-        if type(error).__name__ != "ChildFailedError":  # torchrun's
+        if type(error).__name__ == "SignalException":  # torchrun's, which has passed it on
+            return 128 + error.sigval  # type: ignore[attr-defined]
+        if type(error).__name__ != "ChildFailedError":
             raise
         return max(failure.exitcode for failure in error.failures.values())  # type: ignore[attr-defined]
     return 0
+
+
+def _ended(signum: int, frame: FrameType | None) -> None:
+    """A child in this process group got the signal as well, and is waited for; torchrun has a handler of its own."""
+    if not psutil.Process().children():
+        sys.exit(128 + signum)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import socket
 import statistics
 from collections.abc import Mapping
 from functools import partial
@@ -102,12 +106,14 @@ class Run:
 
     def _claim(self, config: Config) -> None:
         """Write config.yaml, or compare with the one that is there when resuming."""
-        path = self.folder / "config.yaml"
-        if path.exists() and not self.resume:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        path, begun = self.folder / "config.yaml", self._begun()
+        if begun and not self.resume:
             raise FileExistsError(
                 f"'{self.folder}' already holds a run; continue it with run.resume=true or choose another run.folder"
             )
-        if path.exists():
+        if begun and path.exists():
             before = read(str(path), self.folder)
             now = OmegaConf.create(config.yaml())
             old, new = _flat(before), _flat(now)
@@ -118,8 +124,34 @@ class Run:
                     f"resuming '{self.folder}' with other settings than it began with: {', '.join(changed)}; "
                     "set them back or choose another run.folder"
                 )
-        self.folder.mkdir(parents=True, exist_ok=True)
         write(path, config.yaml())
+
+    def _lock(self) -> None:
+        """Keep every other process out of the folder as long as this one lives. Raises FileExistsError where one is in.
+
+        A POSIX record lock, which the kernel drops with the process: unlike flock's, it is not kept by worker processes
+        that outlive a killed run for some seconds.
+        """
+        self._held = (self.folder / ".lock").open("a+")
+        try:
+            fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                self.print(f"'{self.folder}' cannot be locked ({error.strerror}): see to it that no second run uses it")
+                return
+            self._held.seek(0)
+            raise FileExistsError(
+                f"another run is in '{self.folder}' now ({self._held.read().strip()}); wait until it has ended, or "
+                "choose another run.folder"
+            ) from None
+        self._held.truncate(0)
+        self._held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._held.flush()
+
+    def _begun(self) -> bool:
+        """Whether a step was taken in the folder. One of a run that failed before that is as good as new."""
+        stepped = self.metrics.exists() and any(row["step"] > 0 for row in read_lines(self.metrics))
+        return stepped or any((self.folder / "checkpoints").glob("step-*/state.json"))
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module as accelerate wants it for training (DDP and so on)."""

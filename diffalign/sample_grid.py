@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,7 +32,10 @@ def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key])
 
 
 class SampleGrid:
-    """Draws the same prompts from the same noise every so many steps, step 0 first: `samples/step-000500.png`."""
+    """Draws the same prompts from the same noise every so many steps, step 0 first: `samples/step-000500.png`.
+
+    Raises FloatingPointError when a sample is not finite, which a PNG would show as black.
+    """
 
     def __init__(
         self, run: Run, backbone: Backbone, averaged: Any, every: int, prompts: Sequence[str], sampler: Sampler
@@ -52,10 +56,18 @@ class SampleGrid:
     def draw(self, step: int) -> None:
         if self.run.main:
             with self.averaged():
-                images = [part.cpu() for part in drawn(self.backbone, self.sampler, self.cond, self.prompts)]
+                parts = [part.cpu() for part in drawn(self.backbone, self.sampler, self.cond, self.prompts)]
+            images = torch.cat(parts)
+            if not torch.isfinite(images).all():
+                cure = "lower 'optimizer.lr'" if step else "look at the weights and the scheduler of 'backbone.path'"
+                raise FloatingPointError(
+                    f"the sample grid of step {step} is not finite: {cure}, or choose another 'run.mixed_precision'"
+                )
             folder = self.run.folder / "samples"
             folder.mkdir(exist_ok=True)
-            save_image(torch.cat(images), folder / f"step-{step:06d}.png", nrow=self.columns, padding=1)
+            file = folder / f"step-{step:06d}.png"
+            save_image(images, file.with_suffix(".tmp"), format="png", nrow=self.columns, padding=1)
+            os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half of one
             self.backbone.release()
         self.run.accelerator.wait_for_everyone()
 

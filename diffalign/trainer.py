@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.config import too_small
+from diffalign.interruption import ENDING, Interruption
 from diffalign.lora import trained_parameters
 from diffalign.run import Run
 from diffalign.types import Metrics
@@ -124,7 +126,9 @@ class Trainer:
             )
         self.step = 0  # training steps taken
         self.stop = ""  # why to end before `steps`; set by a hook
+        self.interrupted = 0  # the signal that ends the run after this step, the same on every rank
         self.micro = 0  # micro-batches used by this rank
+        self._signals = Interruption("the run ends after this step; once more to end it at once" if run.main else "")
         for player in players.values():
             player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
 
@@ -137,29 +141,39 @@ class Trainer:
         return problems
 
     def fit(self, loader: Any) -> None:
-        """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on."""
+        """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on.
+
+        On SIGTERM or SIGINT (signal n) it ends after the step at hand and its checkpoint: raises SystemExit(128 + n).
+        """
         for hook in self.hooks:
             hook.start(self)
         self.run.print(*self._describe(loader))
         batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
         bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
-        while self.step < self.steps:
-            started = time.perf_counter()
-            values: dict[str, Tensor | float] = {}
-            for turn in self.algorithm.turns(self.step):
-                values |= self.take(turn, batches)
-            self.step += 1
-            values["perf/samples_per_second"] = self._effective(loader) / (time.perf_counter() - started)
-            self.run.log(self.step, values)
-            for hook in self.hooks:
-                hook.after_step(self)
-            bar.update()
-            if self.step % self.run.log_every == 0 or self.step == self.steps:  # not oftener: it waits for the device
-                seen = {name.partition("/")[2]: float(values[name]) for name in self.algorithm.shown if name in values}
-                bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in seen.items()))
-            if self.stop:
-                self.run.print(f"stopped after step {self.step}: {self.stop}")
-                break
+        with self._signals.heard():
+            while self.step < self.steps:
+                started = time.perf_counter()
+                values: dict[str, Tensor | float] = {}
+                for turn in self.algorithm.turns(self.step):
+                    values |= self.take(turn, batches)
+                self.step += 1
+                values["perf/samples_per_second"] = self._effective(loader) / (time.perf_counter() - started)
+                self.run.log(self.step, values)
+                if self.run.accelerator.num_processes == 1:
+                    self.interrupted = self._signals.signum
+                for hook in self.hooks:
+                    hook.after_step(self)
+                bar.update()
+                if (
+                    self.step % self.run.log_every == 0 or self.step == self.steps
+                ):  # not oftener: it waits for the device
+                    self._show(bar, values)
+                if self.interrupted:
+                    bar.close()
+                    self._leave()
+                if self.stop:
+                    self.run.print(f"stopped after step {self.step}: {self.stop}")
+                    break
         bar.close()
         self.run.flush()
         for hook in self.hooks:
@@ -167,6 +181,20 @@ class Trainer:
         if self.run.main and self.run.metrics.exists():
             self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10), self._effective(loader))))
         self.run.accelerator.end_training()
+
+    def _show(self, bar: Any, values: Mapping[str, Tensor | float]) -> None:
+        """The loss and what the method is about, beside the progress bar."""
+        seen = {name.partition("/")[2]: float(values[name]) for name in self.algorithm.shown if name in values}
+        bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in seen.items()))
+
+    def _leave(self) -> NoReturn:
+        """End the process as a signal asked; the last step is saved."""
+        name = signal.Signals(self.interrupted).name
+        self.run.print(f"ended by {name} after step {self.step}")
+        self.run.flush()
+        self.run.accelerator.wait_for_everyone()
+        self.run.accelerator.end_training()
+        raise SystemExit(128 + self.interrupted)
 
     @property
     def last(self) -> bool:
@@ -213,8 +241,13 @@ class Trainer:
             values = torch.cat([m[name].reshape(-1).float() for m in seen])
             there = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
             sums.append(torch.stack([torch.where(there, values, 0.0).sum(), there.sum()]))
+        several = self.run.accelerator.num_processes > 1
+        if several:  # which signal came to any rank: all end after the same step, and need no reduction for that
+            sums.append(torch.stack([torch.full_like(sums[0][0], float(self._signals.signum == n)) for n in ENDING]))
         total = self.run.accelerator.reduce(torch.stack(sums), reduction="sum")
-        return {name: pair[0] / pair[1] for name, pair in zip(names, total, strict=True)}
+        if several and not self.interrupted:
+            self.interrupted = next((int(n) for n, k in zip(ENDING, total[-1].tolist(), strict=True) if k), 0)
+        return {name: pair[0] / pair[1] for name, pair in zip(names, total[: len(names)], strict=True)}
 
     def _effective(self, loader: Any) -> int:
         return loader.batch_size * self.grad_accum * self.run.accelerator.num_processes

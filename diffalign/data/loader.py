@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -72,11 +73,19 @@ class KeyedLoader:
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # otherwise it draws from the global one
+            worker_init_fn=_leave_signals_to_the_run,
         )
         for raw in loader:
             batch = self.dataset.encode(raw)
             keys = [tuple(key) for key in batch.keys]  # type: ignore[arg-type]  # older torch pins tuples as lists
             yield on_device(draw(batch._replace(keys=keys)), self.device)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A terminal and some cluster managers send them to every process; a step that is to be finished needs its workers,
+    which end with their run in any case."""
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class _Stream:

@@ -1,0 +1,67 @@
+"""Files of a checkpoint: the weights that train, and digests that show what a disk has damaged before it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FILE = "checksums.json"
+
+
+def save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+    """Replace accelerate's full state dicts by the weights that train. Engines that shard save by themselves."""
+    if not weights:
+        return
+    for i, model in enumerate(models):
+        trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, Path(folder) / f"trained_{i}.safetensors")
+    weights.clear()
+
+
+def load_trained(models: list[nn.Module], folder: str) -> None:
+    """Read them back. Raises ValueError where they are of other parameters than train now."""
+    files = sorted(Path(folder).glob("trained_*.safetensors"))
+    for model, file in zip(models, files, strict=bool(files)):
+        saved, here = load_file(file), {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if saved.keys() != here.keys():
+            raise ValueError(
+                f"'{file}' holds other weights than this run trains: {sorted(saved.keys() ^ here.keys())[:3]}"
+            )
+        with torch.no_grad():
+            for name, parameter in here.items():
+                parameter.copy_(saved[name])
+    if files:
+        models.clear()
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json: the BLAKE2b digest of every other file below `folder`."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != FILE)
+    (folder / FILE).write_text(json.dumps(dict(zip(names, _digests(folder, names), strict=True)), indent=1) + "\n")
+
+
+def check_checksums(folder: Path) -> None:
+    """Raise ValueError where a file is not as it was when checksums.json was written, OSError where one is missing."""
+    before = json.loads((folder / FILE).read_text())
+    now = dict(zip(before, _digests(folder, list(before)), strict=True))
+    if damaged := [name for name in before if before[name] != now[name]]:
+        raise ValueError(f"damaged: {', '.join(damaged)}")
+
+
+def _digests(folder: Path, names: list[str]) -> list[str]:
+    with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
+        return list(threads.map(lambda name: _digest(folder / name), names))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
