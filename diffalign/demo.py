@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from diffalign import launch
 from reward_models.files import read_json, write_whole
 
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 2.0 --size 32 --batch-size 64"

@@ -164,9 +164,7 @@ class Trainer:
                 for hook in self.hooks:
                     hook.after_step(self)
                 bar.update()
-                if (
-                    self.step % self.run.log_every == 0 or self.step == self.steps
-                ):  # not oftener: it waits for the device
+                if self.step % self.run.log_every == 0 or self.last:  # not oftener: it waits for the device
                     self._show(bar, values)
                 if self.interrupted:
                     bar.close()
