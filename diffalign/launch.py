@@ -27,6 +27,7 @@ ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists(
 
 SAYS_NOTHING = ("should be kept in float32: []", "No LoRA keys associated to", "`torch_dtype` is deprecated")
 """Warnings of diffusers and transformers about what is as it should be."""
+
 SHUTDOWN_SECONDS = "600"
 """How long torchrun waits for the checkpoint of a run that it was asked to end, before it kills the processes."""
 
@@ -64,6 +65,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     quiet()
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
             raise

@@ -144,14 +144,15 @@ class Run:
                 f"another run is in '{self.folder}' now ({self._held.read().strip()}); wait until it has ended, or "
                 "choose another run.folder"
             ) from None
-        self._held.truncate(0)
-        self._held.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._held.flush()
+        with writing(self.folder / ".lock"):
+            self._held.truncate(0)
+            self._held.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._held.flush()
 
     def _begun(self) -> bool:
         """Whether a step was taken in the folder. One of a run that failed before that is as good as new."""
-        stepped = self.metrics.exists() and any(row["step"] > 0 for row in read_lines(self.metrics))
-        return stepped or any((self.folder / "checkpoints").glob("step-*/state.json"))
+        rows = read_lines(self.metrics) if self.metrics.exists() else []
+        return any(row["step"] > 0 for row in rows) or any((self.folder / "checkpoints").glob("step-*/state.json"))
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module as accelerate wants it for training (DDP and so on)."""

@@ -15,6 +15,7 @@ from diffalign.run import Run
 from diffalign.sampler import Sampler
 from diffalign.trainer import Trainer
 from diffalign.types import Cond, Key
+from reward_models.files import writing
 
 PIXELS = 8 * 512 * 512
 """How many are sampled at a time; their decoding is bounded by the backbone."""
@@ -66,8 +67,9 @@ class SampleGrid:
             folder = self.run.folder / "samples"
             folder.mkdir(exist_ok=True)
             file = folder / f"step-{step:06d}.png"
-            save_image(images, file.with_suffix(".tmp"), format="png", nrow=self.columns, padding=1)
-            os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half of one
+            with writing(file):
+                save_image(images, file.with_suffix(".tmp"), format="png", nrow=self.columns, padding=1)
+                os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half of one
             self.backbone.release()
         self.run.accelerator.wait_for_everyone()
 
