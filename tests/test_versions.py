@@ -34,6 +34,13 @@ ODD = ["", "xylophone Zebra!", "a café's naïve  dog, 42", "RED circle\ton whit
 FILES = [pytest.param(folder, id=name) for name, folder in SHIPPED.items()]
 
 
+def extras() -> dict[str, str]:
+    """The lists of setup.cfg that a user may ask for."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    return dict(config["options.extras_require"])
+
+
 def floors(section: str, option: str) -> dict[str, str]:
     """Name and oldest version of the requirements of a list in setup.cfg, "" where it says none."""
     config = configparser.ConfigParser()
@@ -43,6 +50,7 @@ def floors(section: str, option: str) -> dict[str, str]:
 
 
 REQUIRED = floors("options", "install_requires")
+OPTIONAL = "".join(f"\n{names}" for name, names in extras().items() if name != "test")
 
 
 def test_what_is_required_is_what_is_imported() -> None:
@@ -55,7 +63,8 @@ def test_what_is_required_is_what_is_imported() -> None:
                 elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
                     imported.add(node.module.split(".")[0])
     others = imported - set(sys.stdlib_module_names) - {"diffalign", "reward_models"}
-    assert others == {IMPORTED_AS.get(name, name) for name in REQUIRED}
+    optional = {name.strip().replace("-", "_") for name in OPTIONAL.splitlines() if name}
+    assert others - optional == {IMPORTED_AS.get(name, name) for name in REQUIRED}
 
 
 def test_every_floor_is_installed_by_ci_and_none_is_above_what_is_here() -> None:

@@ -198,12 +198,12 @@ def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_p
         cache = LatentCache(tmp_path / "cache", backbone, 32)
         (seen,) = cache.add_images([image])
         cache.add_prompts([PROMPT])
-        latent = cache.latents([seen.digest]).read(0)["latent"].float()
+        latent = cache.latents([seen.digest], [image]).read(0)["latent"].float()
         assert torch.equal(latent, read.setdefault(dtype, latent))
         names.add(backbone.fingerprint)
     assert len(names) == 3
     assert not torch.equal(read["fp32"], read["bf16"])
-    assert {p.name for p in (tmp_path / "cache").iterdir()} == names
+    assert names < {p.name for p in (tmp_path / "cache").iterdir()}
 
 
 def test_many_latents_are_decoded_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

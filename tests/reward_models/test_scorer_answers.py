@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +162,9 @@ def test_of_files(kind: Any, files: list[Path], capsys: pytest.CaptureFixture[st
     rows = [{"image": x.name, "prompt": p, "prompt_id": p, "sample": 0} for x, p in zip(files, PROMPTS, strict=True)]
     for k in range(2):
         (folder / f"m{k}").mkdir()
-        manifest = [json.dumps({**row, "image": f"../{row['image']}", "seed": 0}) for row in rows]
+        for file in files:
+            shutil.copy(file, folder / f"m{k}")
+        manifest = [json.dumps({**row, "seed": 0}) for row in rows]
         (folder / f"m{k}" / "manifest.jsonl").write_text("\n".join(manifest))
         (folder / f"m{k}" / "settings.json").write_text("{}")
     pair = {"prompt": "a", "images": ["0.png", "1.png", "2.png", "3.png"], "ranking": [1, 2, 3, 4]}
