@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import runpy
-import socket
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks as forking
 import pretend
 import pytest
 import torch
@@ -294,33 +293,18 @@ def recipe() -> Callable[..., None]:
     return call
 
 
-TWO = """
-import os, runpy, sys
-import diffalign.monitor, diffalign.hooks, reward_models
-child = os.fork()  # after the imports, which take most of the time, and before torch has started a thread
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
-runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
-sys.exit(1 if child and os.wait()[1] else 0)
-"""
+RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 
 
 @pytest.fixture(scope="session")
-def two_processes() -> Callable[..., subprocess.CompletedProcess[str]]:
+def forks() -> Iterator[forking.Server]:
+    """forks.run(code, ...) runs Python code in a process of its own, without its imports."""
+    server = forking.Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def two_processes(forks: forking.Server) -> Callable[..., subprocess.CompletedProcess[str]]:
     """two_processes("diffusion_dpo", "run.folder=...") runs a train recipe on two gloo processes."""
-
-    def call(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        return subprocess.run(
-            [sys.executable, "-c", TWO, str(ROOT / "train" / f"{name}.py"), *arguments],
-            env={**os.environ, **launcher, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
-    return call
+    return lambda name, *arguments: forks.run(RECIPE, str(ROOT / "train" / f"{name}.py"), *arguments, processes=2)

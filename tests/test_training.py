@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,19 +94,13 @@ def one_thread():
     ids=["lora", "full", "full-ema-before-first-checkpoint", "lora-ema-accum-while-a-checkpoint-is-written"],
 )
 def test_killed_and_resumed_equals_never_killed(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, when: int, settings: list[str]
+    tmp_path: Path, pairs_file: Path, recipe: Callable, forks: Any, when: int, settings: list[str]
 ) -> None:
     """SIGKILL after step `when`, or while the checkpoint of step `-when` is written; resumed, it writes the same."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     recipe("diffusion_dpo", *arguments(whole, pairs_file, *settings))
-    command = [sys.executable, "-c", KILLED, str(ROOT / "train/diffusion_dpo.py"), str(when)]
-    killed = subprocess.run(
-        [*command, *arguments(broken, pairs_file, *settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = str(ROOT / "train/diffusion_dpo.py")
+    killed = forks.run(KILLED, script, str(when), *arguments(broken, pairs_file, *settings))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (broken / "export").exists()
     recipe("diffusion_dpo", *arguments(broken, pairs_file, *settings, "run.resume=true"))
@@ -244,7 +239,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe:
         recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
 
 
-def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path) -> None:
+def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path, forks: Any) -> None:
     """bf16 autocast over a bf16 base; in a process of its own, for accelerate keeps one precision a process."""
     settings = [
         "run.mixed_precision=bf16",
@@ -252,13 +247,9 @@ def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path) -> None:
         "trainer.steps=2",
         "backbone.gradient_checkpointing=true",
     ]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train/diffusion_dpo.py"), *arguments(tmp_path / "run", pairs_file, *settings)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
+    script = str(ROOT / "train/diffusion_dpo.py")
+    done = forks.run(run, script, *arguments(tmp_path / "run", pairs_file, *settings))
     assert done.returncode == 0, done.stderr[-3000:]
     assert metrics(tmp_path / "run")[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-6)
 

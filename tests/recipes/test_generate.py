@@ -6,9 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -140,39 +137,10 @@ def test_an_image_depends_on_its_prompt_id_and_not_on_the_others(model: Path, wh
     assert np.abs(other - same).max() > 10, "the same words under another id start from other noise"
 
 
-TWO = """
-import os, sys
-import generate
-child = os.fork()  # after the imports, which take most of the time, and before torch has started a thread
-os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
-code = generate.main(sys.argv[1:])
-sys.exit(code or (os.wait()[1] if child else 0))
-"""
-
-
-def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: Path) -> None:
+def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: Path, forks: Any) -> None:
     """Two gloo processes with the environment that `accelerate launch --cpu` gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "eval"), os.environ.get("PYTHONPATH", "")]),
-    }
-    two = subprocess.run(
-        [sys.executable, "-c", TWO, *_arguments(model, tmp_path / "two")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    code = "import runpy, sys; sys.exit(runpy.run_path(sys.argv[1])['main'](sys.argv[2:]))"
+    two = forks.run(code, str(ROOT / "eval" / "generate.py"), *_arguments(model, tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == f"10 images of 5 prompts in '{tmp_path / 'two'}'", "only the main process talks"
     # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other made the rest.

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,21 +58,16 @@ def test_the_exporter_verifies_packed_latents_too(
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "diffusion_dpo"])
-def test_two_processes_equal_one(tmp_path: Path, pairs_file: Path, recipe: Callable, name: str) -> None:
+def test_two_processes_equal_one(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, two_processes: Callable, name: str
+) -> None:
     """Two processes with four samples each against one with eight: KTO's reference point is the mean over all eight."""
     more = [f"data.path={pairs_file}", "trainer.steps=2", *TINY, "data.draws_per_sample=null"]
     # Margins are beta/2 times an error, and errors of a batch of 8 and of 4 agree to some 1e-8.
     more += ["algorithm.beta=10"] if name in ("inpo", "rank_dpo", "kto") else []
     one, two = tmp_path / "one", tmp_path / "two"
     recipe(name, "--config=playground", f"run.folder={one}", "data.batch_size=8", *more)
-    command = [sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", name, "--config=playground"]
-    launched = subprocess.run(
-        [*command, f"run.folder={two}", "data.batch_size=4", *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    launched = two_processes(name, "--config=playground", f"run.folder={two}", "data.batch_size=4", *more)
     assert launched.returncode == 0, launched.stderr[-3000:]
     rows = [[json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, two)]
     for a, b in zip(*rows, strict=True):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,19 +125,14 @@ def two_players(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["two LoRAs on one network", "two networks"])
-def test_two_players_on_two_processes_equal_one(tmp_path: Path, recipe: Callable, shared: bool) -> None:
+def test_two_players_on_two_processes_equal_one(
+    tmp_path: Path, recipe: Callable, two_processes: Callable, shared: bool
+) -> None:
     teacher = ["teacher.path=playground_one_step"] if shared else []
     # Running statistics see accumulated micro-batches one after the other, and those of two processes together.
     more = [*teacher, "trainer.steps=2", "hooks.checkpoint_every=0", "reward.normalise=none"]
     recipe("diff_instruct_star", *two_players(tmp_path / "one", *more, "data.batch_size=2", "trainer.grad_accum=2"))
-    command = [sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", "diff_instruct_star"]
-    launched = subprocess.run(
-        [*command, *two_players(tmp_path / "two", *more, "data.batch_size=2")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    launched = two_processes("diff_instruct_star", *two_players(tmp_path / "two", *more, "data.batch_size=2"))
     assert launched.returncode == 0, launched.stderr[-3000:]
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a.keys() == b.keys()
@@ -164,20 +158,16 @@ runpy.run_path(recipe)["main"](arguments)
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["two LoRAs on one network", "two networks"])
-def test_two_players_killed_and_resumed_equal_never_killed(tmp_path: Path, recipe: Callable, shared: bool) -> None:
+def test_two_players_killed_and_resumed_equal_never_killed(
+    tmp_path: Path, recipe: Callable, forks: Any, shared: bool
+) -> None:
     """Bit for bit, the running statistics of the reward and a moving average included."""
     torch.set_num_threads(1)
     more = ["teacher.path=playground_one_step"] if shared else []
     more += ["trainer.steps=5", "hooks.checkpoint_every=2", "data.batch_size=2", "hooks.ema_decay=0.9"]
     recipe("diff_instruct_star", *two_players(tmp_path / "whole", *more))
     script = str(ROOT / "train" / "diff_instruct_star.py")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, script, *two_players(tmp_path / "broken", *more)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    killed = forks.run(KILLED, script, *two_players(tmp_path / "broken", *more))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     recipe("diff_instruct_star", *two_players(tmp_path / "broken", *more, "run.resume=true"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -143,20 +142,15 @@ def test_two_steps_on_sdxl(tmp_path: Path, people: Path, users: Path, recipe: Ca
     recipe("ppd", "--config=playground", *settings)
 
 
-def test_two_processes_equal_one(tmp_path: Path, people: Path, users: Path, recipe: Callable) -> None:
+def test_two_processes_equal_one(
+    tmp_path: Path, people: Path, users: Path, recipe: Callable, two_processes: Callable
+) -> None:
     """With users mixed here and there, and no draw that depends on the rank."""
     more = [f"data.path={people}", f"users.path={users}", "trainer.steps=2", "data.limit=40", "algorithm.beta=10"]
     more += ["algorithm.user_mixing=0.5", "hooks.verify_export=false", *BARE]
     one, two = tmp_path / "one", tmp_path / "two"
     recipe("ppd", "--config=playground", f"run.folder={one}", "data.batch_size=8", *more)
-    command = [sys.executable, "-m", "diffalign.cli", "train", "--num-processes=2", "ppd", "--config=playground"]
-    launched = subprocess.run(
-        [*command, f"run.folder={two}", "data.batch_size=4", *more],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    launched = two_processes("ppd", "--config=playground", f"run.folder={two}", "data.batch_size=4", *more)
     assert launched.returncode == 0, launched.stderr[-3000:]
     first, second = (load_file(folder / "export" / FILE) for folder in (one, two))
     # The first step moves values only; one part in ten thousand of what moved is the bound.
@@ -181,7 +175,7 @@ runpy.run_path(recipe)["main"](arguments)
 
 @pytest.mark.parametrize("name", ["ppd", "personal_reward"])
 def test_killed_and_resumed_equals_never_killed(
-    tmp_path: Path, people: Path, users: Path, recipe: Callable, name: str
+    tmp_path: Path, people: Path, users: Path, recipe: Callable, forks: Any, name: str
 ) -> None:
     torch.set_num_threads(1)
 
@@ -193,13 +187,7 @@ def test_killed_and_resumed_equals_never_killed(
         return [*more, "choices.batch_size=8", "hooks.shots=[4]", "choices.strangers=0.4"]
 
     recipe(name, *settings("whole"))
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(ROOT / "train" / f"{name}.py"), *settings("broken")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    killed = forks.run(KILLED, str(ROOT / "train" / f"{name}.py"), *settings("broken"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     recipe(name, *settings("broken"), "run.resume=true")
     file = FILE if name == "ppd" else "model.safetensors"
