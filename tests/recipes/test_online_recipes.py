@@ -95,7 +95,7 @@ def test_the_runs_own_samples_come_out_of_stock_diffusers(
 ) -> None:
     """The last sample grid of a few-step run, to 1e-4, from its export with the model's few-step scheduler."""
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(sample_grid, "save_image", lambda images, file, **settings: drawn.append(images))
+    monkeypatch.setattr(sample_grid, "save_image", lambda images, file, **_: (drawn.append(images), file.touch()))
     settings = [f"run.folder={tmp_path / 'run'}", "data.batch_size=4", "trainer.steps=2", "data.limit=8", *DARK]
     settings += ["hooks.sample_every=2", "hooks.checkpoint_every=0", "hooks.verify_export=true", "optimizer.lr=1e-2"]
     wanted = ["small red circle on white", "large blue square left on black"]
