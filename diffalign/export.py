@@ -24,9 +24,8 @@ from diffalign.backbones import Backbone
 from diffalign.backbones.whole import kept_parts
 from diffalign.draws import seeded
 from diffalign.lora import GENERATOR, lora_layers
-from diffalign.run import write
 from diffalign.user_adapter import FILE, has_user_adapter, user_width
-from reward_models.files import writing
+from reward_models.files import write_whole, writing
 
 VERIFY_STEPS = 4
 VERIFY_PIXELS = 256
@@ -110,7 +109,7 @@ def verify(backbone: Backbone, folder: Path, resolution: int) -> str:
     except Exception as error:  # out of memory, a full disk, a process that was killed, a library that cannot load it
         said = found["error"] = f"{type(error).__name__}: {error}"
     try:
-        write(folder / "verify.json", json.dumps(found, indent=2) + "\n")
+        write_whole(folder / "verify.json", json.dumps(found, indent=2) + "\n")
     except OSError as error:
         said += f"; '{folder / 'verify.json'}' cannot be written: {error}"
     if not found["verified"]:

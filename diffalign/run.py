@@ -124,7 +124,7 @@ class Run:
                     f"resuming '{self.folder}' with other settings than it began with: {', '.join(changed)}; "
                     "set them back or choose another run.folder"
                 )
-        write(path, config.yaml())
+        write_whole(path, config.yaml())
 
     def _lock(self) -> None:
         """Keep every other process out of the folder as long as this one lives. Raises FileExistsError where one is in.
@@ -213,7 +213,7 @@ class Run:
         """Forget the metrics after `step`: a resumed run writes them again."""
         if self.main and self.metrics.exists():
             kept = [row for row in read_lines(self.metrics) if row["step"] <= step]
-            write(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.
@@ -255,11 +255,6 @@ def _check_size(encoder: Any, resolution: int) -> None:
     """Raise ValueError for images that a backbone cannot draw, before hours go into encoding them."""
     if hasattr(encoder, "latent_shape"):
         encoder.latent_shape(resolution)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file so that it is either whole or not there."""
-    write_whole(path, text)
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -14,9 +14,9 @@ from scipy.stats import bootstrap
 from diffalign.config import too_small
 from diffalign.data import PersonalChoices
 from diffalign.hooks import Checkpoint, check_checkpoints, in_order
-from diffalign.run import Run, write
+from diffalign.run import Run
 from diffalign.trainer import Hook, Trainer
-from reward_models.files import read_lines
+from reward_models.files import read_lines, write_whole
 
 BINS = 10
 """Of the calibration error."""
@@ -74,7 +74,7 @@ class Strangers:
     def after_step(self, trainer: Trainer) -> None:
         if self.run.main and (trainer.step % self.every == 0 or trainer.last):
             self.rows += [self.measure(trainer.step, n) for n in self.shots]
-            write(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.run.accelerator.wait_for_everyone()
 
     def end(self, trainer: Trainer) -> None:

@@ -24,8 +24,7 @@ from diffalign import launch
 from diffalign.config import Config, ConfigError, read
 from diffalign.playground.world import captions
 from diffalign.report.sweep_table import advice, judged, markdown, trained, verdict
-from diffalign.run import write
-from reward_models.files import read_json
+from reward_models.files import read_json, write_whole
 
 PROMPTS, SAMPLES = 64, 2
 FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.sample_steps", "hooks.sample_guidance")
@@ -73,7 +72,7 @@ def sweep(
     folder = contest.images.parent
     folder.mkdir(parents=True, exist_ok=True)
     if prompts is None:
-        write(contest.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
+        write_whole(contest.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
     # The base against itself: a misspelt scorer, or one that cannot judge these images, ends this before the first run.
     code = _draw(contest, contest.images, ["--pipeline", contest.base])
     against_itself = contest.images / "win_rate.json"
@@ -88,8 +87,8 @@ def sweep(
         print(f"\nsweep {k}/{len(points)}: {' '.join(point.values)}", flush=True)
         rows.append(_row(recipe, arguments, point, contest))
         said = {"recipe": recipe.stem, "scorer": contest.scorer, "advice": advice(rows), "rows": rows}
-        write(folder / "sweep.json", json.dumps(said, indent=1) + "\n")
-        write(folder / "sweep.md", f"{markdown(rows)}\n\n{advice(rows)}\n")
+        write_whole(folder / "sweep.json", json.dumps(said, indent=1) + "\n")
+        write_whole(folder / "sweep.md", f"{markdown(rows)}\n\n{advice(rows)}\n")
     print(f"\n{markdown(rows)}\n\n{advice(rows)}\nwritten: '{folder / 'sweep.md'}'", flush=True)
     return int(any(row["verdict"] == "failed" for row in rows))
 
@@ -192,7 +191,7 @@ def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest)
             return {"values": point.values, "verdict": "failed"}
         seconds = None if resume else time.perf_counter() - started  # of the part before nobody knows
         result = {"values": point.values, "seconds": seconds, **trained(point.folder / "metrics.jsonl")}
-        write(file, json.dumps(result))
+        write_whole(file, json.dumps(result))
     contested = hashlib.sha256(repr(contest).encode() + contest.prompts.read_bytes()).hexdigest()[:12]
     if result.get("contest") != contested:
         whole = (export / "model_index.json").exists()
@@ -201,5 +200,5 @@ def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest)
         if _draw(contest, images, model) or _judge(contest, images, table):
             return {**result, "verdict": "failed"}
         result |= {**judged(table), "contest": contested}
-        write(file, json.dumps(result))
+        write_whole(file, json.dumps(result))
     return {**result, "verdict": verdict(result)}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from diffalign.backbones import FAMILIES, Backbone, family_of, find_pipeline
 from diffalign.backbones.unet import UNetBackbone
-from diffalign.run import Run, write
+from diffalign.run import Run
 from diffalign.trainer import Trainer
 from diffalign.user_adapter import FILE, add_user_adapter, user_width
-from reward_models.files import writing
+from reward_models.files import write_whole, writing
 
 CARD = """# A personalised {family}
 
@@ -79,7 +79,7 @@ class UserPackage:
             with writing(temporary):
                 save_file(users, temporary)
             temporary.replace(folder / "users.safetensors")
-            write(folder / "README.md", self._card(users))
+            write_whole(folder / "README.md", self._card(users))
         self.run.accelerator.wait_for_everyone()
 
     def _card(self, users: Mapping[str, Tensor]) -> str:

@@ -16,10 +16,10 @@ from diffalign.config import too_small
 from diffalign.data.groups import PreferenceGroups
 from diffalign.hooks import Checkpoint, check_checkpoints, in_order
 from diffalign.losses import ranking
-from diffalign.run import Run, write
+from diffalign.run import Run
 from diffalign.trainer import Hook, Trainer
 from diffalign.types import on_device
-from reward_models.files import read_lines
+from reward_models.files import read_lines, write_whole
 
 
 def scorer_hooks(
@@ -101,7 +101,7 @@ class Validation:
         if self.run.main:
             if better:
                 self._save()
-            write(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.run.print(f"step {step}: validation accuracy {row['accuracy']:.1%} of {row['pairs']} pairs")
         self.run.accelerator.wait_for_everyone()
 
