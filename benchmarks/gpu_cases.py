@@ -20,10 +20,10 @@ from measuring import fresh, matmul_rate, significant, watch
 from random_models import SIZES, pipeline_folder, playground_pairs, vit_h, vit_tiny
 from released_step import released_step
 
-from diffalign import launch
+from diffalign.commands import launch
 from diffalign.playground.world import captions
-from diffalign.trainer import Trainer
-from reward_models.scoring import score_files
+from diffalign.training.trainer import Trainer
+from reward_models.folder.scoring import score_files
 
 Report = Callable[..., None]
 QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]

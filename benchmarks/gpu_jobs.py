@@ -173,7 +173,7 @@ OUTCOME = re.compile(
 def demo(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
     """`diffalign demo`, whole: its seconds and the win rate it found."""
     out = scratch / "demo"
-    words = [sys.executable, "-m", "diffalign.cli", "demo", "--out", str(out)]
+    words = [sys.executable, "-m", "diffalign.commands.cli", "demo", "--out", str(out)]
     for found in command(words, seconds, logs / "demo.log"):
         if found.pop("output", None) is not None and "error" not in found:
             summary = json.loads((out / "summary.json").read_text())

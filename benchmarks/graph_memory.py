@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffalign import launch
-from diffalign.trainer import Trainer
+from diffalign.commands import launch
+from diffalign.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "graph_memory.json"
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "trainer.steps=1"]

@@ -37,10 +37,8 @@ import accelerate  # noqa: F401
 import peft  # noqa: F401
 from diffusers import StableDiffusionPipeline  # noqa: F401
 
-import diffalign.hooks
-import diffalign.monitor  # noqa: F401
-import reward_models.clip_scorers  # noqa: F401
-from diffalign import launch
+import reward_models.clip.scorers  # noqa: F401
+from diffalign.commands import launch
 from diffalign.playground.world import captions
 
 RESULTS = Path(__file__).parent / "results" / "interruptions.json"

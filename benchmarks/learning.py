@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffalign import launch
-from diffalign.backbones import Denoiser
+from diffalign.commands import launch
+from diffalign.networks.loading import Denoiser
 from diffalign.playground import Judge
 from diffalign.playground.annotators import label, load, rank
 from diffalign.playground.world import captions

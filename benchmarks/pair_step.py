@@ -31,15 +31,16 @@ from results_file import RESULTS, commit, cpu, read_rows, write_rows
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.algorithms.inpo import InPO
-from diffalign.backbones import load_backbone
 from diffalign.config import Config
 from diffalign.data import PreferencePairs
-from diffalign.inversion import Inversion
-from diffalign.noising import Noising
+from diffalign.diffusion.inversion import Inversion
+from diffalign.diffusion.noising import Noising
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.reference import reference_for
 from diffalign.playground import BASE
-from diffalign.reference import reference_for
-from diffalign.run import Run
-from diffalign.trainer import Trainer, adamw
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 
 ROWS = RESULTS / "pair_step.json"
 RESOLUTION = 32

@@ -27,21 +27,21 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign import launch
+from diffalign.commands import launch
 from diffalign.data import read_records
 from diffalign.data.choices import chance_of
 from diffalign.draws import Draws
+from diffalign.networks.user_adapter import adapter_arguments, mix_users, user_embeds
 from diffalign.playground import BASE, STUDENTS, Judge
 from diffalign.playground.annotators import label, load
 from diffalign.playground.people import MATCH, PROTOTYPES, Person
 from diffalign.playground.ratings import write_pairs
 from diffalign.playground.world import captions
 from diffalign.report import paired_win_rate
-from diffalign.strangers import calibration_error, interval
-from diffalign.user_adapter import adapter_arguments, mix_users, user_embeds
+from diffalign.training.hooks.strangers import calibration_error, interval
 from reward_models import load_scorer
-from reward_models.personal import save_user
-from reward_models.tastes import Taste
+from reward_models.personal.scorers import save_user
+from reward_models.personal.tastes import Taste
 
 RESULTS = Path(__file__).parent / "results" / "personal.json"
 PEOPLE = [f"person-{k}" for k in range(180)]

@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffalign.playground import BASE, PAIRS
-from reward_models.clip_scorers import CLIPScorer
+from reward_models.clip.scorers import CLIPScorer
 
 
 class Size(NamedTuple):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffalign.lora import add_lora
+from diffalign.networks.lora import add_lora
 
 Step = Callable[[], None]
 LR = 1e-5

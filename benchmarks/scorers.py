@@ -28,7 +28,7 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from diffalign import launch
+from diffalign.commands import launch
 from diffalign.playground import Judge
 from diffalign.playground.ratings import write_ratings
 from reward_models import load_scorer, read_image

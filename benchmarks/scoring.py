@@ -32,8 +32,8 @@ from PIL import Image
 from results_file import RESULTS, commit, cpu
 from torch.nn import functional as F
 
-from reward_models.clip_scorers import CLIPScorer
-from reward_models.scoring import score_files
+from reward_models.clip.scorers import CLIPScorer
+from reward_models.folder.scoring import score_files
 
 ROWS = RESULTS / "scoring.json"
 SIDES = (512, 640, 768, 896, 1024)

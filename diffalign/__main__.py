@@ -2,7 +2,7 @@
 
 import sys
 
-from diffalign.cli import main
+from diffalign.commands.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,6 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from diffalign.recipe_help import keys
+from diffalign.config_help import keys
 
 Section = Callable[..., Any]
 """What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
@@ -31,6 +32,18 @@ it returns one line a problem."""
 
 class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one problem a line."""
+
+
+@dataclass(eq=False)
+class SweepRequest(Exception):
+    """`--sweep` was given: instead of one run, `diffalign.commands.sweep.sweep` takes these arguments."""
+
+    recipe: Path
+    axes: Sequence[str]
+    arguments: Sequence[str]
+    resolved: Callable[[Sequence[str]], Config]
+    prompts: str | None
+    scorer: str | None
 
 
 class Config:
@@ -52,6 +65,8 @@ class Config:
 def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Config:
     """Command line -> configuration; exits with status 2 and one message when anything is wrong.
 
+    Raises SweepRequest where --sweep asks for several runs.
+
     recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
     """
     file = Path(recipe)
@@ -63,14 +78,15 @@ def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Confi
     try:
         content = read(args.config, folder)
         if args.sweep:
-            from diffalign.sweep import sweep
-
-            def resolved(more: Sequence[str]) -> Config:
-                return resolve(content, [*args.overrides, *more], sections)
-
             arguments = [*(["--config", args.config] if args.config else []), *args.overrides]
-            judging = {"prompts": args.sweep_prompts, "scorer": args.sweep_scorer}
-            raise SystemExit(sweep(file.resolve(), args.sweep, arguments, resolved, **judging))
+            raise SweepRequest(
+                file.resolve(),
+                args.sweep,
+                arguments,
+                lambda more: resolve(content, [*args.overrides, *more], sections),
+                args.sweep_prompts,
+                args.sweep_scorer,
+            )
         return resolve(content, args.overrides, sections)
     except ConfigError as error:
         print(f"{file.name}: {error}", file=sys.stderr)

@@ -167,7 +167,7 @@ class GroupBatch(NamedTuple):
 
 
 class ChoiceBatch(NamedTuple):
-    """B choices of persons as features z (see reward_models.tastes), each with other choices of the same person.
+    """B choices of persons as features z (reward_models.personal.tastes), each with other choices of the same person.
 
     z_w, z_l              [B, Z]      preferred and other image of a prompt
     person                int64 [B]   number of the person among those who are trained on

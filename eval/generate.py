@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
-from diffalign import launch
+from diffalign.commands import program
 from reward_models.files import read_json, write_whole, writing
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def generate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from diffalign.data.prompts import read_prompts
-    from diffalign.user_adapter import adapter_arguments
+    from diffalign.networks.user_adapter import adapter_arguments
 
     for name in ("samples_per_prompt", "steps", "batch_size"):
         if getattr(args, name) < 1:
@@ -138,13 +138,13 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     """The pipeline on the CPU, quiet, without a safety checker. Raises what `find_pipeline` and `load_lora` raise."""
     import diffusers
 
-    from diffalign.backbones import find_pipeline
-    from diffalign.lora_files import load_lora, lora_file
+    from diffalign.networks.loading import find_pipeline
+    from diffalign.networks.lora_files import load_lora, lora_file
 
     if lora is not None:
         lora_file(lora)  # before anything loads
     path = find_pipeline(name)
-    launch.quiet()
+    program.quiet()
     parts = diffusers.DiffusionPipeline.load_config(path)
     off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
     with warnings.catch_warnings():
@@ -164,7 +164,7 @@ def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from diffalign.user_adapter import mix_users, user_embeds
+    from diffalign.networks.user_adapter import mix_users, user_embeds
 
     users = []
     for file in args.user:
@@ -290,4 +290,4 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffalign import launch
+from diffalign.commands import program
 from reward_models.files import write_whole
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
-    from reward_models.items import Item
+    from reward_models.folder.items import Item
     from reward_models.protocol import Scorer
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -86,7 +86,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[Item]]:
     """The images of every style with their prompts, in order. Raises ValueError listing what is missing or too much."""
-    from reward_models.items import Item  # here and below: heavy, and `--help` needs none of it
+    from reward_models.folder.items import Item  # here and below: heavy, and `--help` needs none of it
 
     found: dict[str, list[Item]] = {}
     missing, extra = [], []
@@ -123,7 +123,7 @@ def score(
     items: dict[str, list[Item]], scorers: dict[str, Scorer], batch_size: int
 ) -> dict[str, dict[str, list[float]]]:
     """Scorer -> style -> the scores in the order of the prompts. Raises ValueError listing images without a score."""
-    from reward_models.scoring import Failed, score_items
+    from reward_models.folder.scoring import Failed, score_items
 
     scores: dict[str, dict[str, list[float]]] = {name: {style: [] for style in items} for name in scorers}
     bad: list[str] = []
@@ -168,4 +168,4 @@ def line(spec: str, style: str, row: dict[str, Any], unit: str) -> str:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from diffalign import launch
+from diffalign.commands import program
+from reward_models.accuracy import win_rates
 from reward_models.files import write_whole
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
-    from reward_models.items import Item
+    from reward_models.folder.items import Item
+    from reward_models.folder.scoring import Failed
     from reward_models.protocol import Scorer
-    from reward_models.scoring import Failed
 
 SHOWN = 20
 """Images that cannot be scored which an error names."""
@@ -83,7 +84,7 @@ def rank(args: argparse.Namespace) -> None:
 def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
     """prompt_id -> its images in all folders, in their order. Raises ValueError where one id means several prompts."""
     from diffalign.report import read_manifest  # here and below: heavy, and `--help` needs none of it
-    from reward_models.items import Item
+    from reward_models.folder.items import Item
 
     groups: dict[str, list[Item]] = {}
     for folder in folders:
@@ -101,7 +102,7 @@ def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
 
 def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int) -> list[tuple[float, ...]]:
     """The scores of every image, one a scorer. Raises ValueError naming all images that have none."""
-    from reward_models.scoring import Failed, score_items
+    from reward_models.folder.scoring import Failed, score_items
 
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     scores: list[tuple[float, ...]] = []
@@ -124,12 +125,8 @@ def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int)
 
 def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path) -> str:
     """One prompt as a line of the file that lies in `folder`."""
-    import torch
-
-    from reward_models.agreement import win_rates
-
     columns = dict(zip(names, zip(*scores, strict=True), strict=True))
-    phi = win_rates(torch.tensor(list(columns.values()), dtype=torch.float64)).tolist()
+    phi = win_rates(list(columns.values())).tolist()
     group = {
         "prompt": items[0].prompt,
         "images": [os.path.relpath(item.path, folder) for item in items],
@@ -140,4 +137,4 @@ def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequ
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

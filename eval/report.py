@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffalign import launch
+from diffalign.commands import program
 from diffalign.report import write_report
 from reward_models.files import read_json
 
@@ -46,4 +46,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from diffalign import launch
+from diffalign.commands import program
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
 from reward_models.files import write_whole
 from reward_models.loading import load_scorer
@@ -250,4 +250,4 @@ def line(spec: str, unit: str, result: Mapping[str, Any], data: str) -> str:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

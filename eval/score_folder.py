@@ -16,8 +16,8 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 
-from diffalign import launch
-from reward_models import cli
+from diffalign.commands import program
+from reward_models.folder import cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,4 +36,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

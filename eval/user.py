@@ -26,21 +26,21 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from diffalign import launch
+from diffalign.commands import launch, program
 from reward_models.files import replacing, writing
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffalign.choice_file import Pair
     from diffalign.data import Record
     from diffalign.draws import Draws
-    from reward_models.personal import PersonalScorer
-    from reward_models.tastes import Choice
+    from diffalign.people.choice_file import Pair
+    from reward_models.personal.scorers import PersonalScorer
+    from reward_models.personal.tastes import Choice
 
 POOLINGS = ("last", "tokens", "description")
-"""Those of reward_models.vlm_users."""
+"""Those of reward_models.personal.vlm_users."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,15 +101,15 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
 
 def choose(args: argparse.Namespace) -> int:
     """Serve the page until the person stops it."""
-    from diffalign.choice_file import alone  # here and below: heavy, and `--help` needs none of it
+    from diffalign.people.choice_file import alone  # here and below: heavy, and `--help` needs none of it
 
     with alone(args.out / "choices.jsonl"):
         return _choose(args)
 
 
 def _choose(args: argparse.Namespace) -> int:
-    from diffalign.choose import Choices, serve
-    from reward_models.tastes import Choice
+    from diffalign.people.choose import Choices, serve
+    from reward_models.personal.tastes import Choice
 
     pairs = _pairs(args)
     after = f"diffalign user fit {args.out}/choices.jsonl --encoder {args.encoder or 'ENCODER'} --out me.safetensors"
@@ -145,7 +145,7 @@ def least_sure(
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
     """The first two images of every prompt, generated where they are not there."""
-    from diffalign.choice_file import Pair
+    from diffalign.people.choice_file import Pair
     from diffalign.report import read_manifest
 
     folder = args.prompts
@@ -167,8 +167,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
 
 def fit(args: argparse.Namespace) -> int:
     """One person's file."""
-    from reward_models.personal import save_user
-    from reward_models.vlm_users import load_vlm_user_encoder
+    from reward_models.personal.scorers import save_user
+    from reward_models.personal.vlm_users import load_vlm_user_encoder
 
     records = _records(args.pairs)
     names = sorted({r.annotator for r in records if r.annotator is not None})
@@ -247,7 +247,7 @@ def _embed_by_scorer(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor
 def _embed_by_vlm(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
     import torch
 
-    from reward_models.vlm_users import load_vlm_user_encoder
+    from reward_models.personal.vlm_users import load_vlm_user_encoder
 
     mine: dict[str, list[Record]] = {}
     for record in _records(args.pairs):
@@ -275,14 +275,14 @@ def _records(path: Path) -> list[Record]:
 
 def _choices(record: Record) -> list[Choice]:
     from reward_models.images import decode
-    from reward_models.tastes import Choice
+    from reward_models.personal.tastes import Choice
 
     images = [decode(ref.read()) for ref in record.images]
     return [Choice(record.prompt, images[w], images[l_]) for w, l_ in record.pairs()]
 
 
 def _personal(spec: str, device: str) -> PersonalScorer:
-    from reward_models.personal import PersonalScorer
+    from reward_models.personal.scorers import PersonalScorer
 
     scorer = load_scorer(spec, device)
     if not isinstance(scorer, PersonalScorer):
@@ -291,4 +291,4 @@ def _personal(spec: str, device: str) -> PersonalScorer:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffalign import launch
+from diffalign.commands import program
 from reward_models.files import write_whole
 from reward_models.loading import load_scorer
 
@@ -81,7 +81,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
     from diffalign.report import paired_win_rate
-    from reward_models.scoring import score_files
+    from reward_models.folder.scoring import score_files
 
     prompts = [pair.prompt for pair in pairs]
     base, aligned = (
@@ -123,4 +123,4 @@ def line(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reward_models.aesthetic import AestheticPredictor as AestheticPredictor
     from reward_models.base import NetworkScorer as NetworkScorer
     from reward_models.cards import card_text as card_text
-    from reward_models.clip_scorers import CLIPScore as CLIPScore
-    from reward_models.clip_scorers import CLIPScorer as CLIPScorer
+    from reward_models.clip.aesthetic import AestheticPredictor as AestheticPredictor
+    from reward_models.clip.scorers import CLIPScore as CLIPScore
+    from reward_models.clip.scorers import CLIPScorer as CLIPScorer
+    from reward_models.folder.scoring import score_files as score_files
     from reward_models.images import read_image as read_image
     from reward_models.loading import load_scorer as load_scorer
     from reward_models.mixture import WeightedSum as WeightedSum
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from reward_models.preprocess import ImageRule as ImageRule
     from reward_models.protocol import Scorer as Scorer
     from reward_models.protocol import check_images as check_images
-    from reward_models.scoring import score_files as score_files
 
 # Where each public name lives. Resolved on first use: importing the package must not cost an import of torch.
 _HOME = {

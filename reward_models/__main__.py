@@ -2,7 +2,7 @@
 
 import sys
 
-from reward_models.cli import main
+from reward_models.folder.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -199,3 +199,21 @@ METRICS: Mapping[str, Metric] = {
     for m in (hps_inversion, mps_inversion, ir_macro, ir_micro, pick_trainer, strict, ge, argmax, kendall_tau_b)
 }
 """By name. `pick_threshold` is not among them: it needs a threshold, chosen on other data."""
+
+
+def win_rates(scores: ArrayLike) -> NDArray[np.float64]:
+    """Scores [R, K] of K images of one prompt by R scorers -> phi, float64 [K] in [0, 1], larger is better.
+
+    phi_i = C_i / (R (K - 1)), where C_i counts, over all scorers and all other images, how often image i scores
+    strictly higher (Syn-Pic: Karthik et al., 2024, arXiv 2410.18013, Algorithm 1). A tie is counted for neither image,
+    so the sum over the images is K / 2 without ties and smaller with them. Any monotone change of a scorer's scale
+    changes nothing. Raises ValueError for other shapes, fewer than two images, and scores that are not finite.
+    """
+    table = np.asarray(scores, dtype=np.float64)
+    if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
+        raise ValueError(f"win rates need scores [R, K] with R of 1 or more and K of 2 or more; got {[*table.shape]}")
+    if not np.isfinite(table).all():
+        row, column = np.argwhere(~np.isfinite(table))[0].tolist()
+        raise ValueError(f"scores[{row}, {column}] is not finite; score that image again")
+    wins = (table[:, :, None] > table[:, None, :]).sum((0, 2))
+    return wins / (table.shape[0] * (table.shape[1] - 1))

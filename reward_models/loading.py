@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from reward_models.protocol import Scorer
 
 SCORERS = {
-    "clip": "reward_models.clip_scorers:CLIPScore",
-    "hps_v2": "reward_models.clip_published:hps_v2",
-    "hps_v2.1": "reward_models.clip_published:hps_v2_1",
-    "pickscore": "reward_models.clip_published:pickscore",
-    "aesthetic": "reward_models.clip_published:aesthetic",
-    "social_reward": "reward_models.clip_published:social_reward",
-    "image_reward": "reward_models.blip_scorers:image_reward",
-    "vp_score": "reward_models.blip_scorers:vp_score",
+    "clip": "reward_models.clip.scorers:CLIPScore",
+    "hps_v2": "reward_models.clip.published:hps_v2",
+    "hps_v2.1": "reward_models.clip.published:hps_v2_1",
+    "pickscore": "reward_models.clip.published:pickscore",
+    "aesthetic": "reward_models.clip.published:aesthetic",
+    "social_reward": "reward_models.clip.published:social_reward",
+    "image_reward": "reward_models.blip.scorers:image_reward",
+    "vp_score": "reward_models.blip.scorers:vp_score",
     "playground_hps": "reward_models.playground:hps",
     "playground_vp_score": "reward_models.playground:vp_score",
 }
@@ -32,10 +32,10 @@ SCORERS = {
 given."""
 
 FAMILIES = {
-    "clip": "reward_models.clip_scorers:CLIPScorer",
-    "aesthetic": "reward_models.aesthetic:AestheticPredictor",
-    "blip": "reward_models.blip_scorers:BLIPScorer",
-    "personal": "reward_models.personal:PersonalScorer",
+    "clip": "reward_models.clip.scorers:CLIPScorer",
+    "aesthetic": "reward_models.clip.aesthetic:AestheticPredictor",
+    "blip": "reward_models.blip.scorers:BLIPScorer",
+    "personal": "reward_models.personal.scorers:PersonalScorer",
 }
 """`family` in the reward_config.json of a scorer folder -> class whose `save` wrote it and `from_folder` reads it."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -12,11 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from reward_models.base import NetworkScorer
-from reward_models.blip_networks import IMAGE_REWARD, TOKENIZER
-from reward_models.blip_scorers import IMAGE_REWARD_TRAINS, BLIPScorer
-from reward_models.clip_networks import clip_config
-from reward_models.clip_scorers import CLIPScorer
+from reward_models.blip.networks import IMAGE_REWARD, TOKENIZER
+from reward_models.blip.scorers import IMAGE_REWARD_TRAINS, BLIPScorer
+from reward_models.clip.networks import clip_config
+from reward_models.clip.scorers import CLIPScorer
 from reward_models.images import decode, to_tensor
 from reward_models.playground import PLAYGROUND
 from reward_models.preprocess import ImageRule
@@ -148,20 +146,3 @@ def prepare(rule: ImageRule) -> Any:
 
 def _prepare(rule: ImageRule, data: bytes) -> Tensor:
     return rule(to_tensor(decode(data))[None].float() / 255)[0]
-
-
-class LimitLogitScale:
-    """Keeps CLIP's logit_scale in [0, ln 100] after each step, as CLIP's own training does (Radford et al., 2021)."""
-
-    def __init__(self, scorer: NetworkScorer):
-        self.scale: Any = scorer.get_parameter("clip.logit_scale")
-
-    def start(self, trainer: object) -> None:
-        """Nothing to do."""
-
-    @torch.no_grad()
-    def after_step(self, trainer: object) -> None:
-        self.scale.clamp_(0, math.log(100))
-
-    def end(self, trainer: object) -> None:
-        """Nothing to do."""

@@ -13,8 +13,8 @@ import open_clip
 import pytest
 import torch
 
-from diffalign import cli, launch
-from reward_models import cli as score_cli
+from diffalign.commands import cli, launch
+from reward_models.folder import cli as score_cli
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "scoring.md").read_text()

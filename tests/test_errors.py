@@ -23,8 +23,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffalign import cli, launch
-from diffalign.backbones import find_pipeline
+from diffalign.commands import cli, launch
+from diffalign.networks.loading import find_pipeline
 from diffalign.playground import SHIPPED
 from reward_models import hub
 from reward_models.files import writing
@@ -43,7 +43,7 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            launch.run(lambda: main(list(words)))
+            program.run(lambda: main(list(words)))
         said = capsys.readouterr().err
         assert ended.value.code == 2, said
         assert "Traceback" not in said
@@ -334,7 +334,7 @@ def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> N
 
     for main in (stopped, left_open):
         with pytest.raises(SystemExit):
-            launch.run(main)
+            program.run(main)
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith(": 'a.b' = 1 must be 2") and "%|" not in last
 
@@ -347,20 +347,20 @@ def test_faults_of_ours_keep_their_trace(monkeypatch: pytest.MonkeyPatch, capsys
         raise ValueError("'a.b' = 1 must be 2")
 
     with pytest.raises(KeyError):
-        launch.run(broken)
+        program.run(broken)
     with pytest.raises(SystemExit):
-        launch.run(wrong)
+        program.run(wrong)
     assert capsys.readouterr().err.endswith(": 'a.b' = 1 must be 2\n")
     monkeypatch.setenv("DIFFALIGN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="must be 2"):
-        launch.run(wrong)
+        program.run(wrong)
 
 
 CHILD = """
-from diffalign import launch
+from diffalign.commands import launch, program
 def main():
     raise ValueError("'x.y' = 3 must be 4")
-launch.run(main)
+program.run(main)
 """
 
 

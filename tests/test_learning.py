@@ -194,7 +194,9 @@ def test_the_monitor_warns_before_the_true_preference_falls(worlds: Callable[[st
 @pytest.mark.learning
 def test_demo(tmp_path: Path) -> None:
     """The demo's promise: under 4 minutes on two cores, and a win rate whose lower bound is above 0.55."""
-    done = subprocess.run([sys.executable, "-m", "diffalign.cli", "demo", "--out", str(tmp_path / "demo")], check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "diffalign.commands.cli", "demo", "--out", str(tmp_path / "demo")], check=False
+    )
     assert done.returncode == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     print(summary)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
-from diffalign import cli, launch
-from reward_models import cli as score_cli
+from diffalign.commands import cli, launch
+from reward_models.folder import cli as score_cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

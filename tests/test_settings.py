@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from diffalign import config
-from reward_models.vlm_users import Pooling
+from reward_models.personal.vlm_users import Pooling
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p.stem for p in (ROOT / "train").glob("*.py"))
@@ -137,7 +137,7 @@ def test_a_tracker_that_is_not_installed_stops_the_run(
     def find(name: str) -> Any:
         return None if name.lower().startswith(tracker) else there(name)
 
-    monkeypatch.setattr("diffalign.run.find_spec", find)
+    monkeypatch.setattr("diffalign.training.run.find_spec", find)
     said = problems("diffusion_dpo", sections("diffusion_dpo"), f"run.tracker={tracker}")
     assert said == [f"  - 'run.tracker' = {tracker} needs a package that is missing: pip install {tracker}"]
 

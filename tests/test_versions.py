@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoTokenizer, CLIPTokenizer, CLIPTokenizerFast, T5TokenizerFast
 
-from diffalign.backbones import load_backbone
-from diffalign.export import export
+from diffalign.networks.export import export
+from diffalign.networks.loading import load_backbone
 from diffalign.playground import BASE, FLOW, SHIPPED, STUDENTS, Judge
 from diffalign.playground.world import captions
 

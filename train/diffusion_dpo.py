@@ -12,15 +12,17 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
-from diffalign.backbones import load_backbone
+from diffalign.commands import program
 from diffalign.data import PreferencePairs
-from diffalign.hooks import standard_hooks
-from diffalign.noising import Noising
-from diffalign.reference import reference_for
-from diffalign.run import Run
-from diffalign.trainer import Trainer, adamw
+from diffalign.diffusion.noising import Noising
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.reference import reference_for
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,4 +57,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -9,14 +9,16 @@ choices), checkpoints/ and export/, which `load_scorer`, `reward-score --user` a
 
 from __future__ import annotations
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.personal_reward import PersonalReward
+from diffalign.commands import program
 from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs
-from diffalign.run import Run
-from diffalign.strangers import stranger_hooks
-from diffalign.trainer import Trainer, adamw
-from reward_models.personal import head_to_train, load_features
-from reward_models.tastes import joint
+from diffalign.training.hooks.strangers import stranger_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
+from reward_models.personal.scorers import head_to_train, load_features
+from reward_models.personal.tastes import joint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,4 +47,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

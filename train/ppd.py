@@ -14,16 +14,18 @@ import math
 
 from tqdm import tqdm
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.ppd import PPD
-from diffalign.backbones import load_backbone
+from diffalign.commands import program
 from diffalign.data import PreferencePairs, UserPairs
-from diffalign.hooks import standard_hooks
-from diffalign.noising import Noising
-from diffalign.run import Run
-from diffalign.trainer import Trainer, adamw
-from diffalign.user_adapter import UserOffReference, add_user_adapter
-from diffalign.user_package import UserPackage
+from diffalign.diffusion.noising import Noising
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.user_adapter import UserOffReference, add_user_adapter
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.hooks.user_package import UserPackage
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,4 +63,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.pso import PSOCustomization, subject
-from diffalign.backbones import load_backbone
+from diffalign.commands import program
 from diffalign.data import TargetImages
-from diffalign.hooks import standard_hooks
-from diffalign.reference import reference_for
-from diffalign.run import Run
-from diffalign.sampler import Sampler
-from diffalign.trainer import Trainer, adamw
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,4 +56,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -8,18 +8,20 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.r0 import R0
-from diffalign.backbones import load_backbone
+from diffalign.commands import program
 from diffalign.data import Prompts
-from diffalign.hooks import standard_hooks
-from diffalign.monitor import Monitor
-from diffalign.noising import Noising
-from diffalign.reference import reference_for
-from diffalign.rewards import Rewards
-from diffalign.run import Run
-from diffalign.sampler import Sampler
-from diffalign.trainer import Trainer, adamw
+from diffalign.diffusion.noising import Noising
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
+from diffalign.objectives.rewards import Rewards
+from diffalign.training.hooks.monitor import Monitor
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 from reward_models import load_mixture
 
 
@@ -57,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -8,14 +8,16 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.sft import SFT
-from diffalign.backbones import load_backbone
+from diffalign.commands import program
 from diffalign.data import PreferencePairs
-from diffalign.hooks import standard_hooks
-from diffalign.noising import Noising
-from diffalign.run import Run
-from diffalign.trainer import Trainer, adamw
+from diffalign.diffusion.noising import Noising
+from diffalign.networks.loading import load_backbone
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,4 +46,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

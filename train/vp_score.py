@@ -9,12 +9,14 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl, checkpoints/
 
 from __future__ import annotations
 
-from diffalign import config, launch
+from diffalign import config
 from diffalign.algorithms.reward_training import RewardTraining
+from diffalign.commands import program
 from diffalign.data.groups import PreferenceGroups
-from diffalign.run import Run
-from diffalign.trainer import Trainer, adamw
-from diffalign.validation import scorer_hooks
+from diffalign.training.hooks.validation import scorer_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
 from reward_models.training import blip_to_train, prepare
 
 
@@ -41,4 +43,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    program.run(main)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm
-from diffalign.noising import Noised, Noising, errors
-from diffalign.sampling import Network
+from diffalign.diffusion.noising import Noised, Noising, errors
+from diffalign.diffusion.steps import Network
 from diffalign.types import Drawn, Key, LatentBatch, Metrics, Recent
 
 MOST_DRIFT = 0.1

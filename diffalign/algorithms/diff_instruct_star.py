@@ -3,8 +3,8 @@
     generator: -reward_weight r(x0, c) + D(aux, guided reference; x_t),   x0 = generator(z, c),  x_t = a x0 + s eps
     aux:       mean over C, h, w of (aux(a x0 + s eps, t, c) - target)^2 on the generator's samples
 
-D is one of diffalign/divergence.py. Without rewards and with distance kl it is Diff-Instruct (2305.18455), with rewards
-Diff-Instruct++ (2410.18881); with huber SIM, with sid SiD. It needs prompts and no images.
+D is one of diffalign/objectives/divergence.py. Without rewards and with distance kl it is Diff-Instruct (2305.18455),
+with rewards Diff-Instruct++ (2410.18881); with huber SIM, with sid SiD. It needs prompts and no images.
 
 No code of Diff-Instruct* was released; what its text leaves open is chosen so:
 - scores are compared as predictions of the noise with equal weight on every level; c is 1e-3 of the root of the size;
@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.algorithms.base import Algorithm, Turn, check_inner_gradients
-from diffalign.backbones.scores import Scores
-from diffalign.divergence import Distance, Point, gradient, guidance_scale_of
-from diffalign.lora import Adapter
-from diffalign.noising import Noising, errors
-from diffalign.rewards import Rewards, norm
-from diffalign.sampler import Move, Sampler
-from diffalign.sampling import Network
-from diffalign.schedule import per_sample
+from diffalign.diffusion.noising import Noising, errors
+from diffalign.diffusion.schedule import per_sample
+from diffalign.diffusion.steps import Network
+from diffalign.networks.lora import Adapter
+from diffalign.networks.sampler import Move, Sampler
+from diffalign.networks.scores import Scores
+from diffalign.objectives.divergence import Distance, Point, gradient, guidance_scale_of
+from diffalign.objectives.rewards import Rewards, norm
 from diffalign.types import Cond, Metrics, PromptBatch, Recent
 
 MIDDLE = (0.02, 0.98)

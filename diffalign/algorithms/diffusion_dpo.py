@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.denoising import Denoising, verdict
-from diffalign.losses import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss
-from diffalign.noising import Noising, errors
-from diffalign.sampling import Network
+from diffalign.diffusion.noising import Noising, errors
+from diffalign.diffusion.steps import Network
+from diffalign.objectives.preference import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss
 from diffalign.types import LatentBatch, Metrics, Recent
 
 
@@ -35,7 +35,7 @@ class DiffusionDPO(Denoising):
 
     Args:
         beta: strength of the pull to the reference; mean-form error, factor 1/2 (5000 as released for SD1.5 and SDXL)
-        loss: which function of the margin; see diffalign/losses.py
+        loss: which function of the margin; see diffalign/objectives/preference.py
         label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
         sft_weight: weight of the winners' own likelihood in the losses dpo_sft and slic, in units of the reward
         offset_scale: loss offset demands this margin for each point between the scores that the data set gives a pair

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
-from diffalign.reference import AdapterOffReference, FrozenReference
-from diffalign.rewards import Rewards
-from diffalign.sampler import Move, Sampler
+from diffalign.networks.reference import AdapterOffReference, FrozenReference
+from diffalign.networks.sampler import Move, Sampler
+from diffalign.objectives.rewards import Rewards
 from diffalign.types import PromptBatch
 
 

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO, score_gap
-from diffalign.inversion import Inversion
-from diffalign.noising import Noised, Noising
-from diffalign.sampling import Network
-from diffalign.schedule import per_sample
+from diffalign.diffusion.inversion import Inversion
+from diffalign.diffusion.noising import Noised, Noising
+from diffalign.diffusion.schedule import per_sample
+from diffalign.diffusion.steps import Network
 from diffalign.types import Cond, Drawn, LatentBatch
 
 
@@ -38,7 +38,7 @@ class InPO(DiffusionDPO):
 
     Args:
         beta: strength of the pull to the reference; mean-form error, factor 1/2 (2000 for SD1.5, 5000 for SDXL)
-        loss: which function of the margin; see diffalign/losses.py
+        loss: which function of the margin; see diffalign/objectives/preference.py
         label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
         invert_by: the policy as it is, or the reference; then each inversion can be kept (data.draws_per_sample)
         smoothing: SmPO's weight for a pair with a clear difference in scores (10 as released); 0 for plain InPO

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.algorithms.denoising import Denoising, check_reference_free
-from diffalign.noising import Noising, errors
+from diffalign.diffusion.noising import Noising, errors
 from diffalign.types import LatentBatch, Metrics, Recent
 
 

@@ -6,8 +6,8 @@ u is what the head makes of the person: a row of a table (PAL: Chen et al., 2024
 some other choices of theirs (VPL: Poddar et al., 2024, with its divergence from the prior as the cost), the group that
 explains those best (hard EM as in MaxMin-RLHF: Chakraborty et al., 2024), or nothing.
 
-Differs from the released codes: see reward_models/tastes.py; the number of other choices varies, so that a head learns
-what few and what many are worth.
+Differs from the released codes: see reward_models/personal/tastes.py; the number of other choices varies, so that a
+head learns what few and what many are worth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from diffalign.types import ChoiceBatch, Metrics, Recent
 
 
 class PersonalReward(Algorithm):
-    """Bradley-Terry on choices, given the person. The player is `scorer`, a head of reward_models.tastes.
+    """Bradley-Terry on choices, given the person. The player is `scorer`, a head of reward_models.personal.tastes.
 
     Positional: the head as prepared by accelerate, the width of a person's vector, the draws of the run.
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.steps import Network
 from diffalign.draws import Draws
-from diffalign.noising import Noising
-from diffalign.sampling import Network
 from diffalign.types import LatentBatch
 
 

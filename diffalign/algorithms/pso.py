@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.algorithms.denoising import ranking_of
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
-from diffalign.noising import Noising
-from diffalign.rewards import Rewards
-from diffalign.sampler import Move, Sampler
-from diffalign.sampling import Network, log_prob
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.steps import Network, log_prob
+from diffalign.networks.sampler import Move, Sampler
+from diffalign.objectives.rewards import Rewards
 from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, Recent
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
-from diffalign.noising import Noising
-from diffalign.reference import AdapterOffReference, FrozenReference
-from diffalign.rewards import Ascent, Rewards, cosine, norm, unit_length
-from diffalign.sampler import Move, Sampler
+from diffalign.diffusion.noising import Noising
+from diffalign.networks.reference import AdapterOffReference, FrozenReference
+from diffalign.networks.sampler import Move, Sampler
+from diffalign.objectives.rewards import Ascent, Rewards, cosine, norm, unit_length
 from diffalign.types import Cond, PromptBatch
 
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.algorithms.denoising import Denoising, verdict
-from diffalign.losses import beta_in_other_units, gain
-from diffalign.noising import Noising, errors
-from diffalign.sampling import Network
+from diffalign.diffusion.noising import Noising, errors
+from diffalign.diffusion.steps import Network
+from diffalign.objectives.preference import beta_in_other_units, gain
 from diffalign.types import LatentBatch, Metrics, Recent
 
 

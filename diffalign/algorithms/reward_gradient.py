@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm
-from diffalign.losses import denoising_error
-from diffalign.reference import AdapterOffReference, DistanceToStart, FrozenReference
-from diffalign.rewards import Ascent, Rewards, climb
-from diffalign.sampler import Move, Sampler
+from diffalign.diffusion.noising import denoising_error
+from diffalign.networks.reference import AdapterOffReference, DistanceToStart, FrozenReference
+from diffalign.networks.sampler import Move, Sampler
+from diffalign.objectives.rewards import Ascent, Rewards, climb
 from diffalign.types import Metrics, PromptBatch, Recent
 
 

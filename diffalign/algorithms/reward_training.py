@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.draws import Draws, seeded
-from diffalign.losses import ranking
+from diffalign.objectives.preference import ranking
 from diffalign.types import GroupBatch, Metrics, Recent
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffalign.algorithms.denoising import Denoising, check_reference_free
-from diffalign.noising import Noising, errors
+from diffalign.diffusion.noising import Noising, errors
 from diffalign.types import LatentBatch, Metrics, Recent
 
 

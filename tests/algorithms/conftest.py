@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.backbones import Backbone, load_backbone
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
 from diffalign.draws import Draws
-from diffalign.noising import Noising
+from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.objectives.rewards import Rewards
 from diffalign.playground.world import captions
-from diffalign.rewards import Rewards
-from diffalign.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
 from diffalign.types import Cond, LatentBatch, PromptBatch
 from reward_models import WeightedSum
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diffalign.algorithms.diff_instruct_star import DiffInstructStar
-from diffalign.backbones import Backbone
-from diffalign.backbones.scores import Scores, score_networks
+from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
-from diffalign.lora import trained_parameters
-from diffalign.noising import Noising
-from diffalign.sampler import Sampler
+from diffalign.networks.families.base import Backbone
+from diffalign.networks.lora import trained_parameters
+from diffalign.networks.sampler import Sampler
+from diffalign.networks.scores import Scores, score_networks
 
 CPU = torch.device("cpu")
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
-from diffalign.backbones import load_backbone
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.schedule import Prediction
 from diffalign.draws import Draws
-from diffalign.losses import PAIR_LOSSES
-from diffalign.noising import Noising
-from diffalign.reference import reference_for
-from diffalign.schedule import Prediction
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.reference import reference_for
+from diffalign.objectives.preference import PAIR_LOSSES
 from diffalign.types import LatentBatch, Recent
 
 CPU = torch.device("cpu")

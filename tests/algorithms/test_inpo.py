@@ -10,12 +10,12 @@ import torch
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.algorithms.inpo import InPO
-from diffalign.backbones import load_backbone
+from diffalign.diffusion.inversion import Inversion
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.schedule import Prediction
 from diffalign.draws import Draws
-from diffalign.inversion import Inversion
-from diffalign.noising import Noising
-from diffalign.reference import FrozenReference, reference_for
-from diffalign.schedule import Prediction
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.reference import FrozenReference, reference_for
 from diffalign.types import Cond
 
 EMPTY = Cond(torch.zeros(1, 12, 16))

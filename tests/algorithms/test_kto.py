@@ -10,8 +10,8 @@ import torch
 
 from diffalign.algorithms.kto import KTO, UTILITIES
 from diffalign.data import Balanced
+from diffalign.diffusion.schedule import Prediction
 from diffalign.draws import Draws
-from diffalign.schedule import Prediction
 
 GAINS = [1e-3, -5e-4, 2e-4, 0.0]
 LIKED = [1.0, 0.0, 1.0, 0.0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffalign.algorithms.mapo import MaPO, link
-from diffalign.schedule import Prediction
+from diffalign.diffusion.schedule import Prediction
 
 
 def test_link_by_hand() -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from diffalign.algorithms.personal_reward import PersonalReward
 from diffalign.draws import Draws
 from diffalign.types import ChoiceBatch
-from reward_models.personal_heads import HEADS, PAL, VPL, Groups, Logistic
-from reward_models.tastes import Head, laplace
+from reward_models.personal.heads import HEADS, PAL, VPL, Groups, Logistic
+from reward_models.personal.tastes import Head, laplace
 
 WIDTH, PEOPLE, EACH = 16, 60, 100
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from diffalign.algorithms.ppd import PPD
-from diffalign.backbones import load_backbone
+from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
-from diffalign.noising import Noising
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.user_adapter import UserOffReference, add_user_adapter
 from diffalign.types import LatentBatch
-from diffalign.user_adapter import UserOffReference, add_user_adapter
 
 USERS = {"ann": torch.ones(4, 1, 3), "bob": -torch.ones(4, 1, 3)}
 NAMES = ["ann", "bob", "ann", "bob"]

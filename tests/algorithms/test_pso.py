@@ -12,13 +12,13 @@ from torch import Tensor
 
 from diffalign.algorithms import pso
 from diffalign.algorithms.pso import PSO, PSOCustomization, Rollouts
-from diffalign.backbones import Backbone
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.steps import log_prob
 from diffalign.draws import Draws
-from diffalign.lora import trained_parameters
-from diffalign.noising import Noising
-from diffalign.reference import reference_for
-from diffalign.sampler import Move, Sampler
-from diffalign.sampling import log_prob
+from diffalign.networks.families.base import Backbone
+from diffalign.networks.lora import trained_parameters
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Move, Sampler
 from diffalign.types import Cond
 
 

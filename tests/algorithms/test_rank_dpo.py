@@ -10,7 +10,7 @@ import torch
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.algorithms.rank_dpo import RankDPO, dcg_weights
 from diffalign.data.ranked import win_rates_of_ranks
-from diffalign.schedule import Prediction
+from diffalign.diffusion.schedule import Prediction
 
 PHI = [1.0, 2 / 3, 1 / 3, 0.0]
 DELTA = {(0, 1): 0.21969, (0, 2): 0.53385, (0, 3): 0.82136, (1, 2): 0.06186, (1, 3): 0.16970, (2, 3): 0.02600}

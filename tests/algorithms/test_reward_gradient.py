@@ -13,12 +13,12 @@ from torch import Tensor
 from diffalign.algorithms.draft import DRaFT
 from diffalign.algorithms.r0 import R0
 from diffalign.algorithms.refl import ReFL
-from diffalign.backbones import Backbone, load_backbone
+from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
-from diffalign.lora import trained_parameters
-from diffalign.noising import Noising
-from diffalign.reference import reference_for
-from diffalign.sampler import Sampler
+from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.lora import trained_parameters
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
 from diffalign.types import Cond, PromptBatch
 
 KEYS = [(0, "a"), (0, "b")]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from diffalign.algorithms.reward_training import RewardTraining
 from diffalign.draws import Draws
-from diffalign.losses import ranking
+from diffalign.objectives.preference import ranking
 from diffalign.types import GroupBatch
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.backbones import load_backbone
 from diffalign.data import LatentCache
+from diffalign.networks.loading import load_backbone
 from diffalign.playground import BASE, FLOW
 from reward_models import load_scorer
-from reward_models.cli import main
-from reward_models.report import longer_prompts
+from reward_models.folder.cli import main
+from reward_models.folder.report import longer_prompts
 
 LONG = "small red circle on white, " * 30
 SHORT = "small red circle on white"

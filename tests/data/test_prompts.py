@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.backbones import load_backbone
 from diffalign.data import Dropped, KeyedLoader, Prompts, TargetImages
 from diffalign.data.prompts import find_prompts, read_prompts
 from diffalign.data.targets import read_targets
 from diffalign.draws import Draws
+from diffalign.networks.loading import load_backbone
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from diffalign.run import Run
+from diffalign.training.run import Run
 
 NAME = os.environ.get("DIFFALIGN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else pretend.NAME)
 

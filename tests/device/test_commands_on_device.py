@@ -10,11 +10,11 @@ import pytest
 import torch
 from torchvision.utils import save_image
 
-from diffalign import launch
+from diffalign.commands import launch
 from diffalign.playground import BASE, Judge
 from diffalign.playground.world import captions, imagine, parse
 from reward_models import load_scorer
-from reward_models.cli import main as reward_score
+from reward_models.folder.cli import main as reward_score
 
 PROMPTS = captions(4, held_out=True)
 
@@ -61,7 +61,7 @@ def test_the_judge_scores_alike_everywhere(device: torch.device) -> None:
 
 def test_one_user_is_fitted(tmp_path: Path, device: torch.device, recipe) -> None:
     """From choices of many persons to the embedding of one, the whole way on the device."""
-    from diffalign.cli import main as diffalign
+    from diffalign.commands.cli import main as diffalign
 
     assert diffalign(["playground", "people", "--people=8", "--prompts=60", "--opinions=2", f"--out={tmp_path}"]) == 0
     settings = [f"data.path={tmp_path / 'choices.jsonl'}", "trainer.steps=3", "choices.batch_size=8"]

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-IMPORTS = "diffusers, transformers, peft, diffalign.hooks, diffalign.monitor, diffalign.strangers, reward_models"
+IMPORTS = "diffusers, transformers, peft, diffalign.training.hooks.standard, reward_models"
 
 
 class Server:

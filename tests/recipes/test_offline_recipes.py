@@ -21,7 +21,7 @@ def test_two_steps_on_every_family(
     tmp_path: Path, request: pytest.FixtureRequest, pairs_file: Path, recipe: Callable, family: str, name: str
 ) -> None:
     """Two steps of a LoRA, saved, loaded by stock diffusers; its images move with it. That stock pipelines reproduce
-    ours to 1e-4, with LoRA and whole, is tests/backbones/test_every_family.py.
+    ours to 1e-4, with LoRA and whole, is tests/networks/families/test_every_family.py.
     """
     model, out = request.getfixturevalue(family), tmp_path / "run"
     settings = [f"backbone.path={model}", "backbone.lora_rank=2", "backbone.max_sequence_length=8", "optimizer.lr=1e-2"]

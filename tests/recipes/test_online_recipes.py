@@ -15,11 +15,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffalign import sample_grid
 from diffalign.draws import Draws
 from diffalign.playground import STUDENTS
+from diffalign.training.hooks import samples as sample_grid
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 SCORED = ("refl", "draft", "r0", "pso", "diff_instruct_star")
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "run.log_every=1"]
 TINY = [*BARE, "data.limit=8", "trainer.steps=2"]
@@ -144,7 +144,7 @@ def test_two_players_on_two_processes_equal_one(
 
 KILLED = """
 import os, runpy, signal, sys
-import diffalign.hooks as hooks
+import diffalign.training.hooks.standard as hooks
 recipe, *arguments = sys.argv[1:]
 
 def kill(self, trainer, save=hooks.Checkpoint.after_step):

@@ -15,13 +15,13 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from diffalign import launch
-from diffalign.cli import main as diffalign
+from diffalign.commands import launch
+from diffalign.commands.cli import main as diffalign
+from diffalign.networks.user_adapter import FILE, user_embeds
 from diffalign.playground import BASE
-from diffalign.user_adapter import FILE, user_embeds
 from reward_models import load_scorer
-from reward_models.cli import main as reward_score
-from reward_models.personal import ForUser, PersonalScorer, load_user
+from reward_models.folder.cli import main as reward_score
+from reward_models.personal.scorers import ForUser, PersonalScorer, load_user
 
 ROOT = Path(__file__).parents[2]
 HEADS = {"pal": [], "vpl": ["scorer.size=4"], "groups": ["scorer.size=2"], "logistic": []}
@@ -159,7 +159,7 @@ def test_two_processes_equal_one(
 
 KILLED = """
 import os, runpy, signal, sys
-from diffalign import hooks
+from diffalign.training.hooks import standard as hooks
 recipe, *arguments = sys.argv[1:]
 after_step = hooks.Checkpoint.after_step
 

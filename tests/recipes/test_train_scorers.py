@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.playground.ratings import RATED, write_ratings
-from diffalign.trainer import adamw
+from diffalign.training.optim import adamw
 from reward_models import load_scorer
 from reward_models.training import HPS_TRAINS, LimitLogitScale, clip_to_train, train_only
 

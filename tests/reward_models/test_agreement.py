@@ -2,47 +2,47 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-import torch
 
-from reward_models.agreement import win_rates
+from reward_models.accuracy import win_rates
 
 
 def test_the_unanimous_best_has_one_and_the_unanimous_worst_zero() -> None:
     """Two scorers, three images. Wins: image 0 beats both others twice (4), image 1 beats image 2 once, image 2 beats
     image 1 once; C = (4, 1, 1) of 2 * 2 = 4 comparisons each."""
-    scores = torch.tensor([[9.0, 2.0, 1.0], [0.3, 0.1, 0.2]])
+    scores = np.array([[9.0, 2.0, 1.0], [0.3, 0.1, 0.2]])
     assert win_rates(scores).tolist() == [1.0, 0.25, 0.25]
-    assert win_rates(torch.tensor([[4.0, 3, 2, 1], [40, 30, 20, 10]])).tolist() == [1, 2 / 3, 1 / 3, 0]
+    assert win_rates(np.array([[4.0, 3, 2, 1], [40, 30, 20, 10]])).tolist() == [1, 2 / 3, 1 / 3, 0]
 
 
 def test_they_add_up_to_half_the_images_without_ties() -> None:
-    scores = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    scores = np.random.default_rng(0).standard_normal((5, 4))
     phi = win_rates(scores)
     assert phi.sum().item() == pytest.approx(4 / 2, abs=1e-12)
-    assert phi.dtype == torch.float64 and 0 <= phi.min() <= phi.max() <= 1
+    assert phi.dtype == np.float64 and 0 <= phi.min() <= phi.max() <= 1
 
 
 def test_a_tie_is_a_win_for_neither() -> None:
     """C = (1, 1, 0): the equal pair gives nothing, each beats the third; of 2 comparisons. Their sum is below 3/2."""
-    assert win_rates(torch.tensor([[2.0, 2.0, 1.0]])).tolist() == [0.5, 0.5, 0.0]
+    assert win_rates(np.array([[2.0, 2.0, 1.0]])).tolist() == [0.5, 0.5, 0.0]
 
 
 def test_units_do_not_matter_and_images_may_change_places() -> None:
-    scores = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
-    rescaled = torch.stack([scores[0].exp(), scores[1] * 1000 - 7, scores[2]])
-    order = torch.tensor([4, 2, 0, 3, 1])
-    assert torch.equal(win_rates(scores), win_rates(rescaled))
-    assert torch.equal(win_rates(scores)[order], win_rates(scores[:, order]))
-    assert not torch.equal(win_rates(scores), win_rates(-scores))
+    scores = np.random.default_rng(1).standard_normal((3, 5))
+    rescaled = np.stack([np.exp(scores[0]), scores[1] * 1000 - 7, scores[2]])
+    order = np.array([4, 2, 0, 3, 1])
+    assert np.array_equal(win_rates(scores), win_rates(rescaled))
+    assert np.array_equal(win_rates(scores)[order], win_rates(scores[:, order]))
+    assert not np.array_equal(win_rates(scores), win_rates(-scores))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 1), (0, 3), (2, 2, 2)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"scores \[R, K\]"):
-        win_rates(torch.zeros(shape))
+        win_rates(np.zeros(shape))
 
 
 def test_scores_that_are_not_finite_are_named() -> None:
     with pytest.raises(ValueError, match=r"scores\[1, 0\] is not finite"):
-        win_rates(torch.tensor([[1.0, 2.0], [float("nan"), 2.0]]))
+        win_rates(np.array([[1.0, 2.0], [float("nan"), 2.0]]))

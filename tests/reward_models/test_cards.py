@@ -39,8 +39,8 @@ def test_a_card_says_everything(name: str) -> None:
 
 
 def test_cards_of_published_files_name_them() -> None:
-    from reward_models import clip_published as published
-    from reward_models.aesthetic import ORIGINAL, SOURCE
+    from reward_models.clip import published as published
+    from reward_models.clip.aesthetic import ORIGINAL, SOURCE
 
     rows = {"hps_v2": published.HPS_V2, "hps_v2.1": published.HPS_V2_1, "pickscore": published.PICKSCORE}
     for name, row in rows.items():

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.rewards import Rewards
+from diffalign.objectives.rewards import Rewards
 from reward_models import WeightedSum, load_mixture, score_files
-from reward_models import cli as reward_score
+from reward_models.folder import cli as reward_score
 from reward_models.protocol import check_images, scores_of
 
 ROOT = Path(__file__).parents[2]

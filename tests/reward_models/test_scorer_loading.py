@@ -110,8 +110,8 @@ def test_the_playground_judge_is_a_scorer() -> None:
 
 def test_importing_the_package_and_asking_for_help_load_no_torch() -> None:
     code = (
-        "import sys, reward_models, reward_models.cli\n"
-        "try: reward_models.cli.main(['--help'])\n"
+        "import sys, reward_models, reward_models.folder.cli\n"
+        "try: reward_models.folder.cli.main(['--help'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'open_clip', 'transformers', 'diffusers', 'diffalign'} & set(sys.modules)"
     )

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from reward_models.convert import convert
+from reward_models.clip.convert import convert
 from reward_models.weights import find_file, load_strict, read_state, save_state
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.tensor([1.0, 2.0])}

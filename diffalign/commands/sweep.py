@@ -1,0 +1,204 @@
+"""`--sweep section.key=v1,v2,...` of every recipe that trains a pipeline: short runs, compared in one table.
+
+Each point (a value of every axis) is a fresh process of the recipe in `<run.folder>/sweep-<key>=<value>/`. Its export
+and the base draw the same held-out prompts from the same noise, and a scorer compares them. Killed? The same command
+goes on: points that are done stay as they are, the others continue from their last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from diffalign.commands import launch
+from diffalign.config import Config, ConfigError, read
+from diffalign.playground.world import captions
+from diffalign.report.sweep_table import advice, judged, markdown, trained, verdict
+from reward_models.files import read_json, write_whole
+
+PROMPTS, SAMPLES = 64, 2
+FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.sample_steps", "hooks.sample_guidance")
+"""Cannot be swept: all points are compared with one set of images of the base."""
+
+
+class Point(NamedTuple):
+    """One run: what it changes ("algorithm.beta=200", one an axis), its folder, its resolved configuration."""
+
+    values: tuple[str, ...]
+    folder: Path
+    config: Config
+
+
+class Contest(NamedTuple):
+    """How all points are judged: the base's pipeline, its images, prompts, scorer, settings of eval/generate.py."""
+
+    base: str
+    images: Path
+    prompts: Path
+    scorer: str
+    sampling: tuple[str, ...]
+
+
+def sweep(
+    recipe: Path,
+    axes: Sequence[str],
+    arguments: Sequence[str],
+    resolved: Callable[[Sequence[str]], Config],
+    *,
+    prompts: str | None = None,
+    scorer: str | None = None,
+) -> int:
+    """Run every point, print and write the table; returns the exit code, 1 when a point failed.
+
+    recipe     the recipe's file; arguments are its --config and overrides
+    axes       "section.key=v1,v2"; several make the grid of their values
+    resolved   more overrides -> configuration; raises ConfigError
+    prompts    held-out prompts, .txt or .jsonl; scorer judges. Both have defaults for the playground
+
+    Writes sweep.md and sweep.json after each point. Raises ConfigError with all problems of all points, before the
+    first run starts.
+    """
+    points, contest = plan(axes, resolved, prompts, scorer)
+    folder = contest.images.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if prompts is None:
+        write_whole(contest.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
+    # The base against itself: a misspelt scorer, or one that cannot judge these images, ends this before the first run.
+    code = _draw(contest, contest.images, ["--pipeline", contest.base])
+    against_itself = contest.images / "win_rate.json"
+    if code or (code := _judge(contest, contest.images, against_itself)):
+        return code
+    try:
+        judged(against_itself)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    rows: list[dict[str, Any]] = []
+    for k, point in enumerate(points, 1):
+        print(f"\nsweep {k}/{len(points)}: {' '.join(point.values)}", flush=True)
+        rows.append(_row(recipe, arguments, point, contest))
+        said = {"recipe": recipe.stem, "scorer": contest.scorer, "advice": advice(rows), "rows": rows}
+        write_whole(folder / "sweep.json", json.dumps(said, indent=1) + "\n")
+        write_whole(folder / "sweep.md", f"{markdown(rows)}\n\n{advice(rows)}\n")
+    print(f"\n{markdown(rows)}\n\n{advice(rows)}\nwritten: '{folder / 'sweep.md'}'", flush=True)
+    return int(any(row["verdict"] == "failed" for row in rows))
+
+
+def plan(
+    axes: Sequence[str], resolved: Callable[[Sequence[str]], Config], prompts: str | None, scorer: str | None
+) -> tuple[list[Point], Contest]:
+    """The points of the grid, and how they are judged. Raises ConfigError."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        how = "`diffalign train --num-processes 1 RECIPE --sweep ...`"
+        raise ConfigError(f"--sweep starts its runs itself and must not be started in several processes; use {how}")
+    points, problems = [], dict[str, None]()
+    for values in itertools.product(*_choices(axes)):
+        try:
+            config = resolved(values)
+        except ConfigError as error:
+            problems |= dict.fromkeys(str(error).splitlines()[1:] or [str(error)])
+            continue
+        if not {"backbone", "hooks"} <= config.sections.keys():
+            raise ConfigError("--sweep compares images, and this recipe trains no pipeline")
+        folder = Path(config.run["folder"]) / ("sweep-" + re.sub(r"[^\w.,=+-]", "_", ",".join(values)))
+        config.run["folder"] = str(folder)
+        points.append(Point(values, folder, config))
+        problems |= dict.fromkeys(_changed(points[-1]))
+    path = points[0].config.backbone["path"] if points else "playground"
+    if path != "playground" and not (prompts and scorer):
+        need = f"  - to compare images of '{path}': held-out prompts, --sweep-prompts FILE (.txt or .jsonl), a judge, "
+        problems[f"{need}--sweep-scorer SPEC (such as hps_v2.1)"] = None
+    if prompts and not Path(prompts).exists():
+        problems[f"  - --sweep-prompts '{prompts}' does not exist"] = None
+    if problems:
+        raise ConfigError("the runs of --sweep cannot start:\n" + "\n".join(problems))
+    return points, _contest(points[0], prompts, scorer)
+
+
+def _choices(axes: Sequence[str]) -> list[list[str]]:
+    """The "key=value" words of every axis. Raises ConfigError."""
+    keys = [axis.partition("=")[0] for axis in axes]
+    # A comma within brackets belongs to a list.
+    split = [re.split(r",(?![^\[]*\])", axis.partition("=")[2]) for axis in axes]
+    bad = [f"{x}: expected section.key=value,value" for x in axes if not re.match(r"\w+\.\w+=[^,]", x)]
+    bad += [f"{x}: cannot be swept, for all runs are compared with the same images" for x in keys if x in FIXED]
+    bad += [f"{x}: given twice" for x in dict.fromkeys(keys) if keys.count(x) > 1]
+    bad += [f"{axis}: the same value twice" for axis, x in zip(axes, split, strict=True) if len({*x}) < len(x)]
+    if bad:
+        raise ConfigError("\n".join(f"--sweep {x}" for x in bad))
+    return [[f"{key}={value}" for value in values] for key, values in zip(keys, split, strict=True)]
+
+
+def _changed(point: Point) -> list[str]:
+    """What forbids going on in the point's folder: a run with other settings."""
+    file = point.folder / "config.yaml"
+    if not file.exists():
+        return []
+    before: Any = read(str(file), point.folder)
+    now = OmegaConf.create(point.config.yaml())
+    keys = [f"{section}.{key}" for section in point.config.sections for key in point.config.sections[section]]
+    other = [key for key in keys if key != "run.resume" and OmegaConf.select(before, key) != OmegaConf.select(now, key)]
+    said = f"  - '{point.folder}' holds a run with another {', '.join(other)}; delete it, or choose another run.folder"
+    return [said] if other else []
+
+
+def _contest(point: Point, prompts: str | None, scorer: str | None) -> Contest:
+    cfg, folder = point.config, point.folder.parent
+    hooks, sampling = cfg.hooks, ["--samples-per-prompt", str(SAMPLES), "--dtype", cfg.backbone["dtype"]]
+    own = cfg.sections.get("sampler", {"steps": hooks["sample_steps"], "guidance": hooks["sample_guidance"]})
+    sampling += ["--steps", str(own["steps"]), "--guidance", str(own["guidance"])]
+    if own.get("timesteps"):
+        sampling += ["--timesteps", *map(str, own["timesteps"])]
+    return Contest(
+        base=os.path.expanduser(cfg.backbone["path"]),
+        images=folder / "sweep-base",
+        prompts=Path(prompts) if prompts else folder / "sweep-prompts.txt",
+        scorer=scorer or "diffalign.playground:Judge",
+        sampling=(*sampling, "--size", str(cfg.data["resolution"])),
+    )
+
+
+def _draw(contest: Contest, out: Path, model: Sequence[str]) -> int:
+    words = [*model, "--prompts", str(contest.prompts), "--out", str(out), *contest.sampling]
+    return launch.start(launch.find("eval", "generate"), words, processes=None, config=None)
+
+
+def _judge(contest: Contest, images: Path, out: Path) -> int:
+    words = [contest.images, images, "--scorer", contest.scorer, "--out", out]
+    return launch.start(launch.find("eval", "win_rate"), [*map(str, words)], processes=1, config=None)
+
+
+def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest) -> dict[str, Any]:
+    """Train and judge a point, as far as that is not done; its row of the table."""
+    file, export, images = (point.folder / name for name in ("result.json", "export", "held_out"))
+    result = read_json(file) if file.exists() and export.exists() else {}
+    if not result:
+        resume = any((point.folder / "checkpoints").glob("step-*/state.json"))
+        # Without a checkpoint it begins again; and there must be no images of another export.
+        shutil.rmtree(images if resume else point.folder, ignore_errors=True)
+        words = [*arguments, *point.values, f"run.folder={point.folder}", *["run.resume=true"] * resume]
+        started = time.perf_counter()
+        if launch.start(recipe, words, processes=None, config=None):
+            return {"values": point.values, "verdict": "failed"}
+        seconds = None if resume else time.perf_counter() - started  # of the part before nobody knows
+        result = {"values": point.values, "seconds": seconds, **trained(point.folder / "metrics.jsonl")}
+        write_whole(file, json.dumps(result))
+    contested = hashlib.sha256(repr(contest).encode() + contest.prompts.read_bytes()).hexdigest()[:12]
+    if result.get("contest") != contested:
+        whole = (export / "model_index.json").exists()
+        model = ["--pipeline", str(export)] if whole else ["--pipeline", contest.base, "--lora", str(export)]
+        table = point.folder / "win_rate.json"
+        if _draw(contest, images, model) or _judge(contest, images, table):
+            return {**result, "verdict": "failed"}
+        result |= {**judged(table), "contest": contested}
+        write_whole(file, json.dumps(result))
+    return {**result, "verdict": verdict(result)}

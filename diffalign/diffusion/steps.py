@@ -1,0 +1,133 @@
+"""Moving in t: one Gaussian step is DDIM, DDIM inversion, DDPM, Euler-ancestral and flow Euler.
+
+Every step returns (mean [B, C, h, w], std [B, 1, 1, 1]) of the next latent, so samplers, PSO and policy gradients need
+nothing but these two and `log_prob`. Timesteps are per sample, [B], everywhere.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffalign.diffusion.schedule import FlowSchedule, Schedule, per_sample, upcast
+from diffalign.draws import Draws
+from diffalign.types import Cond, Key
+
+Network = Callable[[Tensor, Tensor, Cond], Tensor]
+"""A denoiser: (x_t [B, C, h, w], t [B], cond) -> out [B, C, h, w]."""
+
+Step = tuple[Tensor, Tensor]
+"""mean [B, C, h, w] and std [B, 1, 1, 1] of the next latent, float32."""
+
+
+def gaussian_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float = 0.0) -> Step:
+    """The transition from t to t_next given the network output `out` at (x_t, t) (DDIM: Song et al., 2021, eq. 12, 16).
+
+    mean = a2 x0 + sqrt(s2^2 - std^2) eps;  std = eta s2 sqrt(1 - (a s2 / (a2 s))^2), and 0 where t_next >= t.
+    eta 0 is DDIM, and Euler for flows; t_next above t is inversion; eta 1 is the DDPM posterior and Euler-ancestral.
+    """
+    x0, eps = schedule.split(out, x_t, t)
+    a, s = map(per_sample, schedule.coefficients(t))
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    std = torch.zeros_like(s2)
+    if eta:
+        std = eta * s2 * (1 - (a * s2 / (a2 * s)) ** 2).clamp(min=0).sqrt()
+    return a2 * x0 + (s2**2 - std**2).clamp(min=0).sqrt() * eps, std
+
+
+def renoise_step(
+    schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float | Tensor = 1.0
+) -> Step:
+    """Predict x0 and noise it again, by a part eta afresh: N(a2 x0 + s2 sqrt(1 - eta^2) eps, eta^2 s2^2).
+
+    eta 1 is how LCM, DMD2 and one-step generators sample, 0 is DDIM; a tensor [B, 1, 1, 1] of random ones is R0's.
+    LCM's boundary scaling (x0 <- c_out x0 + c_skip x_t, c_skip <= 7e-6 for t >= 19) is left out.
+    """
+    x0, eps = schedule.split(out, x_t, t)
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    if isinstance(eta, float) and eta == 1:
+        return a2 * x0, s2
+    kept = torch.as_tensor(1 - eta**2).sqrt()
+    return a2 * x0 + s2 * kept * eps, eta * s2
+
+
+def flow_sde_step(
+    schedule: FlowSchedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: float
+) -> Step:
+    """Stochastic flow step with the marginals of the ODE (Flow-GRPO, Liu et al., 2025, arXiv 2505.05470).
+
+    dt = t_next - t < 0;  sigma = noise_level sqrt(t / (1 - t));
+    mean = x_t + (v + sigma^2 / (2 t) eps) dt;  std = sigma sqrt(-dt).
+    At t = 1, where sigma diverges, 1 - t_next takes the place of 1 - t, as in the released code.
+    """
+    x0, eps = schedule.split(out, x_t, t)
+    a, s = map(per_sample, schedule.coefficients(t))
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    dt = s2 - s
+    strength = noise_level**2 / torch.where(a == 0, a2, a)  # sigma^2 / t, finite at t = 0
+    return upcast(x_t) + (eps - x0 + strength / 2 * eps) * dt, (strength * s * -dt).sqrt()
+
+
+def log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Log density of N(mean, std^2) at x, averaged (or summed) over C, h, w: float32 [B].
+
+    x, mean [B, C, h, w] and std [B, 1, 1, 1]. A deterministic step (eta 0, or the last one, to the clean end) has no
+    density: with std 0 on the CPU this raises ValueError; on an accelerator, where looking would make the host wait
+    for it, the result is not finite.
+    """
+    if std.device.type == "cpu" and not (std > 0).all():
+        raise ValueError(
+            f"log_prob needs std > 0, got {std.flatten().tolist()}; use eta > 0 and leave out the step to the clean end"
+        )
+    x, mean, std = upcast(x), upcast(mean), upcast(std)
+    terms = -0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    return terms.flatten(1).mean(1) if reduction == "mean" else terms.flatten(1).sum(1)
+
+
+def guided(denoiser: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
+    """Classifier-free guidance, uncond + scale (cond - uncond), in one forward of the doubled batch.
+
+    scale 1, or no uncond, is one plain forward. Ho & Salimans, 2022.
+    """
+    if uncond is None or scale == 1:
+        return denoiser(x_t, t, cond)
+    with_prompt, without = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), Cond.cat([cond, uncond])).chunk(2)
+    return without + scale * (with_prompt - without)
+
+
+def sample(
+    denoiser: Network,
+    schedule: Schedule,
+    cond: Cond,
+    noise: Tensor,
+    timesteps: Tensor,
+    *,
+    uncond: Cond | None = None,
+    guidance: float = 1.0,
+    eta: float = 0.0,
+    draws: Draws | None = None,
+    keys: Sequence[Key] | None = None,
+) -> Tensor:
+    """From noise [B, C, h, w] through the descending timesteps [S] to the clean end: x0 [B, C, h, w], float32.
+
+    eta > 0 adds noise that is a pure function of (sample's key, step): it needs draws and B keys. Raises ValueError
+    without them, and for timesteps that do not descend. Gradients flow; call it under no_grad where none are wanted.
+    """
+    levels = [*timesteps.tolist(), schedule.t_clean]
+    if any(then >= now for now, then in itertools.pairwise(levels)):
+        raise ValueError(f"timesteps must descend and end above {schedule.t_clean}, the clean end; got {levels[:-1]}")
+    if eta and (draws is None or keys is None or len(keys) != len(noise)):
+        raise ValueError(f"sample with eta > 0 draws noise: pass draws and {len(noise)} keys, one a sample")
+    x = upcast(noise)
+    for k, (now, then) in enumerate(itertools.pairwise(levels)):
+        t, t_next = (torch.full((len(x),), level, device=x.device, dtype=timesteps.dtype) for level in (now, then))
+        out = guided(denoiser, x, t, cond, uncond, guidance)
+        x, std = gaussian_step(schedule, out, x, t, t_next, eta)
+        if eta and draws is not None and keys is not None:
+            x = x + std * draws.normal([(key, k) for key in keys], x.shape[1:], stream="sampler").to(x.device)
+    return x

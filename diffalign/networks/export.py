@@ -1,0 +1,71 @@
+"""The result of a run in diffusers layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from diffusers.training_utils import _collate_lora_metadata
+from peft.utils import get_peft_model_state_dict
+
+from diffalign.networks.families.base import Backbone
+from diffalign.networks.lora import lora_layers
+from diffalign.networks.user_adapter import FILE, has_user_adapter, save_adapter
+from reward_models.files import writing
+
+LOADED_BY = {
+    "whole pipeline": "DiffusionPipeline.from_pretrained('{}')",
+    "LoRA": "pipe.load_lora_weights('{}', weight_name='pytorch_lora_weights.safetensors')",
+    "user adapter": f"pipe.load_ip_adapter('{{}}', subfolder='', weight_name='{FILE}', image_encoder_folder=None)",
+}
+
+
+def export(backbone: Backbone, folder: Path) -> str:
+    """Write the denoiser's present weights to `folder`, replacing it as a whole, and say how to load them."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(temporary):
+        save(backbone, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return f"exported; load it with {LOADED_BY[kind_of(backbone)].format(folder)}"
+
+
+def kind_of(backbone: Backbone) -> str:
+    """What of a backbone is exported."""
+    network = backbone.denoiser.network
+    return "user adapter" if has_user_adapter(network) else "LoRA" if lora_layers(network) else "whole pipeline"
+
+
+def save(backbone: Backbone, folder: Path) -> None:
+    """Write what trained in diffusers layout: a user adapter, a LoRA, or the whole pipeline."""
+    network, kind = backbone.denoiser.network, kind_of(backbone)
+    if kind == "user adapter":
+        save_adapter(network, folder)
+    elif kind == "whole pipeline":
+        _save_whole(backbone, folder)
+    else:
+        layers = {f"{backbone.network_name}_lora_layers": get_peft_model_state_dict(network)}
+        # Without the metadata a loader takes the rank for alpha.
+        metadata = _collate_lora_metadata({backbone.network_name: network})
+        backbone.pipeline_class.save_lora_weights(folder, **layers, **metadata)
+
+
+def kept_parts(backbone: Backbone) -> list[str]:
+    """The names of the parts that training leaves as they are."""
+    own = {backbone.network_name, "scheduler", *backbone.left_out}
+    return [k for k, v in backbone.index.items() if isinstance(v, list) and v[0] is not None and k not in own]
+
+
+def _save_whole(backbone: Backbone, folder: Path) -> None:
+    """Write the network and the scheduler, and the files of all other parts as they are: nothing else is loaded."""
+    backbone.denoiser.network.save_pretrained(folder / backbone.network_name)
+    scheduler = backbone.scheduler()
+    scheduler.save_pretrained(folder / "scheduler")
+    for part in kept_parts(backbone):
+        shutil.copytree(backbone.path / part, folder / part)
+    without = {name: [None, None] if value is None else value for name, value in backbone.left_out.items()}
+    index = backbone.index | without | {"scheduler": ["diffusers", type(scheduler).__name__]}
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,100 @@
+"""FLUX.1 (`FluxPipeline`): a transformer over packed latents, CLIP's pooled embedding and T5's tokens.
+
+Black Forest Labs, 2024. FLUX.1-dev is distilled for guidance and is told its scale; FLUX.1-schnell is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from diffalign.networks.families.base import Denoiser, Source
+from diffalign.networks.families.flow import FlowBackbone
+from diffalign.types import Cond
+
+
+def packed(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h/2 * w/2, 4 C]: each token holds 2 x 2 latents."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """[B, h/2 * w/2, 4 C] -> [B, C, h, w] of `height` x `width` latents."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+class FluxDenoiser(Denoiser):
+    """A FluxTransformer2DModel that reads `cond.tokens`, `cond.pooled` and, where it is distilled, `cond.guidance`.
+
+    Positional: the network, and the guidance scale it is told where a cond has none.
+    """
+
+    def __init__(self, network: FluxTransformer2DModel, guidance_embedding: float):
+        super().__init__()
+        self.network, self.guidance_embedding = network, guidance_embedding
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, C, h, w] (h, w even), t [B] in [0, 1], tokens [B, L, D], pooled [B, P], guidance [B] or None.
+
+        Returns the velocity, float32 [B, C, h, w]. Raises ValueError for a cond without pooled embedding.
+        """
+        if cond.pooled is None:
+            raise ValueError("FLUX needs cond.pooled [B, P], got None; make the cond with FluxBackbone.encode_text")
+        height, width = x_t.shape[2:]
+        guidance = None
+        if self.network.config.guidance_embeds:
+            guidance = torch.full_like(t, self.guidance_embedding) if cond.guidance is None else cond.guidance
+        rows, columns = torch.arange(height // 2, device=x_t.device), torch.arange(width // 2, device=x_t.device)
+        places = torch.cartesian_prod(rows, columns).float()
+        dtype = self.network.dtype
+        out = self.network(
+            hidden_states=packed(x_t).to(dtype),
+            encoder_hidden_states=cond.tokens.to(dtype),
+            pooled_projections=cond.pooled.to(dtype),
+            timestep=t,  # the network multiplies t and guidance by 1000 itself
+            guidance=guidance,
+            img_ids=F.pad(places, (1, 0)),
+            txt_ids=places.new_zeros(cond.tokens.shape[1], 3),
+            return_dict=False,
+        )
+        return unpacked(out[0], height, width).float()
+
+
+class FluxBackbone(FlowBackbone):
+    """A FluxPipeline folder taken apart. Its latents travel unpacked, [B, C, h, w]; the denoiser packs them."""
+
+    pipeline_class = FluxPipeline
+    network_class = FluxTransformer2DModel
+    text_classes: ClassVar = {
+        "text_encoder": (CLIPTextModel, CLIPTokenizer),
+        "text_encoder_2": (T5EncoderModel, T5TokenizerFast),
+    }
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.denoiser = FluxDenoiser(self._network(), source.guidance_embedding)
+
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        config = self.denoiser.network.config
+        return config.joint_attention_dim, config.pooled_projection_dim
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        tokens = self._read("text_encoder_2", prompts, self.source.max_sequence_length)[0]
+        return Cond(tokens.float(), self._read("text_encoder", prompts).pooler_output.float())
+
+    @property
+    def patch(self) -> int:
+        return 2
+
+    def grid(self, steps: int, resolution: int) -> Tensor:
+        return self._levels(steps, resolution, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+
+    def pipeline_latents(self, latents: Tensor) -> Tensor:
+        return packed(latents).contiguous()

@@ -1,0 +1,50 @@
+"""Stable Diffusion 1.x and 2.x (`StableDiffusionPipeline`): U-Net, one CLIP text encoder, eps- or v-prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from diffalign.networks.families.base import Denoiser, Source
+from diffalign.networks.families.unet import UNetBackbone
+from diffalign.networks.user_adapter import ask
+from diffalign.types import Cond
+
+
+class SDDenoiser(Denoiser):
+    """A UNet2DConditionModel that reads its text embedding from `cond.tokens`."""
+
+    def __init__(self, network: UNet2DConditionModel):
+        super().__init__()
+        self.network = network
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """[B, C, h, w], t [B] in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
+        dtype = self.network.dtype
+        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype))
+
+
+class SDBackbone(UNetBackbone):
+    """A StableDiffusionPipeline folder taken apart."""
+
+    pipeline_class = StableDiffusionPipeline
+    network_class = UNet2DConditionModel
+    text_classes: ClassVar = {"text_encoder": (CLIPTextModel, CLIPTokenizer)}
+    left_out: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        # The stock pipeline does so to whatever scheduler it is made with.
+        self.scheduler_config |= {"steps_offset": 1, "clip_sample": False}
+        self.denoiser = SDDenoiser(self._network())
+
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        return self.denoiser.network.config.cross_attention_dim, None
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        return Cond(self._read("text_encoder", prompts)[0].float())

@@ -1,0 +1,82 @@
+"""Stable Diffusion 3 and 3.5 (`StableDiffusion3Pipeline`): a multimodal transformer, two CLIP text encoders and T5.
+
+Esser et al., 2024. T5 may be left out (null in model_index.json): its tokens are then zeros, as in the stock pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from diffalign.networks.families.base import Denoiser, Source
+from diffalign.networks.families.flow import FlowBackbone
+from diffalign.types import Cond
+
+
+class SD3Denoiser(Denoiser):
+    """An SD3Transformer2DModel that reads `cond.tokens` and `cond.pooled`."""
+
+    def __init__(self, network: SD3Transformer2DModel):
+        super().__init__()
+        self.network = network
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """[B, C, h, w], t [B] in [0, 1], tokens [B, L, D], pooled [B, P] -> the velocity, float32 [B, C, h, w].
+
+        Raises ValueError for a cond without pooled embedding.
+        """
+        if cond.pooled is None:
+            raise ValueError("SD3 needs cond.pooled [B, P], got None; make the cond with SD3Backbone.encode_text")
+        dtype = self.network.dtype
+        out = self.network(
+            x_t.to(dtype),
+            encoder_hidden_states=cond.tokens.to(dtype),
+            pooled_projections=cond.pooled.to(dtype),
+            timestep=1000 * t.float(),
+            return_dict=False,
+        )
+        return out[0]
+
+
+class SD3Backbone(FlowBackbone):
+    """A StableDiffusion3Pipeline folder taken apart. A prompt is CLIP's tokens, then `max_sequence_length` of T5."""
+
+    pipeline_class = StableDiffusion3Pipeline
+    network_class = SD3Transformer2DModel
+    text_classes: ClassVar = {
+        "text_encoder": (CLIPTextModelWithProjection, CLIPTokenizer),
+        "text_encoder_2": (CLIPTextModelWithProjection, CLIPTokenizer),
+        "text_encoder_3": (T5EncoderModel, T5TokenizerFast),
+    }
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.denoiser = SD3Denoiser(self._network())
+
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        config = self.denoiser.network.config
+        return config.joint_attention_dim, config.pooled_projection_dim
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        tokens, outputs = self._read_clip_pair(prompts)
+        length, width = self.source.max_sequence_length, self.denoiser.network.config.joint_attention_dim
+        if "text_encoder_3" in self._tokenizers:
+            long = self._read("text_encoder_3", prompts, length)[0].float()
+        else:
+            long = tokens.new_zeros(len(prompts), length, width)
+        tokens = F.pad(tokens, (0, width - tokens.shape[-1]))
+        return Cond(torch.cat([tokens, long], dim=1), torch.cat([out.text_embeds.float() for out in outputs], dim=-1))
+
+    @property
+    def patch(self) -> int:
+        return self.denoiser.network.config.patch_size
+
+    def grid(self, steps: int, resolution: int) -> Tensor:
+        return self._levels(steps, resolution)

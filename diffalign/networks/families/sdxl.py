@@ -1,0 +1,78 @@
+"""Stable Diffusion XL (`StableDiffusionXLPipeline`): U-Net, two CLIP text encoders, conditions on size and crop.
+
+Podell et al., 2023. The empty prompt is text like any other here: dropped captions and the unconditional half of
+guidance are the embedding of "", as in the released Diffusion-DPO code. The stock pipeline does the same for
+`negative_prompt=""`; for no negative prompt at all it takes zeros where its `force_zeros_for_empty_prompt` is set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffalign.networks.families.base import Denoiser, Source
+from diffalign.networks.families.unet import UNetBackbone
+from diffalign.networks.user_adapter import ask
+from diffalign.types import Cond
+
+
+class SDXLDenoiser(Denoiser):
+    """A UNet2DConditionModel that reads `cond.tokens`, `cond.pooled` and `cond.size`.
+
+    Positional: the network, and how many pixels wide a latent is. Without sizes, every image is taken for a full one:
+    as large as x_t in pixels, uncropped.
+    """
+
+    def __init__(self, network: UNet2DConditionModel, factor: int):
+        super().__init__()
+        self.network, self.factor = network, factor
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """[B, C, h, w], t [B] in [0, 999], tokens [B, L, D], pooled [B, P], size [B, 6] or None -> [B, C, h, w].
+
+        The result is float32. Raises ValueError for a cond without pooled embedding.
+        """
+        if cond.pooled is None:
+            raise ValueError("SDXL needs cond.pooled [B, P], got None; make the cond with SDXLBackbone.encode_text")
+        height, width = (self.factor * n for n in x_t.shape[2:])
+        size = cond.size
+        if size is None:
+            size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device).expand(len(x_t), 6)
+        dtype = self.network.dtype
+        # Pixels stay float32: bfloat16 would round 1023 to 1024.
+        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": size.float()}
+        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype), **added)
+
+
+class SDXLBackbone(UNetBackbone):
+    """A StableDiffusionXLPipeline folder taken apart."""
+
+    pipeline_class = StableDiffusionXLPipeline
+    network_class = UNet2DConditionModel
+    text_classes: ClassVar = {
+        "text_encoder": (CLIPTextModel, CLIPTokenizer),
+        "text_encoder_2": (CLIPTextModelWithProjection, CLIPTokenizer),
+    }
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        # The released autoencoder overflows in float16 (its images come out black), which its force_upcast says; the
+        # repaired one (sdxl-vae-fp16-fix) says false. bfloat16 has the range of float32, so either runs in it.
+        if self.dtype == torch.float16 and self.vae_config.get("force_upcast", True):
+            self.vae_dtype = torch.float32
+        self.denoiser = SDXLDenoiser(self._network(), self.factor)
+
+    @property
+    def prompt_widths(self) -> tuple[int, int | None]:
+        config = self.denoiser.network.config  # the rest of the added embedding are six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return config.cross_attention_dim, pooled
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        tokens, outputs = self._read_clip_pair(prompts)
+        return Cond(tokens, pooled=outputs[1].text_embeds.float())

@@ -1,0 +1,30 @@
+"""What Stable Diffusion and SDXL share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from diffalign.diffusion.schedule import VPSchedule
+from diffalign.networks.families.base import Backbone, Source
+
+
+class UNetBackbone(Backbone):
+    """A U-Net that predicts eps or v on a variance-preserving schedule."""
+
+    network_name = "unet"
+    schedule: VPSchedule
+
+    def __init__(self, source: Source):
+        super().__init__(source)
+        self.schedule = VPSchedule.from_config(self.scheduler_config)
+
+    def _network(self) -> Any:
+        return super()._network().to(memory_format=torch.channels_last)
+
+    def grid(self, steps: int, resolution: int) -> Tensor:
+        config: Any = DDIMScheduler.from_config(self.scheduler_config).config
+        return self.schedule.grid(steps, config["timestep_spacing"], config["steps_offset"])

@@ -1,0 +1,211 @@
+"""Model families. `load_backbone` picks the family from the pipeline folder's `model_index.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from diffalign.networks.families.base import Backbone, Denoiser, Source
+from diffalign.networks.families.flux import FluxBackbone
+from diffalign.networks.families.sd import SDBackbone
+from diffalign.networks.families.sd3 import SD3Backbone
+from diffalign.networks.families.sdxl import SDXLBackbone
+from diffalign.networks.lora import add_lora
+from diffalign.networks.placement import Placement
+from diffalign.playground import SHIPPED
+from reward_models.files import read_json
+from reward_models.hub import missing, reachable
+
+__all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
+
+FAMILIES: dict[str, type[Backbone]] = {
+    "StableDiffusionPipeline": SDBackbone,
+    "StableDiffusionXLPipeline": SDXLBackbone,
+    "StableDiffusion3Pipeline": SD3Backbone,
+    "FluxPipeline": FluxBackbone,
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+MOST_T5_TOKENS = 512
+"""What the pipelines of SD3 and FLUX accept at most."""
+ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The same names in every family. What SD3 and FLUX have for the prompt alone (add_q_proj, ...) gets no LoRA."""
+
+
+def load_backbone(
+    placement: torch.device | Placement,
+    *,
+    path: str,
+    lora_rank: int = 0,
+    lora_alpha: float | None = None,
+    lora_targets: tuple[str, ...] = ATTENTION_LINEARS,
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    attention: Literal["sdpa", "xformers"] = "sdpa",
+    gradient_checkpointing: bool = False,
+    max_sequence_length: int = 256,
+    guidance_embedding: float = 1.0,
+    seed: int = 0,
+) -> Backbone:
+    """Load a pretrained pipeline for training, on a device, or as a run places its networks (`run.placement`).
+
+    Args:
+        path: pipeline folder, hub id, or `playground`, `playground_flow` for the shipped small models
+        lora_rank: train a LoRA of this rank; 0 trains the whole network
+        lora_alpha: LoRA scale times rank; the rank when left out
+        lora_targets: names of the linear layers that get a LoRA
+        dtype: of the weights that do not train; what trains is always float32
+        attention: implementation of attention
+        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
+        max_sequence_length: tokens of a prompt in T5 (SD3 and FLUX; the others have none)
+        guidance_embedding: guidance scale that a guidance-distilled network (FLUX.1-dev) is told in training
+        seed: of the LoRA's initial weights
+
+    Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
+    """
+    folder = find_pipeline(path)
+    family = family_of(folder)
+    if family not in FAMILIES:
+        raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
+    fingerprint = encoder_fingerprint(folder, max_sequence_length)
+    network_dtype = DTYPES[dtype] if lora_rank else torch.float32
+    where = placement if isinstance(placement, Placement) else Placement(placement)
+    source = Source(
+        folder,
+        fingerprint,
+        where.device,
+        DTYPES[dtype],
+        network_dtype,
+        max_sequence_length,
+        guidance_embedding,
+        gradient_checkpointing,
+    )
+    backbone = FAMILIES[family](source)
+    backbone.denoiser.autocast_dtype = where.autocast_dtype
+    network = backbone.denoiser.network
+    if lora_rank:
+        add_lora(network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
+    if attention == "xformers":
+        network.enable_xformers_memory_efficient_attention()
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()  # diffusers checkpoints with use_reentrant=False
+    return backbone
+
+
+def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
+    """What cannot work in the section of a backbone, one line each."""
+    problems = []
+    if cfg["attention"] == "xformers" and (
+        importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()
+    ):
+        problems.append(
+            f"'{section}.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a "
+            "CUDA GPU; use sdpa, which is as fast on recent GPUs"
+        )
+    if cfg["lora_rank"] < 0:
+        problems.append(f"'{section}.lora_rank' = {cfg['lora_rank']} must be 0 (train everything) or more")
+    if cfg["lora_rank"] and not cfg["lora_targets"]:
+        problems.append(f"'{section}.lora_targets' is empty; name at least one layer, such as to_q")
+    if not cfg["lora_rank"] and cfg["lora_alpha"] is not None:
+        problems.append(
+            f"'{section}.lora_alpha' has no effect while '{section}.lora_rank' is 0; set a rank or leave it out"
+        )
+    if cfg["lora_alpha"] is not None and not cfg["lora_alpha"] > 0:
+        problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
+    if cfg["guidance_embedding"] < 0:
+        problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
+    if not 1 <= cfg["max_sequence_length"] <= MOST_T5_TOKENS:
+        problems.append(
+            f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
+        )
+    return problems
+
+
+load_backbone.check = check_backbone  # type: ignore[attr-defined]
+
+
+def family_of(folder: Path) -> str:
+    """The class of the pipeline in a folder. Raises ValueError where its model_index.json does not say."""
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ValueError(f"'{folder / 'model_index.json'}' names no pipeline; expected an object with _class_name")
+    return index["_class_name"]
+
+
+def find_pipeline(path: str) -> Path:
+    """The folder of a pipeline: itself, the shipped playground, or a hub id's files (downloaded when missing).
+
+    Raises FileNotFoundError where there is none, ValueError for a single file and where only a variant of the weights
+    lies there.
+    """
+    if path in SHIPPED:
+        return SHIPPED[path]
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise ValueError(
+            f"'{path}' is a single file; a pipeline is a folder in diffusers layout, which "
+            f"`StableDiffusionPipeline.from_single_file('{path}').save_pretrained(FOLDER)` writes"
+        )
+    if not folder.exists():
+        folder = _from_hub(path)
+    if not (folder / "model_index.json").exists():
+        raise FileNotFoundError(f"no diffusers pipeline at '{path}': there is no model_index.json in it")
+    family_of(folder)
+    for part in sorted(x.parent for x in folder.glob("*/config.json")):
+        if problem := _no_weights(part):
+            raise ValueError(f"'{path}' {problem}")
+    return folder
+
+
+def _from_hub(path: str) -> Path:
+    """The files of a hub id. Raises FileNotFoundError in one line, for it may be a misspelt folder as well."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        raise FileNotFoundError(f"there is no folder '{path}', and it is no hub id such as 'owner/model'")
+    reachable()
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it would say is in the error
+    try:
+        return Path(DiffusionPipeline.download(path))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"there is no folder '{path}', and as a hub id: {missing(path, error)}") from error
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
+
+
+def _no_weights(part: Path) -> str:
+    """Why the network in a folder cannot be loaded, or nothing."""
+    files = [x.name for x in part.iterdir() if x.suffix in (".safetensors", ".bin")]
+    if any(re.fullmatch(r"[a-z_]+(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in files):
+        return ""
+    if not files:
+        return f"has no weights in {part.name}/: there is no .safetensors or .bin file"
+    variant = files[0].removesuffix(Path(files[0]).suffix).partition(".")[2].partition("-")[0]
+    return (
+        f"holds only the variant '{variant}' of its weights ({part.name}/{files[0]}); write a folder with all: "
+        f"`DiffusionPipeline.from_pretrained('{part.parent}', variant='{variant}').save_pretrained(FOLDER)`"
+    )
+
+
+def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
+    """A hash of what decides latents and text embeddings, so that a cache never outlives its encoder.
+
+    That is the files of every encoder and tokenizer that the pipeline uses, and how many tokens T5 reads.
+    """
+    digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
+    index = read_json(folder / "model_index.json")
+    for part in ENCODERS:
+        if index.get(part, [None])[0] is None:  # left out of the pipeline, even where its files lie there
+            continue
+        for file in sorted((folder / part).glob("*")):
+            if file.suffix in (".safetensors", ".json", ".txt", ".bin", ".model"):
+                digest.update(f"{part}/{file.name}".encode())
+                with file.open("rb") as stream:
+                    while chunk := stream.read(1 << 24):
+                        digest.update(chunk)
+    return digest.hexdigest()

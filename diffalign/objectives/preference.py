@@ -1,0 +1,255 @@
+"""Losses of preference optimization as pure functions of denoising errors.
+
+    gain = err(reference) - err(policy);  reward r = beta/2 gain;  margin m = r_w - r_l
+
+Errors are means over C, h, w, never sums, and beta always carries the factor 1/2, as in the released Diffusion-DPO.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gain(err_ref: Tensor, err_policy: Tensor) -> Tensor:
+    """How much better than the reference the policy explains an image, [N]. The implicit reward is beta/2 of it."""
+    return err_ref - err_policy
+
+
+def margin(gain_w: Tensor, gain_l: Tensor, beta: float | Tensor) -> Tensor:
+    """beta/2 (gain_w - gain_l), [B]: positive where the policy ranks the pair as labelled (Wallace et al., 2023)."""
+    return beta / 2 * (gain_w - gain_l)
+
+
+def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
+    """The same setting as other code writes it; dims = C h w of the latents (16384 for SD1.5 at 512 pixels)."""
+    return {
+        "mean form, no factor 1/2 (diffusers SD LoRA script, Diffusion-KTO)": beta / 2,
+        "sum form, factor 1/2 (SimpleTuner Flow-DPO)": beta / dims,
+        "sum form, no factor (pseudo-code in the Diffusion-DPO paper)": beta / (2 * dims),
+    }
+
+
+class PairTerms(NamedTuple):
+    """What a pair loss may look at; every tensor [B].
+
+    err_w, err_l  the policy's errors on winner and loser
+    ref_w, ref_l  the reference's errors on the same inputs
+    beta          mean-form error, factor 1/2; one number, or one for each pair
+    flip          probability e that the label is wrong, in [0, 0.5): conservative, robust, exo, aot
+    offset        reward difference, in units of the margin, that the margin should exceed: offset
+    sft_weight    weight of the winner's own likelihood, in units of its reward: dpo_sft, slic
+    clip          half width of the allowed likelihood ratios around 1: clipped
+    """
+
+    err_w: Tensor
+    err_l: Tensor
+    ref_w: Tensor
+    ref_l: Tensor
+    beta: float | Tensor
+    flip: Tensor
+    offset: Tensor | float = 0.0
+    sft_weight: float = 0.1
+    clip: float = 0.1
+
+    @property
+    def reward_w(self) -> Tensor:
+        """beta/2 gain of the winner."""
+        return self.beta / 2 * gain(self.ref_w, self.err_w)
+
+    @property
+    def reward_l(self) -> Tensor:
+        """beta/2 gain of the loser."""
+        return self.beta / 2 * gain(self.ref_l, self.err_l)
+
+    @property
+    def margin(self) -> Tensor:
+        """reward_w - reward_l."""
+        return margin(gain(self.ref_w, self.err_w), gain(self.ref_l, self.err_l), self.beta)
+
+    @property
+    def sft(self) -> Tensor:
+        """sft_weight beta/2 err_w. In units of beta, so that its share of the gradient does not change with beta."""
+        return self.sft_weight * self.beta / 2 * self.err_w
+
+
+def dpo(p: PairTerms) -> Tensor:
+    """-log sigmoid(m) (Rafailov et al., 2023)."""
+    return -F.logsigmoid(p.margin)
+
+
+def conservative(p: PairTerms) -> Tensor:
+    """cDPO: -(1 - e) log sigmoid(m) - e log sigmoid(-m) (Mitchell, 2023). Minimum at m = log((1 - e) / e)."""
+    return -F.logsigmoid(p.margin) + p.flip * p.margin
+
+
+def robust(p: PairTerms) -> Tensor:
+    """rDPO: -log sigmoid(m) - e m / (1 - 2e), DPO's loss in expectation over flips (Chowdhury et al., 2024).
+
+    Unbounded below and its gradient never vanishes: stop early.
+    """
+    return -F.logsigmoid(p.margin) - p.flip * p.margin / (1 - 2 * p.flip)
+
+
+def ipo(p: PairTerms) -> Tensor:
+    """(m - 1/2)^2: the identity loss times beta^2 (Azar et al., 2023), which is 1e-8 at beta 5000 unscaled."""
+    return (p.margin - 0.5) ** 2
+
+
+def hinge(p: PairTerms) -> Tensor:
+    """max(0, 1 - m) (SLiC's loss on DPO's margin; Liu et al., 2023)."""
+    return (1 - p.margin).clamp(min=0)
+
+
+def slic(p: PairTerms) -> Tensor:
+    """Reference-free max(0, 1 - beta/2 (err_l - err_w)) + sft_weight beta/2 err_w (SLiC-HF, Zhao et al., 2023).
+
+    Another hinge width than 1 is the same loss at another beta.
+    """
+    return (1 - p.beta / 2 * (p.err_l - p.err_w)).clamp(min=0) + p.sft
+
+
+def dpo_sft(p: PairTerms) -> Tensor:
+    """-log sigmoid(m) + sft_weight beta/2 err_w (RPO, Liu et al., 2024): keeps the winner's likelihood from falling."""
+    return dpo(p) + p.sft
+
+
+def offset(p: PairTerms) -> Tensor:
+    """-log sigmoid(m - offset) (Amini et al., 2024)."""
+    return -F.logsigmoid(p.margin - p.offset)
+
+
+def nca(p: PairTerms) -> Tensor:
+    """-log sigmoid(r_w) - 1/2 log sigmoid(-r_w) - 1/2 log sigmoid(-r_l) (Chen et al., 2024)."""
+    return -F.logsigmoid(p.reward_w) - 0.5 * F.logsigmoid(-p.reward_w) - 0.5 * F.logsigmoid(-p.reward_l)
+
+
+def bco(p: PairTerms) -> Tensor:
+    """-log sigmoid(r_w) - log sigmoid(-r_l), reward shift 0 (Jung et al., 2024)."""
+    return -F.logsigmoid(p.reward_w) - F.logsigmoid(-p.reward_l)
+
+
+def sppo(p: PairTerms) -> Tensor:
+    """(r_w - 1/2)^2 + (r_l + 1/2)^2: hard-label SPPO times beta^2 (Wu et al., 2024)."""
+    return (p.reward_w - 0.5) ** 2 + (p.reward_l + 0.5) ** 2
+
+
+def apo_zero(p: PairTerms) -> Tensor:
+    """1 - sigmoid(r_w) + sigmoid(r_l): winners up, losers down (D'Oosterlinck et al., 2024)."""
+    return torch.sigmoid(-p.reward_w) + torch.sigmoid(p.reward_l)
+
+
+def apo_down(p: PairTerms) -> Tensor:
+    """sigmoid(r_w) + 1 - sigmoid(m): winners down, losers further down (D'Oosterlinck et al., 2024)."""
+    return torch.sigmoid(p.reward_w) + torch.sigmoid(-p.margin)
+
+
+def exo(p: PairTerms) -> Tensor:
+    """KL(q || (1 - e, e)) with q = (sigmoid(m), sigmoid(-m)) (Ji et al., 2024). Needs e > 0."""
+    m = p.margin
+    for_w = torch.sigmoid(m) * (F.logsigmoid(m) - torch.log1p(-p.flip))
+    for_l = torch.sigmoid(-m) * (F.logsigmoid(-m) - p.flip.log())
+    return for_w + for_l
+
+
+def aot(p: PairTerms) -> Tensor:
+    """cDPO on sorted winners' minus sorted losers' rewards: stochastic dominance (Melnyk et al., 2024). Needs B > 1.
+
+    One loss for each rank, not for each pair; so e is the mean of the pairs'.
+    """
+    m = p.reward_w.sort().values - p.reward_l.sort().values
+    return -F.logsigmoid(m) + p.flip.mean() * m
+
+
+def discopop(p: PairTerms) -> Tensor:
+    """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05) (Lu et al., 2024).
+
+    As published it rises from m = -0.12 to 0.07, with slope +0.78 at m = 0: pairs start in a local minimum's basin.
+    """
+    m = p.margin
+    # g exp(-m) in one exponential: for m far below 0 it is 0, as a product it would be 0 * inf.
+    return torch.sigmoid(-m / 0.05) * dpo(p) + torch.exp(F.logsigmoid(m / 0.05) - m)
+
+
+def clipped(p: PairTerms) -> Tensor:
+    """-log sigmoid(beta (log clip rho_w - log clip rho_l)), rho = exp(r / beta) clipped to 1 -+ clip.
+
+    PPO's ratio clamp inside DPO, as in PSO (Miao et al., 2024); no gradient outside. rho is a ratio of likelihoods
+    where err = -2 log p.
+    """
+    low, high = math.log(1 - p.clip), math.log(1 + p.clip)
+    ratio_w = (p.reward_w / p.beta).clamp(low, high)
+    ratio_l = (p.reward_l / p.beta).clamp(low, high)
+    return -F.logsigmoid(p.beta * (ratio_w - ratio_l))
+
+
+PAIR_LOSSES: dict[str, Callable[[PairTerms], Tensor]] = {
+    "dpo": dpo,
+    "ln_dpo": dpo,  # length-normalised DPO (Lambert et al., 2024): mean-form errors already are
+    "conservative": conservative,
+    "robust": robust,
+    "ipo": ipo,
+    "hinge": hinge,
+    "slic": slic,
+    "dpo_sft": dpo_sft,
+    "offset": offset,
+    "nca": nca,
+    "bco": bco,
+    "sppo": sppo,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "exo": exo,
+    "aot": aot,
+    "discopop": discopop,
+    "clipped": clipped,
+}
+"""Loss by name: PairTerms -> [B], not reduced. Finite for margins and rewards up to 1e4 in size."""
+
+
+def ranking(scores: Tensor, ranks: Tensor, group: Tensor, flip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bradley-Terry over every ordered pair of a group: mean over pairs of -(1-e) log sigmoid(d) - e log sigmoid(-d).
+
+    d = s_i - s_j for all i, j of the same group with rank_i < rank_j. With two images a group it is the pair loss of
+    HPSv2 (Wu et al., 2023) and ImageReward (Xu et al., 2023); ties make no pair.
+
+    scores [N, A], larger is better; ranks [N, A], lower is better, NaN where unknown; group int64 [N], 0 to G-1;
+    flip [G], the probability e that a label is wrong. Returns three [G, A]: the loss, 0 where a group has no pair; the
+    share of pairs that the scores put right, a tie being wrong; and how many pairs there are.
+    """
+    # Matrices, since a list of the pairs would make the host wait for their number.
+    ordered = ((group[:, None] == group)[..., None] & (ranks[:, None] < ranks)).float()
+    d = (scores[:, None] - scores).float()
+    e = flip[group, None, None]
+    terms = torch.stack([(e * d - F.logsigmoid(d)) * ordered, (d > 0) * ordered, ordered]).sum(2)
+    sums = torch.zeros(3, len(flip), scores.shape[1], device=scores.device).index_add(1, group, terms)
+    return sums[0] / sums[2].clamp(min=1), sums[1] / sums[2].clamp(min=1), sums[2]
+
+
+USE_LABEL_SMOOTHING = ("conservative", "robust", "exo", "aot")
+
+
+def check_pair_loss(loss: str, label_smoothing: float, batch_size: int) -> list[str]:
+    """What cannot work in a config with these settings, one line each; batch_size is the number of pairs a forward."""
+    if loss not in PAIR_LOSSES:
+        near = difflib.get_close_matches(loss, PAIR_LOSSES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(PAIR_LOSSES)}"
+        return [f"'algorithm.loss' = {loss} is not a pair loss; {hint}"]
+    problems = []
+    if not 0 <= label_smoothing < 0.5:
+        problems.append(f"'algorithm.label_smoothing' = {label_smoothing} must lie in [0, 0.5)")
+    elif label_smoothing > 0 and loss not in USE_LABEL_SMOOTHING:
+        users = ", ".join(USE_LABEL_SMOOTHING)
+        problems.append(
+            f"'algorithm.label_smoothing' = {label_smoothing} does nothing to loss '{loss}'; only to {users}"
+        )
+    if loss == "exo" and label_smoothing == 0:
+        problems.append("'algorithm.loss' = exo needs 'algorithm.label_smoothing' > 0, such as 0.05")
+    if loss == "aot" and batch_size < 2:
+        problems.append(f"'algorithm.loss' = aot sorts within a batch and needs 2 pairs or more; got {batch_size}")
+    return problems

@@ -1,0 +1,150 @@
+"""The page behind `diffalign user choose`: a person sees two images of a prompt and clicks the better one.
+
+The server listens on 127.0.0.1 only and takes choices from its own page only, so that no other web page that is open
+in the browser can look or choose.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import secrets
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from diffalign.people.choice_file import Choices, Pair
+from reward_models.files import read_file
+from reward_models.images import decode
+
+__all__ = ["Choices", "Pair", "Server", "serve"]
+
+BODY = 8192
+"""Bytes that a request of the page may have."""
+
+
+class Server(ThreadingHTTPServer):
+    """Shows pairs on 127.0.0.1, at `url`, until `wanted` are chosen, and then `after`: what to do next."""
+
+    def __init__(self, choices: Choices, port: int, wanted: int, after: str):
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.choices, self.wanted, self.after = choices, wanted, after
+        self.token = secrets.token_urlsafe()
+        self.hosts = [f"{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")]
+        self.url = f"http://{self.hosts[0]}/"
+        loader = FileSystemLoader(Path(__file__).parent)
+        environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+        self.template = environment.get_template("choose.html.j2")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print what went wrong, unless the browser has only closed a connection early, as a reload does."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+def serve(choices: Choices, port: int = 0, wanted: int = 20, after: str = "") -> Server:
+    """The server; `serve_forever` runs it. port 0 is any free one. Raises OSError when the port is taken."""
+    return Server(choices, port, wanted, after)
+
+
+class _Reply(NamedTuple):
+    status: int
+    body: str | bytes
+    kind: str = "text/plain; charset=utf-8"
+    policy: str = ""
+    """What of its own the page may load, for Content-Security-Policy."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    timeout = 30  # seconds that a connection may say nothing
+
+    def do_GET(self) -> None:
+        """Answer any request."""
+        hosts = self.headers.get_all("Host", [])
+        try:
+            # A name of another site that leads to 127.0.0.1 would get past the browser's same-origin rule.
+            if len(hosts) != 1 or hosts[0] not in self.server.hosts:
+                reply = _Reply(403, f"the page is at {self.server.url}")
+            else:
+                reply = self._post() if self.command == "POST" else self._get()
+        except Exception as error:
+            self._send(_Reply(500, f"{type(error).__name__}: {error}"))
+            raise
+        self._send(reply)
+
+    do_POST = do_GET
+
+    def _send(self, reply: _Reply) -> None:
+        body = reply.body if isinstance(reply.body, bytes) else reply.body.encode()
+        policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; {reply.policy}"
+        self.send_response(reply.status)
+        for name, value in (
+            ("Content-Type", reply.kind),
+            ("Content-Length", str(len(body))),
+            ("Content-Security-Policy", policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("X-Frame-Options", "DENY"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _get(self) -> _Reply:
+        path, _, query = self.path.partition("?")
+        if path in ("/", "/more"):
+            return self._page(more=path == "/more")
+        asked = {name: values[0] for name, values in parse_qs(query).items()}
+        index = self.server.choices.index.get(asked.get("pair", ""))
+        if path != "/image" or index is None or asked.get("image") not in ("0", "1"):
+            return _Reply(404, "nothing here")
+        file, png = self.server.choices.pairs[index].images[int(asked["image"])], io.BytesIO()
+        try:
+            # As training will see it, and as a format that every browser shows.
+            decode(read_file(file)).save(png, "PNG", compress_level=1)
+        except (OSError, ValueError) as error:
+            return _Reply(404, f"'{file}' cannot be shown: {error}")
+        return _Reply(200, png.getvalue(), "image/png")
+
+    def _page(self, more: bool) -> _Reply:
+        """The pair to compare; or that enough are chosen, which `more` passes over while there are pairs."""
+        server, choices, nonce = self.server, self.server.choices, secrets.token_urlsafe()
+        with choices.lock:
+            enough = len(choices.answers) >= server.wanted and not more
+            pair = None if enough else choices.current()
+            images = [(k, "image?" + urlencode({"pair": pair.id, "image": k})) for k in pair.shown] if pair else []
+            page = server.template.render(server=server, choices=choices, pair=pair, images=images, nonce=nonce)
+        policy = f"img-src 'self' data:; connect-src 'self'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'"
+        return _Reply(200, page, "text/html; charset=utf-8", policy)
+
+    def _post(self) -> _Reply:
+        length, choices = self.headers.get("Content-Length", ""), self.server.choices
+        if not length.isdecimal() or int(length) > BODY:
+            return _Reply(413, f"a choice has at most {BODY} bytes")
+        body = self.rfile.read(int(length))
+        if self.headers.get_content_type() != "application/json":
+            return _Reply(415, "a choice is application/json")
+        if self.headers.get("Origin") not in (None, *(f"http://{host}" for host in self.server.hosts)):
+            return _Reply(403, "choices are made on the page itself only")
+        try:
+            asked = json.loads(body)
+            token, id, image = str(asked["token"]).encode(), str(asked["pair"]), asked["image"]
+        except (ValueError, TypeError, KeyError):
+            return _Reply(400, "a choice is an object with token, pair and image")
+        if not secrets.compare_digest(token, self.server.token.encode()):
+            return _Reply(403, "this page is from an earlier start; reload it")
+        if id not in choices.index or self.path not in ("/choose", "/undo"):
+            return _Reply(404, "nothing here")
+        if image is not None and (type(image) is not int or image not in (0, 1)):
+            return _Reply(400, "image is 0, 1, or null for neither")
+        done = choices.undo(id) if self.path == "/undo" else choices.choose(id, image)
+        return _Reply(200, json.dumps({"done": done}), "application/json")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the terminal belongs to the command."""

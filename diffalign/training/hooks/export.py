@@ -1,0 +1,36 @@
+"""The export at the end of a run, and its verification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffalign.networks.export import export
+from diffalign.networks.families.base import Backbone
+from diffalign.networks.verify import verify
+from diffalign.training.run import Run
+from diffalign.training.trainer import Hook, Trainer
+
+
+class Export(Hook):
+    """At the end: `export/` in diffusers layout."""
+
+    def __init__(self, run: Run, backbone: Backbone, averaged: Any):
+        self.run, self.backbone, self.averaged = run, backbone, averaged
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run.main:
+            with self.averaged():
+                self.run.print(export(self.backbone, self.run.folder / "export"))
+        self.run.accelerator.wait_for_everyone()
+
+
+class Verify(Hook):
+    """The last hook: holds what was exported against the run. The other processes do not wait for it."""
+
+    def __init__(self, run: Run, backbone: Backbone, averaged: Any, resolution: int):
+        self.run, self.backbone, self.averaged, self.resolution = run, backbone, averaged, resolution
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run.main:
+            with self.averaged():
+                self.run.print(verify(self.backbone, self.run.folder / "export", self.resolution))

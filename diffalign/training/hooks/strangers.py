@@ -1,0 +1,142 @@
+"""Validation of a personal scorer while it trains: how well it predicts strangers from a few of their choices."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+
+from diffalign.config import too_small
+from diffalign.data import PersonalChoices
+from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, in_order
+from diffalign.training.run import Run
+from diffalign.training.trainer import Hook, Trainer
+from reward_models.files import read_lines, write_whole
+
+BINS = 10
+"""Of the calibration error."""
+
+
+def stranger_hooks(
+    run: Run,
+    scorer: Any,
+    choices: PersonalChoices,
+    *,
+    checkpoint_every: int = 500,
+    keep_checkpoints: int = 2,
+    validate_every: int = 500,
+    shots: tuple[int, ...] = (4, 20),
+) -> list[Hook]:
+    """The hooks of the recipe that trains a personal scorer.
+
+    Args:
+        checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
+        keep_checkpoints: how many checkpoints to keep, the newest ones
+        validate_every: steps between validations on strangers; the last step is always validated
+        shots: from how many choices a stranger is fitted; the rest of their choices is predicted
+    """
+    checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
+    return in_order(checkpoint, [Strangers(run, scorer, choices, validate_every, shots)])
+
+
+def check_stranger_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in this `hooks` section, one line each."""
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1)
+    if min(cfg["shots"], default=1) < 1:
+        problems.append(f"'hooks.shots' = {list(cfg['shots'])} must be 1 or more each")
+    return problems
+
+
+stranger_hooks.check = check_stranger_hooks  # type: ignore[attr-defined]
+
+
+class Strangers(Hook):
+    """Fits every stranger from their first choices and predicts the others; exports the scorer at the end.
+
+    `<run>/validation.jsonl` gets a line for each number of choices: accuracy (mean over strangers, 95 % bootstrap over
+    them), the expected calibration error of the predicted probabilities, and how uncertain the taste leaves them.
+    """
+
+    def __init__(self, run: Run, scorer: Any, choices: PersonalChoices, every: int, shots: tuple[int, ...]):
+        self.run, self.scorer, self.choices, self.every = run, scorer, choices, every
+        self.shots = (0, *shots)
+        self.file, self.export = run.folder / "validation.jsonl", run.folder / "export"
+
+    def start(self, trainer: Trainer) -> None:
+        rows = read_lines(self.file) if trainer.step and self.file.exists() else []
+        self.rows = [row for row in rows if row["step"] <= trainer.step]
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self.run.main and (trainer.step % self.every == 0 or trainer.last):
+            self.rows += [self.measure(trainer.step, n) for n in self.shots]
+            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.run.accelerator.wait_for_everyone()
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run.main:
+            head, choices = self.scorer.head, self.choices
+            self.scorer.standardise([head.fit(*self._place(choices.of(name))) for name in choices.people])
+            temporary = self.export.with_name("export.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.scorer.save(temporary)
+            shutil.rmtree(self.export, ignore_errors=True)
+            os.replace(temporary, self.export)
+            self.run.print(f"exported: '{self.export}'; `diffalign user fit` makes a user of a few choices")
+        self.run.accelerator.wait_for_everyone()
+
+    def _place(self, choices: Any) -> Any:
+        return [z.to(self.run.device) for z in choices]
+
+    @torch.no_grad()
+    def measure(self, step: int, shots: int) -> dict[str, Any]:
+        """One line of validation.jsonl: 0 shots is what anybody would choose."""
+        head = self.scorer.head
+        right, chances, spread = [], [], []
+        for name in self.choices.strangers:
+            z_w, z_l = self._place(self.choices.of(name))
+            if len(z_w) < 2 * shots:
+                continue
+            if shots:
+                taste = head.fit(z_w[:shots], z_l[:shots])
+                chance, doubt = head.chance(z_w[shots:], z_l[shots:], taste)
+            else:
+                chance = torch.sigmoid(head.margin(z_w, z_l, head.anybody()))
+                doubt = torch.zeros_like(chance)
+            right.append((chance > 0.5).float().mean().item())
+            chances.append(chance.cpu())
+            spread.append(doubt.mean().item())
+        if len(right) < 2:
+            raise ValueError(
+                f"only {len(right)} strangers have {2 * shots} choices, which 'hooks.shots' = {shots} needs; raise "
+                "'choices.strangers' or ask for fewer"
+            )
+        low, high = interval(np.array(right))
+        error = calibration_error(torch.cat(chances))
+        row = {"step": step, "shots": shots, "accuracy": float(np.mean(right)), "low": low, "high": high}
+        row |= {"calibration_error": error, "doubt": float(np.mean(spread)), "strangers": len(right)}
+        self.run.print(
+            f"step {step}, {shots} choices: accuracy {row['accuracy']:.3f} [{low:.3f}, {high:.3f}] over {len(right)} "
+            f"strangers, calibration error {error:.3f}"
+        )
+        return row
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % of the mean of values [n], by a bootstrap."""
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def calibration_error(chances: torch.Tensor) -> float:
+    """Expected calibration error of the probabilities [n] given to what was then chosen (Guo et al., 2017)."""
+    confidence, right = torch.maximum(chances, 1 - chances), (chances > 0.5).float()
+    bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gaps = [(right[bins == k] - confidence[bins == k]).sum().abs() for k in range(BINS)]
+    return float(torch.stack(gaps).sum() / len(chances))

@@ -1,0 +1,89 @@
+"""What lies beside an exported user adapter, so that people without diffalign can use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffalign.networks.families.unet import UNetBackbone
+from diffalign.networks.loading import FAMILIES, Backbone, family_of, find_pipeline
+from diffalign.networks.user_adapter import FILE, add_user_adapter, user_width
+from diffalign.training.run import Run
+from diffalign.training.trainer import Hook, Trainer
+from reward_models.files import write_whole, writing
+
+CARD = """# A personalised {family}
+
+Trained by diffalign (PPD) on `{base}`. Stock diffusers loads it; nothing else is needed:
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float32)   # float16 on a GPU
+pipe.load_ip_adapter(".", subfolder="", weight_name="{file}", image_encoder_folder=None)
+user = load_file("users.safetensors")["{user}"][None]          # [1, {tokens}, {width}]
+embeds = [torch.cat([torch.zeros_like(user), user])]           # guidance: nobody, then the user
+image = pipe("{prompt}", ip_adapter_image_embeds=embeds).images[0]
+```
+
+- One user in a call: diffusers shows every prompt of a call the tokens of all users it is given.
+- Without guidance (`guidance_scale=1`) pass `[user]`; for nobody in particular pass zeros.
+- `pipe.set_ip_adapter_scale(0.5)` makes the user count less. Weighted sums of users are users.
+- `pipe.save_pretrained` drops the adapter without a word: keep `{file}`.
+"""
+
+
+def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
+    """What cannot work in an `adapter` section with this `backbone` section, one line each."""
+    problems = []
+    if backbone["lora_rank"]:
+        problems.append("'backbone.lora_rank' must be 0: what trains is the adapter, whose rank is 'adapter.rank'")
+    if cfg["rank"] < 0:
+        problems.append(f"'adapter.rank' = {cfg['rank']} must be 0 (whole matrices) or more")
+    try:
+        family = family_of(find_pipeline(backbone["path"]))
+    except (OSError, ValueError):
+        return problems  # reported where it is loaded
+    if not issubclass(FAMILIES.get(family, UNetBackbone), UNetBackbone):
+        problems.append(f"'backbone.path' holds a {family}; user adapters are for Stable Diffusion and SDXL")
+    return problems
+
+
+add_user_adapter.check = check_adapter  # type: ignore[attr-defined]
+
+
+class UserPackage(Hook):
+    """At the end, writes users.safetensors (each user's mean embedding [T, D]) and README.md into the export."""
+
+    def __init__(self, run: Run, backbone: Backbone, users: Mapping[str, Tensor]):
+        self.run, self.backbone, self.users = run, backbone, users
+
+    def end(self, trainer: Trainer) -> None:
+        """Every rank calls it."""
+        if self.run.main:
+            folder = self.run.folder / "export"
+            users = {name: table.mean(0).contiguous() for name, table in self.users.items()}
+            temporary = folder / "users.safetensors.tmp"
+            with writing(temporary):
+                save_file(users, temporary)
+            temporary.replace(folder / "users.safetensors")
+            write_whole(folder / "README.md", self._card(users))
+        self.run.accelerator.wait_for_everyone()
+
+    def _card(self, users: Mapping[str, Tensor]) -> str:
+        name = next(iter(users))
+        return CARD.format(
+            family=self.backbone.pipeline_class.__name__,
+            base=Path(self.backbone.path),
+            file=FILE,
+            user=name,
+            tokens=len(users[name]),
+            width=user_width(self.backbone.denoiser.network),
+            prompt="a red fox in the snow",
+        )

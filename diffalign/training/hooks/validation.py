@@ -1,0 +1,140 @@
+"""Validation of a scorer while it trains: accuracy on held-out prompts, the best weights kept, an early stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffalign.config import too_small
+from diffalign.data.groups import PreferenceGroups
+from diffalign.objectives.preference import ranking
+from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, in_order
+from diffalign.training.run import Run
+from diffalign.training.trainer import Hook, Trainer
+from diffalign.types import on_device
+from reward_models.files import read_lines, write_whole
+
+
+def scorer_hooks(
+    run: Run,
+    scorer: Any,
+    validation: PreferenceGroups,
+    *,
+    checkpoint_every: int = 500,
+    keep_checkpoints: int = 2,
+    validate_every: int = 100,
+    patience: int | None = None,
+) -> list[Hook]:
+    """The hooks of every recipe that trains a scorer.
+
+    Args:
+        checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
+        keep_checkpoints: how many checkpoints to keep, the newest ones
+        validate_every: steps between validations, step 0 and the last one included; the best weights are exported
+        patience: stop after so many validations in a row without a better one; never when left out
+    """
+    checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
+    return in_order(checkpoint, [Validation(run, scorer, validation, validate_every, patience)])
+
+
+def check_scorer_hooks(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in this `hooks` section, one line each."""
+    return check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1, patience=1)
+
+
+scorer_hooks.check = check_scorer_hooks  # type: ignore[attr-defined]
+
+
+class Validation(Hook):
+    """Measures the share of held-out pairs that the scorer puts in the right order, a tie being wrong.
+
+    `<run>/validation.jsonl` gets a line each time; `<run>/export/` holds the weights of the best one, which
+    `load_scorer` reads. Where the scorer can take the mean and standard deviation of its logits, so that its scores are
+    standardised, it gets those of the validation images.
+    """
+
+    def __init__(self, run: Run, scorer: Any, groups: PreferenceGroups, every: int, patience: int | None):
+        self.run, self.scorer, self.groups, self.every, self.patience = run, scorer, groups, every, patience
+        self.file, self.export = run.folder / "validation.jsonl", run.folder / "export"
+        self.rows: list[dict[str, Any]] = []
+
+    def start(self, trainer: Trainer) -> None:
+        if trainer.step:  # resumed: what came later will come again
+            rows = read_lines(self.file) if self.file.exists() else []
+            self.rows = [row for row in rows if row["step"] <= trainer.step]
+        else:
+            self.measure(0)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % self.every and not trainer.last:
+            return
+        self.measure(trainer.step)
+        best = max(range(len(self.rows)), key=lambda k: self.rows[k]["accuracy"])
+        if self.patience and len(self.rows) - 1 - best >= self.patience:
+            trainer.stop = f"no better validation accuracy than {self.rows[best]['accuracy']:.1%} {self.patience} times"
+
+    def end(self, trainer: Trainer) -> None:
+        best = max(self.rows, key=lambda row: row["accuracy"])
+        self.run.print(f"best validation accuracy {best['accuracy']:.1%} at step {best['step']}: '{self.export}'")
+
+    @torch.no_grad()
+    def measure(self, step: int) -> None:
+        """Validate; export when it is the best so far. Every rank calls it."""
+        right, pairs, logits = self._score()
+        if bad := int((~torch.isfinite(logits)).any(1).sum()):
+            raise FloatingPointError(
+                f"step {step}: the scorer has no finite logit for {bad} of {len(logits)} validation images"
+            )
+        row = {"step": step, "accuracy": float(right.sum() / pairs.sum()), "pairs": int(pairs.sum())}
+        row |= {f"accuracy/{a}": float(r / n) for a, r, n in zip(self.groups.aspects, right, pairs, strict=True)}
+        if hasattr(self.scorer, "set_statistics"):
+            self.scorer.set_statistics(logits.mean(0), logits.std(0, correction=0).clamp(min=1e-6))
+        better = all(row["accuracy"] > before["accuracy"] for before in self.rows)
+        self.rows.append(row)
+        if self.run.main:
+            if better:
+                self._save()
+            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.run.print(f"step {step}: validation accuracy {row['accuracy']:.1%} of {row['pairs']} pairs")
+        self.run.accelerator.wait_for_everyone()
+
+    def _score(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pairs put right [A], pairs [A] and logits [N, A] of all validation groups, the ranks sharing the work."""
+        groups, a = self.groups, self.run.accelerator
+        mine = range(a.process_index, len(groups), a.num_processes)
+        loader: DataLoader[Any] = DataLoader(
+            groups,
+            batch_sampler=[
+                [(0, i) for i in mine[k : k + groups.batch_size]] for k in range(0, len(mine), groups.batch_size)
+            ],
+            collate_fn=groups.collate,
+            num_workers=groups.num_workers,
+            generator=torch.Generator(),
+        )
+        self.scorer.eval()
+        found = []
+        for raw in tqdm(loader, "validate", disable=not self.run.main, leave=False, mininterval=1):
+            batch = on_device(raw, self.run.device)
+            logits = self.scorer(batch.pixels, batch.prompts).float().reshape(len(batch.pixels), -1)
+            _, right, pairs = ranking(logits, batch.ranks, batch.group, batch.flip)
+            found.append(((right * pairs).sum(0).cpu(), pairs.sum(0).cpu(), logits.cpu()))
+        parts = self.run.gather(found)
+        return sum(p[0] for p in parts), sum(p[1] for p in parts), torch.cat([p[2] for p in parts])  # type: ignore[return-value]
+
+    def _save(self) -> None:
+        """Write the export so that it is either the whole new one or the old one."""
+        temporary, old = (self.export.with_name(f"export.{x}") for x in ("tmp", "old"))
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.scorer.save(temporary)
+        if self.export.exists():
+            os.replace(self.export, old)
+        os.replace(temporary, self.export)
+        shutil.rmtree(old, ignore_errors=True)

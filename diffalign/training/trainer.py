@@ -1,0 +1,199 @@
+"""The one training loop: offline pairs, online rollouts, differentiable rewards, one player or two."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.config import too_small
+from diffalign.networks.lora import trained_parameters
+from diffalign.signals import ENDING, Interruption
+from diffalign.training.optim import Player
+from diffalign.training.run import Run
+from diffalign.types import Metrics
+
+
+class Hook:
+    """What else happens in a run. Every rank calls every hook. A subclass overrides what it needs."""
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """After each optimizer step of all players."""
+
+    def end(self, trainer: Trainer) -> None:
+        """After the last step."""
+
+
+class Trainer:
+    """Steps an algorithm's players for a number of optimizer steps.
+
+    Args:
+        steps: training steps; one is every turn of the algorithm once
+        grad_accum: micro-batches a turn
+        max_grad_norm: gradients are clipped to this norm
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        algorithm: Algorithm,
+        players: Mapping[str, Player],
+        hooks: Sequence[Hook] = (),
+        *,
+        steps: int,
+        grad_accum: int = 1,
+        max_grad_norm: float = 1.0,
+    ):
+        self.run, self.algorithm, self.players, self.hooks = run, algorithm, players, hooks
+        self.steps, self.grad_accum, self.max_grad_norm = steps, grad_accum, max_grad_norm
+        if algorithm.inner_gradients and run.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                f"{type(algorithm).__name__} takes gradients inside its loss, which vanish in float16 unscaled; "
+                "set 'run.mixed_precision' to bf16 (or no)"
+            )
+        self.step = 0  # training steps taken
+        self.stop = ""  # why to end before `steps`; set by a hook
+        self.interrupted = 0  # the signal that ends the run after this step, the same on every rank
+        self.micro = 0  # micro-batches used by this rank
+        self._signals = Interruption("the run ends after this step; once more to end it at once" if run.main else "")
+        for player in players.values():
+            player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """What cannot work in a `trainer` section, one line each."""
+        problems = too_small("trainer", cfg, steps=1, grad_accum=1)
+        if not cfg["max_grad_norm"] > 0:
+            problems.append(f"'trainer.max_grad_norm' = {cfg['max_grad_norm']} must be positive; 1e9 clips nothing")
+        return problems
+
+    def fit(self, loader: Any) -> None:
+        """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on.
+
+        On SIGTERM or SIGINT (signal n) it ends after the step at hand and its checkpoint: raises SystemExit(128 + n).
+        """
+        for hook in self.hooks:
+            hook.start(self)
+        self.run.print(*self._describe(loader))
+        batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
+        bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
+        with self._signals.heard():
+            while self.step < self.steps:
+                started = time.perf_counter()
+                values: dict[str, Tensor | float] = {}
+                for turn in self.algorithm.turns(self.step):
+                    values |= self.take(turn, batches)
+                self.step += 1
+                values["perf/samples_per_second"] = self._effective(loader) / (time.perf_counter() - started)
+                self.run.log(self.step, values)
+                if self.run.accelerator.num_processes == 1:
+                    self.interrupted = self._signals.signum
+                for hook in self.hooks:
+                    hook.after_step(self)
+                bar.update()
+                if self.step % self.run.log_every == 0 or self.last:  # not oftener: it waits for the device
+                    self._show(bar, values)
+                if self.interrupted:
+                    bar.close()
+                    self._leave()
+                if self.stop:
+                    self.run.print(f"stopped after step {self.step}: {self.stop}")
+                    break
+        bar.close()
+        self.run.flush()
+        for hook in self.hooks:
+            hook.end(self)
+        if self.run.main and self.run.metrics.exists():
+            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10), self._effective(loader))))
+        self.run.accelerator.end_training()
+
+    def _show(self, bar: Any, values: Mapping[str, Tensor | float]) -> None:
+        """The loss and what the method is about, beside the progress bar."""
+        seen = {name.partition("/")[2]: float(values[name]) for name in self.algorithm.shown if name in values}
+        bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in seen.items()))
+
+    def _leave(self) -> NoReturn:
+        """End the process as a signal asked; the last step is saved."""
+        name = signal.Signals(self.interrupted).name
+        self.run.print(f"ended by {name} after step {self.step}")
+        self.run.flush()
+        self.run.accelerator.wait_for_everyone()
+        self.run.accelerator.end_training()
+        raise SystemExit(128 + self.interrupted)
+
+    @property
+    def last(self) -> bool:
+        """Whether the step just taken is the last one."""
+        return self.step >= self.steps or bool(self.stop)
+
+    def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor | float]:
+        """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""
+        player, accelerator = self.players[turn.player], self.run.accelerator
+        seen: list[Metrics] = []
+        used: list[Any] = []
+        for k in range(self.grad_accum):
+            batch = next(batches)
+            last = k == self.grad_accum - 1
+            # accelerator.accumulate() keeps one counter for all players; with two of them it steps the wrong one.
+            with nullcontext() if last else accelerator.no_sync(player.module):
+                loss, metrics = turn.loss(batch)
+                accelerator.backward(loss / self.grad_accum)
+            seen.append({"loss": loss.detach(), **metrics})
+            used += self.algorithm.keys(batch)
+            self.micro += 1
+        values: dict[str, Any] = self._mean(seen)
+        if not torch.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
+                f"this rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
+            )
+        values["grad_norm"] = accelerator.clip_grad_norm_(
+            trained_parameters(player.module), self.max_grad_norm
+        ).detach()
+        lr = player.lr_at(self.step)
+        for group in player.optimizer.param_groups:
+            group["lr"] = lr
+        player.optimizer.step()
+        player.optimizer.zero_grad()
+        values["lr"] = lr
+        return {f"{turn.player}/{name}": value for name, value in values.items()}
+
+    def _mean(self, seen: Sequence[Metrics]) -> dict[str, Tensor]:
+        """The mean of each metric over samples, micro-batches and ranks; NaN is left out, except of the loss."""
+        names = sorted(seen[0])
+        sums = []
+        for name in names:
+            values = torch.cat([m[name].reshape(-1).float() for m in seen])
+            there = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
+            sums.append(torch.stack([torch.where(there, values, 0.0).sum(), there.sum()]))
+        several = self.run.accelerator.num_processes > 1
+        if several:  # which signal came to any rank: all end after the same step, and need no reduction for that
+            sums.append(torch.stack([torch.full_like(sums[0][0], float(self._signals.signum == n)) for n in ENDING]))
+        total = self.run.accelerator.reduce(torch.stack(sums), reduction="sum")
+        if several and not self.interrupted:
+            self.interrupted = next((int(n) for n, k in zip(ENDING, total[-1].tolist(), strict=True) if k), 0)
+        return {name: pair[0] / pair[1] for name, pair in zip(names, total[: len(names)], strict=True)}
+
+    def _effective(self, loader: Any) -> int:
+        return loader.batch_size * self.grad_accum * self.run.accelerator.num_processes
+
+    def _describe(self, loader: Any) -> list[str]:
+        world, effective = self.run.accelerator.num_processes, self._effective(loader)
+        lines = [
+            f"effective batch {effective} = {loader.batch_size} a micro-batch x {self.grad_accum} accumulated x "
+            f"{world} processes; {self.steps} steps see {self.steps * effective} samples of {len(loader.dataset)}"
+        ]
+        for name, player in self.players.items():
+            count = sum(p.numel() for p in trained_parameters(player.module))
+            lines.append(f"player '{name}': {count:,} trainable parameters, lr {player.lr:g} (not scaled by the batch)")
+        return lines + list(self.algorithm.describe())

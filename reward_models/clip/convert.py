@@ -1,0 +1,43 @@
+"""A published checkpoint as safetensors, on request with the names of the other library."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Literal, get_args
+
+from reward_models.clip.keys import is_transformers, to_open_clip, to_transformers
+from reward_models.weights import read_state, save_state
+
+Layout = Literal["safetensors", "hf", "open_clip"]
+
+
+def convert(source: str | PathLike[str], out: str | PathLike[str], to: Layout = "safetensors") -> Path:
+    """Write the tensors of a .pt, .pth, .bin or .safetensors file as safetensors; returns the path.
+
+    to  safetensors keeps names, shapes and dtypes, of any model; `hf` gives a CLIP model the names of transformers'
+        CLIPModel, `open_clip` those of open_clip
+
+    Nothing in the file is executed, and all of the new file appears or none of it. Raises ValueError for damaged files,
+    models that are no CLIP, and an `out` that exists.
+    """
+    source, out = Path(source), Path(out)
+    if to not in get_args(Layout):
+        raise ValueError(f"convert writes {', '.join(get_args(Layout))}; got '{to}'")
+    if not source.is_file():
+        raise FileNotFoundError(f"'{source}' does not exist, or is no file")
+    if out.suffix != ".safetensors":
+        raise ValueError(f"the file to write must end in .safetensors; got '{out}'")
+    if out.exists():
+        raise ValueError(f"'{out}' exists; delete it or choose another name")
+    state = read_state(source)
+    if to != "safetensors":
+        transformers = is_transformers(state)
+        if not transformers and not {"visual.proj", "token_embedding.weight", "text_projection"} <= state.keys():
+            raise ValueError(f"'{source}' is no CLIP checkpoint of open_clip or transformers, so '{to}' cannot be had")
+        if transformers and to == "open_clip":
+            state = to_open_clip(state)
+        elif not transformers and to == "hf":
+            state = to_transformers(state)
+    save_state(state, out, {"format": "pt"})  # without which transformers refuses the file
+    return out

@@ -1,0 +1,100 @@
+"""A CLIP network from the name or the description of its architecture, and its weights from wherever they lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from torch import nn
+
+from reward_models.clip.keys import is_transformers, to_open_clip
+from reward_models.weights import WEIGHTS, find_file, load_strict, read_state
+
+_OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+"""Numbers that OpenAI's files hold beside the weights."""
+
+
+def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The description of an architecture, as open_clip's model configs have it.
+
+    architecture is such a description, the path of a .json file with one (bare, or under `model_cfg` as in
+    open_clip_config.json), or a name that open_clip knows. Raises ValueError or FileNotFoundError.
+    """
+    config: Any
+    if isinstance(architecture, Mapping):
+        config = dict(architecture)
+    elif architecture.endswith(".json"):
+        if not Path(architecture).is_file():
+            raise FileNotFoundError(f"architecture '{architecture}' does not exist")
+        try:
+            config = json.loads(Path(architecture).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"architecture '{architecture}' is not valid JSON: {error}") from error
+        config = config.get("model_cfg", config) if isinstance(config, dict) else {}
+    else:
+        check_model_name(architecture)
+        config = open_clip.get_model_config(architecture)
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise ValueError(f"architecture '{architecture}' lacks {', '.join(missing)}")
+    if config.get("custom_text") or config["text_cfg"].get("hf_model_name") or "multimodal_cfg" in config:
+        raise ValueError(f"architecture '{architecture}' is no plain CLIP; the scorer `clip` takes it as its model")
+    return config
+
+
+def check_model_name(name: str) -> None:
+    """Raise ValueError, with the nearest known name, unless open_clip knows the model."""
+    if open_clip.get_model_config(name) is None:
+        near = get_close_matches(name, open_clip.list_models(), n=1)
+        raise ValueError(f"open_clip knows no model '{name}'" + "".join(f", did you mean '{x}'?" for x in near))
+
+
+def build_clip(config: Mapping[str, Any]) -> Any:
+    """The network of a description, with random weights. Raises ValueError for settings that open_clip lacks."""
+    try:
+        return open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
+    except TypeError as error:
+        raise ValueError(f"open_clip cannot build this architecture: {error}") from error
+
+
+def image_size(network: Any) -> int:
+    """The side of the square images a network takes."""
+    size = network.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise ValueError(f"the network takes images of {height} x {width}; only square ones are supported")
+    return int(height)
+
+
+def find_weights(architecture: str | Mapping[str, Any], source: str, filename: str | None) -> Path:
+    """The file of weights: open_clip's tag for the architecture; else a file, a folder or a hub id, see `find_file`.
+
+    In a local folder without the file of that name, `model.safetensors`, as `reward-score convert` writes it.
+    """
+    if isinstance(architecture, str) and source in open_clip.list_pretrained_tags_by_model(architecture):
+        try:
+            return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, source)))
+        except OSError as error:
+            raise FileNotFoundError(
+                f"the weights '{source}' of {architecture} are not in the cache and cannot be downloaded; "
+                f"without network, give a file or folder ({str(error).splitlines()[0]:.200})"
+            ) from error
+    folder = Path(source)
+    converted = folder.is_dir() and not (folder / (filename or WEIGHTS)).is_file()
+    return find_file(source, WEIGHTS if converted and (folder / WEIGHTS).is_file() else filename)
+
+
+def load_clip(network: nn.Module, path: str | PathLike[str]) -> None:
+    """Read weights in open_clip's, OpenAI's or transformers' layout into a network, strictly."""
+    state = read_state(path)
+    if is_transformers(state):
+        try:
+            state = to_open_clip(state)
+        except ValueError as error:
+            raise ValueError(f"the tensors in '{path}' are not those of the model: {error}") from error
+    load_strict(network, state, where=path, ignore=_OPENAI_EXTRAS)

@@ -1,0 +1,128 @@
+"""The published scorers of the CLIP family. A new one is a row and a function with what can be set of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reward_models.clip.aesthetic import SOURCE, AestheticPredictor
+from reward_models.clip.networks import clip_config
+from reward_models.clip.scorers import CLIPScorer, Unit
+from reward_models.clip.text import find_tokenizer, has_tokenizer, transformers_clip_tokenizer
+from reward_models.preprocess import ImageRule
+
+
+@dataclass(frozen=True)
+class Published:
+    """What has to be known of a published scorer to get its authors' numbers.
+
+    source        hub id of its weights
+    filename      their file
+    architecture  open_clip's name; `-quickgelu` for those that descend from OpenAI's
+    unit          what the authors' code prints
+    rule          how images are prepared, but for the size
+    own_tokenizer whether prompts go through transformers' tokenizer, which does not repair or unescape them
+    """
+
+    source: str
+    filename: str
+    architecture: str
+    unit: Unit
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    own_tokenizer: bool = False
+
+
+_HPS = {"resize": "longest", "method": "antialias", "clamp": False}
+HPS_V2 = Published("xswu/HPSv2", "HPS_v2_compressed.pt", "ViT-H-14", "raw", _HPS)
+HPS_V2_1 = Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14", "raw", _HPS)
+PICKSCORE = Published(
+    "yuvalkirstain/PickScore_v1", "model.safetensors", "ViT-H-14", "logit", {"crop": "transformers"}, own_tokenizer=True
+)
+SOCIAL_REWARD = Published("", "", "ViT-L-14-quickgelu", "raw")  # its authors tell of a checkpoint, and of no place
+
+
+def hps_v2(
+    *,
+    weights: str = HPS_V2.source,
+    architecture: str = HPS_V2.architecture,
+    unit: Unit = HPS_V2.unit,
+    antialias: bool = True,
+) -> CLIPScorer:
+    """HPSv2 (Wu et al., "Human Preference Score v2", 2023), by default the bare cosine, as `hpsv2.score` gives it.
+
+    weights       file, folder or hub id
+    architecture  open_clip's name, or a .json file
+    unit          raw, as `hpsv2.score`; x100, as the HPS benchmark; logit
+    antialias     of the resize; false is what the authors' code does with torchvision before 0.17
+    """
+    return _build(_hps_resize(HPS_V2, antialias), weights, architecture, unit)
+
+
+def hps_v2_1(
+    *,
+    weights: str = HPS_V2_1.source,
+    architecture: str = HPS_V2_1.architecture,
+    unit: Unit = HPS_V2_1.unit,
+    antialias: bool = True,
+) -> CLIPScorer:
+    """HPSv2.1: HPSv2 trained on more data. Its scores are not comparable to those of HPSv2. Settings: see `hps_v2`."""
+    return _build(_hps_resize(HPS_V2_1, antialias), weights, architecture, unit)
+
+
+def pickscore(
+    *,
+    weights: str = PICKSCORE.source,
+    architecture: str = PICKSCORE.architecture,
+    unit: Unit = PICKSCORE.unit,
+) -> CLIPScorer:
+    """PickScore (Kirstain et al., "Pick-a-Pic", 2023): exp(logit_scale) * cosine, whose softmax over the images of a
+    prompt are their chances to win.
+
+    weights       file, folder (of transformers; its tokenizer is used if it has one) or hub id
+    architecture  open_clip's name, or a .json file
+    unit          logit, as the authors' code; raw; x100
+    """
+    return _build(PICKSCORE, weights, architecture, unit)
+
+
+def social_reward(
+    *, weights: str, architecture: str = SOCIAL_REWARD.architecture, unit: Unit = SOCIAL_REWARD.unit
+) -> CLIPScorer:
+    """Social Reward (Isajanyan et al., "Social Reward", 2024): the cosine of a tuned CLIP ViT-L/14 of OpenAI.
+
+    weights       file with the bare state dict, in OpenAI's names; nowhere on the hub
+    architecture  open_clip's name, or a .json file
+    unit          raw, as the authors' code; x100; logit
+    """
+    return _build(SOCIAL_REWARD, weights, architecture, unit)
+
+
+def aesthetic(
+    *, weights: str = SOURCE, clip: str = "openai", architecture: str = "ViT-L-14-quickgelu"
+) -> AestheticPredictor:
+    """LAION's aesthetic predictor "sac+logos+ava1" on OpenAI's CLIP ViT-L/14; prompts are not read.
+
+    weights       of the head: file, folder or hub id
+    clip          of the CLIP model: open_clip's tag, file, folder or hub id
+    architecture  of the CLIP model: open_clip's name, or a .json file
+    """
+    return AestheticPredictor(architecture, weights=weights, clip=clip).eval().requires_grad_(False)
+
+
+def _hps_resize(row: Published, antialias: bool) -> Published:
+    rule = {**row.rule, "method": "antialias" if antialias else "plain"}
+    return Published(row.source, row.filename, row.architecture, row.unit, rule)
+
+
+def _build(row: Published, weights: str, architecture: str, unit: Unit) -> CLIPScorer:
+    """The scorer of a row, frozen."""
+    config = clip_config(architecture)
+    rule = ImageRule(config["vision_cfg"].get("image_size", 224), **row.rule)
+    scorer = CLIPScorer(architecture, rule, weights=weights, filename=row.filename or None, unit=unit)
+    if row.own_tokenizer:
+        folder = Path(weights) if has_tokenizer(weights) else None
+        text = config["text_cfg"]
+        scorer.tokenize = find_tokenizer(folder, text) if folder else transformers_clip_tokenizer(text)
+    return scorer.eval().requires_grad_(False)

@@ -1,0 +1,257 @@
+"""Scorers that compare image and text features of a CLIP model: the published ones, and those you train."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional as F
+
+from reward_models.base import NetworkScorer
+from reward_models.clip.networks import build_clip, check_model_name, clip_config, find_weights, image_size, load_clip
+from reward_models.clip.text import Tokenize, TransformersTokenizer, find_tokenizer, token_counts
+from reward_models.files import one_line
+from reward_models.hub import reachable
+from reward_models.preprocess import ImageRule
+from reward_models.weights import WEIGHTS, save_state, write_config
+
+TEXT_CHUNK = 8
+"""Prompts that go through the text tower at once. Always as many, the last ones padded: the shape of a batch decides
+the last bits of its features, and those of a prompt must not depend on which others were cached before it."""
+CACHED_PROMPTS = 20_000
+
+Unit = Literal["raw", "x100", "logit"]
+"""`raw` is the cosine of image and prompt, `x100` a hundred times that, `logit` exp(logit_scale) times."""
+
+
+class CLIPFeatures(NetworkScorer):
+    """What the scorers on a CLIP model share: unit vectors of images and of prompts, the latter computed once.
+
+    prefix  put before every prompt
+    """
+
+    prefix: str = ""
+
+    def __init__(self, clip: Any, tokenize: Tokenize, rule: ImageRule):
+        super().__init__()
+        self.clip, self.tokenize, self.rule = clip, tokenize, rule
+        self._features: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def scaled(self, cosines: Tensor) -> Tensor:
+        """Cosines float32 [B] -> scores [B] in the unit of the scorer."""
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What `preprocess` made and B prompts -> float32 [B]. No gradient to the text tower."""
+        text = self.encode_text([self.prefix + prompt for prompt in prompts])
+        return self.scaled((self.image_features(pixels) * text).sum(-1))
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What `preprocess` made and B prompts -> float32 [B], exp(logit_scale) * cosine, to be trained on.
+
+        Gradients reach every weight that requires one; nothing is kept. Prompts that repeat are encoded once.
+        """
+        text = self.text_features([self.prefix + prompt for prompt in prompts])
+        return self.logit_scale() * (self.image_features(pixels) * text).sum(-1)
+
+    def logit_scale(self) -> Tensor:
+        """exp(logit_scale), a scalar: the factor from cosines to logits."""
+        return self.clip.logit_scale.float().exp().squeeze()
+
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """What `preprocess` made -> unit vectors float32 [B, D]."""
+        weights = next(self.clip.parameters())
+        return F.normalize(self.clip.encode_image(pixels.to(weights.device, weights.dtype)).float(), dim=-1)
+
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """B texts, cut to the model's context -> unit vectors float32 [B, D], with gradient; each distinct one once."""
+        distinct = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        features = self._encode(distinct)
+        return features if len(distinct) == len(texts) else features[[place[text] for text in texts]]
+
+    @torch.inference_mode(False)  # what is kept under it could not be used for gradients later
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """As `text_features`, without gradient and kept for the next call; but not while the network trains."""
+        if self.training:
+            return self.text_features(texts)
+        if len(self._features) > CACHED_PROMPTS:
+            self._features.clear()
+        missing = [text for text in dict.fromkeys(texts) if text not in self._features]
+        for i in range(0, len(missing), TEXT_CHUNK):
+            chunk = missing[i : i + TEXT_CHUNK]
+            features = self._encode(chunk + [""] * (TEXT_CHUNK - len(chunk)))
+            self._features.update(zip(chunk, features, strict=False))
+        return torch.stack([self._features[text] for text in texts])
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return token_counts(self.tokenize, [self.prefix + prompt for prompt in prompts])
+
+    def _encode(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenize(texts).to(next(self.clip.parameters()).device)
+        return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
+
+    def forget(self) -> None:
+        """Drop the features of prompts."""
+        self._features.clear()
+
+    def cast(self, dtype: torch.dtype) -> CLIPFeatures:
+        """Hold the towers in another floating type. logit_scale stays: in bfloat16 its exponential is off by 1 %."""
+        scale = self.clip.logit_scale.data.float()
+        self.to(dtype)
+        self.clip.logit_scale.data = scale
+        return self
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """torch.compile the image tower, which takes the time."""
+        self.clip.visual.compile(*args, **settings)
+
+
+class CLIPScorer(CLIPFeatures):
+    """A CLIP model as a scorer, in open_clip's names: `cos(image, prompt)` in a unit. HPSv2 and PickScore are such.
+
+    Made to be trained too: weights are random unless given, all require gradients, and `forward` gives the logits.
+    What `save` wrote, `load_scorer(folder)` reads.
+
+    architecture  open_clip's name, a .json file or a mapping; see `clip_config`
+    rule          how images are prepared; by default Pillow's resize of the shorter side and a crop of the centre
+
+    Args:
+        weights: open_clip's tag for the architecture, a file, a folder or a hub id; none: random
+        filename: the file within a folder or hub id
+        tokenizer: folder of a transformers tokenizer; none: open_clip's
+        unit: unit of the scores
+    """
+
+    def __init__(
+        self,
+        architecture: str | Mapping[str, Any],
+        rule: ImageRule | None = None,
+        *,
+        weights: str | None = None,
+        filename: str | None = None,
+        tokenizer: str | None = None,
+        unit: Unit = "logit",
+    ):
+        self.architecture = clip_config(architecture)
+        tokenize = find_tokenizer(tokenizer, self.architecture["text_cfg"])
+        path = None if weights is None else find_weights(architecture, weights, filename)
+        network = build_clip(self.architecture)
+        super().__init__(network, tokenize, rule or ImageRule(image_size(network)))
+        if path is not None:
+            load_clip(network, path)
+        self.unit = unit
+
+    def scaled(self, cosines: Tensor) -> Tensor:
+        """Cosines -> scores in the unit."""
+        if self.unit == "logit":
+            return self.logit_scale() * cosines
+        return cosines * 100 if self.unit == "x100" else cosines
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write a scorer folder, which `load_scorer(folder)` reads: weights, the tokenizer unless it is open_clip's,
+        and at last reward_config.json."""
+        save_state(self.clip.state_dict(), Path(folder) / WEIGHTS, {"family": "clip"})
+        own = isinstance(self.tokenize, TransformersTokenizer)
+        if isinstance(self.tokenize, TransformersTokenizer):
+            self.tokenize.save(folder)
+        config = {"family": "clip", "unit": self.unit, "tokenizer": "folder" if own else "open_clip"}
+        write_config(folder, config | {"rule": asdict(self.rule), "architecture": self.architecture})
+
+    @classmethod
+    def from_folder(cls, folder: str | PathLike[str], config: Mapping[str, Any]) -> CLIPScorer:
+        """Read what `save` wrote; config is what reward_config.json says."""
+        tokenizer = str(folder) if config["tokenizer"] == "folder" else None
+        weights = str(Path(folder) / WEIGHTS)
+        return cls(
+            config["architecture"], read_rule(config["rule"]), weights=weights, tokenizer=tokenizer, unit=config["unit"]
+        )
+
+
+def read_rule(settings: Mapping[str, Any]) -> ImageRule:
+    """The rule that `asdict` made a mapping of, and JSON lists of its tuples."""
+    arguments: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
+    return ImageRule(**arguments)
+
+
+class CLIPScore(CLIPFeatures):
+    """CLIPScore of any open_clip model: `weight * max(cos(image, prefix + prompt), 0)`.
+
+    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning" (2021), whose weight and prefix
+    are the defaults. Text-to-image papers often print `weight=100, prefix=""` of a larger model.
+
+    Frozen; gradients flow to the pixels of images that score above zero. Images are resized as Pillow resizes the
+    8-bit image.
+
+    Args:
+        model: open_clip architecture; or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, which bring their weights
+        pretrained: open_clip's tag of the weights, or a file; ignored for the two that bring theirs
+        weight: factor of the cosine
+        prefix: put before every prompt
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str = "ViT-B-32",
+        pretrained: str = "laion2b_s34b_b79k",
+        weight: float = 2.5,
+        prefix: str = "A photo depicts ",
+    ):
+        network, tokenize = _load(model, pretrained)
+        super().__init__(network, tokenize, _open_clip_rule(network))
+        self.weight, self.prefix, self.unit = weight, prefix, f"{weight:g}*max(cos,0)"
+        self.eval().requires_grad_(False)
+
+    def scaled(self, cosines: Tensor) -> Tensor:
+        """Cosines -> CLIPScore."""
+        return self.weight * cosines.clamp(min=0)
+
+
+def _open_clip_rule(network: Any) -> ImageRule:
+    """The rule that open_clip's preprocess_cfg describes."""
+    cfg = network.visual.preprocess_cfg
+    return ImageRule(
+        image_size(network),
+        resize=cfg["resize_mode"],
+        interpolation=cfg["interpolation"],
+        fill=cfg["fill_color"] / 255,
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+    )
+
+
+def _load(model: str, pretrained: str) -> tuple[Any, Tokenize]:
+    """The open_clip model with its weights, and its tokenizer."""
+    brings_weights = model.startswith(("local-dir:", "hf-hub:"))
+    names_file = "/" in pretrained or pretrained.endswith((".safetensors", ".pt", ".bin"))
+    if not brings_weights and names_file and not Path(pretrained).is_file():
+        raise FileNotFoundError(f"CLIPScore: pretrained '{pretrained}' does not exist; give a file or a tag")
+    if not brings_weights:
+        check_model_name(model.replace("/", "-"))
+    if not names_file and not model.startswith("local-dir:"):
+        reachable()
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # open_clip logs what it also raises
+    try:
+        network = open_clip.create_model(
+            model, pretrained=None if brings_weights else pretrained, require_pretrained=True
+        )
+        return network, open_clip.get_tokenizer(model)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        source = f"model '{model}'" if brings_weights else f"model '{model}' with pretrained '{pretrained}'"
+        hint = "" if model.startswith("local-dir:") else "; without network, give a file or model=local-dir:FOLDER"
+        raise ValueError(f"CLIPScore cannot load {source}: {one_line(error)}{hint}") from error
+    finally:
+        logging.disable(before)

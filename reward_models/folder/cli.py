@@ -1,0 +1,249 @@
+"""The `reward-score` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
+
+from reward_models.loading import SCORERS, Dtype, load_scorer
+
+if TYPE_CHECKING:
+    from reward_models.folder.items import Items
+    from reward_models.folder.journal import Outcomes
+    from reward_models.folder.tables import Columns
+    from reward_models.protocol import Scorer
+
+LISTED_FAILURES = 20
+VERSIONS = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers")
+DESCRIPTION = """Score images against their prompts with one or more scorers.
+
+  reward-score image.png --prompt "a red cube" --scorer clip --out score.csv
+  reward-score images --scorer clip --scorer mine.scorers:Sharpness --out scores.parquet
+  reward-score images --prompts prompts.jsonl --scorer clip,model=ViT-L-14,pretrained=openai --out scores.jsonl
+  reward-score images --scorer clip,model=local-dir:weights/clip --out scores.csv --resume
+  reward-score candidates.jsonl --scorer pickscore --out scores.csv --best best.csv --report scores.html
+  accelerate launch eval/score_folder.py images --scorer clip --out scores.csv     # over all GPUs
+  reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # what one person likes
+  reward-score info hps_v2.1                                  # where it comes from, what its numbers mean
+  reward-score convert HPS_v2.1_compressed.pt hps.safetensors
+
+IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`.
+Prompts come from --prompt, from --prompts, from the list, from a manifest.jsonl in the folder (as `diffalign eval
+generate` writes it), or from x.txt beside x.png; --prompt and --prompts go before what lies in the folder.
+
+Scorers: {scorers}, or your own package.module:Class, a class with `differentiable`, `unit` and
+`score(images [B, 3, H, W] in [0, 1], prompts) -> [B]`. Keyword-only constructor parameters are set by `,key=value`.
+
+The table has the columns image, prompt and one for each scorer, in the order of the images; OUT.meta.json holds units,
+mean, quantiles and what the numbers depend on. While it runs, results go to OUT.partial-*.jsonl, from which --resume
+continues after a kill, on any number of processes; the other settings, images and prompts must be the same.
+
+Exit code: 0 every image was scored; 2 the table is written, but some images could not be read or scored: they are
+listed with reasons here and in OUT.failed.jsonl; 1 wrong usage or another error, no table is written.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {message}; see --help\n")
+
+
+def main(
+    argv: Sequence[str] | None = None, *, rank: int = 0, world: int = 1, wait: Callable[[], None] = lambda: None
+) -> int:
+    """Entry point; returns the exit code.
+
+    Process `rank` of `world` scores every world-th batch; the first writes the table after `wait`, the barrier. All
+    must see the same files.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if words[:1] == ["info"]:
+            return _info(words[1:])
+        if words[:1] == ["convert"]:
+            return _convert(words[1:])
+        return _score(_parser().parse_args(words), rank, world, wait)
+    except (ValueError, OSError) as error:
+        print(f"reward-score: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("reward-score: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="reward-score",
+        description=DESCRIPTION.format(scorers=", ".join(SCORERS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--version", action="version", version=f"reward-score of diffalign {version('diffalign')}")
+    add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
+    add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
+    add("--user", type=Path, metavar="FILE", help="score for this person (`diffalign user fit`): personal scorers only")
+    add("--out", type=Path, required=True, metavar="OUT", help="table to write: .csv, .jsonl or .parquet")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the prompt of every image")
+    source.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=".jsonl or .csv with image (relative to the folder) and prompt: scores what it lists; or .txt with one "
+        "prompt a line, for the images in natural order",
+    )
+    add("--batch-size", type=_positive, default=32, metavar="B", help="images scored at once (32)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add("--dtype", choices=get_args(Dtype), default="fp32", help="of the networks (fp32); scores are float32 always")
+    add("--compile", action="store_true", help="torch.compile the networks: slower to start, faster from then on")
+    add("--workers", type=_positive, metavar="N", help="threads that read images (the cores, at most 16)")
+    add("--resume", action="store_true", help="keep what an unfinished run with the same OUT has done, and go on")
+    add("--report", type=Path, metavar="FILE.html", help="page with histograms, the worst and the best images")
+    add("--best", type=Path, metavar="FILE", help="table of the best image of every prompt, by each scorer")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got '{text}'")
+    return int(text)
+
+
+def _info(words: Sequence[str]) -> int:
+    from reward_models.cards import CARDS, card_text
+
+    parser = _Parser(prog="reward-score info", description="What a scorer is: source, input, unit, known failures.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; all in short without it")
+    name = parser.parse_args(words).name
+    print(card_text(name) if name else "\n".join(f"{name:<22}{card.title}" for name, card in CARDS.items()))
+    return 0
+
+
+def _convert(words: Sequence[str]) -> int:
+    from reward_models.clip.convert import Layout, convert
+
+    parser = _Parser(prog="reward-score convert", description="Write a checkpoint as safetensors.")
+    parser.add_argument("source", metavar="SRC", help=".pt, .pth, .bin or .safetensors; nothing in it is executed")
+    parser.add_argument("out", metavar="OUT", help="file to write, .safetensors")
+    parser.add_argument(
+        "--to", choices=get_args(Layout), default="safetensors", help="names: as they are, transformers', open_clip's"
+    )
+    args = parser.parse_args(words)
+    print(f"written: '{convert(args.source, args.out, args.to)}'")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can be known to be wrong before anything is read."""
+    from reward_models.folder.tables import check_table_name
+
+    check_table_name(args.out)
+    if args.best:
+        check_table_name(args.best, "--best")
+    if args.report and args.report.suffix != ".html":
+        raise ValueError(f"--report must end in .html; got '{args.report}'")
+    if args.best and args.best.resolve() == args.out.resolve():
+        raise ValueError(f"--out and --best are the same file, '{args.out}'")
+    twice = [name for name in args.scorer if args.scorer.count(name) > 1]
+    if twice:
+        raise ValueError(f"--scorer {twice[0]} is given twice")
+
+
+def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], None]) -> int:
+    from tqdm import tqdm  # here and below: heavy, and `--help` needs none of it
+
+    from reward_models.folder.items import read_items
+    from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
+    from reward_models.folder.scoring import score_items
+
+    _check(args)
+    if args.user:
+        args.scorer = [f"{name},user={args.user}" for name in args.scorer]
+    items, size = read_items(args.images, prompt=args.prompt, prompts=args.prompts), args.batch_size
+    job = {"--scorer": args.scorer, "--batch-size": size, "--dtype": args.dtype, "--compile": args.compile}
+    job["images or prompts"] = items.digest
+    done = read_journals(args.out, job, Outcomes(len(items), len(args.scorer), size)).done
+    if done.any() and not args.resume:
+        raise ValueError(f"'{find_journals(args.out)[0]}' is left from an unfinished run; add --resume, or delete it")
+    scorers = {name: load_scorer(name, args.device, dtype=args.dtype, compile=args.compile) for name in args.scorer}
+    wait()  # nobody writes while another still looks at what is done
+    # The last bits of a score depend on the batch it is computed in, so batches are cut before they are shared or
+    # skipped: the table depends neither on the number of processes nor on kills.
+    todo = [number for number in range(rank, len(done), world) if not done[number]]
+    batches = (items[number * size : (number + 1) * size] for number in todo)
+    bar = tqdm(total=len(todo) * size, desc="reward-score", unit="image", disable=rank > 0)
+    with Journal(args.out, job, rank=rank) as journal, bar:
+        for number, results in zip(todo, score_items(batches, scorers, num_workers=args.workers), strict=True):
+            journal.append(number, results)
+            bar.update(len(results))
+    wait()
+    if rank:
+        return 0
+    return _finish(args, items, scorers, read_journals(args.out, job, Outcomes(len(items), len(scorers), size)))
+
+
+def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> int:
+    """Write the table and what goes with it, print the summary, return the exit code."""
+    from reward_models.folder.journal import remove_journals
+    from reward_models.folder.report import BEST_COLUMNS, best_rows, longer_line, summary_lines, write_report
+    from reward_models.folder.tables import write_failures, write_meta, write_table
+
+    missing = int((~outcomes.done).sum())
+    if missing:
+        raise ValueError(f"{missing} batches of {args.batch_size} have no result; run again with --resume")
+    scores, reasons = outcomes.scores, dict(sorted(outcomes.reasons.items()))
+    failed = write_failures(args.out, ((items[i].image, items[i].prompt, x) for i, x in reasons.items()))
+    meta = _meta(args, items, scorers, outcomes)
+    columns: Columns = {"image": "string", "prompt": "string", **dict.fromkeys(scorers, "float32")}
+    rows = ((x.image, x.prompt, *scores[i].tolist()) for i, x in enumerate(items) if i not in reasons)
+    write_meta(args.out, meta)
+    write_table(args.out, columns, rows, meta)
+    if args.best:
+        write_table(args.best, BEST_COLUMNS, best_rows(items, scores, list(scorers)), meta)
+    if args.report:
+        write_report(args.report, items, scores, meta)
+    remove_journals(args.out)
+    print(f"{meta['scored']} images scored, {meta['failed']} failed: '{args.out}'")
+    print("\n".join(summary_lines(meta["scorers"])))
+    for name, scorer in meta["scorers"].items():
+        if scorer["longer_prompts"]:
+            print(f"reward-score: {longer_line(name, scorer['longer_prompts'])}", file=sys.stderr)
+    for i in list(reasons)[:LISTED_FAILURES]:
+        print(f"reward-score: '{items[i].image}' is not scored: {reasons[i]}", file=sys.stderr)
+    if reasons:
+        print(f"reward-score: {len(reasons)} images are not scored, see '{failed}'", file=sys.stderr)
+    return 2 if reasons else 0
+
+
+def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> dict[str, Any]:
+    """Units and summaries, and what the numbers depend on."""
+    from reward_models.folder.report import longer_prompts, summarise
+
+    described = {}
+    for k, (name, scorer) in enumerate(scorers.items()):
+        rule = getattr(scorer, "rule", None)
+        described[name] = {
+            "unit": scorer.unit,
+            "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
+            "longer_prompts": longer_prompts(scorer, items.prompts),
+            **summarise(outcomes.scores[:, k]),
+        }
+    return {
+        "scorers": described,
+        "images": str(args.images),
+        "scored": len(outcomes.scores) - len(outcomes.reasons),
+        "failed": len(outcomes.reasons),
+        "dtype": args.dtype,
+        "compile": args.compile,
+        "batch_size": args.batch_size,
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Results on disk as they come, so that a killed run loses at most the batches it was at."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reward_models.folder.scoring import Failed, Result
+
+Job = Mapping[str, Any]
+"""What the numbers depend on, by the names that errors show: `--scorer`, `--batch-size`, ..., `images`."""
+
+
+class Journal:
+    """Appends batches to `<out>.partial-<rank>.jsonl`: a line with the job, then a line for each batch, in any order.
+
+    Which batch it is says its number. A kill can leave only a part of the last line, which is then not there.
+    """
+
+    def __init__(self, out: Path, job: Job, *, rank: int):
+        path = out.with_name(f"{out.name}.partial-{rank}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = sum(map(len, _whole_lines(path))) if path.exists() else 0
+        self._path, self._job, self._file = path, dict(job), path.open("ab")
+        self._file.truncate(whole)
+        self._file.seek(whole)
+
+    def append(self, number: int, results: Iterable[Result]) -> None:
+        """Add a batch and hand it to the system: from here on only the machine's own death loses it."""
+        if not self._file.tell():
+            self._write(self._job)
+        self._write({"batch": number, "results": [r.reason if isinstance(r, Failed) else r.scores for r in results]})
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        empty = not self._file.tell()
+        self._file.close()
+        if empty:
+            self._path.unlink()
+
+
+class Outcomes:
+    """What is known of N items: 8 bytes for each score, and the reasons of those that failed.
+
+    scores   float64 [N, scorers], nan where there is none; the numbers are float32 in their shortest decimals
+    reasons  item -> why it has no scores
+    done     bool [batches], which are finished
+    """
+
+    def __init__(self, items: int, scorers: int, batch_size: int):
+        self.scores = np.full((items, scorers), np.nan)
+        self.reasons: dict[int, str] = {}
+        self.done = np.zeros(-(-items // batch_size), dtype=bool)
+        self._batch_size = batch_size
+
+    def add(self, number: int, results: Sequence[Sequence[float] | str]) -> None:
+        """Take in a batch as the journal has it."""
+        self.done[number] = True
+        for i, result in enumerate(results, number * self._batch_size):
+            if isinstance(result, str):
+                self.reasons[i] = result
+            else:
+                self.scores[i] = result
+
+
+def find_journals(out: Path) -> list[Path]:
+    """The journals that runs with this `out` left behind, of all their processes."""
+    return sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*.jsonl"))
+
+
+def read_journals(out: Path, job: Job, outcomes: Outcomes) -> Outcomes:
+    """Add everything that is done; whichever processes did it, and however many. Raises ValueError for another job."""
+    for path in find_journals(out):
+        lines = _whole_lines(path)
+        before = json.loads(next(lines, json.dumps(job)))
+        other = [key for key in job if before.get(key) != job[key]]
+        if other:
+            raise ValueError(f"'{path}' was begun with {_said(other[0], before)}; give the same, or delete it")
+        for row in map(json.loads, lines):
+            outcomes.add(row["batch"], row["results"])
+    return outcomes
+
+
+def _said(key: str, before: Job) -> str:
+    if not key.startswith("--"):
+        return f"other {key}"
+    value = before.get(key)
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return " ".join(f"{key} {x}" for x in (value if isinstance(value, list) else [value]))
+
+
+def remove_journals(out: Path) -> None:
+    """Forget them, once the table is written."""
+    for path in find_journals(out):
+        os.remove(path)
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """Lines with their ends; the last one of a killed run may lack it and is left out."""
+    with path.open("rb") as file:
+        yield from (line for line in file if line.endswith(b"\n"))

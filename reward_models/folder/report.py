@@ -1,0 +1,160 @@
+"""What a table of scores says: summary, the best image of every prompt, a page with histograms and contact sheets."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from reward_models.files import write_whole
+from reward_models.folder.items import Items
+from reward_models.folder.tables import Columns
+from reward_models.images import ImageError, read_image
+
+QUANTILES = (1, 5, 25, 50, 75, 95, 99)
+"""Percent."""
+BINS = 40
+PREFIX = 16
+"""Tokens that a scorer may add to a prompt, at most."""
+SHEET = 16
+"""Images of a contact sheet."""
+THUMBNAIL = 160
+"""Longer side of its images, pixels."""
+BEST_COLUMNS: Columns = {
+    "prompt": "string",
+    "scorer": "string",
+    "image": "string",
+    "score": "float32",
+    "of": "int32",
+}
+
+
+class Shown(NamedTuple):
+    """An image of a contact sheet; `picture` is a data URI, or empty for a file that is gone."""
+
+    image: str
+    prompt: str
+    score: float
+    picture: str
+
+
+def summarise(scores: np.ndarray) -> dict[str, Any]:
+    """Scores [N] with nan where there is none -> count, mean, standard deviation, quantiles; numbers None without any.
+
+    Quantiles between two scores are interpolated linearly. The standard deviation is that of the population.
+    """
+    x = scores[~np.isnan(scores)]
+    names = ("mean", "std", "min", "max")
+    values = [float(v) for v in (x.mean(), x.std(), x.min(), x.max())] if len(x) else [None] * len(names)
+    levels = [float(v) for v in np.percentile(x, QUANTILES)] if len(x) else [None] * len(QUANTILES)
+    quantiles = {f"{q}%": v for q, v in zip(QUANTILES, levels, strict=True)}
+    return {"count": len(x), **dict(zip(names, values, strict=True)), "quantiles": quantiles}
+
+
+def summary_lines(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The summaries of scorers, each with its unit, as a table for the terminal."""
+    width = max(6, *map(len, scorers))
+    heads = ("mean", "std", "min", "5%", "50%", "95%", "max")
+    lines = [f"{'scorer':<{width}}" + "".join(f"{head:>11}" for head in heads) + "  unit"]
+    for name, summary in scorers.items():
+        values = {**summary, **summary["quantiles"]}
+        numbers = "".join(f"{'-' if values[head] is None else format(values[head], '.5g'):>11}" for head in heads)
+        lines.append(f"{name:<{width}}{numbers}  {summary['unit']}")
+    return lines
+
+
+def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None:
+    """How many different prompts are longer than a scorer reads: {limit, count, of, first}. None where none is, or the
+    scorer does not tell."""
+    count = getattr(scorer, "token_counts", None)
+    if count is None:
+        return None
+    distinct = list(dict.fromkeys(prompts))
+    limit, _ = count([])
+    # A token is a byte or more: most prompts need not be looked at.
+    candidates = [text for text in distinct if len(text.encode()) > limit - PREFIX]
+    longer = [text for text, n in zip(candidates, count(candidates)[1], strict=True) if n > limit]
+    return {"limit": limit, "count": len(longer), "of": len(distinct), "first": longer[0]} if longer else None
+
+
+def longer_line(name: str, longer: Mapping[str, Any]) -> str:
+    """What `longer_prompts` found, for the terminal."""
+    return (
+        f"{longer['count']} of {longer['of']} prompts are longer than the {longer['limit']} tokens that '{name}' reads "
+        f"and are cut there; the first: '{longer['first'][:80]}...'"
+    )
+
+
+def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str, str, float, int]]:
+    """Prompt, scorer, its best image, the score, and among how many; prompts as they first come, ties to the first.
+
+    scores  [N, scorers], nan where there is none; a prompt without any has no row
+    """
+    best: dict[str, list[int]] = {}
+    count: dict[str, int] = {}
+    for i, item in enumerate(items):
+        if np.isnan(scores[i]).any():
+            continue
+        so_far = best.setdefault(item.prompt, [i] * len(names))
+        count[item.prompt] = count.get(item.prompt, 0) + 1
+        for k, j in enumerate(so_far):
+            if scores[i, k] > scores[j, k]:
+                so_far[k] = i
+    for prompt, winners in best.items():
+        for k, i in enumerate(winners):
+            yield prompt, names[k], items[i].image, float(scores[i, k]), count[prompt]
+
+
+def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str, Any]) -> None:
+    """Write a page that opens from disk and needs no other file: summary, histogram, worst and best images.
+
+    scores  [N, scorers], nan where there is none
+    meta    what `<out>.meta.json` holds; its `scorers` are the columns
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    columns = []
+    for k, (name, summary) in enumerate(meta["scorers"].items()):
+        column = scores[:, k]
+        order = np.argsort(column, kind="stable")[: summary["count"]]  # nan comes last
+        sheets = {"worst": order[:SHEET], "best": order[::-1][:SHEET]}
+        shown = {title: [_shown(items, int(i), column) for i in chosen] for title, chosen in sheets.items()}
+        columns.append({"name": name, "summary": summary, "bars": _bars(column), "sheets": shown})
+    page = environment.get_template("report.html.j2").render(meta=meta, columns=columns)
+    write_whole(path, page)
+
+
+def _bars(scores: np.ndarray) -> list[dict[str, float]]:
+    """A histogram: bars with their borders, their count, and their height as a share of the highest."""
+    x = scores[~np.isnan(scores)]
+    if not len(x):
+        return []
+    counts, borders = np.histogram(x, BINS)
+    return [
+        {"low": float(low), "high": float(high), "count": int(n), "height": float(n / counts.max())}
+        for n, low, high in zip(counts, borders, borders[1:], strict=False)
+    ]
+
+
+def _shown(items: Items, index: int, scores: np.ndarray) -> Shown:
+    item = items[index]
+    try:
+        picture = _thumbnail(item.path)
+    except ImageError:  # it could be read when it was scored; the page says that it is gone
+        picture = ""
+    return Shown(item.image, item.prompt, float(scores[index]), picture)
+
+
+def _thumbnail(path: Path) -> str:
+    image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,238 @@
+"""Rewards that depend on a person's vector. Four kinds:
+
+    pal       ideal points among shared prototypes (PAL: Chen et al., 2024, arXiv 2406.08469)
+    vpl       a variational encoder of choices (VPL: Poddar et al., 2024, arXiv 2408.10075)
+    groups    one reward for each of G groups, people assigned by hard EM (MaxMin-RLHF: Chakraborty et al., 2024,
+              arXiv 2402.08925); with one group it is the ordinary Bradley-Terry scorer that knows no persons
+    logistic  a linear reward, fitted around everybody's; the baseline
+
+Differs from the released codes:
+- VPL: choices are aggregated as Gaussian evidence (Volpp et al., 2021, "Bayesian context aggregation"), so that the
+  uncertainty falls with their number; there attention and a mean with a variance between 1/e and e. The latent is not
+  rescaled to a fixed norm, which there happens in training only.
+- PAL: a new person's fit has the Gaussian of the persons seen in training as its prior, and its uncertainty is
+  Laplace's; there neither.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reward_models.personal.tastes import SAMPLES, Head, Taste, gaussian_of, laplace, mlp, standard_normal
+
+
+class PAL(Head):
+    """-|f(z) - a|, with a person's ideal point a = sum_k w_k P_k and w = softmax(vector), K numbers a person.
+
+    variant B has prompt-dependent prototypes P_k = g_k(prompt), and f sees the image only. distance `angle` is
+    s cos(f, a) instead.
+
+    Args:
+        people: how many persons the training data has
+        prototypes: K
+        latent: width of f(z)
+        variant: A or B
+        distance: euclid or angle
+        hidden: width of the hidden layer of f; 0 for a linear f
+    """
+
+    kind = "pal"
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        people: int = 1,
+        prototypes: int = 3,
+        latent: int = 16,
+        variant: Literal["A", "B"] = "A",
+        distance: Literal["euclid", "angle"] = "euclid",
+        hidden: int = 64,
+    ):
+        given = {"people": people, "prototypes": prototypes, "latent": latent, "hidden": hidden}
+        super().__init__(width, **given, variant=variant, distance=distance)
+        self.size, self.variant, self.distance = prototypes, variant, distance
+        seen = 3 * width if variant == "A" else width
+        self.f = mlp(seen, hidden, latent) if hidden else nn.Linear(seen, latent)
+        if variant == "A":
+            self.prototypes = nn.Parameter(F.normalize(torch.randn(prototypes, latent), dim=-1))
+        else:
+            self.projectors = nn.ModuleList(mlp(width, latent, latent) for _ in range(prototypes))
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log()) if distance == "angle" else None
+        self.people = nn.Embedding(people, prototypes)
+
+    def ideal(self, z: Tensor, taste: Tensor) -> Tensor:
+        """The ideal point [..., d] of a person, for the prompt in z where it depends on it."""
+        w = taste.softmax(-1)
+        if self.variant == "A":
+            return w @ self.prototypes
+        text = self.standardise(z)[..., self.width : 2 * self.width]
+        points = torch.stack([g(text) for g in self.projectors], dim=-2)  # [..., K, d]
+        return (w[..., None] * points).sum(-2)
+
+    def item(self, z: Tensor) -> Tensor:
+        """f, [..., d]."""
+        z = self.standardise(z)
+        return self.f(z if self.variant == "A" else z[..., : self.width])
+
+    def reward(self, z: Tensor, taste: Tensor) -> Tensor:
+        item, ideal = self.item(z), self.ideal(z, taste)
+        if self.log_scale is not None:
+            return self.log_scale.exp().clamp(max=100) * torch.cosine_similarity(item, ideal, dim=-1)
+        return -((item - ideal).square().sum(-1) + 1e-8).sqrt()  # a slope at 0 as well
+
+    def anybody(self) -> Tensor:
+        return self.people.weight.detach().softmax(-1).mean(0).log()
+
+    def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
+        return laplace(lambda taste: self.margin(z_w, z_l, taste), *gaussian_of(self.people.weight.detach()))
+
+    def embedding(self, taste: Taste) -> Tensor:
+        """The weights of the prototypes, over all the taste may be."""
+        return taste.samples.softmax(-1).mean(0)
+
+    def forward(
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        taste = self.people(person)
+        # A standard normal on the logits: without it those of people whose choices all agree run away.
+        return self.margin(z_w, z_l, taste), 0.5 * taste.square().sum(-1)
+
+
+class VPL(Head):
+    """b(z) + h(z) . vector, with the vector drawn from N(m, v) of an encoder of the person's choices; prior N(0, I).
+
+    Each choice is evidence N(m_i, v_i) about the vector: 1/v = 1 + sum 1/v_i, m = v sum m_i/v_i.
+
+    Args:
+        latent: width of a person's vector
+        hidden: width of the hidden layers
+    """
+
+    kind = "vpl"
+
+    def __init__(self, width: int, *, latent: int = 8, hidden: int = 64):
+        super().__init__(width, latent=latent, hidden=hidden)
+        self.size = latent
+        self.item = mlp(3 * width, hidden, 1 + latent)
+        self.encoder = mlp(1 + latent, hidden, 2 * latent)
+
+    def reward(self, z: Tensor, taste: Tensor) -> Tensor:
+        base, likes = self.item(self.standardise(z)).split((1, self.size), dim=-1)
+        return base[..., 0] + (likes * taste).sum(-1)
+
+    def posterior(self, z_w: Tensor, z_l: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Choices [..., S, 3E], those that count bool [..., S] -> mean and variance [..., U]."""
+        change = self.item(self.standardise(z_w)) - self.item(self.standardise(z_l))
+        evidence, log_precision = self.encoder(change).chunk(2, dim=-1)
+        precision = F.softplus(log_precision) * there[..., None]
+        variance = 1 / (1 + precision.sum(-2))
+        return variance * (precision * evidence).sum(-2), variance
+
+    def anybody(self) -> Tensor:
+        return self.mean.new_zeros(self.size)
+
+    @torch.no_grad()
+    def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
+        mean, variance = self.posterior(z_w, z_l, torch.ones(len(z_w), dtype=torch.bool, device=z_w.device))
+        return Taste(mean, mean + variance.sqrt() * standard_normal(self.size).to(mean))
+
+    def forward(
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mean, variance = self.posterior(support_w, support_l, there)
+        taste = mean + variance.sqrt() * eps
+        divergence = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
+        return self.margin(z_w, z_l, taste), divergence
+
+
+class Groups(Head):
+    """One reward for each of G groups; a person's vector is the log of how much they belong to each.
+
+    Hard EM: a person belongs to the group whose reward explains their other choices best, and only it learns from
+    them. A new person's vector is the posterior over groups, exactly, each group as likely before.
+
+    Args:
+        groups: G
+        hidden: width of the hidden layers
+    """
+
+    kind = "groups"
+
+    def __init__(self, width: int, *, groups: int = 2, hidden: int = 64):
+        super().__init__(width, groups=groups, hidden=hidden)
+        self.size = groups
+        self.rewards = nn.ModuleList(mlp(3 * width, hidden, hidden, 1) for _ in range(groups))
+
+    def each(self, z: Tensor) -> Tensor:
+        """The reward of every group, [..., G]."""
+        z = self.standardise(z)
+        return torch.cat([reward(z) for reward in self.rewards], dim=-1)
+
+    def reward(self, z: Tensor, taste: Tensor) -> Tensor:
+        return (self.each(z) * taste.softmax(-1)).sum(-1)
+
+    def anybody(self) -> Tensor:
+        return self.mean.new_zeros(self.size)
+
+    def evidence(self, z_w: Tensor, z_l: Tensor, there: Tensor) -> Tensor:
+        """Log-likelihood of choices [..., S, 3E] under each group, [..., G]."""
+        return (F.logsigmoid(self.each(z_w) - self.each(z_l)) * there[..., None]).sum(-2)
+
+    @torch.no_grad()
+    def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
+        belongs = self.evidence(z_w, z_l, z_w.new_ones(len(z_w))).log_softmax(-1)
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.multinomial(belongs.exp().cpu(), SAMPLES, replacement=True, generator=generator)
+        return Taste(belongs, (F.one_hot(drawn, self.size).to(belongs) - 1) * 50)
+
+    def embedding(self, taste: Taste) -> Tensor:
+        """The probability of each group."""
+        return taste.mean.softmax(-1)
+
+    def forward(
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            group = self.evidence(support_w, support_l, there).argmax(-1)
+        margins = self.each(z_w) - self.each(z_l)
+        margin = margins.gather(-1, group[:, None])[:, 0]
+        return margin, torch.zeros_like(margin)
+
+
+class Logistic(Head):
+    """vector . z: linear in the features, everybody's vector learned in training, a person's fitted around it.
+
+    Args:
+        spread: how far (a standard deviation of each number) a person is expected to lie from everybody
+    """
+
+    kind = "logistic"
+
+    def __init__(self, width: int, *, spread: float = 0.1):
+        super().__init__(width, spread=spread)
+        self.size, self.spread = 3 * width, spread
+        self.everybody = nn.Parameter(torch.zeros(self.size))
+
+    def reward(self, z: Tensor, taste: Tensor) -> Tensor:
+        return (self.standardise(z) * taste).sum(-1)
+
+    def anybody(self) -> Tensor:
+        return self.everybody.detach()
+
+    def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
+        covariance = self.spread**2 * torch.eye(self.size).to(z_w)
+        return laplace(lambda taste: self.margin(z_w, z_l, taste), self.everybody.detach(), covariance)
+
+    def forward(
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        margin = self.margin(z_w, z_l, self.everybody)
+        return margin, torch.zeros_like(margin)
+
+
+HEADS: dict[str, type[Head]] = {head.kind: head for head in (PAL, VPL, Groups, Logistic)}

@@ -1,0 +1,271 @@
+"""Scorers that know whom they score for: frozen CLIP features, and a head that depends on the person.
+
+    scorer = load_scorer("runs/personal/export", "cpu")
+    me = scorer.fit([Choice("a red fox", "fox_1.png", "fox_2.png"), ...])       # four choices are a beginning
+    scorer.score(images, prompts, me.mean)                                      # or without a person: anybody
+    ForUser(scorer, me.mean).score(images, prompts)                             # an ordinary scorer
+
+What is fitted for a person goes into a small file (`save_user`), which names them to `reward-score --user`, to
+`load_scorer("runs/personal/export,user=me.safetensors")` and, by its tokens, to generators trained by `train/ppd.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from reward_models.base import NetworkScorer
+from reward_models.clip.scorers import CLIPFeatures
+from reward_models.images import ImageError
+from reward_models.loading import load_scorer
+from reward_models.personal.heads import HEADS, PAL, VPL, Groups, Logistic
+from reward_models.personal.tastes import Choice, Head, Taste, joint
+from reward_models.protocol import check_images
+from reward_models.weights import WEIGHTS, load_strict, read_state, save_state, write_config
+
+
+class PersonalScorer(NetworkScorer):
+    """A frozen CLIP scorer's features and a head of reward_models.personal.tastes. Unit: the logit of being chosen.
+
+    features  any scorer on CLIP: clip, hps_v2.1, pickscore, playground_hps, ...
+    head      made for the width of its features
+    source    the spec that loads `features`, kept in the folder instead of a copy of its weights
+    centre, scale  [U] standardise what generators are conditioned on
+    """
+
+    unit = "logit"
+    centre: Tensor
+    scale: Tensor
+
+    def __init__(self, features: CLIPFeatures, head: Head, source: str):
+        super().__init__()
+        self.features, self.head, self.source, self.rule = features, head, source, features.rule
+        with torch.no_grad():
+            size = len(head.embedding(head.fit(torch.zeros(1, 3 * head.width), torch.zeros(1, 3 * head.width))))
+        self.register_buffer("centre", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def score(self, images: Tensor, prompts: Sequence[str], users: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] float in [0, 1], B prompts and persons [U] or [B, U] -> float32 [B]; anybody when left out.
+
+        Raises ValueError for other images.
+        """
+        check_images(images, prompts)
+        return self.score_pixels(self.preprocess(images), prompts, users)
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str], users: Tensor | None = None) -> Tensor:
+        """What `preprocess` made, B prompts and persons [U] or [B, U] -> float32 [B]. Gradients reach the pixels."""
+        z = self.encode(pixels, prompts)
+        return self.head.reward(z, self.head.anybody() if users is None else users.to(z))
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The logits for anybody, float32 [B]. Training goes through the head alone."""
+        return self.score_pixels(pixels, prompts)
+
+    def encode(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What `preprocess` made and B prompts -> z [B, 3E]."""
+        text = self.features.encode_text([self.features.prefix + prompt for prompt in prompts])
+        return joint(self.features.image_features(pixels), text)
+
+    joint = staticmethod(joint)
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return self.features.token_counts(prompts)
+
+    @torch.no_grad()
+    def encode_choices(self, choices: Iterable[Choice]) -> tuple[Tensor, Tensor]:
+        """N choices -> z [N, 3E] of the chosen and of the other images. Raises ValueError naming a bad image."""
+        found = []
+        for choice in choices:
+            pixels = []
+            for image in (choice.chosen, choice.rejected):
+                try:
+                    pixels.append(self.prepare([image]))
+                except ImageError as error:
+                    raise ValueError(f"'{image}' cannot be read: {error}") from error
+            found.append(self.encode(torch.cat(pixels), [choice.prompt] * 2))
+        if not found:
+            raise ValueError("no choices: at least one is needed, and 4 to 50 are usual")
+        z_w, z_l = torch.stack(found, dim=1)
+        return z_w, z_l
+
+    def fit(self, choices: Sequence[Choice]) -> Taste:
+        """What a person likes, from their choices; no weight changes."""
+        return self.head.fit(*self.encode_choices(choices))
+
+    def tokens(self, taste: Taste) -> Tensor:
+        """What a generator is conditioned on: float32 [1, U + 1], standardised, and a 1 for somebody being there.
+
+        So halfway between people of opposite tastes is somebody in the middle, and only zero is nobody.
+        """
+        return F.pad((self.head.embedding(taste) - self.centre) / self.scale, (0, 1), value=1.0)[None]
+
+    @torch.no_grad()
+    def standardise(self, tastes: Sequence[Taste]) -> None:
+        """Take the mean and spread of a population's embeddings for `tokens`."""
+        seen = torch.stack([self.head.embedding(taste) for taste in tastes])
+        self.centre.copy_(seen.mean(0))
+        self.scale.copy_(seen.std(0).clamp(min=1e-6))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the head: what was fitted with one means nothing to another."""
+        digest = hashlib.sha256(self.source.encode())
+        for name, value in sorted(self.head.state_dict().items()):
+            digest.update(name.encode() + value.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write a scorer folder, which `load_scorer(folder)` reads: the head, and how to load the features."""
+        own = {f"head.{k}": v for k, v in self.head.state_dict().items()}
+        save_state({**own, "centre": self.centre, "scale": self.scale}, Path(folder) / WEIGHTS, {"family": "personal"})
+        config = {"family": "personal", "features": self.source, "head": self.head.kind, "width": self.head.width}
+        write_config(folder, {**config, "settings": self.head.settings})
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | PathLike[str], config: Mapping[str, Any], *, user: str | None = None
+    ) -> PersonalScorer | ForUser:
+        """Read what `save` wrote; with the file of a user, as an ordinary scorer of that person."""
+        head = HEADS[config["head"]](config["width"], **config["settings"])
+        scorer = cls(load_features(config["features"], "cpu"), head, config["features"])
+        file = Path(folder) / WEIGHTS
+        state = read_state(file)
+        scorer.centre, scorer.scale = state.pop("centre"), state.pop("scale")
+        load_strict(head, {name.removeprefix("head."): value for name, value in state.items()}, where=file)
+        return scorer if user is None else ForUser(scorer, load_user(user, scorer).mean)
+
+
+class ForUser(NetworkScorer):
+    """A personal scorer for one person [U]: an ordinary scorer, for `reward-score` and every trainer."""
+
+    def __init__(self, scorer: PersonalScorer, user: Tensor):
+        super().__init__()
+        self.scorer, self.rule, self.unit = scorer, scorer.rule, scorer.unit
+        self.user: Tensor
+        self.register_buffer("user", user.clone())
+
+    def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What `preprocess` made and B prompts -> float32 [B]."""
+        return self.scorer.score_pixels(pixels, prompts, self.user)
+
+    def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `score_pixels`."""
+        return self.score_pixels(pixels, prompts)
+
+    def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
+        """How many tokens of a prompt are read, and how many each prompt has."""
+        return self.scorer.token_counts(prompts)
+
+
+def load_features(spec: str, device: str | torch.device) -> CLIPFeatures:
+    """A scorer on CLIP, frozen. Raises ValueError where its features cannot be had."""
+    scorer = load_scorer(spec, device)
+    if not isinstance(scorer, CLIPFeatures):
+        raise ValueError(f"'{spec}' gives no features of images and texts; use one on CLIP: clip, hps_v2.1, pickscore")
+    return scorer
+
+
+def save_user(path: str | PathLike[str], tokens: Tensor, taste: Taste | None = None, *, made_by: str = "") -> None:
+    """Write what is known of a person, whole or not at all.
+
+    tokens  float32 [T, D] for a generator; in the file `embeds` [1, T, D], as `ip_adapter_image_embeds` takes them
+    taste   for the scorer whose fingerprint is `made_by`
+    """
+    known = {} if taste is None else {"mean": taste.mean, "samples": taste.samples}
+    # Cloned: safetensors refuses tensors that share memory.
+    save_state({k: v.clone() for k, v in {"embeds": tokens[None], **known}.items()}, path, {"made_by": made_by})
+
+
+def load_user(path: str | PathLike[str], scorer: PersonalScorer) -> Taste:
+    """What `save_user` wrote of a person for this scorer. Raises FileNotFoundError, or ValueError that says why not."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no user file '{path}'; `diffalign user fit` makes one of some choices")
+    try:
+        with safe_open(path, "pt") as file:
+            made_by = (file.metadata() or {}).get("made_by")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged, or no user file ({error}); fit it again") from error
+    if "mean" not in state or made_by != scorer.fingerprint:
+        raise ValueError(
+            f"'{path}' was not fitted with this scorer (made by '{made_by}', the scorer is '{scorer.fingerprint}'); "
+            "fit it again with `diffalign user fit`"
+        )
+    return Taste(state["mean"], state["samples"])
+
+
+def head_to_train(
+    features: CLIPFeatures,
+    people: int,
+    statistics: tuple[Tensor, Tensor],
+    *,
+    features_from: str = "pickscore",
+    head: Literal["pal", "vpl", "groups", "logistic"] = "pal",
+    size: int = 3,
+    latent: int = 16,
+    hidden: int = 64,
+    variant: Literal["A", "B"] = "A",
+    distance: Literal["euclid", "angle"] = "euclid",
+    spread: float = 0.1,
+    seed: int = 0,
+) -> PersonalScorer:
+    """A personal scorer with a fresh head.
+
+    features    the CLIP scorer that `features_from` names
+    people      how many persons it trains on
+    statistics  mean and standard deviation [3E] of the features
+
+    Args:
+        features_from: scorer on CLIP whose frozen features are used (clip, hps_v2.1, pickscore, playground_hps, ...)
+        head: pal, ideal points among prototypes; vpl, variational; groups, one reward a group; logistic, the baseline
+        size: numbers a person: PAL's prototypes, VPL's latent, the groups; the logistic head has as many as features
+        latent: PAL's width of the space of ideal points
+        hidden: width of hidden layers; 0 for a linear map in PAL
+        variant: PAL-A, or PAL-B with prototypes that depend on the prompt
+        distance: PAL's: euclid or angle
+        spread: how far the logistic head expects a person to lie from everybody
+        seed: of the initial weights
+    """
+    width = statistics[0].numel() // 3
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would touch every device
+        torch.default_generator.manual_seed(seed)
+        made: Head
+        if head == "pal":
+            settings: Any = {"variant": variant, "distance": distance}
+            made = PAL(width, people=people, prototypes=size, latent=latent, hidden=hidden, **settings)
+        elif head == "vpl":
+            made = VPL(width, latent=size, hidden=hidden)
+        elif head == "groups":
+            made = Groups(width, groups=size, hidden=hidden)
+        else:
+            made = Logistic(width, spread=spread)
+    made.mean.copy_(statistics[0])
+    made.std.copy_(statistics[1])
+    scorer = PersonalScorer(features, made, features_from)
+    scorer.features.requires_grad_(False)
+    return scorer
+
+
+def check_head(cfg: dict[str, Any]) -> list[str]:
+    """What cannot work in a `scorer` section, one line each."""
+    problems = [f"'scorer.{k}' = {cfg[k]} must be 1 or more" for k in ("size", "latent") if cfg[k] < 1]
+    if cfg["hidden"] < (0 if cfg["head"] == "pal" else 1):
+        problems.append(f"'scorer.hidden' = {cfg['hidden']} must be positive; only PAL has a linear map")
+    if cfg["head"] != "pal" and (cfg["variant"], cfg["distance"]) != ("A", "euclid"):
+        problems.append("'scorer.variant' and 'scorer.distance' have an effect on 'scorer.head' = pal only")
+    if not cfg["spread"] > 0:
+        problems.append(f"'scorer.spread' = {cfg['spread']} must be positive")
+    return problems
+
+
+head_to_train.check = check_head  # type: ignore[attr-defined]

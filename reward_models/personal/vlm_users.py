@@ -1,0 +1,232 @@
+"""A person's few choices as tokens [T, D]: the hidden states of a vision-language model that reads them as a chat.
+
+As in PPD, "Personalized Preference Fine-tuning of Diffusion Models" (Dang et al. 2025), where a frozen LLaVA-OneVision
+reads four examples. Which size, layer, tokens and words were used there could not be verified: they are settings here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from reward_models.files import one_line
+from reward_models.hub import reachable
+from reward_models.images import read_rgb, to_rgb
+from reward_models.personal.tastes import Choice
+from reward_models.weights import save_state
+
+EXAMPLE = "Prompt: {prompt}\nImage A: {image}\nImage B: {image}\nThe person chose {choice}."
+QUESTION = "Describe in one short sentence what this person likes in images."
+SAMPLED = 4096
+"""Values of each weight that make the fingerprint of a model. All of them would take minutes at 72B."""
+
+Pooling = Literal["last", "tokens", "description"]
+
+
+class _Chat(NamedTuple):
+    """What the model reads of one person, images where the text has the image token, and the name of its cache file."""
+
+    text: str
+    images: list[Image.Image]
+    file: str
+
+
+class VLMUserEncoder:
+    """Chats about choices -> hidden states of a LlavaOnevisionForConditionalGeneration, which is frozen here.
+
+    Which image is called A depends on prompt and pixels only: exchanging chosen and rejected exchanges the answer and
+    nothing else. The order of a person's choices matters, as it does to the model.
+
+    Args:
+        layer: index of hidden_states: 0 the embeddings, the largest the final norm; none: the middle
+        pooling: `last` token of the prompt; its last `tokens`; or the mean over the `description` that the model writes
+        tokens: how many, for pooling `tokens`
+        max_new_tokens: length of the description at most
+        name: of the model; written beside what is cached
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        layer: int | None = None,
+        pooling: Pooling = "last",
+        tokens: int = 4,
+        max_new_tokens: int = 32,
+        name: str = "",
+    ):
+        depth = model.config.get_text_config().num_hidden_layers
+        if layer is not None and not 0 <= layer <= depth:
+            raise ValueError(f"layer must be in 0..{depth} (0 is the embeddings, {depth} the last); got {layer}")
+        lengths = {"last": 1, "tokens": tokens, "description": max_new_tokens}
+        if pooling not in lengths or min(lengths.values()) < 1:
+            known = f"one of {', '.join(lengths)}, tokens and max_new_tokens at least 1"
+            raise ValueError(f"pooling must be {known}; got '{pooling}', {tokens} and {max_new_tokens}")
+        self.model, self.processor, self.name = model.eval().requires_grad_(False), processor, name
+        self.layer, self.pooling, self.length = depth // 2 if layer is None else layer, pooling, lengths[pooling]
+        special = sorted({processor.image_token, *processor.tokenizer.get_added_vocab()}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)))
+
+    def encode(self, choices: Sequence[Choice]) -> Tensor:
+        """The choices of one person -> float32 [T, D] on the CPU: T is `tokens` with that pooling, otherwise 1.
+        Raises ValueError for no choices and for images that cannot be read."""
+        return self._run([self._chat("the person", choices)])[0]
+
+    def encode_users(
+        self, users: Mapping[str, Sequence[Choice]], *, cache: Path | None = None, batch_size: int = 4
+    ) -> dict[str, Tensor]:
+        """The choices of each user -> float32 [T, D] on the CPU, as `encode` gives them but for rounding.
+
+        What lies in the folder `cache` is read, and what does not is written there after every batch: a killed run
+        goes on. Images are opened all the same, since their pixels name the files. Raises ValueError that names the
+        user and the file, for no choices and for what cannot be read.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        encoded: dict[str, Tensor] = {}
+        todo = self._missing(users, cache, encoded)
+        while batch := list(islice(todo, batch_size)):
+            for (user, chat), tokens in zip(batch, self._run([chat for _, chat in batch]), strict=True):
+                encoded[user] = tokens
+                if cache is not None:
+                    save_state({"tokens": tokens}, cache / chat.file, {"model": self.name, "layer": str(self.layer)})
+        return {user: encoded[user] for user in users}
+
+    def _missing(
+        self, users: Mapping[str, Sequence[Choice]], cache: Path | None, encoded: dict[str, Tensor]
+    ) -> Iterator[tuple[str, _Chat]]:
+        """The users that are not in the cache; the others go to `encoded`. By length, which pads least, then by name:
+        who shares a batch decides the last bits, and those must not depend on the order of `users`."""
+        order = sorted(users, key=lambda user: (len(users[user]), user))
+        for user in tqdm(order, desc="users", unit="user", leave=False, mininterval=1):
+            chat = self._chat(f"user '{user}'", users[user])
+            if cache is not None and (cache / chat.file).is_file():
+                encoded[user] = _read_cached(cache / chat.file)
+            else:
+                yield user, chat
+
+    def _chat(self, who: str, choices: Sequence[Choice]) -> _Chat:
+        """One turn for each choice, then the question."""
+        if not choices:
+            raise ValueError(f"{who} has no choices; at least one is needed")
+        turns, images, digests = [], [], []
+        for choice in choices:
+            pair = [_read(who, image) for image in choice[1:]]
+            own = [_sha1(f"{image.size}".encode(), image.tobytes()) for image in pair]
+            coin = int(_sha1(choice.prompt.encode(), *map(str.encode, sorted(own))), 16) % 2
+            order = [0, 1] if own[0] == sorted(own)[coin] else [1, 0]  # A, B: 0 is the chosen image
+            images += [pair[i] for i in order]
+            digests += [own[i] for i in order]
+            prompt = self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", choice.prompt)  # a "<image>" in it is text
+            turns.append(EXAMPLE.format(prompt=prompt, image=self.processor.image_token, choice="AB"[order.index(0)]))
+        # Image tokens within the text: the published template puts images that are parts of a turn before all its text.
+        messages = [{"role": "user", "content": [{"type": "text", "text": turn}]} for turn in [*turns, QUESTION]]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        settings = f"{self._fingerprint} {self.layer} {self.pooling} {self.length} {' '.join(digests)}"
+        return _Chat(text, images, f"{_sha1(settings.encode(), text.encode())}.safetensors")
+
+    @torch.no_grad()
+    def _run(self, chats: Sequence[_Chat]) -> list[Tensor]:
+        weights = next(self.model.parameters())
+        # Images in a list of each chat are one view each; in one flat list they would be cut into up to ten.
+        texts, images = [chat.text for chat in chats], [chat.images for chat in chats]
+        inputs = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+        inputs = inputs.to(weights.device, weights.dtype)
+        if self.pooling == "description":
+            return list(self._describe(inputs).cpu())
+        mask = inputs["attention_mask"]
+        if self.length > (shortest := int(mask.sum(1).min())):
+            raise ValueError(f"tokens={self.length}, but a prompt has only {shortest}")
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # those without the padding; in bfloat16 an offset is not free
+        settings: dict[str, Any] = {"output_hidden_states": True, "use_cache": False, "logits_to_keep": 1}
+        states = self.model(**inputs, position_ids=positions, **settings).hidden_states[self.layer]
+        return list(states[:, -self.length :].float().cpu().clone())  # a view would keep all states
+
+    def _describe(self, inputs: Any) -> Tensor:
+        """Greedily written descriptions -> the mean over their tokens, float32 [B, 1, D]."""
+        tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
+        lengths = {"min_new_tokens": 1, "max_new_tokens": self.length + 1}  # the last is written, not read: no state
+        stop = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+        wanted = {"output_hidden_states": True, "return_dict_in_generate": True}
+        out = self.model.generate(**inputs, do_sample=False, num_beams=1, **lengths, **stop, **wanted)
+        written = out.sequences[:, inputs["input_ids"].shape[1] : -1]
+        states = torch.cat([step[self.layer] for step in out.hidden_states[1:]], dim=1).float()  # step 0 is the prompt
+        kept = torch.isin(written, torch.as_tensor(ends, device=written.device)).cumsum(1) == 0
+        return (states * kept[..., None]).sum(1, keepdim=True) / kept.sum(1)[:, None, None]
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Changes with weights, dtype and the preparation of images; the text is in every key as the model reads it."""
+        parts = [self.processor.image_processor.to_json_string().encode()]
+        for name, weight in self.model.named_parameters():
+            values = weight.flatten()[:: max(1, weight.numel() // SAMPLED)].float().cpu()
+            parts += [f"{name} {weight.dtype} {tuple(weight.shape)}".encode(), values.numpy().tobytes()]
+        return _sha1(*parts)
+
+
+def load_vlm_user_encoder(
+    device: str | torch.device,
+    *,
+    model: str = "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    layer: int | None = None,
+    pooling: Pooling = "last",
+    tokens: int = 4,
+    max_new_tokens: int = 32,
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+) -> VLMUserEncoder:
+    """A hub id or a folder of a LLaVA-OneVision and its processor, in safetensors -> the encoder, on the device.
+
+    The settings are those of VLMUserEncoder; dtype is the network's. Raises ValueError for what is no such model.
+    """
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if dtype not in types:
+        raise ValueError(f"dtype must be one of {', '.join(types)}; got '{dtype}'")
+    how: dict[str, Any] = {"torch_dtype": types[dtype], "use_safetensors": True, "output_loading_info": True}
+    if not Path(model).is_dir():
+        reachable()
+    try:
+        if (kind := AutoConfig.from_pretrained(model).model_type) != "llava_onevision":
+            raise ValueError(f"it is a {kind}")
+        processor = AutoProcessor.from_pretrained(model)
+        network, report = AutoModelForImageTextToText.from_pretrained(model, **how)
+        if report["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(report['missing_keys'])[:5])}")
+    except (OSError, ValueError, SafetensorError) as error:
+        need = "give a hub id or a folder with config, processor and weights in safetensors"
+        raise ValueError(f"no LLaVA-OneVision can be loaded from '{model}': {one_line(error)}; {need}") from error
+    settings: dict[str, Any] = {"layer": layer, "pooling": pooling, "tokens": tokens, "max_new_tokens": max_new_tokens}
+    return VLMUserEncoder(network.to(device), processor, name=model, **settings)
+
+
+def _read(who: str, image: Image.Image | str | PathLike[str]) -> Image.Image:
+    try:
+        return to_rgb(image) if isinstance(image, Image.Image) else read_rgb(image)
+    except (ValueError, OSError) as error:  # OSError: a Pillow image whose file is cut off, read only now
+        raise ValueError(f"{who}: '{getattr(image, 'filename', None) or image}': {error}") from error
+
+
+def _read_cached(path: Path) -> Tensor:
+    try:
+        return load_file(path)["tokens"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"'{path}' in the cache is damaged ({error}); delete it, and it is made again") from error
+
+
+def _sha1(*parts: bytes) -> str:
+    """Of the parts and of where each ends."""
+    return hashlib.sha1(b",".join([str([*map(len, parts)]).encode(), *parts])).hexdigest()

@@ -1,0 +1,129 @@
+"""The `diffalign` command, from the checkout and from an installed wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+
+from diffalign.commands import cli, launch
+from diffalign.playground import BASE
+from diffalign.playground.build import build
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_recipes_are_listed_with_their_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert "diffusion_dpo" in shown
+    assert "playground, sd15, sd15_lora" in shown
+    for name in ("generate", "score_folder", "win_rate", "report"):
+        assert name in shown
+
+
+@pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
+def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "dpo", *more]) == 2
+    said = capsys.readouterr().err
+    assert "no train recipe 'dpo'; known recipes: " in said and "inpo, kto" in said
+    assert cli.main(["eval", "frobnicate", *more]) == 2
+    assert "no eval recipe 'frobnicate'; known recipes: generate" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no eval recipe 'score'"):
+        launch.find("eval", "score")
+
+
+def test_prompts_labels_and_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six prompts with two rendered samples each: one vivid and in place, one pale and off it."""
+    from torchvision.utils import save_image
+
+    from diffalign.playground.world import imagine, parse
+
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "images"
+    assert cli.main(["playground", "prompts", "--n", "6", "--held-out", "--out", str(prompts)]) == 0
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    assert all(parse(r["prompt"]).held_out for r in rows)
+    folder.mkdir()
+    scene = imagine([parse(r["prompt"]) for r in rows], seed=0)
+    good = scene._replace(colour=(scene.colour - 0.55) * 1.2 + 0.55).render()
+    bad = scene._replace(colour=(scene.colour - 0.55) * 0.3 + 0.55, x=scene.x + 6).render()
+    manifest = []
+    for i, row in enumerate(rows):
+        for k, image in enumerate((good[i], bad[i])):
+            save_image(image.clamp(0, 1), folder / f"{i}_{k}.png")
+            manifest.append(json.dumps({**row, "image": f"{i}_{k}.png", "seed": 0, "sample": k}))
+    (folder / "manifest.jsonl").write_text("\n".join(manifest) + "\n")
+
+    def label(out: str, *more: str) -> Path:
+        path = tmp_path / out
+        command = ["playground", "label", str(folder), "--temperature", "0.01", "--out", str(path), *more]
+        assert cli.main(command) == 0
+        return path
+
+    true = [json.loads(line) for line in label("true.jsonl").read_text().splitlines()]
+    assert len(true) == 6
+    assert all(r["chosen"].endswith("_0.png") for r in true)
+    flipped = [json.loads(line) for line in label("flipped.jsonl", "--labels", "flipped").read_text().splitlines()]
+    assert [(r["rejected"], r["chosen"]) for r in flipped] == [(r["chosen"], r["rejected"]) for r in true]
+    table = pq.read_table(label("pairs.parquet", "--annotators", "vivid,muted")).to_pydict()
+    assert set(table["label_0"]) == {0.0, 1.0}
+    assert table["caption"][0] == rows[0]["prompt"]
+    assert cli.main(["playground", "label", str(folder), "--annotators", "me", "--out", str(tmp_path / "x.jsonl")]) == 2
+    assert "no annotator 'me'" in capsys.readouterr().err
+
+
+def test_playground_build_runs_from_nothing_and_resumes(tmp_path: Path) -> None:
+    sizes = {"autoencoder_steps": 2, "unet_steps": 2, "images": 64, "samples": 8}
+    card = build(tmp_path / "base", tmp_path / "work", **sizes)
+    assert {"psnr", "colour", "shape", "score", "unet_steps"} <= card.keys()
+    built, shipped = ({str(f.relative_to(d)) for f in d.rglob("*.*")} for d in (tmp_path / "base", BASE))
+    assert built == shipped
+    weights = "text_encoder/model.safetensors"
+    assert load_file(tmp_path / "base" / weights).keys() == load_file(BASE / weights).keys()
+    before = (tmp_path / "work" / "unet.pt").stat().st_mtime_ns
+    assert build(tmp_path / "again", tmp_path / "work", **sizes) == card
+    assert (tmp_path / "work" / "unet.pt").stat().st_mtime_ns == before
+
+
+def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
+    """Unpacked where nothing of the checkout is: recipes, configs, weights and pairs travel in the wheel."""
+    wheels, copy = tmp_path / "wheels", tmp_path / "copy"
+    # setuptools leaves a build folder where it builds, and takes what an older one holds.
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), str(copy)],
+        check=True,
+        cwd=tmp_path,
+    )
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        wheel.extractall(tmp_path / "site")
+        names = {name.split("/")[0] for name in wheel.namelist()}
+    assert {n for n in names if not n.endswith(".dist-info")} == {"diffalign", "reward_models"}
+    (tmp_path / "empty").mkdir()
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "diffalign.commands.cli", *words],
+            cwd=tmp_path / "empty",
+            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    assert "playground, sd15, sd15_lora" in run("recipes")
+    tiny = ["trainer.steps=1", "data.draws_per_sample=1", "data.limit=16", "hooks.verify_export=false"]
+    assert "exported" in run("train", "diffusion_dpo", "--config", "playground", "run.folder=run", *tiny)
+    assert (tmp_path / "empty" / "run" / "export" / "pytorch_lora_weights.safetensors").exists()

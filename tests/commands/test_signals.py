@@ -1,0 +1,403 @@
+"""Runs that are asked to end, folders that are in use, checkpoints that a disk has damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign import signals as interruption
+from diffalign.commands import launch
+from diffalign.data.loader import KeyedLoader
+from diffalign.draws import Draws
+from diffalign.networks.sampler import Sampler
+from diffalign.training.checkpoint_files import check_checksums, write_checksums
+from diffalign.training.trainer import Trainer
+
+ROOT = Path(__file__).parents[2]
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "export").glob("*.safetensors")))
+
+
+def same_runs(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    grids = [{p.name: p.read_bytes() for p in (f / "samples").glob("*")} for f in (a, b)]
+    alike = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    return metrics(a) == metrics(b) and alike and grids[0] == grids[1]
+
+
+def settings(folder: Path, *more: str) -> list[str]:
+    """A run of six steps; checkpoints, sample grids and looks fall on other steps than most signals."""
+    words = ["--config=playground", f"run.folder={folder}", "trainer.steps=6", "data.batch_size=4", "data.limit=16"]
+    words += ["hooks.checkpoint_every=4", "hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white]"]
+    return [*words, "hooks.verify_export=false", "hooks.ema_decay=0.9", *more]
+
+
+OFFLINE = ["hooks.sample_steps=1", "optimizer.lr_warmup_steps=0"]
+WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "reward.normalise=running"]
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, signum: int, step: int) -> None:
+    """The signal comes while this step is taken."""
+    take = Trainer.take
+
+    def taken(self: Trainer, *arguments: Any) -> Any:
+        if self.step + 1 == step and not self._signals.signum:  # once, though a step may have several turns
+            signal.raise_signal(signum)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "take", taken)
+
+
+@pytest.mark.parametrize(
+    ("name", "signum", "step", "more"),
+    [
+        ("diffusion_dpo", signal.SIGTERM, 3, OFFLINE),
+        ("diffusion_dpo", signal.SIGINT, 6, OFFLINE),
+        ("diff_instruct_star", signal.SIGINT, 1, ["algorithm.aux_rounds=1", *WATCHED]),
+    ],
+)
+def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
+    tmp_path: Path,
+    recipe: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    signum: int,
+    step: int,
+    more: list[str],
+) -> None:
+    """Nothing else happens there that happens at a last step: no look of the monitor, no grid, no export."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    recipe(name, *settings(whole, *more))
+    before = [signal.getsignal(s) for s in SIGNALS]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        signalled(patch, signum, step)
+        recipe(name, *settings(parts, *more))
+    assert ended.value.code == 128 + signum
+    assert [signal.getsignal(s) for s in SIGNALS] == before
+    said = capfd.readouterr()
+    assert f"step {step} is saved; run.resume=true goes on from there" in said.out
+    assert f"ended by {signal.Signals(signum).name} after step {step}\n" in said.out
+    assert "the run ends after this step; once more to end it at once" in said.err
+    assert metrics(parts) == [row for row in metrics(whole) if row["step"] <= step]
+    assert (parts / f"checkpoints/step-{step:06d}/state.json").exists() and not (parts / "export").exists()
+    recipe(name, *settings(parts, *more, "run.resume=true"))
+    assert same_runs(parts, whole)
+
+
+def test_where_no_checkpoints_are_wanted_a_signal_writes_none(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signalled(monkeypatch, signal.SIGTERM, 2)
+    with pytest.raises(SystemExit):
+        recipe("diffusion_dpo", *settings(tmp_path, *OFFLINE, "hooks.checkpoint_every=0", "hooks.sample_every=0"))
+    said = capfd.readouterr().out
+    assert "no checkpoint is written, for 'hooks.checkpoint_every' is 0" in said and "run.resume" not in said
+    assert not (tmp_path / "checkpoints").exists() and [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
+TWICE = """
+import signal, sys, time
+from diffalign.signals import Interruption
+asked = Interruption("once more")
+with asked.heard():
+    signal.raise_signal(int(sys.argv[1]))
+    print("first", asked.signum, flush=True)
+    signal.raise_signal(int(sys.argv[2]))
+    print("still here", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("first", "second"), [(15, 15), (2, 2), (15, 2)])
+def test_the_second_signal_ends_it_at_once(first: int, second: int) -> None:
+    command = [sys.executable, "-c", TWICE, str(first), str(second)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-second, f"first {first}\n")
+    assert "once more" in done.stderr
+
+
+def test_signals_that_a_process_was_started_to_ignore_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        asked = interruption.Interruption()
+        with asked.heard():
+            signal.raise_signal(signal.SIGINT)
+            assert not asked.signum
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+SLOW = """
+import os, signal, sys, time
+folder, rank = sys.argv[1], os.environ.get("RANK", "0")
+def asked(signum, frame):
+    signal.signal(signum, signal.SIG_DFL)
+    time.sleep(1)  # writes its checkpoint
+    open(f"{folder}/saved-{rank}", "w").write(str(signum))
+    sys.exit(128 + signum)
+signal.signal(signal.SIGTERM, asked)
+signal.signal(signal.SIGINT, asked)
+open(f"{folder}/ready-{rank}", "w").close()
+time.sleep(60)
+"""
+STARTS = "import sys; from pathlib import Path; from diffalign import launch; print('ended with', launch.start("
+STARTS += "Path(sys.argv[1]), [sys.argv[2]], processes=int(sys.argv[3]), config=sys.argv[4] or None))"
+
+
+def until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("signum", "processes", "config"),
+    [(signal.SIGTERM, 1, ""), (signal.SIGINT, 1, ""), (signal.SIGTERM, 1, "cpu"), (signal.SIGINT, 2, "")],
+    ids=["alone", "alone-int", "accelerate", "torchrun"],
+)
+def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path: Path, signum: int, processes: int, config: str) -> None:
+    """Through accelerate's launcher and torchrun too; the exit code is the run's, and there is no traceback."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    command = [sys.executable, "-c", STARTS, str(script), str(tmp_path), str(processes), config]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        until(lambda: len(list(tmp_path.glob("ready-*"))) == processes)
+        time.sleep(0.3)  # torchrun looks at its children four times a second
+        parent.send_signal(signum)
+        out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 128 + signum, err
+    assert [p.read_text() for p in tmp_path.glob("saved-*")] == [str(int(signum))] * processes
+    assert "ended with" not in out and "Traceback" not in err, err
+
+
+def test_what_a_command_is_killed_by_is_its_exit_code() -> None:
+    assert launch.call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
+    assert launch.call([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
+
+
+def test_a_killed_command_line_leaves_no_run_behind(tmp_path: Path, recipe: Callable) -> None:
+    """SIGTERM to `diffalign train`: the run ends with it, and goes on from where it was."""
+    words = settings(tmp_path / "parts", *OFFLINE, "trainer.steps=400", "hooks.checkpoint_every=300", "run.log_every=1")
+    command = [sys.executable, "-m", "diffalign.commands.cli", "train", "--num-processes=1", "diffusion_dpo", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "parts/metrics.jsonl"
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        until(lambda: run.poll() is not None or (log.exists() and log.read_text().count("\n") > 2), 120)
+        assert run.poll() is None, run.communicate()[1]
+        second = [*settings(tmp_path / "parts", *OFFLINE), "run.resume=true"]
+        with pytest.raises(FileExistsError, match=r"another run is in '.*parts' now \(process \d+ on .*\); wait"):
+            recipe("diffusion_dpo", *second)
+        run.send_signal(signal.SIGTERM)
+        out, err = run.communicate(timeout=60)
+    assert run.returncode == 143, err
+    last = metrics(tmp_path / "parts")[-1]["step"]
+    assert f"ended by SIGTERM after step {last}" in out
+    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == [f"step-{last:06d}"]
+    recipe("diffusion_dpo", *words, "run.resume=true", f"trainer.steps={last + 1}")
+    recipe("diffusion_dpo", *settings(tmp_path / "whole", *OFFLINE, f"trainer.steps={last + 1}"))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+BOTH = """
+import os, runpy, signal
+from pathlib import Path
+from diffalign.training.trainer import Trainer
+
+def main(arguments):
+    rank, mean = int(os.environ["RANK"]), Trainer._mean
+    def signalled(self, seen):
+        if (self.step + 1, rank) == (3, 0):
+            signal.raise_signal(signal.SIGTERM)
+        found = mean(self, seen)
+        if (self.step + 1, rank) == (2, 1):  # when the others cannot know any more
+            signal.raise_signal(signal.SIGTERM)
+        return found
+    Trainer._mean = signalled
+    try:
+        runpy.run_path("RECIPE")["main"](arguments)
+    except SystemExit as ended:
+        Path(f"FOLDER/rank-{rank}").write_text(str(ended.code))
+        raise
+"""
+
+
+def test_two_processes_end_after_the_same_step(tmp_path: Path, recipe: Callable, two_processes: Callable) -> None:
+    wrapped = BOTH.replace("RECIPE", str(ROOT / "train/diffusion_dpo.py")).replace("FOLDER", str(tmp_path))
+    (tmp_path / "both.py").write_text(wrapped)
+    plain = [*OFFLINE, "hooks.sample_every=0"]
+    done = two_processes(str(tmp_path / "both"), *settings(tmp_path / "parts", *plain))
+    assert done.returncode == 143, done.stderr[-3000:]
+    assert done.stdout.count("ended by SIGTERM after step 3\n") == 1
+    until(lambda: (tmp_path / "rank-1").exists())
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == [1, 2, 3]
+    recipe("diffusion_dpo", *settings(tmp_path / "parts", *plain, "trainer.grad_accum=2", "run.resume=true"))
+    recipe("diffusion_dpo", *settings(tmp_path / "whole", *plain, "trainer.grad_accum=2"))
+    for one, other in zip(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"), strict=True):
+        assert one == pytest.approx(other, abs=1e-4, rel=1e-3)
+
+
+class Plain(NamedTuple):
+    """A batch of nothing but its keys."""
+
+    keys: list[Any]
+
+
+class Hit(torch.utils.data.Dataset):
+    """Whatever ends a run comes to its worker processes as well."""
+
+    draws_per_sample = None
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[int, int]:
+        for signum in SIGNALS:
+            os.kill(os.getpid(), signum)
+        return place
+
+    def collate(self, items: list[Any]) -> Plain:
+        return Plain(items)
+
+    def encode(self, batch: Plain) -> Plain:
+        return batch
+
+
+def test_workers_leave_signals_to_the_run() -> None:
+    loader = KeyedLoader(Hit(), Draws(0), batch_size=2, num_workers=1, device=torch.device("cpu"))  # type: ignore[arg-type]
+    batches = loader.start(0)
+    assert [len(next(batches).keys) for _ in range(6)] == [2] * 6
+
+
+HOLD = "import fcntl, sys, time; file = open(sys.argv[1], 'a+'); fcntl.lockf(file, fcntl.LOCK_EX); "
+HOLD += "file.write('process 7 on there'); file.flush(); print('held', flush=True); time.sleep(60)"
+
+
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path, recipe: Callable) -> None:
+    words = settings(tmp_path, *OFFLINE, "trainer.steps=1", "hooks.sample_every=0")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        for more in ([], ["run.resume=true"]):
+            with pytest.raises(FileExistsError, match=r"another run is in '.*' now \(process 7 on there\)"):
+                recipe("diffusion_dpo", *words, *more)
+        assert {p.name for p in tmp_path.iterdir()} == {".lock"}
+        holder.kill()
+    recipe("diffusion_dpo", *words)
+    assert "process 7" not in (tmp_path / ".lock").read_text()
+
+
+@pytest.mark.parametrize("name", ["diffusion_dpo", "diff_instruct_star"])
+def test_a_folder_without_a_step_is_unused(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whether the run failed while it loaded or after the monitor's first look; with other settings, resumed or not."""
+    watched = [] if name == "diffusion_dpo" else ["monitor.every=2", "monitor.prompt_count=3", "run.log_every=1"]
+    words = settings(tmp_path, *watched, "trainer.steps=2")
+
+    def fails(self: Trainer, *arguments: Any) -> Any:
+        self.run.flush()
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take", fails)
+        for more in ([], ["optimizer.lr=1e-3"], ["run.resume=true", "optimizer.lr=1e-5"]):
+            with pytest.raises(RuntimeError, match="out of memory"):
+                recipe(name, *words, *more)
+            assert "optimizer" in (tmp_path / "config.yaml").read_text()
+    recipe(name, *words, "optimizer.lr=3e-5")
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2][not watched :]
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        recipe(name, *words, "optimizer.lr=3e-5")
+
+
+def test_flipped_bytes_in_a_checkpoint_are_refused_by_name(tmp_path: Path, recipe: Callable) -> None:
+    """Of every file, and the message says what the run can go on from."""
+    words = settings(tmp_path / "run", *WATCHED, "trainer.steps=4", "hooks.checkpoint_every=2", "hooks.sample_every=0")
+    recipe("refl", *words)
+    checkpoint = tmp_path / "run/checkpoints/step-000004"
+    names = {p.name for p in checkpoint.iterdir()}
+    expected = {"trained_0.safetensors", "ema.safetensors", "optimizer.bin", "algorithm.safetensors", "state.json"}
+    assert expected | {"monitor.safetensors", "checksums.json", "random_states_0.pkl"} == names
+    check_checksums(checkpoint)
+    for name in sorted(names):
+        shutil.copytree(checkpoint, tmp_path / "copy")
+        flip(tmp_path / "copy" / name)
+        with pytest.raises(ValueError, match="damaged" if name != "checksums.json" else None):
+            check_checksums(tmp_path / "copy")
+        (tmp_path / "copy" / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            check_checksums(tmp_path / "copy")
+        shutil.rmtree(tmp_path / "copy")
+    flip(checkpoint / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"000004' cannot be read \(damaged: ema\.safetensors\); .*from 'step-000002'"):
+        recipe("refl", *words, "run.resume=true")
+    shutil.rmtree(checkpoint)
+    flip(checkpoint.with_name("step-000002") / "optimizer.bin")
+    with pytest.raises(ValueError, match=r"damaged: optimizer\.bin\); delete that folder and begin again at step 0"):
+        recipe("refl", *words, "run.resume=true")
+
+
+def flip(file: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_checksums_go_below_folders(tmp_path: Path) -> None:
+    """As engines that shard write them."""
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer/0.distcp").write_bytes(b"abc")
+    write_checksums(tmp_path)
+    check_checksums(tmp_path)
+    flip(tmp_path / "optimizer/0.distcp")
+    with pytest.raises(ValueError, match=r"damaged: optimizer/0\.distcp"):
+        check_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_sample_grid_that_is_not_finite_stops_the_run(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    sample, drawn = Sampler.sample, list[int]()
+
+    def broken(self: Sampler, *arguments: Any) -> Any:
+        drawn.append(0)
+        found = sample(self, *arguments)
+        found[0, 0, 0, 0] = torch.nan if 2 * len(drawn) - 2 == step else 0
+        return found
+
+    monkeypatch.setattr(Sampler, "sample", broken)
+    with pytest.raises(FloatingPointError, match=f"the sample grid of step {step} is not finite"):
+        recipe("diffusion_dpo", *settings(tmp_path, *OFFLINE, "trainer.steps=2"))
+    assert [p.name for p in (tmp_path / "samples").glob("*")] == ["step-000000.png"][: step // 2]

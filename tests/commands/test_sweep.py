@@ -1,0 +1,234 @@
+"""--sweep: what is checked before the first run, resuming, the table and its verdicts."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffalign.commands import launch, program
+from diffalign.report.sweep_table import advice, judged, markdown, trained, verdict
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--config=playground", "trainer.steps=2", "data.batch_size=2", "data.limit=8", "data.num_workers=0"]
+TINY += ["backbone.lora_rank=2", "hooks.sample_every=0", "hooks.sample_steps=1", "hooks.verify_export=false"]
+TINY += ["data.draws_per_sample=null", "hooks.checkpoint_every=1"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    (tmp_path / "prompts.txt").write_text("small red circle on white\nlarge blue square left on black\n")
+    return tmp_path
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs recipes in this process, where a fresh one would take ten seconds to start; what was started, in order."""
+    calls: list[list[str]] = []
+
+    def start(recipe: Path, words: Sequence[str], *, processes: int | None, config: str | None) -> int:
+        calls.append([recipe.stem, *words])
+        try:
+            return runpy.run_path(str(recipe))["main"](list(words)) or 0
+        except ValueError as error:  # which would end the process
+            print(error)
+            return 1
+
+    monkeypatch.setattr(launch, "start", start)
+    return calls
+
+
+def sweep(recipe: Callable, name: str, *words: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        program.run(lambda: recipe(name, *words))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, started: list, capsys: Any) -> None:
+    """Two points; after one lost its result and its export, as if killed, only that one is trained, from its step."""
+    words = [*TINY, "run.folder=s", "--sweep", "optimizer.lr=0,1e-3", "optimizer.lr_warmup_steps=0"]
+    words += ["--sweep-prompts", "prompts.txt"]
+    assert sweep(recipe, "diffusion_dpo", *words) == 0
+    assert [call[0] for call in started] == ["generate", "win_rate"] + ["diffusion_dpo", "generate", "win_rate"] * 2
+    found = json.loads((here / "s" / "sweep.json").read_text())
+    still, moved = found["rows"]
+    assert (still["values"], moved["values"]) == (["optimizer.lr=0"], ["optimizer.lr=1e-3"])
+    assert (still["win_rate"], still["gain"], still["verdict"]) == (0.5, 0.0, "nothing")  # lr 0: the same images
+    assert still["drift"] == 0.0 and still["accuracy"] == 0.5 and still["n"] == 4 and still["seconds"] > 0
+    assert moved["drift"] != 0.0
+    table = (here / "s" / "sweep.md").read_text()
+    assert "| optimizer.lr |" in table and "| 0 | 50.0% [50.0%, 50.0%] | +0.00 [+0.00, +0.00] | 50% | +0.0% |" in table
+    assert table in capsys.readouterr().out
+    config = (here / "s" / "sweep-optimizer.lr=1e-3" / "config.yaml").read_text()
+    assert "lr: 0.001" in config and "folder: s/sweep-optimizer.lr=1e-3" in config
+
+    started.clear()
+    assert sweep(recipe, "diffusion_dpo", *words) == 0
+    assert [call[0] for call in started] == ["generate", "win_rate"]  # the check of the scorer alone
+    assert json.loads((here / "s" / "sweep.json").read_text()) == found
+
+    killed = here / "s" / "sweep-optimizer.lr=1e-3"
+    (killed / "result.json").unlink()
+    shutil.rmtree(killed / "export")
+    started.clear()
+    assert sweep(recipe, "diffusion_dpo", *words) == 0
+    assert [call[0] for call in started][2:] == ["diffusion_dpo", "generate", "win_rate"]
+    assert "run.resume=true" in started[2] and "resumed from" in capsys.readouterr().out
+    again = json.loads((here / "s" / "sweep.json").read_text())["rows"][1]
+    assert again["seconds"] is None
+    assert {k: again[k] for k in ("loss", "win_rate", "gain")} == {k: moved[k] for k in ("loss", "win_rate", "gain")}
+
+    assert sweep(recipe, "diffusion_dpo", *words, "trainer.steps=3") == 2
+    assert "'s/sweep-optimizer.lr=0' holds a run with another trainer.steps" in capsys.readouterr().err
+
+
+def test_two_axes_make_a_grid_and_a_failed_point_does_not_end_it(
+    here: Path, recipe: Callable, started: list, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The two points with seed 1 fail, as does the exit code; the others have their rows."""
+    start = launch.start
+
+    def failing(recipe: Path, words: Sequence[str], **settings: Any) -> int:
+        return 1 if "run.seed=1" in words else start(recipe, words, **settings)
+
+    monkeypatch.setattr(launch, "start", failing)
+    words = [*TINY, "--sweep", "run.seed=0,1", "run.folder=s", "--sweep", "data.caption_dropout=0,0.5"]
+    words += ["--sweep-prompts", "prompts.txt"]
+    assert sweep(recipe, "sft", *words) == 1
+    rows = json.loads((here / "s" / "sweep.json").read_text())["rows"]
+    assert [row["values"][0][-1] for row in rows] == ["0", "0", "1", "1"]
+    assert [row["verdict"] == "failed" for row in rows] == [False, False, True, True]
+    assert rows[0]["accuracy"] is None and rows[0]["drift"] is None and rows[0]["loss"] > 0  # SFT logs neither
+    assert "| run.seed | data.caption_dropout |" in (shown := capsys.readouterr().out)
+    assert "run.seed=1 data.caption_dropout=0.5 failed" in shown
+    assert (here / "s" / "sweep-run.seed=0,data.caption_dropout=0.5" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaints"),
+    [
+        (["--sweep", "algorithm.beta=-1,0,2000", "optimizer.lrr=2"], ["= -1.0 must be", "= 0.0 must", "optimizer.lr'"]),
+        (["--sweep", "algorithm.beta=20,20"], ["algorithm.beta=20,20: the same value twice"]),
+        (["--sweep", "algorithm.beta"], ["expected section.key=value,value"]),
+        (["--sweep", "optimizer.lr=1", "--sweep", "optimizer.lr=2"], ["optimizer.lr: given twice"]),
+        (["--sweep", "backbone.path=a,b"], ["backbone.path: cannot be swept"]),
+        (["--sweep", "algorithm.beta=1", "--sweep-prompts", "none.txt"], ["--sweep-prompts 'none.txt' does not exist"]),
+        (["--sweep", "algorithm.beta=1", "backbone.path=me/mine"], ["--sweep-prompts FILE", "--sweep-scorer SPEC"]),
+        (["--sweep-scorer", "clip"], ["--sweep-prompts and --sweep-scorer belong to --sweep"]),
+    ],
+)
+def test_everything_is_checked_before_the_first_run(
+    words: list[str], complaints: list[str], here: Path, recipe: Callable, started: list, capsys: Any
+) -> None:
+    assert sweep(recipe, "diffusion_dpo", *TINY, *words) == 2
+    error = capsys.readouterr().err
+    assert all(complaint in error for complaint in complaints), error
+    assert not started and not (here / "runs").exists()
+
+
+def test_a_misspelt_scorer_ends_it_before_the_first_run(
+    here: Path, recipe: Callable, started: list, capsys: Any
+) -> None:
+    words = ["--sweep", "algorithm.beta=1,2", "--sweep-scorer", "hsp_v2", "--sweep-prompts", "prompts.txt"]
+    assert sweep(recipe, "diffusion_dpo", *TINY, *words) == 2
+    assert "did you mean 'hps_v2'" in capsys.readouterr().err
+    assert [call[0] for call in started] == ["generate", "win_rate"]
+
+
+def test_several_processes_and_recipes_without_a_pipeline_are_refused(
+    here: Path, recipe: Callable, pairs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    assert sweep(recipe, "hps", "--config=playground", f"data.path={pairs_file}", "--sweep", "run.seed=0,1") == 2
+    assert "this recipe trains no pipeline" in capsys.readouterr().err
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    assert sweep(recipe, "diffusion_dpo", *TINY, "--sweep", "algorithm.beta=1,2") == 2
+    assert "diffalign train --num-processes 1 RECIPE --sweep" in capsys.readouterr().err
+
+
+def test_a_command_of_the_docs_page_starts(here: Path, recipe: Callable, started: list) -> None:
+    """Each command of docs/sweep.md, with two steps on eight pairs."""
+    page = (ROOT / "docs" / "sweep.md").read_text()
+    commands = [line for line in page.splitlines() if line.startswith("diffalign train ")]
+    assert commands
+    for k, line in enumerate(commands):
+        name, *words = line.split()[2:]
+        words = [word.replace("sd15_lora", "playground") for word in words]
+        words = [word.replace("hps_v2.1", "diffalign.playground:Judge") for word in words]
+        swept = [word.partition(",")[0] for word in words]
+        assert sweep(recipe, name, *swept, *TINY[1:], f"run.folder=s{k}", "--sweep-prompts", "prompts.txt") == 0, line
+
+
+BETTER = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "gain": 0.4, "gain_low": 0.3, "gain_high": 0.5, "drift": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "better"),
+        ({"drift": None}, "better"),
+        ({"drift": 0.11}, "destroyed"),
+        ({"low": 0.5}, "nothing"),
+        ({"gain": 0.049}, "nothing"),
+        ({"win_rate": 0.3, "low": 0.2, "high": 0.4, "gain": -0.4}, "worse"),
+        ({"win_rate": 0.3, "low": 0.2, "high": 0.4, "gain": -0.04}, "nothing"),
+        ({"win_rate": 0.3, "low": 0.2, "high": 0.4, "gain": -0.4, "drift": 0.5}, "destroyed"),
+    ],
+)
+def test_verdicts(change: dict, said: str) -> None:
+    assert verdict({**BETTER, **change}) == said
+
+
+def test_advice_and_table() -> None:
+    def row(beta: int, **change: Any) -> dict[str, Any]:
+        about = {"values": [f"algorithm.beta={beta}"], "accuracy": 0.6, "loss": 0.65, "seconds": None}
+        found = {**about, **BETTER, **change}
+        return {**found, "verdict": verdict(found)}
+
+    rows = [
+        row(50, drift=0.14),
+        row(200, win_rate=0.9, gain=0.35, gain_low=0.25, gain_high=0.45),
+        row(500),
+        row(900, win_rate=0.95, gain=0.1, gain_low=0.0, gain_high=0.2),
+        row(2000, low=0.45),
+        row(9000, gain=0.01),
+        row(1, win_rate=0.3, low=0.2, high=0.4, gain=-0.4),
+        {"values": ["algorithm.beta=0"], "verdict": "failed"},
+    ]
+    assert advice(rows) == (
+        "best: algorithm.beta=500, gain +0.40; algorithm.beta=200 cannot be told from it (+0.35); "
+        "algorithm.beta=900 gains less (+0.10); "
+        "algorithm.beta=50 drifts +14%: images are being destroyed; "
+        "algorithm.beta=2000 changes nothing yet: the interval contains one half; "
+        "algorithm.beta=9000 changes nothing yet: scores moved by +0.01 standard deviations; "
+        "algorithm.beta=1 makes images worse (-0.40); algorithm.beta=0 failed"
+    )
+    assert advice(rows[4:]).startswith("no point beats the base; ")
+    lines = markdown(rows).splitlines()
+    assert lines[2] == "| 50 | 70.0% [60.0%, 80.0%] | +0.40 [+0.30, +0.50] | 60% | +14.0% | 0.65 |  | destroyed |"
+    assert lines[-1] == "| 0 |  |  |  |  |  |  | failed |"
+
+
+def test_numbers_of_the_last_tenth(tmp_path: Path) -> None:
+    """20 steps: the mean of steps 19 and 20. Gain: 0.5 over the spread of (0, 4, 0, 4), which is 2."""
+    steps = [{"step": k, "policy/loss": k, "policy/accuracy": 1.0, "policy/reference_error": 0.5} for k in range(1, 21)]
+    steps[-1] |= {"policy/winner_error_change": 0.1}  # NaN is left out of the file
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    assert trained(file) == {"accuracy": 1.0, "loss": 19.5, "drift": 0.2}
+    scorer = {"name": "s", "win_rate": 0.75, "low": 0.6, "high": 0.9, "n": 4}
+    scorer |= {"mean_difference": 0.5, "mean_difference_low": -0.25, "mean_difference_high": 1.25}
+    (tmp_path / "win_rate.json").write_text(json.dumps({"scorers": [{**scorer, "base_scores": [0, 4, 0, 4]}]}))
+    said = {"win_rate": 0.75, "low": 0.6, "high": 0.9, "n": 4, "gain": 0.25, "gain_low": -0.125, "gain_high": 0.625}
+    assert judged(tmp_path / "win_rate.json") == said
+    (tmp_path / "win_rate.json").write_text(json.dumps({"scorers": [{**scorer, "base_scores": [1, 1, 1, 1]}]}))
+    with pytest.raises(ValueError, match="s gives all images of the base the same score"):
+        judged(tmp_path / "win_rate.json")

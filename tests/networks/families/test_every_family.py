@@ -1,0 +1,242 @@
+"""What holds for every family: latents, LoRA and whole pipelines that stock diffusers loads, what trains, memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch.nn.functional import mse_loss
+
+from diffalign.networks.export import save
+from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.lora import adapters_off, lora_layers
+
+CPU = torch.device("cpu")
+FAMILIES = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")
+PROMPT = "small red circle left on white"
+Load = Callable[..., Backbone]
+
+
+@pytest.fixture(params=FAMILIES)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def load(path: Path) -> Load:
+    return lambda **settings: load_backbone(CPU, path=str(path), max_sequence_length=8, **settings)
+
+
+def stock(path: Path) -> Any:
+    """As a user loads it; diffusers wants to be told of the parts that a folder leaves out."""
+    left_out = {k: None for k, v in json.loads((path / "model_index.json").read_text()).items() if v == [None, None]}
+    pipeline = DiffusionPipeline.from_pretrained(path, **left_out)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(backbone: Backbone) -> torch.Tensor:
+    return torch.randn(1, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
+
+
+def images(pipeline: Any, latents: torch.Tensor, output: str = "pt") -> torch.Tensor:
+    settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 32, "width": 32}
+    return pipeline(PROMPT, latents=latents, output_type=output, **settings).images
+
+
+def moved(backbone: Backbone) -> Backbone:
+    """Every weight that trains moved a little, the same way every time."""
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    return backbone
+
+
+def test_pixels_become_latents_and_back_as_in_the_stock_pipeline(path: Path, load: Load) -> None:
+    backbone, pipeline = load(), stock(path)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
+    with torch.no_grad():
+        mean = pipeline.vae.encode(pipeline.image_processor.preprocess(pixels)).latent_dist.mean
+        ours = backbone.encode_pixels(pixels)
+    assert (shift > 0) == hasattr(pipeline, "transformer")
+    torch.testing.assert_close(ours, (mean - shift) * scale)
+    assert ours.shape[1:] == backbone.latent_shape(32)
+    packed = images(pipeline, backbone.pipeline_latents(noise(backbone)), "latent")
+    latents = noise(backbone)
+    drawn = images(pipeline, backbone.pipeline_latents(latents))
+    if packed.ndim == 3:
+        packed = pipeline._unpack_latents(packed, 32, 32, pipeline.vae_scale_factor)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.decode(packed), drawn, atol=1e-5, rtol=0)
+
+
+def test_decode_carries_a_gradient_and_half_precision_stays_inside(load: Load) -> None:
+    backbone = load(dtype="bf16", lora_rank=2)
+    latents = noise(backbone).requires_grad_()
+    backbone.decode(latents).square().sum().backward()
+    assert latents.grad is not None and latents.grad.abs().max() > 0
+    out = backbone.denoiser(latents.detach(), backbone.grid(3, 32)[:1], backbone.encode_text([PROMPT]))
+    assert out.dtype == backbone.encode_pixels(torch.rand(1, 3, 32, 32)).dtype == torch.float32
+    trained = {p.requires_grad: p.dtype for p in backbone.denoiser.parameters()}
+    assert trained == {True: torch.float32, False: torch.bfloat16}
+    out.square().mean().backward()
+    gradients = [p.grad for p in backbone.denoiser.parameters() if p.requires_grad]
+    assert any(g is not None and g.abs().max() > 0 for g in gradients)
+
+
+def test_a_network_that_trains_whole_is_float32_whatever_the_dtype(load: Load) -> None:
+    backbone = load(dtype="bf16")
+    assert {p.dtype for p in backbone.denoiser.parameters()} == {torch.float32}
+    assert backbone.vae.dtype == torch.bfloat16
+
+
+def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Load, tmp_path: Path) -> None:
+    """Rank 2 and alpha 6: a loader that took the rank for alpha would scale it by 1 instead of 3."""
+    backbone = moved(load(lora_rank=2, lora_alpha=6.0))
+    save(backbone, tmp_path)
+    latents = backbone.pipeline_latents(noise(backbone))
+    ours, pipeline = images(backbone.pipeline(backbone.denoiser.network), latents), stock(path)
+    without = images(pipeline, latents)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    assert (images(pipeline, latents) - ours).abs().max() < 1e-4
+    assert (without - ours).abs().max() > 1e-2
+    with adapters_off(backbone.denoiser):
+        same = images(backbone.pipeline(backbone.denoiser.network), latents)
+    assert (without - same).abs().max() < 1e-4
+
+
+def test_a_whole_pipeline_loads_in_stock_diffusers(path: Path, load: Load, tmp_path: Path) -> None:
+    backbone = moved(load())
+    save(backbone, tmp_path)
+    latents = backbone.pipeline_latents(noise(backbone))
+    theirs = images(stock(tmp_path), latents)
+    assert (theirs - images(backbone.pipeline(backbone.denoiser.network), latents)).abs().max() < 1e-4
+    assert (theirs - images(stock(path), latents)).abs().max() > 1e-2
+    again = load_backbone(CPU, path=str(tmp_path), max_sequence_length=8)
+    x, t, cond = noise(backbone), backbone.grid(3, 32)[1:2], backbone.encode_text([PROMPT])
+    with torch.no_grad():
+        assert torch.equal(again.denoiser(x, t, cond), backbone.denoiser(x, t, cond))
+
+
+def test_lora_goes_to_the_attention_of_the_image_alone(load: Load) -> None:
+    backbone = load(lora_rank=2)
+    names = {n.split(".lora_")[0] for n, p in backbone.denoiser.named_parameters() if p.requires_grad}
+    assert {n.split(".")[-1] if n[-2:] != ".0" else "to_out.0" for n in names} == {"to_q", "to_k", "to_v", "to_out.0"}
+    assert len(names) == len(lora_layers(backbone.denoiser))
+
+
+def test_text_pooled_embedding_and_time_all_reach_the_prediction(load: Load) -> None:
+    backbone = load()
+    x, t = noise(backbone), backbone.grid(4, 32)
+    red, blue = backbone.encode_text([PROMPT]), backbone.encode_text(["large blue cross on pink"])
+    with torch.no_grad():
+        out = backbone.denoiser(x, t[:1], red)
+        other = [backbone.denoiser(x, t[:1], red._replace(tokens=blue.tokens)), backbone.denoiser(x, t[2:3], red)]
+        if red.pooled is not None:
+            other.append(backbone.denoiser(x, t[:1], red._replace(pooled=blue.pooled)))
+    assert out.shape == x.shape
+    assert min((o - out).abs().max() for o in other) > 1e-6
+
+
+def test_a_batch_is_its_samples_one_by_one(load: Load) -> None:
+    """A timestep and a prompt a sample."""
+    backbone = load()
+    x = torch.cat([noise(backbone), -noise(backbone)])
+    t, cond = backbone.grid(4, 32)[1:3], backbone.encode_text([PROMPT, ""])
+    with torch.no_grad():
+        both = backbone.denoiser(x, t, cond)
+        for i in range(2):
+            one = torch.tensor([i])
+            torch.testing.assert_close(both[i : i + 1], backbone.denoiser(x[one], t[one], cond.at(one)))
+
+
+def test_training_lowers_the_error(load: Load) -> None:
+    backbone = load(lora_rank=4)
+    optimizer = torch.optim.Adam([p for p in backbone.denoiser.parameters() if p.requires_grad], lr=1e-2)
+    x0, eps = noise(backbone), noise(backbone).flip(-1)
+    t, cond = backbone.grid(4, 32)[2:3], backbone.encode_text([PROMPT])
+    x_t, target = backbone.schedule.add_noise(x0, eps, t), backbone.schedule.target(x0, eps, t)
+    errors = []
+    for _ in range(8):
+        error = mse_loss(backbone.denoiser(x_t, t, cond), target)
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.item())
+    assert errors[-1] < errors[0]
+
+
+def test_frozen_parts_load_when_used_and_leave_when_released(load: Load) -> None:
+    backbone = load()
+    assert not backbone._parts
+    before = backbone.encode_text([PROMPT])
+    assert backbone._parts and "vae" not in backbone._parts
+    assert not any(p.requires_grad for part in backbone._parts.values() for p in part.parameters())
+    backbone.release()
+    assert not backbone._parts
+    assert torch.equal(backbone.encode_text([PROMPT]).tokens, before.tokens)
+
+
+def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_path: Path) -> None:
+    """What one dtype encoded is not read by another: each has its own entries, and the second run encodes its own."""
+    from PIL import Image
+
+    from diffalign.data import ImageRef, LatentCache
+
+    image = ImageRef(str(tmp_path / "image.png"))
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(image.path)
+    read, names = {}, set()
+    for dtype in ("fp32", "bf16", "fp16", "fp32"):
+        backbone = load(dtype=dtype, lora_rank=2)
+        cache = LatentCache(tmp_path / "cache", backbone, 32)
+        (seen,) = cache.add_images([image])
+        cache.add_prompts([PROMPT])
+        latent = cache.latents([seen.digest], [image]).read(0)["latent"].float()
+        assert torch.equal(latent, read.setdefault(dtype, latent))
+        names.add(backbone.fingerprint)
+    assert len(names) == 3
+    assert not torch.equal(read["fp32"], read["bf16"])
+    assert names < {p.name for p in (tmp_path / "cache").iterdir()}
+
+
+def test_many_latents_are_decoded_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in memory at a time is bounded in pixels, whoever decodes; with gradients nothing is cut."""
+    backbone = load()
+    latents = torch.randn(5, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+    decode = backbone.vae.decode
+    monkeypatch.setattr(backbone.vae, "decode", lambda z: (sizes.append(len(z)), decode(z))[1])
+    with torch.no_grad():
+        whole = backbone.decode(latents)
+        monkeypatch.setattr("diffalign.networks.families.base.DECODED_PIXELS", 2 * 32 * 32 + 1)
+        parts = backbone.decode(latents)
+        monkeypatch.setattr("diffalign.networks.families.base.DECODED_PIXELS", 1)
+        backbone.decode(latents)
+    backbone.decode(latents.requires_grad_()).mean().backward()
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1, 5]
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
+    assert latents.grad is not None
+
+
+def test_samples_are_drawn_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample grid and the monitor: the same images, however many at a time."""
+    from diffalign.draws import Draws
+    from diffalign.networks.sampler import Sampler
+    from diffalign.training.hooks.samples import drawn
+
+    backbone, prompts = load(), [PROMPT, "large blue square on black", "red cross on white"]
+    sampler = Sampler(backbone, Draws(0), 32, steps=2, law="deterministic")
+    cond = backbone.encode_text(prompts)
+    (whole,) = drawn(backbone, sampler, cond, prompts)
+    monkeypatch.setattr("diffalign.training.hooks.samples.PIXELS", 2 * 32 * 32)
+    parts = list(drawn(backbone, sampler, cond, prompts))
+    assert [len(part) for part in parts] == [2, 1] and not whole.requires_grad
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=0)

@@ -1,0 +1,216 @@
+"""What a run leaves behind: stock diffusers loads it in a process that cannot import diffalign."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from diffalign.draws import Draws
+from diffalign.networks.export import export
+from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.lora import lora_layers
+from diffalign.networks.verify import on_cpu, verify
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.hooks.user_package import UserPackage
+
+CPU = torch.device("cpu")
+
+
+def trained(path: Path, **settings: Any) -> Backbone:
+    """A backbone whose trainable weights are not those it began with."""
+    backbone = load_backbone(CPU, path=str(path), **settings)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    return backbone
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of the fresh process runs in this one, which spares its imports; other tests start it as it is."""
+
+    def run(command: list[str], **given: Any) -> SimpleNamespace:
+        argv, package = sys.argv, sys.modules["diffalign"]
+        sys.argv = ["-c", command[-1]]
+        try:
+            exec(command[2].replace("/proc/self/oom_score_adj", os.devnull), {})
+        except Exception:
+            return SimpleNamespace(returncode=1, stderr=traceback.format_exc())
+        finally:
+            sys.argv, sys.modules["diffalign"] = argv, package
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def checked(backbone: Backbone, folder: Path, resolution: int = 32) -> tuple[str, dict]:
+    """Exported and verified: what is said, and what is recorded."""
+    export(backbone, folder)
+    said = verify(backbone, folder, resolution)
+    return said, json.loads((folder / "verify.json").read_text())
+
+
+def test_lora_export_keeps_alpha_and_gives_the_same_images(
+    tiny_sd: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Rank 2 with alpha 6 scales by 3: a loader that lost alpha would scale by 1 and draw other images."""
+    backbone = trained(tiny_sd, lora_rank=2, lora_alpha=6.0)
+    assert "load_lora_weights" in export(backbone, tmp_path / "export")
+    assert "verified in a fresh process" in verify(backbone, tmp_path / "export", 32)
+    request.getfixturevalue("same_process")
+    file = next((tmp_path / "export").glob("*.safetensors"))
+    with safe_open(file, framework="pt") as weights:
+        assert '"unet.lora_alpha": 6' in (weights.metadata() or {})["lora_adapter_metadata"]
+    for layer in lora_layers(backbone.denoiser):
+        layer.scaling["default"] = 1.0
+    said = verify(backbone, tmp_path / "export", 32)
+    assert said.startswith("WARNING") and "could NOT be verified" in said
+    assert "LoRA layers have another scale" in said and "an image of it differs by" in said
+
+
+def test_full_export_is_a_whole_pipeline_with_the_same_images(tiny_sd: Path, tmp_path: Path) -> None:
+    backbone = trained(tiny_sd)
+    assert "from_pretrained" in export(backbone, tmp_path / "export")
+    said, found = checked(backbone, tmp_path / "export")
+    assert "verified in a fresh process" in said
+    assert found["verified"] and found["pixels"] == 32 and found["largest_difference"] < 1e-4
+    index = json.loads((tmp_path / "export" / "model_index.json").read_text())
+    assert index["safety_checker"] == [None, None] and index["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+@pytest.mark.parametrize("settings", [{"lora_rank": 2, "dtype": "fp16"}, {"dtype": "bf16"}], ids=["lora", "full"])
+def test_every_family_is_verified_without_its_text_encoders(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    family: str,
+    settings: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    same_process: None,
+) -> None:
+    """Parts that a folder leaves out, autoencoders kept in float32, frozen weights in half precision; T5 never loads,
+    and no tensor of the network is copied where it is. An image has no more than 256 pixels a side."""
+    backbone = trained(request.getfixturevalue(family), **settings)
+    monkeypatch.setattr(type(backbone), "text_encoder", lambda self, name: pytest.fail(f"{name} was loaded"))
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: pytest.fail("a copy on the same device"))
+    resolution = 64 if family == "tiny_sd3" else 512  # more positions than 64 pixels this one does not have
+    said, found = checked(backbone, tmp_path / "export", resolution)
+    assert "verified in a fresh process" in said, said
+    assert found["pixels"] == min(resolution, 256) and found["tensors"] > 20
+
+
+def test_a_copy_for_the_cpu_takes_no_memory_where_the_weights_are_there_in_float32(tiny_sd: Path) -> None:
+    """Else it takes that of one float32 network in the main memory, tensor by tensor."""
+    whole = load_backbone(CPU, path=str(tiny_sd)).denoiser.network
+    copied = dict(on_cpu(whole).named_parameters())
+    assert all(copied[name].data_ptr() == p.data_ptr() for name, p in whole.named_parameters())
+    half = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, dtype="bf16").denoiser.network
+    copied = dict(on_cpu(half).named_parameters())
+    assert {p.dtype for p in copied.values()} == {torch.float32}
+    for name, parameter in half.named_parameters():
+        assert torch.equal(copied[name], parameter.float()) and not copied[name].requires_grad
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_a_large_network_is_compared_by_tensors_alone(
+    tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_process: None
+) -> None:
+    """Nothing of it is copied or drawn, and one wrong tensor of it is found."""
+    monkeypatch.setattr("diffalign.networks.verify.DRAWN", 1000)
+    monkeypatch.setattr("diffalign.networks.verify.own_images", lambda *given: pytest.fail("drawn"))
+    backbone = trained(tiny_flux, lora_rank=2, dtype="bf16")
+    said, found = checked(backbone, tmp_path / "export")
+    assert "verified in a fresh process" in said and found["largest_difference"] is None
+    with torch.no_grad():
+        lora_layers(backbone.denoiser)[0].lora_B["default"].weight[0, 0] += 0.1
+    assert "1 of" in (said := verify(backbone, tmp_path / "export", 32)) and "lora_B" in said
+
+
+def other_network(folder: Path, backbone: Backbone) -> None:
+    with torch.no_grad():
+        next(backbone.denoiser.parameters())[0] += 1
+
+
+def lost_file(folder: Path, backbone: Backbone) -> None:
+    next((folder / "unet").glob("*.safetensors")).unlink()
+
+
+def other_text_encoder(folder: Path, backbone: Backbone) -> None:
+    file = folder / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (other_network, "1 of .* tensors are not the run's.*an image of it differs by"),
+        (lost_file, "does not load in a fresh process with plain diffusers"),
+        (other_text_encoder, "'text_encoder/model.safetensors' is not the file that the run began with"),
+    ],
+)
+def test_an_export_that_is_not_the_run_is_named_and_kept(
+    tiny_sd: Path, tmp_path: Path, damage: Callable, words: str, same_process: None
+) -> None:
+    backbone = trained(tiny_sd)
+    export(backbone, tmp_path / "export")
+    damage(tmp_path / "export", backbone)
+    said = verify(backbone, tmp_path / "export", 32)
+    assert re.search(rf"WARNING: .*could NOT be verified: .*{words}", said, re.DOTALL), said
+    record = json.loads((tmp_path / "export" / "verify.json").read_text())
+    assert not record["verified"] and (record.get("differs") or record["error"])
+    assert (tmp_path / "export" / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    "fault", ["import os; os.kill(os.getpid(), 9)", "raise MemoryError", "import time; time.sleep(60)"]
+)
+def test_no_failure_of_the_fresh_process_fails_a_finished_run(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, fault: str, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed, out of memory, too slow: the run ends as it would have, says so loudly, and keeps record and export."""
+    monkeypatch.setattr("diffalign.networks.verify.FRESH", fault)
+    monkeypatch.setattr("diffalign.networks.verify.VERIFY_SECONDS", 5)
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "trainer.steps=1", "hooks.sample_every=0"]
+    recipe("diffusion_dpo", "--config=playground", *settings, "data.batch_size=2", "data.draws_per_sample=null")
+    said = capsys.readouterr().out
+    assert "WARNING: the export" in said and "verdict:" in said
+    assert not json.loads((tmp_path / "run/export/verify.json").read_text())["verified"]
+    assert list((tmp_path / "run" / "export").glob("*.safetensors"))
+
+
+def test_the_other_processes_do_not_wait_for_the_verification(tmp_path: Path) -> None:
+    """It comes after the last barrier of all hooks, in ppd after the package as well."""
+    run: Any = SimpleNamespace(folder=tmp_path, main=False, accelerator=MagicMock(), draws=Draws(0))
+    backbone = load_backbone(CPU, path="playground")
+    package = UserPackage(run, backbone, {})
+    hooks = standard_hooks(run, backbone, 32, package=package)
+    assert [type(hook).__name__ for hook in hooks[-4:]] == ["Export", "UserPackage", "Checkpoint", "Verify"]
+    assert [type(hook).__name__ for hook in hooks[:1]] == ["Restore"]
+    run.accelerator.reset_mock()
+    hooks[-1].end(MagicMock())  # of another process than the main one
+    assert run.accelerator.mock_calls == []
+
+
+def test_export_replaces_the_one_before_as_a_whole(tiny_sd: Path, tmp_path: Path) -> None:
+    backbone = trained(tiny_sd, lora_rank=2)
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "old").write_text("")
+    export(backbone, tmp_path / "export")
+    assert [p.name for p in (tmp_path / "export").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert not (tmp_path / "export.tmp").exists()

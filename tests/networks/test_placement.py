@@ -1,0 +1,84 @@
+"""Precision: frozen copies compute what the policy computes, and what no half precision can do is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.placement import MATRICES, Placement, frozen_copy
+from diffalign.networks.reference import FrozenReference
+
+FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_reference_computes_the_policys_bits(family: str, request: pytest.FixtureRequest) -> None:
+    """In bf16 as autocast runs the policy, with every matrix kept in bf16 and every norm in float32."""
+    placement = Placement(torch.device("cpu"), torch.bfloat16)
+    backbone = load_backbone(placement, path=str(request.getfixturevalue(family)), max_sequence_length=8)
+    reference = FrozenReference(backbone.denoiser)
+    x_t = torch.randn(2, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
+    t = backbone.schedule.at(torch.tensor([0.3, 0.9]))
+    cond = backbone.encode_text(["red circle", "blue square"])
+    policy = backbone.denoiser(x_t, t, cond)
+    assert policy.dtype == torch.float32 and policy.requires_grad
+    assert torch.equal(reference(x_t, t, cond), policy)
+    matrices = [m for m in reference.denoiser.modules() if isinstance(m, MATRICES)]
+    norms = [m for m in reference.denoiser.modules() if isinstance(m, (nn.GroupNorm, nn.LayerNorm))]
+    assert {p.dtype for m in matrices for p in m.parameters()} == {torch.bfloat16}
+    assert {p.dtype for m in norms for p in m.parameters()} <= {torch.float32}
+    held = sum(p.numel() * p.element_size() for p in reference.denoiser.parameters())
+    assert held < 0.6 * sum(p.numel() * p.element_size() for p in backbone.denoiser.parameters())
+
+
+def test_a_frozen_copy_stays_as_it_was() -> None:
+    layer = nn.Linear(3, 3)
+    copied = frozen_copy(layer, None)
+    with torch.no_grad():
+        layer.weight += 1
+    assert not torch.equal(copied.weight, layer.weight) and not copied.weight.requires_grad
+    assert copied.weight.dtype == torch.float32
+
+
+def test_half_copies_of_weights_do_not_outlive_a_call(tiny_sd: Path) -> None:
+    """A call without gradients, then one with them: every weight gets one. Before torch 2.11 autocast kept copies."""
+    backbone = load_backbone(Placement(torch.device("cpu"), torch.bfloat16), path=str(tiny_sd))
+    x_t, t, cond = torch.randn(1, *backbone.latent_shape(32)), torch.tensor([500]), backbone.encode_text(["red"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # whoever calls
+        with torch.no_grad():
+            backbone.denoiser(x_t, t, cond)
+        backbone.denoiser(x_t, t, cond).square().mean().backward()
+    assert all(p.grad is not None for p in backbone.denoiser.parameters())
+
+
+@pytest.mark.parametrize("name", ["r0", "refl", "draft", "diff_instruct_star", "distill"])
+def test_gradients_inside_a_loss_refuse_float16(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whoever asks for it: here the environment of `accelerate launch`. On the CPU accelerate itself has no float16."""
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", "trainer.steps=1"]
+    settings += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
+    settings += [] if name == "distill" else ["monitor.prompts=null"]
+    with pytest.raises(ValueError, match=r"'run\.mixed_precision' to bf16"):
+        recipe(name, "--config=playground", *settings)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_deterministic_is_torchs_switch(tmp_path: Path, recipe: Callable, pairs_file: Path) -> None:
+    settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.limit=2", "data.batch_size=2"]
+    settings += ["trainer.steps=1", "hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
+    try:
+        recipe("sft", "--config=playground", "run.deterministic=true", *settings)
+        assert (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,0 +1,103 @@
+"""Rewards of latents: unit gradients, mixtures, clamping, running statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.objectives.rewards import Rewards, climb, norm
+from reward_models import WeightedSum, load_mixture
+
+
+class Brightness(torch.nn.Module):
+    """scale times the mean of the pixels squared."""
+
+    differentiable, unit = True, "raw"
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+
+    def score(self, images: Tensor, prompts) -> Tensor:
+        return self.scale * images.square().mean((1, 2, 3))
+
+
+class Redness(Brightness):
+    def score(self, images: Tensor, prompts) -> Tensor:
+        return self.scale * (images[:, 0] - images[:, 1]).mean((1, 2))
+
+
+def decode(latents: Tensor) -> Tensor:
+    return (latents[:, :3] * 0.5 + 0.5).clamp(0, 1)
+
+
+def rewards(scale: float = 1.0, **settings) -> Rewards:
+    mixture = WeightedSum({"bright": (Brightness(scale), 2.0), "red": (Redness(), 1.0)}, **settings)
+    return Rewards(mixture, decode, lambda values: values)
+
+
+X0 = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 0.3
+PROMPTS = ["a", "b", "c"]
+
+
+def test_unit_gradients_have_length_one_and_know_no_scale() -> None:
+    """R1, R2, R3: norm 1 for each sample; a scorer times 1000 changes nothing; one without gradient adds 0."""
+    found = rewards().ascend(X0, PROMPTS, unit=True)
+    bright = Rewards(WeightedSum({"bright": (Brightness(), 1.0)}), decode, list).ascend(X0, PROMPTS, unit=True)
+    torch.testing.assert_close(norm(bright.direction), torch.ones(3), atol=1e-4, rtol=0)
+    scaled = rewards(1000.0).ascend(X0, PROMPTS, unit=True)
+    torch.testing.assert_close(scaled.direction, found.direction, atol=1e-4, rtol=1e-4)
+    red = Rewards(WeightedSum({"red": (Redness(), 1.0)}), decode, list).ascend(X0, PROMPTS, unit=True)
+    none = rewards(0.0).ascend(X0, PROMPTS, unit=True)
+    torch.testing.assert_close(none.direction, red.direction)
+    torch.testing.assert_close(found.direction, 2 * bright.direction + red.direction)
+    assert {"cosine@bright, red", "reward_gradient@bright", "reward@red"} <= found.metrics.keys()
+
+
+def test_the_direction_is_the_gradient_of_the_sum() -> None:
+    leaf = X0.clone().requires_grad_()
+    images = decode(leaf)
+    total = 2 * Brightness().score(images, PROMPTS) + Redness().score(images, PROMPTS)
+    (expected,) = torch.autograd.grad(total.sum(), leaf)
+    found = rewards().ascend(X0, PROMPTS)
+    torch.testing.assert_close(found.direction, expected)
+    torch.testing.assert_close(found.total, total.detach())
+    x0 = X0.clone().requires_grad_()
+    loss = climb(x0, found)
+    torch.testing.assert_close(loss.detach(), -total.detach())
+    (slope,) = torch.autograd.grad(loss.sum(), x0)
+    torch.testing.assert_close(slope, -expected)
+
+
+def test_ceiling_clamped_pixels_and_no_gradient_outside() -> None:
+    values = rewards().ascend(X0, PROMPTS).total
+    capped = rewards().ascend(X0, PROMPTS, ceiling=values.median().item() + 1e-6)
+    assert (norm(capped.direction) > 0).tolist() == (values <= values.median()).tolist()
+    outside = rewards().ascend(X0 + 5, PROMPTS)
+    assert outside.metrics["clamped"].tolist() == [1.0] * 3
+    assert (outside.direction == 0).all()
+
+
+def test_running_statistics_are_of_all_ranks_and_survive() -> None:
+    one = rewards(normalise="running")
+    one.gather = lambda values: values * 2  # two ranks that saw the same
+    one.ascend(X0, PROMPTS)
+    assert one.mixture.count.item() == 6
+    other = rewards(normalise="running")
+    other.load(one.state())
+    assert other.mixture.count.item() == 6
+    torch.testing.assert_close(other.score(X0, PROMPTS), one.score(X0, PROMPTS), atol=0.2, rtol=0)
+    assert rewards().state() == {}
+
+
+def test_what_cannot_be_climbed_is_named() -> None:
+    judge = load_mixture("cpu", scorers=("diffalign.playground:Judge",))
+    with pytest.raises(ValueError, match=r"'diffalign\.playground:Judge' gives no gradient; R0 needs one that does"):
+        Rewards(judge, decode, list).require_gradient("R0")
+    with pytest.raises(ValueError, match=r"has 1 numbers for 2 scorers"):
+        load_mixture("cpu", scorers=("clip", "hps_v2"), weights=(1.0,))
+    with pytest.raises(ValueError, match=r"'reward\.scorers' is empty"):
+        load_mixture("cpu", scorers=())
+    with pytest.raises(ValueError, match=r"names one twice"):
+        load_mixture("cpu", scorers=("clip", "clip"))

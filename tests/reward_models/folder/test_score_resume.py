@@ -1,0 +1,197 @@
+"""`reward-score --resume` after a kill, and several processes: nothing lost, nothing twice, the same bytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from reward_models.folder.cli import main
+
+ROOT = Path(__file__).parents[3]
+SCORERS = """
+    import os
+    import time
+
+    class Red:
+        differentiable, unit, batches, stops = True, "share", [], None
+        def score(self, images, prompts):
+            if self.stops is not None and len(self.batches) + 1 >= self.stops:
+                raise ValueError("as asked")
+            self.batches.append((tuple(images.shape), list(prompts)))
+            time.sleep(float(os.environ.get("RED_SECONDS", "0")))
+            return images[:, 0].mean((1, 2))
+"""
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """20 reds, each with its prompt beside it."""
+    path = tmp_path / "images"
+    path.mkdir()
+    for i in range(20):
+        Image.new("RGB", (8, 8), (12 * i, 0, 0)).save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"prompt {i // 4}")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "scorers"
+    folder.mkdir()
+    (folder / "resume_scorers.py").write_text(textwrap.dedent(SCORERS))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "resume_scorers", raising=False)
+    return folder
+
+
+def _arguments(images: Path, out: Path, scorer: str) -> list[str]:
+    return [str(images), "--scorer", scorer, "--out", str(out), "--batch-size", "2", "--device", "cpu"]
+
+
+def test_killed_and_resumed_equals_uninterrupted(
+    images: Path, tmp_path: Path, own_scorers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red = "resume_scorers:Red"
+    whole, out = tmp_path / "whole/s.csv", tmp_path / "killed/s.csv"
+    assert main(_arguments(images, whole, red)) == 0
+    env = {**os.environ, "PYTHONPATH": f"{own_scorers}{os.pathsep}{ROOT}", "RED_SECONDS": "0.1"}
+    command = [sys.executable, "-m", "reward_models.folder.cli", *_arguments(images, out, red)]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    journal, deadline = out.with_name("s.csv.partial-0.jsonl"), time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:  # the job and three batches
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    done = 2 * (journal.read_bytes().count(b"\n") - 1)
+    assert 6 <= done < 20
+    with journal.open("ab") as file:
+        file.write(b'{"batch": 9, "results": [[0.')  # what a kill in the middle of a write leaves
+
+    assert main(_arguments(images, out, red)) == 1
+    assert "is left from an unfinished run; add --resume, or delete it" in capsys.readouterr().err
+    assert main([*_arguments(images, out, red), "--resume", "--scorer", "resume_scorers:Blue"]) == 1
+    assert "was begun with --scorer resume_scorers:Red; " in capsys.readouterr().err
+    seen = sys.modules["resume_scorers"].Red.batches
+    seen.clear()
+    assert main([*_arguments(images, out, red), "--resume"]) == 0
+    assert sum(shape[0] for shape, _ in seen) == 20 - done
+    assert out.read_bytes() == whole.read_bytes()
+    assert out.with_name("s.csv.meta.json").read_bytes() == whole.with_name("s.csv.meta.json").read_bytes()
+    assert not journal.exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            ["--scorer", "resume_scorers:Blue"],
+            "was begun with --scorer resume_scorers:Red; give the same, or delete it",
+        ),
+        (["--batch-size", "4"], "was begun with --batch-size 2; "),
+        (["--dtype", "bf16"], "was begun with --dtype fp32; "),
+        (["--compile"], "was begun with no --compile; "),
+        (["--prompt", "x"], "was begun with other images or prompts; "),
+    ],
+)
+def test_what_would_change_the_numbers_cannot_be_changed_on_resume(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
+    out, red = tmp_path / "s.csv", "resume_scorers:Red"
+    stopped = _stopped_at(images, out, batch=3)
+    assert main([*_arguments(images, out, red), *change, "--resume"]) == 1
+    assert message in capsys.readouterr().err
+    assert out.with_name("s.csv.partial-0.jsonl").read_bytes() == stopped
+
+
+def _stopped_at(images: Path, out: Path, *, batch: int) -> bytes:
+    """The journal of a run whose scorer failed at a batch."""
+    red = sys.modules.get("resume_scorers") or importlib.import_module("resume_scorers")
+    red.Red.stops = len(red.Red.batches) + batch
+    assert main(_arguments(images, out, "resume_scorers:Red")) == 1
+    red.Red.stops = None
+    red.Red.batches.clear()
+    return out.with_name("s.csv.partial-0.jsonl").read_bytes()
+
+
+def test_what_failed_before_is_not_tried_again(images: Path, tmp_path: Path) -> None:
+    """0.png is damaged when the first run reads it, and whole when the second could."""
+    out, red, whole = tmp_path / "s.csv", "resume_scorers:Red", (images / "0.png").read_bytes()
+    (images / "0.png").write_text("no image")
+    _stopped_at(images, out, batch=3)
+    (images / "0.png").write_bytes(whole)
+    assert main([*_arguments(images, out, red), "--resume"]) == 2
+    assert sum(shape[0] for shape, _ in sys.modules["resume_scorers"].Red.batches) == 20 - 4
+    assert out.read_text().splitlines()[1].startswith("1.png,prompt 0,")
+    (failed,) = map(json.loads, (tmp_path / "s.csv.failed.jsonl").read_text().splitlines())
+    assert failed == {"image": "0.png", "prompt": "prompt 0", "reason": "not an image that Pillow can read"}
+
+
+def test_any_number_of_processes_goes_on_where_one_or_two_stopped(images: Path, tmp_path: Path) -> None:
+    """Batches 0, 1 and 2 are done by one process; of the rest, the second of two does 3, 5, 7, 9; one does the rest."""
+    whole, out, red = tmp_path / "whole/s.csv", tmp_path / "s.csv", "resume_scorers:Red"
+    assert main(_arguments(images, whole, red)) == 0
+    _stopped_at(images, out, batch=4)
+    assert main([*_arguments(images, out, red), "--resume"], rank=1, world=2) == 0
+    assert not out.exists() and len(sys.modules["resume_scorers"].Red.batches) == 4
+    assert main([*_arguments(images, out, red), "--resume"]) == 0
+    assert len(sys.modules["resume_scorers"].Red.batches) == 4 + 3
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_kill_while_the_first_line_is_written(images: Path, tmp_path: Path) -> None:
+    whole, out, red = tmp_path / "whole/s.csv", tmp_path / "s.csv", "resume_scorers:Red"
+    assert main(_arguments(images, whole, red)) == 0
+    (tmp_path / "s.csv.partial-0.jsonl").write_text('{"--scorer": ["res')
+    assert main(_arguments(images, out, red)) == 0
+    assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.partial-*"))
+
+
+def test_recipe_shares_the_work_among_processes(images: Path, own_scorers: Path, tmp_path: Path) -> None:
+    """Two real processes, as a launcher starts them. The second says nothing and exits with 0."""
+    whole, out, red = tmp_path / "one.csv", tmp_path / "two.csv", "resume_scorers:Red"
+    assert main(_arguments(images, whole, red)) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, str(ROOT / "eval/score_folder.py"), *_arguments(images, out, red)]
+    processes = []
+    for rank in ("0", "1"):
+        env = {**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = f"{own_scorers}{os.pathsep}{ROOT}"
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "20 images scored" in said[0][0] and said[1][0] == ""
+    assert "10/10" in said[0][1], "the first of two has half of the images"
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_damaged_images_are_listed_and_the_rest_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = tmp_path / "in", tmp_path / "s.csv"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (80, 80), (255 * (i == 2), 0, 0)).save(folder / f"{i}.png", compress_level=0)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:9000])
+    arguments = [*_arguments(folder, out, "resume_scorers:Red"), "--prompt", "x"]
+    assert main(arguments) == 2
+    rows = ["image,prompt,resume_scorers:Red", "0.png,x,0.0", "2.png,x,1.0", "3.png,x,0.0"]
+    assert out.read_text().splitlines() == rows
+    (failed,) = map(json.loads, (tmp_path / "s.csv.failed.jsonl").read_text().splitlines())
+    assert failed["image"] == "1.png" and failed["reason"].startswith("damaged: ")
+    error = capsys.readouterr().err
+    assert "'1.png' is not scored: damaged" in error and "1 images are not scored" in error
+    Image.new("RGB", (80, 80)).save(folder / "1.png")
+    assert main(arguments) == 0
+    assert not (tmp_path / "s.csv.failed.jsonl").exists() and "1.png,x,0.0" in out.read_text()

@@ -1,0 +1,146 @@
+"""`reward-score` over 10,000 JPEGs of mixed sizes and 50 damaged files: flat memory, kill and resume, two processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reward_models.folder.cli import main
+
+ROOT = Path(__file__).parents[3]
+GOOD, DAMAGED, DISTINCT, FEW, BATCH = 10_000, 50, 300, 2_000, 32
+SIZES = ((100, 80), (80, 100), (90, 90), (60, 110), (121, 83), (128, 50), (75, 75), (97, 101))
+MEGABYTES = 24
+"""Of memory that five times the images may add; 2 were measured. Decoded, the 8,000 more would take 8,000 * 3 * 8,000
+bytes = 190 MB; their names, prompts and scores take 3 MB. The rest is for how the images of the threads overlap."""
+SCORER = """
+    class Red:
+        differentiable, unit, scored = True, "share", 0
+        def score(self, images, prompts):
+            Red.scored += len(images)
+            return images[:, 0].mean((1, 2))
+"""
+PEAK = "import resource, sys; from reward_models.folder.cli import main; code = main(sys.argv[1:]); \
+print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, code)"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """images/ with 10,050 names for some 300 files, all.jsonl in a mixed order, few.jsonl with its first 2,000."""
+    path = tmp_path_factory.mktemp("scale")
+    (path / "scale_scorers.py").write_text(textwrap.dedent(SCORER))
+    (path / "originals").mkdir()
+    noise = np.random.default_rng(0)
+    for i in range(DISTINCT):
+        pixels = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(SIZES[i % len(SIZES)]).save(path / f"originals/{i}.jpg")
+    jpeg = (path / "originals/0.jpg").read_bytes()
+    damaged = {"cut.jpg": jpeg[: len(jpeg) // 2], "empty.jpg": b"", "text.jpg": b"not an image"}
+    for name, data in damaged.items():
+        (path / "originals" / name).write_bytes(data)
+    originals = [f"{i % DISTINCT}.jpg" for i in range(GOOD)] + [[*damaged][i % 3] for i in range(DAMAGED)]
+    rows = []
+    for i in noise.permutation(len(originals)):
+        name = f"{i % 7}/{i}.jpg"
+        (path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        os.link(path / "originals" / originals[i], path / "images" / name)
+        rows.append(json.dumps({"image": name, "prompt": f"prompt {i // 4}", "damaged": int(i >= GOOD)}) + "\n")
+    (path / "images/all.jsonl").write_text("".join(rows))
+    (path / "images/few.jsonl").write_text("".join(rows[:FEW]))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_scorers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(folder)
+
+
+def _arguments(folder: Path, items: str, out: Path) -> list[str]:
+    scorer = ("--scorer", "scale_scorers:Red", "--batch-size", str(BATCH), "--device", "cpu", "--workers", "2")
+    return [str(folder / "images" / items), "--out", str(out), *scorer]
+
+
+def _command(folder: Path, items: str, out: Path) -> tuple[list[str], dict[str, str]]:
+    path = f"{folder}{os.pathsep}{ROOT}"
+    return [sys.executable, "-c", PEAK, *_arguments(folder, items, out)], {**os.environ, "PYTHONPATH": path}
+
+
+@pytest.fixture(scope="module")
+def peaks(folder: Path) -> dict[str, int]:
+    """Peak memory in bytes of whole runs over few and all images, each in a process of its own."""
+    found = {}
+    for items in ("few", "all"):
+        command, env = _command(folder, f"{items}.jsonl", folder / f"{items}.csv")
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        word, peak, code = run.stdout.splitlines()[-1].split()
+        assert (word, code) == ("peak", "2")
+        found[items] = int(peak) * 1024
+    return found
+
+
+def test_memory_does_not_grow_with_the_number_of_images(peaks: dict[str, int]) -> None:
+    assert peaks["all"] - peaks["few"] < MEGABYTES * 2**20
+
+
+def test_one_row_for_each_good_image_and_a_reason_for_each_bad_one(folder: Path, peaks: dict[str, int]) -> None:
+    listed = [json.loads(line) for line in (folder / "images/all.jsonl").read_text().splitlines()]
+    with (folder / "all.csv").open(newline="") as file:
+        rows = [(row["image"], row["prompt"]) for row in csv.DictReader(file)]
+    assert rows == [(x["image"], x["prompt"]) for x in listed if not x["damaged"]] and len(rows) == GOOD
+    failed = [json.loads(line) for line in (folder / "all.csv.failed.jsonl").read_text().splitlines()]
+    assert [x["image"] for x in failed] == [x["image"] for x in listed if x["damaged"]] and len(failed) == DAMAGED
+    assert {x["reason"].partition(":")[0] for x in failed} == {"damaged", "not an image that Pillow can read"}
+
+
+def test_killed_halfway_and_resumed_equals_uninterrupted(folder: Path, peaks: dict[str, int], tmp_path: Path) -> None:
+    out = tmp_path / "all.csv"
+    command, env = _command(folder, "all.jsonl", out)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal, deadline = out.with_name("all.csv.partial-0.jsonl"), time.monotonic() + 60
+    while not journal.exists() or journal.read_bytes().count(b"\n") < GOOD // BATCH // 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    done = BATCH * (journal.read_bytes().count(b"\n") - 1)
+
+    assert main([*_arguments(folder, "all.jsonl", out), "--resume"]) == 2
+    scored = sys.modules["scale_scorers"].Red.scored
+    assert GOOD - done <= scored <= GOOD - done + DAMAGED, "what the journal has must not be scored again"
+    _assert_same(folder / "all.csv", out)
+
+
+def test_two_processes_write_the_table_of_one(folder: Path, peaks: dict[str, int], tmp_path: Path) -> None:
+    """Threads stand for the processes: they share nothing but the files and the barrier."""
+    out, barrier, codes = tmp_path / "all.csv", threading.Barrier(2, timeout=60), {}
+
+    def process(rank: int) -> None:
+        codes[rank] = main(
+            _arguments(folder, "all.jsonl", out), rank=rank, world=2, wait=lambda: bool(barrier.wait(60)) and None
+        )
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert codes == {0: 2, 1: 0}
+    _assert_same(folder / "all.csv", out)
+
+
+def _assert_same(whole: Path, out: Path) -> None:
+    for suffix in ("", ".failed.jsonl", ".meta.json"):
+        assert out.with_name(out.name + suffix).read_bytes() == whole.with_name(whole.name + suffix).read_bytes()
+    assert not list(out.parent.glob("*.partial-*")) and not list(out.parent.glob("*.tmp"))

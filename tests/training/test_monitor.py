@@ -1,0 +1,115 @@
+"""The monitor: silent on images that stay as they are, plain words on each way of hacking, a run that it stops."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffalign.playground.world import captions, imagine, parse
+from diffalign.training.hooks.monitor import Monitor, look_of, suspicions
+
+PROMPTS = captions(16, held_out=True)
+IMAGES = torch.cat([imagine([parse(p) for p in PROMPTS], seed=s).render() for s in (0, 1)])
+
+
+@pytest.fixture(autouse=True)
+def saturation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The colour of the pixels, whatever they show: a scorer made to be hacked, also for processes that are started."""
+    code = "class Saturation:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
+    code += "        return 10 * (images.amax(1) - images.amin(1)).mean((1, 2))\n"
+    (tmp_path / "tests_saturation.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+
+
+def looked(images: torch.Tensor, held_out: float = 0.0, trained: float = 0.0) -> dict[str, torch.Tensor]:
+    scores = torch.linspace(0, 1, len(images))
+    return {**look_of(images), "held_out": scores + held_out, "trained": scores + trained}
+
+
+def test_measures_of_known_images() -> None:
+    """Half of the pixels pure red, half black: saturation 1/2, grey level 1/3 or 0, all clamped; two equal halves."""
+    image = torch.zeros(1, 3, 8, 8)
+    image[:, 0, :, :4] = 1
+    found = look_of(torch.cat([image, image]))
+    assert found["saturation"].tolist() == [0.5, 0.5]
+    assert found["contrast"][0].item() == pytest.approx((64 / 63) ** 0.5 / 6, rel=1e-5)
+    assert found["clamped"].tolist() == [1.0, 1.0] and found["diversity"].tolist() == [0.0]
+    noise = (torch.arange(64).reshape(1, 1, 8, 8) % 2).float().expand(2, 3, 8, 8)
+    assert look_of(noise)["high_frequency"][0] > 5 * found["high_frequency"][0]
+
+
+def test_what_is_said_and_when_nothing_is() -> None:
+    before = looked(IMAGES)
+    assert suspicions(before, before, before) == []
+    assert suspicions(before, before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
+    assert suspicions(before, before, looked(IMAGES, held_out=-0.5, trained=-1.0)) == []  # worse, but not hacked
+    grey = IMAGES.mean(1, keepdim=True)
+    loud = (grey + 3 * (IMAGES - grey)).clamp(0, 1)
+    noise = 0.15 * torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(0))
+    for images, words in (
+        (loud, "more saturated"),
+        ((IMAGES + noise).clamp(0, 1), "fine noise"),
+        (torch.cat([IMAGES[:16], IMAGES[:16]]), "losing its diversity"),
+        (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "of the pixels are clamped"),
+        (2 * IMAGES, "contrast is"),
+    ):
+        assert any(words in line for line in suspicions(before, before, looked(images))), words
+    risen = looked(IMAGES, held_out=0.5, trained=1.0)
+    assert "from its best" in suspicions(before, risen, looked(IMAGES, held_out=0.2, trained=2.0))[0]
+    assert "fell by" in suspicions(before, before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
+
+
+def test_problems_of_its_settings() -> None:
+    cfg = {"prompts": "nowhere.txt", "prompt_count": 0, "every": 0, "held_out": None, "stop": False}
+    assert len(Monitor.check(cfg)) == 3
+    assert Monitor.check({**cfg, "prompts": None, "prompt_count": 4, "every": 5}) == []
+
+
+def hacked(folder: Path) -> list[str]:
+    settings = ["--config=playground", f"run.folder={folder}", "backbone.path=playground_one_step"]
+    settings += ["sampler.steps=1", "sampler.law=scheduler", "algorithm.guidance_weight=0", "data.batch_size=8"]
+    settings += ["reward.scorers=['tests_saturation:Saturation']", "optimizer.lr=3e-3", "optimizer.lr_warmup_steps=0"]
+    settings += ["hooks.sample_every=0", "hooks.checkpoint_every=100", "hooks.verify_export=false", "monitor.every=2"]
+    settings += ["monitor.prompt_count=8", "monitor.stop=true", "trainer.steps=40", "run.log_every=1"]
+    return settings
+
+
+def test_a_hacked_run_is_stopped_and_says_why(
+    tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A scorer that likes nothing but colour, climbed fast; the HPS-style one is held out."""
+    recipe("r0", *hacked(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "the monitor warned:" in said and "warnings of the monitor, the first at step" in said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 0 and rows[0]["monitor/trained_gain"] == 0
+    last = rows[-1]["step"]
+    assert last < 40 and rows[-1]["monitor/trained_gain"] > 0
+    assert (tmp_path / "run" / "export").exists()
+    checkpoints = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert f"step-{last:06d}" in checkpoints  # a run that is stopped is saved
+
+
+def test_two_processes_stop_a_hacked_run_at_the_same_step(
+    tmp_path: Path, recipe: Callable, two_processes: Callable
+) -> None:
+    """Each measures half of the prompts; both see all measures, say the same and end together."""
+    settings = hacked(tmp_path / "two")
+    done = two_processes("r0", *settings, "data.batch_size=4")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("stopped after step") == 1
+    recipe("r0", *hacked(tmp_path / "one"), "data.batch_size=4", "trainer.grad_accum=2")
+    one, two = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for a, b in zip(one, two, strict=True):
+        for key in (k for k in a if k.startswith("monitor/")):
+            assert a[key] == pytest.approx(b[key], abs=2e-3, rel=1e-2), (a["step"], key)

@@ -1,0 +1,180 @@
+"""Runs that go on where they were: the monitor's memory, sample grids, early stops, other numbers of processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffalign.training.hooks import standard as hooks
+from diffalign.training.hooks.monitor import Monitor
+from diffalign.training.trainer import Trainer
+
+BARE = ["hooks.verify_export=false", "run.log_every=1", "hooks.keep_checkpoints=9", "optimizer.lr_warmup_steps=0"]
+WATCHED = [*BARE, "hooks.checkpoint_every=2", "data.limit=16", "monitor.every=1", "monitor.prompt_count=3"]
+ONLINE = ("refl", "draft", "r0", "pso", "diff_instruct_star")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "export").glob("*.safetensors")))
+
+
+def as_killed_after(step: int, whole: Path, broken: Path) -> Path:
+    """The folder of a run that was killed some time after the checkpoint of a step: what came later is there too."""
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "export")
+    for checkpoint in (broken / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return broken
+
+
+def almost(a: list[dict[str, float]], b: list[dict[str, float]], **tolerance: float) -> None:
+    assert [row.keys() for row in a] == [row.keys() for row in b]
+    for one, other in zip(a, b, strict=True):
+        for key in one:
+            assert one[key] == pytest.approx(other[key], **tolerance), (one["step"], key)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_every_recipe_restores_first_then_watches_then_saves(
+    name: str, tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, loader: found.extend(type(hook).__name__ for hook in self.hooks))
+    recipe(name, "--config=playground", f"run.folder={tmp_path / 'run'}", "data.limit=4", "hooks.ema_decay=0.9")
+    assert found == ["Restore", "Averaging", "Monitor", "SampleGrid", "Export", "Checkpoint", "Verify"]
+
+
+def test_a_resumed_online_run_remembers_what_the_monitor_saw(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best look, though later ones were seen before the kill; one line a step, in order; no grid lost."""
+    looks: list[tuple[int, float, float]] = []
+    start = Monitor.start
+
+    def spy(self: Monitor, trainer: Trainer) -> None:
+        start(self, trainer)
+        looks.append((trainer.step, self.before["held_out"].mean().item(), self.best["held_out"].mean().item()))
+
+    monkeypatch.setattr(Monitor, "start", spy)
+    settings = ["--config=playground", *WATCHED, "trainer.steps=6", "optimizer.lr=3e-3", "data.batch_size=2"]
+    settings += ["hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white]", "reward.normalise=running"]
+    whole = tmp_path / "whole"
+    recipe("diff_instruct_star", *settings, f"run.folder={whole}")
+    for step in (0, 4):
+        broken = as_killed_after(step, whole, tmp_path / f"broken{step}")
+        (broken / "samples" / "step-000006.png").unlink()
+        recipe("diff_instruct_star", *settings, f"run.folder={broken}", "run.resume=true")
+        assert [row["step"] for row in metrics(broken)] == list(range(7))
+        assert metrics(broken) == metrics(whole)
+        assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(broken).items())
+        names = {file.name: file.read_bytes() for file in (whole / "samples").iterdir()}
+        assert names == {file.name: file.read_bytes() for file in (broken / "samples").iterdir()}
+    (first, before, _), again, (later, same, best) = looks
+    assert (first, later) == (0, 4) and again == looks[0]
+    saved = load_file(whole / "checkpoints/step-000004/monitor.safetensors")
+    assert same == before and best == saved["best/held_out"].mean().item() > before
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_kill_beside_a_checkpoint_loses_no_sample_grid(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    save = hooks.Checkpoint.save
+
+    def killed(self: Any, trainer: Trainer) -> None:
+        if when == "after" or trainer.step != 2:
+            save(self, trainer)
+        if trainer.step == 2:
+            raise KeyboardInterrupt
+
+    settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE]
+    settings += ["trainer.steps=3", "hooks.checkpoint_every=2", "hooks.sample_every=2", "data.batch_size=2"]
+    settings += ["hooks.sample_prompts=[small red circle on white]", "hooks.sample_steps=1"]
+    monkeypatch.setattr(hooks.Checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe("diffusion_dpo", *settings)
+    monkeypatch.undo()
+    recipe("diffusion_dpo", *settings, "run.resume=true")
+    assert {p.name for p in (tmp_path / "run/samples").iterdir()} == {f"step-00000{k}.png" for k in (0, 2, 3)}
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_resuming_restores_where_no_more_checkpoints_are_wanted(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE]
+    settings += ["hooks.sample_every=0", "data.batch_size=2"]
+    recipe("diffusion_dpo", *settings, "trainer.steps=2")
+    recipe("diffusion_dpo", *settings, "trainer.steps=3", "hooks.checkpoint_every=0", "run.resume=true")
+    assert "resumed from" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+def offline(folder: Path, pairs: Path, *more: str) -> list[str]:
+    settings = ["--config=playground", f"run.folder={folder}", f"data.path={pairs}", *BARE, "hooks.sample_every=0"]
+    return [*settings, "data.batch_size=4", "hooks.checkpoint_every=2", "optimizer.lr=1e-3", *more]
+
+
+def test_another_number_of_processes_goes_on_exactly(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, two_processes: Callable
+) -> None:
+    """One process accumulating 2, then two without, then one again: the same samples in the same steps as ever."""
+    whole = tmp_path / "whole"
+    recipe("diffusion_dpo", *offline(whole, pairs_file, "trainer.steps=6", "trainer.grad_accum=2"))
+    moved = as_killed_after(2, whole, tmp_path / "moved")
+    two = two_processes("diffusion_dpo", *offline(moved, pairs_file, "trainer.steps=4", "run.resume=true"))
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert "resumed from" in two.stdout and "x 2 processes" in two.stdout
+    state = json.loads((moved / "checkpoints/step-000004/state.json").read_text())
+    assert state == {"step": 4, "micro_batches": 8, "micro_batches_a_turn": 2}
+    again = ["trainer.steps=6", "trainer.grad_accum=2", "run.resume=true"]
+    recipe("diffusion_dpo", *offline(moved, pairs_file, *again))
+    almost(metrics(moved), metrics(whole), abs=1e-4, rel=1e-3)
+    assert all(torch.allclose(value, weights(moved)[key], atol=1e-5) for key, value in weights(whole).items())
+
+
+def test_another_batch_is_refused_in_one_line(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    recipe("diffusion_dpo", *offline(tmp_path / "run", pairs_file, "trainer.steps=2", "trainer.grad_accum=2"))
+    resumed = offline(tmp_path / "run", pairs_file, "trainer.steps=3", "run.resume=true")
+    words = (
+        r"accumulated 2 micro-batches over all processes, now it would be 3 on each of 1; set 'trainer.grad_accum' to 2"
+    )
+    with pytest.raises(ValueError, match=words):
+        recipe("diffusion_dpo", *resumed, "trainer.grad_accum=3")
+    recipe("diffusion_dpo", *resumed, "trainer.grad_accum=2")
+
+
+def test_two_players_go_on_and_are_watched_alike_on_two_processes(
+    tmp_path: Path, recipe: Callable, two_processes: Callable
+) -> None:
+    """Rollouts, both players' positions, and the monitor, whose three prompts the two processes share."""
+    settings = ["--config=playground", *WATCHED, "data.batch_size=2", "algorithm.aux_rounds=2", "hooks.sample_every=0"]
+    whole = tmp_path / "whole"
+    recipe("diff_instruct_star", *settings, f"run.folder={whole}", "trainer.steps=4", "trainer.grad_accum=2")
+    moved = as_killed_after(2, whole, tmp_path / "moved")
+    two = two_processes("diff_instruct_star", *settings, f"run.folder={moved}", "trainer.steps=4", "run.resume=true")
+    assert two.returncode == 0, two.stderr[-3000:]
+    almost(metrics(moved), metrics(whole), abs=1e-3, rel=1e-2)
+    assert "monitor/diversity" in metrics(moved)[-1]
+    assert all(torch.allclose(value, weights(moved)[key], atol=1e-4) for key, value in weights(whole).items())

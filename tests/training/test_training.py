@@ -1,0 +1,291 @@
+"""The training loop as a whole: exact resume, one process equals two, what stops a run, what it writes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+KILLED = """
+import os, runpy, signal, sys
+import diffalign.training.hooks.standard as hooks
+from diffalign.training.run import Run
+recipe, when, *arguments = sys.argv[1:]
+
+def kill_after_step(self, trainer, save=hooks.Checkpoint.after_step):
+    save(self, trainer)
+    if trainer.step == int(when):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def kill_while_saving(self, trainer):
+    if trainer.step == -int(when):
+        (self.folder / f"step-{trainer.step:06d}.tmp").mkdir(parents=True)
+        self.run.accelerator.save_state(str(self.folder / f"step-{trainer.step:06d}.tmp"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, trainer)
+
+save = hooks.Checkpoint.save
+if int(when) < 0:
+    hooks.Checkpoint.save = kill_while_saving
+else:
+    hooks.Checkpoint.after_step = kill_after_step
+runpy.run_path(recipe)["main"](arguments)
+"""
+
+
+def arguments(folder: Path, pairs: Path, *more: str) -> list[str]:
+    return [
+        "--config=playground",
+        f"run.folder={folder}",
+        f"data.path={pairs}",
+        "data.batch_size=4",
+        f"trainer.steps={STEPS}",
+        "hooks.checkpoint_every=2",
+        "hooks.sample_every=0",
+        "hooks.verify_export=false",
+        "run.log_every=1",
+        *more,
+    ]
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {str(f.relative_to(folder)): load_file(f) for f in sorted((folder / "export").rglob("*.safetensors"))}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Bit-for-bit comparisons between processes need the same number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("when", "settings"),
+    [
+        (3, ["backbone.lora_rank=2"]),
+        (3, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "data.draws_per_sample=1"]),
+        (1, ["backbone.lora_rank=0", "optimizer.lr=1e-4", "hooks.ema_decay=0.9"]),
+        (-4, ["backbone.lora_rank=2", "hooks.ema_decay=0.9", "trainer.grad_accum=2"]),
+    ],
+    ids=["lora", "full", "full-ema-before-first-checkpoint", "lora-ema-accum-while-a-checkpoint-is-written"],
+)
+def test_killed_and_resumed_equals_never_killed(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, forks: Any, when: int, settings: list[str]
+) -> None:
+    """SIGKILL after step `when`, or while the checkpoint of step `-when` is written; resumed, it writes the same."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    recipe("diffusion_dpo", *arguments(whole, pairs_file, *settings))
+    script = str(ROOT / "train/diffusion_dpo.py")
+    killed = forks.run(KILLED, script, str(when), *arguments(broken, pairs_file, *settings))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (broken / "export").exists()
+    recipe("diffusion_dpo", *arguments(broken, pairs_file, *settings, "run.resume=true"))
+    assert [m["step"] for m in metrics(broken)] == list(range(1, STEPS + 1))
+    assert metrics(broken) == metrics(whole)
+    assert same(weights(broken), weights(whole))
+
+
+def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    settings = ["trainer.steps=3", "hooks.checkpoint_every=0", "data.draws_per_sample=2"]
+    recipe("diffusion_dpo", *arguments(tmp_path / "one", pairs_file, *settings, "trainer.grad_accum=2"))
+    launched = subprocess.run(
+        [
+            *(sys.executable, "-m", "diffalign.commands.cli", "train", "--num-processes=2", "diffusion_dpo"),
+            *arguments(tmp_path / "two", pairs_file, *settings),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    assert "x 2 processes" in launched.stdout
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [m.keys() for m in one] == [m.keys() for m in two]
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), (a["step"], key)
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(first[f][k], second[f][k], atol=1e-5) for f in first for k in first[f])
+
+
+def test_a_run_says_what_it_does_and_leaves_what_it_promises(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    tracked = ["run.tracker=tensorboard", "hooks.sample_every=4", "optimizer.lr_warmup_steps=4", "optimizer.lr=1e-3"]
+    recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked))
+    said = capsys.readouterr().out
+    for words in ("effective batch 4 = 4", "trainable parameters, lr 0.001", "beta 500", "verdict: implicit accuracy"):
+        assert words in said
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
+    assert {p.name for p in (folder / "samples").iterdir()} == {f"step-00000{k}.png" for k in (0, 4, 6)}
+    assert list(folder.rglob("events.out.tfevents*"))
+    first, last = metrics(folder)[0], metrics(folder)[-1]
+    assert first["policy/loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first["policy/lr"] == pytest.approx(0.00025)
+    assert last["policy/lr"] == pytest.approx(0.001)
+    for name in ("accuracy", "margin", "winner_error_change", "loser_error_change", "grad_norm"):
+        assert f"policy/{name}" in last
+    assert "perf/samples_per_second" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert any("@t" in key for key in last)
+    with pytest.raises(FileExistsError, match=r"already holds a run; continue it with run\.resume=true"):
+        recipe("diffusion_dpo", *arguments(folder, pairs_file))
+    with pytest.raises(
+        ValueError, match=r"other settings than it began with: run\.seed, algorithm\.beta, hooks\.ema_decay"
+    ):
+        changed = ["algorithm.beta=9", "hooks.ema_decay=0.9", "run.seed=9", "hooks.keep_checkpoints=9"]
+        recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", *changed))
+
+
+def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
+    """While it trains: LoRA one U-Net; full two (the reference's), or one where the reference is remembered."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from diffalign.training.trainer import Trainer
+
+    held: list[tuple[int, int, int]] = []
+    kinds = (UNet2DConditionModel, AutoencoderKL, CLIPTextModel)
+
+    def alive() -> list[int]:
+        gc.collect()
+        return [sum(isinstance(o, kind) for o in gc.get_objects()) for kind in kinds]
+
+    def count(self, loader) -> None:
+        held.append(tuple(now - others for now, others in zip(alive(), before, strict=True)))  # type: ignore[arg-type]
+
+    before = alive()  # fixtures of other tests
+    monkeypatch.setattr(Trainer, "fit", count)
+    for k, settings in enumerate(
+        (
+            ["backbone.lora_rank=2", "data.draws_per_sample=null"],
+            ["backbone.lora_rank=0", "data.draws_per_sample=null"],
+            ["backbone.lora_rank=0", "data.draws_per_sample=1"],
+        )
+    ):
+        recipe("diffusion_dpo", *arguments(tmp_path / str(k), pairs_file, *settings))
+    assert held == [(1, 0, 0), (2, 0, 0), (1, 0, 0)]
+
+
+def test_a_longer_run_continues_a_finished_one(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    recipe("diffusion_dpo", *arguments(tmp_path / "long", pairs_file))
+    recipe("diffusion_dpo", *arguments(tmp_path / "short", pairs_file, "trainer.steps=3"))
+    recipe("diffusion_dpo", *arguments(tmp_path / "short", pairs_file, "run.resume=true"))
+    assert metrics(tmp_path / "short") == metrics(tmp_path / "long")
+    assert same(weights(tmp_path / "short"), weights(tmp_path / "long"))
+
+
+def test_a_non_finite_loss_stops_the_run_and_names_the_samples(
+    tmp_path: Path, pairs_file: Path, recipe: Callable
+) -> None:
+    broken = arguments(tmp_path / "run", pairs_file, "optimizer.lr=1e30", "trainer.max_grad_norm=1e30")
+    with pytest.raises(
+        FloatingPointError, match=r"player 'policy' is .*nan.* at step \d; samples on this rank: \[\(0,"
+    ):
+        recipe("diffusion_dpo", *broken)
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
+    """The disk fills while the checkpoint of step 4 is written: one error, and the run resumes from step 2."""
+    from accelerate import Accelerator
+
+    recipe("diffusion_dpo", *arguments(tmp_path / "whole", pairs_file))
+    save = Accelerator.save_state
+
+    def full(self, folder: str):
+        save(self, folder)
+        if "000004" in folder:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", full)
+    with pytest.raises(OSError, match=r"cannot write checkpoint '.*step-000004' .*No space left.*run\.resume=true"):
+        recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file))
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
+    file = tmp_path / "run/checkpoints/step-000002/trained_0.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"checkpoint '.*step-000002' cannot be read .*delete that folder"):
+        recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
+
+
+def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path, forks: Any) -> None:
+    """bf16 autocast over a bf16 base; in a process of its own, for accelerate keeps one precision a process."""
+    settings = [
+        "run.mixed_precision=bf16",
+        "backbone.dtype=bf16",
+        "trainer.steps=2",
+        "backbone.gradient_checkpointing=true",
+    ]
+    run = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
+    script = str(ROOT / "train/diffusion_dpo.py")
+    done = forks.run(run, script, *arguments(tmp_path / "run", pairs_file, *settings))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path / "run")[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_every_config_error_is_reported_before_anything_loads(
+    tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = ["data.path=/nowhere", "trainer.stpes=3", "algorithm.loss=dpoo", "backbone.attention=xformers"]
+    wrong += ["data.crop=random", "hooks.ema_decay=often"]
+    with pytest.raises(SystemExit) as stopped:
+        recipe("diffusion_dpo", "--config=playground", f"run.folder={tmp_path / 'run'}", *wrong)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    for words in (
+        "6 problems in the configuration",
+        "no data set at '/nowhere'",
+        "did you mean 'trainer.steps'",
+        "did you mean 'dpo'",
+        "needs the xformers package",
+        "'data.crop' = random needs 'data.cache' = off",
+        "'hooks.ema_decay' must be float or null, got 'often'",
+    ):
+        assert words in said, words
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+    recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
+    assert json.loads((tmp_path / "run/data.json").read_text())["PreferencePairs"]["count"] > 0
+    image = pairs_file.parent / "chosen0.png"
+    before = image.stat()
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    try:
+        with pytest.raises(
+            ValueError, match=r"the data of '.*' changed since '.*run' began: images of other sizes or ti"
+        ):
+            recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
+    finally:
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
