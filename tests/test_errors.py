@@ -35,8 +35,8 @@ JUDGE = "diffalign.playground:Judge"
 
 
 @pytest.fixture
-def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """program("train", "sft", ...) runs a recipe as `python train/sft.py ...` does; its lines on stderr, code 2."""
+def as_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """as_program("train", "sft", ...) runs a recipe as `python train/sft.py ...` does; its lines on stderr, code 2."""
 
     def call(kind: str, name: str, *words: str) -> list[str]:
         main = runpy.run_path(str(ROOT / kind / f"{name}.py"))["main"]
@@ -53,12 +53,12 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def sft(program: Callable, tmp_path: Path, pairs_file: Path) -> Callable[..., str]:
+def sft(as_program: Callable, tmp_path: Path, pairs_file: Path) -> Callable[..., str]:
     """The one or two lines that a run of train/sft.py ends with."""
 
     def call(*words: str) -> str:
         base = ["--config=playground", f"data.path={pairs_file}", *SHORT, "hooks.verify_export=false"]
-        lines = program("train", "sft", *base, f"run.folder={tmp_path / 'run'}", *words)
+        lines = as_program("train", "sft", *base, f"run.folder={tmp_path / 'run'}", *words)
         assert 1 <= len(lines) <= 2 and lines[0].startswith("sft.py: "), lines
         return "\n".join(lines)
 
@@ -100,11 +100,11 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable, program: Callable) -> None:
+def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable, as_program: Callable) -> None:
     """The same of training and generating."""
     assert PIPELINES[name] in sft(f"backbone.path={folders / name}")
     base = ["--prompts", str(folders / "prompts.txt"), "--out", str(folders / "out"), "--steps=1", "--device=cpu"]
-    lines = program("eval", "generate", *base, "--pipeline", str(folders / name))
+    lines = as_program("eval", "generate", *base, "--pipeline", str(folders / name))
     assert 1 <= len(lines) <= 2 and PIPELINES[name] in lines[0], lines
 
 
@@ -170,10 +170,10 @@ def test_a_folder_of_bin_files_trains_and_generates(
         ("run.resum=true", "did you mean 'run.resume'?"),
     ],
 )
-def test_settings_and_folders(word: str, said: str, program: Callable, tmp_path: Path, pairs_file: Path) -> None:
+def test_settings_and_folders(word: str, said: str, as_program: Callable, tmp_path: Path, pairs_file: Path) -> None:
     (tmp_path / "FILE").write_text("")
     base = ["--config=playground", f"data.path={pairs_file}", f"run.folder={tmp_path / 'run'}", *SHORT]
-    lines = program("train", "sft", *base, word.replace("FILE", str(tmp_path / "FILE")))
+    lines = as_program("train", "sft", *base, word.replace("FILE", str(tmp_path / "FILE")))
     assert 1 <= len(lines) <= 2 and said in "\n".join(lines), lines
 
 
@@ -259,37 +259,37 @@ def given(two_folders: list[str], tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", ["win_rate", "rank_images", "report", "generate"])
 def test_evaluations_on_a_full_disk_or_where_nothing_can_be_written(
-    name: str, given: dict[str, list[str]], program: Callable, tmp_path: Path
+    name: str, given: dict[str, list[str]], as_program: Callable, tmp_path: Path
 ) -> None:
     (tmp_path / "FILE").write_text("")
     with full_disk(60):
-        lines = program("eval", name, *given[name])
+        lines = as_program("eval", name, *given[name])
     assert len(lines) == 1 and "File too large" in lines[0] and str(tmp_path) in lines[0], lines
     out = [word.replace(str(tmp_path / "images"), str(tmp_path / "FILE" / "x")) for word in given[name]]
     if name != "generate":
         out[out.index("--out") + 1] = str(tmp_path / "FILE" / Path(out[-1]).name)
-    lines = program("eval", name, *out)
+    lines = as_program("eval", name, *out)
     assert len(lines) == 1 and str(tmp_path / "FILE") in lines[0], lines
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', "\xff\xfe", "[" * 20_000])
 def test_evaluations_of_damaged_files(
-    text: str, given: dict[str, list[str]], program: Callable, two_folders: list[str], tmp_path: Path
+    text: str, given: dict[str, list[str]], as_program: Callable, two_folders: list[str], tmp_path: Path
 ) -> None:
     """A manifest, the settings of a folder, the win rates."""
     data, good = text.encode("latin-1"), (tmp_path / "given.json").read_bytes()
     (tmp_path / "given.json").write_bytes(data)
-    lines = program("eval", "report", *given["report"])
+    lines = as_program("eval", "report", *given["report"])
     assert len(lines) == 1 and lines[0].startswith("report: "), lines
     images = tmp_path / "images"
     images.mkdir()
     (images / "settings.json").write_bytes(data)
-    lines = program("eval", "generate", *given["generate"])
+    lines = as_program("eval", "generate", *given["generate"])
     assert len(lines) == 1 and str(images) in lines[0], lines
     (tmp_path / "given.json").write_bytes(good)
     (Path(two_folders[0]) / "manifest.jsonl").write_bytes(data)
     for name in ("win_rate", "rank_images", "report"):
-        lines = program("eval", name, *given[name])
+        lines = as_program("eval", name, *given[name])
         assert len(lines) == 1 and (two_folders[0] in lines[0] or not text), lines
 
 
