@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffalign.commands import cli, launch
+from diffalign.commands import cli, launch, program
 from diffalign.networks.loading import find_pipeline
 from diffalign.playground import SHIPPED
 from reward_models import hub
@@ -357,7 +357,7 @@ def test_faults_of_ours_keep_their_trace(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 CHILD = """
-from diffalign.commands import launch, program
+from diffalign.commands import launch
 def main():
     raise ValueError("'x.y' = 3 must be 4")
 program.run(main)
