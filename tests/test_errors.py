@@ -357,7 +357,7 @@ def test_faults_of_ours_keep_their_trace(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 CHILD = """
-from diffalign.commands import launch
+from diffalign.commands import program
 def main():
     raise ValueError("'x.y' = 3 must be 4")
 program.run(main)

@@ -169,8 +169,13 @@ signal.signal(signal.SIGINT, asked)
 open(f"{folder}/ready-{rank}", "w").close()
 time.sleep(60)
 """
-STARTS = "import sys; from pathlib import Path; from diffalign.commands import launch; "
-STARTS += "print('ended with', launch.start(Path(sys.argv[1]), [sys.argv[2]], processes=int(sys.argv[3]), config=sys.argv[4] or None))"
+STARTS = """
+import sys
+from pathlib import Path
+from diffalign.commands import launch
+code = launch.start(Path(sys.argv[1]), [sys.argv[2]], processes=int(sys.argv[3]), config=sys.argv[4] or None)
+print("ended with", code)
+"""
 
 
 def until(true: Callable[[], bool], seconds: float = 60) -> None:
