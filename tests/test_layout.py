@@ -6,11 +6,13 @@ import ast
 import configparser
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("diffalign", "reward_models")
@@ -184,9 +186,33 @@ def test_repository_is_small() -> None:
     assert size < 30e6
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
-)
+LINTERS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+
+
+@pytest.mark.parametrize("command", LINTERS, ids=" ".join)
 def test_linters_are_content(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_same_linters_run_before_a_commit() -> None:
+    """And every hook is a command that the extras `test` and `dev` bring: nothing is downloaded at a commit."""
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].split() for hook in local["hooks"]]
+    assert [entry[2:] for entry in entries if entry[:2] == ["python", "-m"]] == list(LINTERS)
+    assert local["repo"] == "local" and {hook["language"] for hook in local["hooks"]} == {"system"}
+
+
+def test_hosted_ci_runs_the_script_and_nothing_else() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+
+
+def test_types_are_shipped() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for package in PACKAGES:
+        assert (ROOT / package / "py.typed").exists()
+        assert "py.typed" in config["options.package_data"][package]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert not {"ignore_missing_imports", "follow_imports", "ignore_errors"} & settings.keys()
