@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 import tomllib
@@ -88,6 +89,19 @@ def test_every_import_goes_down(package: str, layers: tuple[tuple[str, ...], ...
         below = {n for n in _imported(module) if n.startswith(f"{package}.")}
         up += [f"{module} -> {n}" for n in below if n.split(".")[1] != own and height[n.split(".")[1]] >= height[own]]
     assert not up
+
+
+def test_the_design_page_shows_these_layers() -> None:
+    page = (ROOT / "docs" / "design.md").read_text().split("## Import rules")[1].split("\n## ")[0]
+    rows = [tuple(re.findall(r"`(\w+)`", cell)) for cell in re.findall(r"^\| \d \| (.*?) \|", page, re.MULTILINE)]
+    assert rows == [*LAYERS, *SCORER_LAYERS]
+
+
+def test_the_map_for_contributors_names_every_package() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("```text")[1].split("```")[0]
+    folders = {Path(folder).name for folder in map(str, {file.parent for file in MODULES.values()})}
+    folders |= {"train", "eval", "configs", "tests", "benchmarks", "docs", "examples"}
+    assert not [folder for folder in folders if f"{folder}/" not in page]
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
