@@ -1,7 +1,6 @@
 """The API pages, from the docstrings: python docs/build_api.py FOLDER, and open FOLDER/index.html.
 
-pdoc does the work (pip install -e ".[test]"). A module that cannot be imported and whatever pdoc warns of
-stop it.
+pdoc does the work (pip install -e ".[test]"). A module that cannot be imported or a warning of pdoc's stops it.
 """
 
 from __future__ import annotations
