@@ -1,4 +1,7 @@
-"""Every command of three pages of docs/ runs, and so does their code; tiny inputs stand for downloads."""
+"""Every command of three pages of docs/ runs, and so does their code; tiny inputs stand for downloads.
+
+The page on data formats: its examples are read, and it names every field that is read and every file that is written.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,22 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from PIL import Image
 
 from diffalign.commands import cli, launch
+from diffalign.data import Record, read_records
+from diffalign.data.prompts import read_prompts
+from diffalign.data.rankings import RATINGS
+from diffalign.data.targets import read_targets
 from reward_models.folder import cli as score_cli
+from reward_models.folder.items import read_items
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "scoring.md").read_text()
@@ -123,3 +133,81 @@ def test_every_command_of_the_personal_page_runs(
         words = [w.replace("person-0..119", "person-0..11") for w in words]
         assert _run(words, recipe) == 0, line
     assert (tmp_path / "for_me/manifest.jsonl").exists() and (tmp_path / "mine.csv").exists()
+
+
+DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
+EXAMPLES = re.findall(r"```jsonl? (\S+)\n(.*?)```", DATA_PAGE, re.DOTALL)
+
+
+def _image(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path)
+
+
+@pytest.mark.parametrize(("name", "text"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_examples_of_data_are_read_as_the_page_says(tmp_path: Path, name: str, text: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    if name == "prompts.jsonl":
+        assert read_prompts(file) == {"fox": "a red fox in the snow"}
+    elif name == "manifest.jsonl":
+        assert [item.prompt for item in read_items(tmp_path)] == ["a red fox"]
+    elif name == "metadata.jsonl":
+        _image(tmp_path / "a.png")
+        assert [record.prompt for record in read_targets(tmp_path)] == ["a red fox in the style of sks"]
+    else:
+        for side in "wl" if name.startswith("w+l") else "":
+            _image(file.parent / side / "fox.png")
+        found = list(read_records(file if file.suffix == ".json" and "/" not in name else file.parent))
+        entries = [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+        groups = {entry.get("prompt_id", k) for k, entry in enumerate(entries)}
+        assert len(found) == len(groups) and all(isinstance(record, Record) for record in found), found
+        first = Path(found[0].images[min(range(len(found[0].ranks)), key=found[0].ranks.__getitem__)].path).stem
+        best = {
+            "pairs.jsonl": ("fox_1", "a"),
+            "ranked.jsonl": ("c",),
+            "test.json": ("b",),
+            "w+l/prompts.jsonl": ("fox",),
+        }
+        assert first in best.get(name, ("a",))
+
+
+def test_the_parquet_file_of_the_page_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        _image(tmp_path / name)
+    (code,) = re.findall(r"```python\n(.*?)```", DATA_PAGE, re.DOTALL)
+    exec(code, {})
+    (record,) = read_records(tmp_path / "train.parquet")
+    assert isinstance(record, Record) and record.ranks == (0, 1)
+    assert record.images[0].read() == (tmp_path / "a.png").read_bytes()
+
+
+def test_the_page_names_every_field_that_a_reader_reads() -> None:
+    folder = ROOT / "diffalign" / "data"
+    source = "".join((folder / f"{name}.py").read_text() for name in ("readers", "rankings", "prompts", "targets"))
+    fields = set(re.findall(r'(?:line|entry|item|x|row|\[0\])(?:\.get\(|\[)"(\w+)"', source))
+    fields |= {"file_path", "image_path", "generations", "rank", *RATINGS}
+    assert {"chosen", "prob", "images", "label_1", "path1", "confidence", "prompt_id", "image"} <= fields
+    assert not [field for field in fields if not re.search(rf"[`\"]{field}[`\"]", DATA_PAGE)]
+
+
+def test_the_page_names_every_file_that_a_run_writes(tmp_path: Path, recipe: Callable, pairs_file: Path) -> None:
+    lines = pairs_file.read_text().splitlines()
+    lines[1] = lines[0]  # a notice
+    tiny = [
+        "trainer.steps=1",
+        "data.limit=4",
+        "data.batch_size=2",
+        "hooks.sample_steps=1",
+        "hooks.ema_decay=0.9",
+        "hooks.verify_export=false",
+    ]
+    tiny += ["data.draws_per_sample=null", f"run.folder={tmp_path}/run", f"data.path={tmp_path}/pairs.jsonl"]
+    shutil.copytree(pairs_file.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    recipe("diffusion_dpo", "--config", "playground", *tiny)
+    written = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert {"notices.jsonl", "ema.safetensors", "step-000001.png"} <= written
+    assert not [name for name in written if re.sub(r"\d{6}", "000500", name) not in DATA_PAGE]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("diffalign", "reward_models")
@@ -86,6 +89,19 @@ def test_every_import_goes_down(package: str, layers: tuple[tuple[str, ...], ...
         below = {n for n in _imported(module) if n.startswith(f"{package}.")}
         up += [f"{module} -> {n}" for n in below if n.split(".")[1] != own and height[n.split(".")[1]] >= height[own]]
     assert not up
+
+
+def test_the_design_page_shows_these_layers() -> None:
+    page = (ROOT / "docs" / "design.md").read_text().split("## Import rules")[1].split("\n## ")[0]
+    rows = [tuple(re.findall(r"`(\w+)`", cell)) for cell in re.findall(r"^\| \d \| (.*?) \|", page, re.MULTILINE)]
+    assert rows == [*LAYERS, *SCORER_LAYERS]
+
+
+def test_the_map_for_contributors_names_every_package() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text().split("```text")[1].split("```")[0]
+    folders = {Path(folder).name for folder in map(str, {file.parent for file in MODULES.values()})}
+    folders |= {"train", "eval", "configs", "tests", "benchmarks", "docs", "examples"}
+    assert not [folder for folder in folders if f"{folder}/" not in page]
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
@@ -184,9 +200,33 @@ def test_repository_is_small() -> None:
     assert size < 30e6
 
 
-@pytest.mark.parametrize(
-    "command", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join
-)
+LINTERS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+
+
+@pytest.mark.parametrize("command", LINTERS, ids=" ".join)
 def test_linters_are_content(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_same_linters_run_before_a_commit() -> None:
+    """And every hook is a command that the extras `test` and `dev` bring: nothing is downloaded at a commit."""
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].split() for hook in local["hooks"]]
+    assert [entry[2:] for entry in entries if entry[:2] == ["python", "-m"]] == list(LINTERS)
+    assert local["repo"] == "local" and {hook["language"] for hook in local["hooks"]} == {"system"}
+
+
+def test_hosted_ci_runs_the_script_and_nothing_else() -> None:
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"].values()
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+
+
+def test_types_are_shipped() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for package in PACKAGES:
+        assert (ROOT / package / "py.typed").exists()
+        assert "py.typed" in config["options.package_data"][package]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert not {"ignore_missing_imports", "follow_imports", "ignore_errors"} & settings.keys()

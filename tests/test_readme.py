@@ -133,3 +133,25 @@ def test_every_link_leads_somewhere() -> None:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if not link.startswith("http"):
                 assert (page.parent / link).exists(), (page.name, link)
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OURS = "diffalign|reward_models|train|eval|tests|configs|benchmarks|examples|docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_path_that_a_page_names_is_there(page: Path) -> None:
+    """Files and folders of ours, and modules; `<name>` and capitals stand for what the reader puts there."""
+    text = page.read_text()
+    paths = set(re.findall(rf"(?<![\w./-])((?:{OURS})/[\w./-]*[\w/])(?![\w<*])", text))
+    assert not [path for path in paths if not re.search("[A-Z]{3}", path) and not (ROOT / path).exists()]
+    for module in re.findall(r"\b(?:diffalign|reward_models)(?:\.[a-z_]+)+", text):
+        steps = module.split(".")
+        found = [ROOT.joinpath(*steps[:k]) for k in range(2, len(steps) + 1)]
+        assert any(path.is_dir() or path.with_suffix(".py").exists() for path in found), module
+
+
+def test_the_index_leads_to_every_page() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text())
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"} <= set(links)
+    assert {f"../examples/{file.name}" for file in (ROOT / "examples").glob("*.py")} <= set(links)

@@ -1,0 +1,1 @@
+"""The networks: loading, precision and placement, LoRA, reference, EMA, sampling, score networks, export."""

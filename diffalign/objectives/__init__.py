@@ -1,0 +1,1 @@
+"""What is minimised: preference losses, divergences, rewards of scorers."""

@@ -1,0 +1,1 @@
+"""The training loop, optimizers, the run folder, checkpoints, and hooks."""

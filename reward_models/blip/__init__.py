@@ -1,0 +1,1 @@
+"""BLIP scorers: ImageReward, VP-Score."""

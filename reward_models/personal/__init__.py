@@ -1,0 +1,1 @@
+"""Scorers of one person, fitted to a few choices of theirs."""
