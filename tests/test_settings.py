@@ -177,7 +177,7 @@ print(*sys.modules)
 
 def test_help_comes_at_once() -> None:
     """Without torch, diffusers and the rest, which take seconds to import: no command's help needs them."""
-    cli = str(ROOT / "diffalign" / "cli.py")
+    cli = str(ROOT / "diffalign" / "commands" / "cli.py")
     calls = [[cli, "train", "pso", "--help"], [cli, "train", "hps", "--help"], [cli, "--help"]]
     calls += [[str(file), "--help"] for file in sorted((ROOT / "eval").glob("*.py"))]
     for words in calls:

@@ -43,8 +43,8 @@ def standard_hooks(
     algorithm  whose state checkpoints hold, where it has one
     sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
     monitor    watches the run, and may stop it
-    own        the recipe's own. They find a resumed run restored, may change weights or declare a step the last one
-               before any other hook looks at it, and at the end may add to the export, which is then written
+    own        the recipe's own: called after the monitor, and before the moving average, the samples and the checkpoint;
+               at the end after the export. So they may change weights, end the run, or add to the export
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -61,11 +61,10 @@ def standard_hooks(
     held: dict[str, Stateful] = {} if monitor is None else {"monitor": monitor}
     if algorithm is not None and type(algorithm).state is not Algorithm.state:
         held["algorithm"] = algorithm
-    hooks: list[Hook] = [Export(run, backbone, averaged), *own]  # it acts at the end only, and own ones add to it
+    hooks: list[Hook] = [] if monitor is None else [monitor]  # before what acts on the last step, which it may declare
+    hooks += [Export(run, backbone, averaged), *own]  # at the end, own hooks add to what is exported
     if ema:
         hooks.append(Averaging(ema))
-    if monitor is not None:  # before what acts on the last step, which it may declare
-        hooks.append(monitor)
     if sample_every and sample_prompts:
         if sampler is None:
             settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
