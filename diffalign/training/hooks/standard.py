@@ -43,8 +43,8 @@ def standard_hooks(
     algorithm  whose state checkpoints hold, where it has one
     sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
     monitor    watches the run, and may stop it
-    own        the recipe's own: called after the monitor, and before the moving average, the samples and the checkpoint;
-               at the end after the export. So they may change weights, end the run, or add to the export
+    own        the recipe's own: called after the monitor and before the moving average, samples and checkpoint, and at
+               the end after the export. So they may change weights, end the run, or add to the export
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
