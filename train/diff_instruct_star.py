@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     run, backbone = recipe.begin(cfg)
     prompts = run.prompts(backbone, **cfg.data)
     scores = score_networks(backbone, run.placement, cfg.backbone["path"], **cfg.teacher)
-    parts = recipe.Parts(cfg, run, backbone, prompts, reference=None)  # the generator's is the teacher, in scores
+    parts = recipe.Parts(cfg, run, backbone, prompts, reference=None)  # the frozen teacher is in scores
     generator, aux = parts.policy, run.prepare(scores.aux)
     algorithm = DiffInstructStar(
         generator, aux, scores, parts.sampler, parts.noising, parts.empty, parts.rewards, **cfg.algorithm

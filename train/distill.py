@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone.scheduler_config = few_step_scheduler(backbone.scheduler_config)
     prompts = run.prompts(backbone, **cfg.data)
     scores = score_networks(backbone, run.placement, cfg.backbone["path"], **cfg.teacher)
-    parts = recipe.Parts(cfg, run, backbone, prompts, reference=None)  # the generator's is the teacher, in scores
+    parts = recipe.Parts(cfg, run, backbone, prompts, reference=None)  # the frozen teacher is in scores
     generator, aux = parts.policy, run.prepare(scores.aux)
     algorithm = DiffInstructStar(generator, aux, scores, parts.sampler, parts.noising, parts.empty, **cfg.algorithm)
     parts.fit(algorithm)
