@@ -5,15 +5,20 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from safetensors.torch import load_file
 from torch import nn
 
 from diffalign import config
+from diffalign.training.hooks.strangers import stranger_hooks
+from diffalign.training.hooks.validation import scorer_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.recipe import players_of
+from diffalign.training.trainer import Hook
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,23 +88,20 @@ def main(argv=None):
 
 
 def test_a_recipe_of_ones_own_brings_its_algorithm_optimizer_and_hooks(tmp_path: Path, pairs_file: Path) -> None:
-    """Its hook finds a resumed run restored, its change of a weight is averaged, the step that it declares the last is
-    saved and drawn, and the export is there when it ends."""
+    """Its hook finds a resumed run restored, the step that it declares the last is saved with the weight that it
+    changed, and the export is there when it ends."""
     (tmp_path / "train").mkdir()
     (tmp_path / "train/nothing.py").write_text(OWN)
     own = runpy.run_path(str(tmp_path / "train/nothing.py"))
     words = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "data.batch_size=2", "data.resolution=32"]
     words += ["backbone.path=playground", "backbone.lora_rank=2", "optimizer.lr=0", "hooks.verify_export=false"]
-    words += ["hooks.sample_prompts=[red circle on white]", "hooks.sample_steps=1", "hooks.ema_decay=0.5"]
     own["main"]([*words, "trainer.steps=9"])
     done = own["CALLS"]
     assert done[0] == "own optimizer" and done[1][:2] == ("start", 0)
     assert done[2] == ("end", 2, ["pytorch_lora_weights.safetensors"])
     checkpoint = tmp_path / "run/checkpoints/step-000002"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 2
-    assert (tmp_path / "run/samples/step-000002.png").exists()
-    averages = load_file(checkpoint / "ema.safetensors").values()
-    assert max(average.mean().item() for average in averages) > 1
+    assert any((weight == 7).all() for weight in load_file(checkpoint / "trained_0.safetensors").values())
     own["main"]([*words, "trainer.steps=3", "run.resume=true"])
     assert own["CALLS"][4][:2] == ("start", 2)
 
@@ -111,6 +113,12 @@ def test_players_have_the_optimizer_of_their_name_or_the_common_one() -> None:
     players = players_of(cfg, algorithm)
     assert [(name, player.lr) for name, player in players.items()] == [("generator", 1.0), ("aux", 2.0)]
     assert all(players[name].module is module for name, module in algorithm.players.items())
+
+
+@pytest.mark.parametrize(("hooks", "shared"), [(scorer_hooks, "Validation"), (stranger_hooks, "Strangers")])
+def test_hooks_of_scorers_change_weights_before_they_are_validated(hooks: Callable, shared: str, tmp_path: Path) -> None:
+    found = hooks(MagicMock(folder=tmp_path), None, None, [Hook()])
+    assert [type(hook).__name__ for hook in found] == ["Restore", "Hook", shared, "Checkpoint"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "train").glob("*.py")), ids=lambda file: file.stem)

@@ -43,8 +43,8 @@ def standard_hooks(
     algorithm  whose state checkpoints hold, where it has one
     sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
     monitor    watches the run, and may stop it
-    own        the recipe's own: called after the monitor and before the moving average, samples and checkpoint, and at
-               the end after the export. So they may change weights, end the run, or add to the export
+    own        the recipe's own, after those that look at the run and before the checkpoint: what they change is saved,
+               a step that they declare the last one as well, and at the end they may add to the export
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -61,15 +61,15 @@ def standard_hooks(
     held: dict[str, Stateful] = {} if monitor is None else {"monitor": monitor}
     if algorithm is not None and type(algorithm).state is not Algorithm.state:
         held["algorithm"] = algorithm
-    hooks: list[Hook] = [] if monitor is None else [monitor]  # before what acts on the last step, which it may declare
-    hooks += [Export(run, backbone, averaged), *own]  # at the end, own hooks add to what is exported
-    if ema:
-        hooks.append(Averaging(ema))
+    hooks: list[Hook] = [Averaging(ema)] if ema else []
+    if monitor is not None:  # before what acts on the last step, which it may declare
+        hooks.append(monitor)
     if sample_every and sample_prompts:
         if sampler is None:
             settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
             sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
+    hooks += [Export(run, backbone, averaged), *own]
     hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, held), hooks)
     return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
 
