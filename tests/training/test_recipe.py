@@ -116,7 +116,7 @@ def test_players_have_the_optimizer_of_their_name_or_the_common_one() -> None:
 
 
 @pytest.mark.parametrize(("hooks", "shared"), [(scorer_hooks, "Validation"), (stranger_hooks, "Strangers")])
-def test_hooks_of_scorers_change_weights_before_they_are_validated(hooks: Callable, shared: str, tmp_path: Path) -> None:
+def test_own_hooks_of_scorers_come_before_the_validation(hooks: Callable, shared: str, tmp_path: Path) -> None:
     found = hooks(MagicMock(folder=tmp_path), None, None, [Hook()])
     assert [type(hook).__name__ for hook in found] == ["Restore", "Hook", shared, "Checkpoint"]
 
