@@ -47,10 +47,20 @@ class SweepRequest(Exception):
 
 
 class Config:
-    """The resolved configuration: one dict a section, as attributes (`cfg.optimizer["lr"]`)."""
+    """The resolved configuration: one dict a section, as attributes (`cfg.optimizer["lr"]`).
 
-    def __init__(self, sections: dict[str, dict[str, Any]]):
-        self.sections = sections
+    factories: what each section configures, as given to `parse`.
+    """
+
+    def __init__(self, sections: dict[str, dict[str, Any]], factories: Mapping[str, Section] | None = None):
+        self.sections, self.factories = sections, factories or {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sections
+
+    def make(self, name: str, *wiring: Any) -> Any:
+        """What a section configures, made of its positional `wiring` and the section's keys."""
+        return self.factories[name](*wiring, **self.sections[name])
 
     def __getattr__(self, name: str) -> dict[str, Any]:
         try:
@@ -157,7 +167,7 @@ def resolve(content: Any, overrides: Sequence[str], sections: Mapping[str, Secti
     if problems:
         count = f"{len(problems)} problems" if len(problems) > 1 else "1 problem"
         raise ConfigError(f"{count} in the configuration:\n" + "\n".join(f"  - {p}" for p in problems))
-    return Config(resolved)
+    return Config(resolved, sections)
 
 
 def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], list[str]]:

@@ -16,7 +16,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.sampler import Sampler
 from diffalign.networks.scores import score_networks
-from diffalign.objectives.rewards import Rewards
+from diffalign.training import recipe
 from diffalign.training.hooks.monitor import Monitor
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.optim import adamw
@@ -43,21 +43,15 @@ def main(argv: list[str] | None = None) -> None:
         monitor=Monitor,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
+    run, backbone = recipe.begin(cfg)
     prompts = run.prompts(backbone, **cfg.data)
-    sampler = Sampler(backbone, run.draws, cfg.data["resolution"], **cfg.sampler)
-    rewards = Rewards(load_mixture(run.device, **cfg.reward), backbone.decode, run.gather)
     scores = score_networks(backbone, run.placement, cfg.backbone["path"], **cfg.teacher)
-    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
-    generator, aux = run.prepare(backbone.denoiser), run.prepare(scores.aux)
-    empty = backbone.encode_text([""])
-    algorithm = DiffInstructStar(generator, aux, scores, sampler, noising, empty, rewards, **cfg.algorithm)
-    players = {"generator": adamw(generator, **cfg.optimizer), "aux": adamw(aux, **cfg.aux_optimizer)}
-    monitor = Monitor(run, backbone, sampler, rewards, load_mixture, **cfg.monitor)
-    hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, monitor, **cfg.hooks)
-    backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(prompts))
+    parts = recipe.Parts(cfg, run, backbone, prompts, reference=None)  # the frozen teacher is in scores
+    generator, aux = parts.policy, run.prepare(scores.aux)
+    algorithm = DiffInstructStar(
+        generator, aux, scores, parts.sampler, parts.noising, parts.empty, parts.rewards, **cfg.algorithm
+    )
+    parts.fit(algorithm)
 
 
 if __name__ == "__main__":

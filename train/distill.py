@@ -17,6 +17,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.sampler import Sampler, few_step_scheduler
 from diffalign.networks.scores import score_networks
+from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.run import Run
@@ -39,21 +40,14 @@ def main(argv: list[str] | None = None) -> None:
         trainer=Trainer,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
+    run, backbone = recipe.begin(cfg)
     backbone.scheduler_config = few_step_scheduler(backbone.scheduler_config)
     prompts = run.prompts(backbone, **cfg.data)
-    resolution = cfg.data["resolution"]
     scores = score_networks(backbone, run.placement, cfg.backbone["path"], **cfg.teacher)
-    sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)
-    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
-    generator, aux = run.prepare(backbone.denoiser), run.prepare(scores.aux)
-    empty = backbone.encode_text([""])
-    algorithm = DiffInstructStar(generator, aux, scores, sampler, noising, empty, **cfg.algorithm)
-    players = {"generator": adamw(generator, **cfg.optimizer), "aux": adamw(aux, **cfg.aux_optimizer)}
-    hooks = standard_hooks(run, backbone, resolution, algorithm, sampler, **cfg.hooks)
-    backbone.release()
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(prompts))
+    parts = recipe.Parts(cfg, run, backbone, prompts, reference=None)  # the frozen teacher is in scores
+    generator, aux = parts.policy, run.prepare(scores.aux)
+    algorithm = DiffInstructStar(generator, aux, scores, parts.sampler, parts.noising, parts.empty, **cfg.algorithm)
+    parts.fit(algorithm)
 
 
 if __name__ == "__main__":

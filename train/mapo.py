@@ -14,6 +14,7 @@ from diffalign.commands import program
 from diffalign.data import PreferencePairs
 from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
+from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.run import Run
@@ -33,16 +34,11 @@ def main(argv: list[str] | None = None) -> None:
         trainer=Trainer,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
+    run, backbone = recipe.begin(cfg)
     pairs = run.latents(PreferencePairs, backbone, **cfg.data)
-    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
-    policy = run.prepare(backbone.denoiser)
-    algorithm = MaPO(policy, noising, **cfg.algorithm)
-    players = {"policy": adamw(policy, **cfg.optimizer)}
-    hooks = standard_hooks(run, backbone, cfg.data["resolution"], **cfg.hooks)
-    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(pairs))
+    parts = recipe.Parts(cfg, run, backbone, pairs, reference=None)
+    algorithm = MaPO(parts.policy, parts.noising, **cfg.algorithm)
+    parts.fit(algorithm)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from diffalign import config
 from diffalign.algorithms.personal_reward import PersonalReward
 from diffalign.commands import program
 from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs
+from diffalign.training import recipe
 from diffalign.training.hooks.strangers import stranger_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.run import Run
@@ -39,11 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     pairs = run.latents(PreferencePairs, FeatureEncoder(features, run.device), **cfg.data)  # kept as latents are
     choices = PersonalChoices(pairs, joint, run.draws, **cfg.choices)
     scorer = head_to_train(features, len(choices.people), choices.statistics(), **cfg.scorer).to(run.device)
-    head = run.prepare(scorer.head)
-    algorithm = PersonalReward(head, scorer.head.size, run.draws, **cfg.algorithm)
-    players = {"scorer": adamw(head, **cfg.optimizer)}
-    hooks = stranger_hooks(run, scorer, choices, **cfg.hooks)
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(choices))
+    algorithm = PersonalReward(run.prepare(scorer.head), scorer.head.size, run.draws, **cfg.algorithm)
+    recipe.fit_scorer(cfg, run, scorer, algorithm, choices, validation=choices)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,6 @@ that says how stock diffusers loads them.
 
 from __future__ import annotations
 
-import math
-
-from tqdm import tqdm
-
 from diffalign import config
 from diffalign.algorithms.ppd import PPD
 from diffalign.commands import program
@@ -21,6 +17,7 @@ from diffalign.data import PreferencePairs, UserPairs
 from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.user_adapter import UserOffReference, add_user_adapter
+from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.hooks.user_package import UserPackage
 from diffalign.training.optim import adamw
@@ -43,23 +40,21 @@ def main(argv: list[str] | None = None) -> None:
         trainer=Trainer,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
+    run, backbone = recipe.begin(cfg)
     pairs = UserPairs(run.latents(PreferencePairs, backbone, **cfg.data), run.draws, **cfg.users)
     add_user_adapter(backbone.denoiser.network, pairs.width, backbone.dtype, **cfg.adapter)
-    noising = Noising(backbone.schedule, run.draws, **cfg.noising)
-    reference = UserOffReference(backbone.denoiser)
-    policy = run.prepare(backbone.denoiser)
-    dims = math.prod(backbone.latent_shape(cfg.data["resolution"]))
-    algorithm = PPD(policy, reference, noising, dims, pairs.users_of, pairs.users, run.draws, **cfg.algorithm)
-    players = {"policy": adamw(policy, **cfg.optimizer)}
-    package = UserPackage(run, backbone, pairs.users)
-    hooks = standard_hooks(run, backbone, cfg.data["resolution"], package=package, **cfg.hooks)
-    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
-    loader = run.loader(pairs)
-    if pairs.draws_per_sample:
-        algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
+    parts = recipe.Parts(cfg, run, backbone, pairs, reference=UserOffReference)
+    algorithm = PPD(
+        parts.policy,
+        parts.reference,
+        parts.noising,
+        parts.dims,
+        pairs.users_of,
+        pairs.users,
+        run.draws,
+        **cfg.algorithm,
+    )
+    parts.fit(algorithm, hooks=[UserPackage(run, backbone, pairs.users)])
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-import math
-
 from diffalign import config
 from diffalign.algorithms.pso import PSOCustomization, subject
 from diffalign.commands import program
 from diffalign.data import TargetImages
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
+from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.run import Run
@@ -39,20 +37,15 @@ def main(argv: list[str] | None = None) -> None:
         trainer=Trainer,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
-    resolution = cfg.data["resolution"]
+    run, backbone = recipe.begin(cfg)
     targets = run.latents(TargetImages, backbone, **cfg.data)
-    sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)
-    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
-    policy = run.prepare(backbone.denoiser)
-    dims = math.prod(backbone.latent_shape(resolution))
+    parts = recipe.Parts(cfg, run, backbone, targets)
+    noising = parts.sampler.noising()  # the timesteps at which the model samples, and no others
     drawn_from = subject(backbone.encode_text, **cfg.subject)
-    algorithm = PSOCustomization(policy, reference, sampler.noising(), dims, sampler, drawn_from, **cfg.algorithm)
-    players = {"policy": adamw(policy, **cfg.optimizer)}
-    hooks = standard_hooks(run, backbone, resolution, algorithm, sampler, **cfg.hooks)
-    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(targets))
+    algorithm = PSOCustomization(
+        parts.policy, parts.reference, noising, parts.dims, parts.sampler, drawn_from, **cfg.algorithm
+    )
+    parts.fit(algorithm)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,13 @@ Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and exp
 
 from __future__ import annotations
 
-import math
-
-from tqdm import tqdm
-
 from diffalign import config
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.commands import program
 from diffalign.data import PreferencePairs
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
+from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.run import Run
@@ -39,24 +35,12 @@ def main(argv: list[str] | None = None) -> None:
         trainer=Trainer,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
-    resolution = cfg.data["resolution"]
+    run, backbone = recipe.begin(cfg)
     pairs = run.latents(PreferencePairs, backbone, **cfg.data)
-    sampler = Sampler(backbone, run.draws, resolution, **cfg.sampler)
-    noising = sampler.noising()
-    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
-    policy = run.prepare(backbone.denoiser)
-    dims = math.prod(backbone.latent_shape(resolution))
-    algorithm = DiffusionDPO(policy, reference, noising, dims, **cfg.algorithm)
-    players = {"policy": adamw(policy, **cfg.optimizer)}
-    hooks = standard_hooks(run, backbone, resolution, algorithm, sampler, **cfg.hooks)
-    backbone.release()  # latents and embeddings are cached: no autoencoder, no text encoder while training
-    loader = run.loader(pairs)
-    if pairs.draws_per_sample:
-        algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
-    del reference
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(loader)
+    parts = recipe.Parts(cfg, run, backbone, pairs)
+    noising = parts.sampler.noising()  # the timesteps at which the model samples, and no others
+    algorithm = DiffusionDPO(parts.policy, parts.reference, noising, parts.dims, **cfg.algorithm)
+    parts.fit(algorithm)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from diffalign.algorithms.refl import ReFL
 from diffalign.commands import program
 from diffalign.data import Prompts
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
-from diffalign.objectives.rewards import Rewards
+from diffalign.training import recipe
 from diffalign.training.hooks.monitor import Monitor
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.optim import adamw
@@ -39,19 +38,11 @@ def main(argv: list[str] | None = None) -> None:
         monitor=Monitor,
         hooks=standard_hooks,
     )
-    run = Run(cfg, **cfg.run)
-    backbone = load_backbone(run.placement, **cfg.backbone)
+    run, backbone = recipe.begin(cfg)
     prompts = run.prompts(backbone, **cfg.data)
-    sampler = Sampler(backbone, run.draws, cfg.data["resolution"], **cfg.sampler)
-    rewards = Rewards(load_mixture(run.device, **cfg.reward), backbone.decode, run.gather)
-    reference = reference_for(backbone.denoiser)  # adapters off, or a frozen copy
-    policy = run.prepare(backbone.denoiser)
-    algorithm = ReFL(policy, reference, sampler, rewards, **cfg.algorithm)
-    players = {"policy": adamw(policy, **cfg.optimizer)}
-    monitor = Monitor(run, backbone, sampler, rewards, load_mixture, **cfg.monitor)
-    hooks = standard_hooks(run, backbone, cfg.data["resolution"], algorithm, sampler, monitor, **cfg.hooks)
-    backbone.release()  # text is encoded; the autoencoder loads again when a sample is decoded
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(prompts))
+    parts = recipe.Parts(cfg, run, backbone, prompts)
+    algorithm = ReFL(parts.policy, parts.reference, parts.sampler, parts.rewards, **cfg.algorithm)
+    parts.fit(algorithm)
 
 
 if __name__ == "__main__":

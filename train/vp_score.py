@@ -13,6 +13,7 @@ from diffalign import config
 from diffalign.algorithms.reward_training import RewardTraining
 from diffalign.commands import program
 from diffalign.data.groups import PreferenceGroups
+from diffalign.training import recipe
 from diffalign.training.hooks.validation import scorer_hooks
 from diffalign.training.optim import adamw
 from diffalign.training.run import Run
@@ -35,11 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(cfg, **cfg.run)
     scorer = blip_to_train(run.device, cfg.data["aspects"], **cfg.scorer)
     groups, validation = (run.groups(prepare(scorer.rule), part, **cfg.data) for part in ("train", "validation"))
-    policy = run.prepare(scorer)
-    algorithm = RewardTraining(policy, run.draws, groups.aspects, **cfg.algorithm)
-    players = {"scorer": adamw(policy, **cfg.optimizer)}
-    hooks = scorer_hooks(run, scorer, validation, **cfg.hooks)
-    Trainer(run, algorithm, players, hooks, **cfg.trainer).fit(run.loader(groups))
+    algorithm = RewardTraining(run.prepare(scorer), run.draws, groups.aspects, **cfg.algorithm)
+    recipe.fit_scorer(cfg, run, scorer, algorithm, groups, validation)
 
 
 if __name__ == "__main__":

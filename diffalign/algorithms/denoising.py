@@ -31,6 +31,8 @@ class Denoising(Algorithm):
     """Whether all images of a preference get the same eps; their timestep they share always."""
     remembers_latents: ClassVar[bool] = False
     """Whether a noised latent costs network evaluations, and is kept with the reference's error on it."""
+    remembers_reference: ClassVar[bool] = True
+    """Whether `remember_reference` can replace the reference where the same draws return (`data.draws_per_sample`)."""
 
     def __init__(self, policy: nn.Module, reference: Network | None, noising: Noising):
         self.players = {"policy": policy}

@@ -179,6 +179,8 @@ class PSOCustomization(DiffusionDPO):
         sft_weight: weight of the targets' own likelihood, in units of the reward; 0 for none
     """
 
+    remembers_reference = False  # it draws the losers while the policy trains
+
     def __init__(
         self,
         policy: nn.Module,

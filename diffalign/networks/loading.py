@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import pkgutil
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +14,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
+from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
-from diffalign.networks.families.flux import FluxBackbone
-from diffalign.networks.families.sd import SDBackbone
-from diffalign.networks.families.sd3 import SD3Backbone
-from diffalign.networks.families.sdxl import SDXLBackbone
 from diffalign.networks.lora import add_lora
 from diffalign.networks.placement import Placement
 from diffalign.playground import SHIPPED
@@ -25,12 +24,6 @@ from reward_models.hub import missing, reachable
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 
-FAMILIES: dict[str, type[Backbone]] = {
-    "StableDiffusionPipeline": SDBackbone,
-    "StableDiffusionXLPipeline": SDXLBackbone,
-    "StableDiffusion3Pipeline": SD3Backbone,
-    "FluxPipeline": FluxBackbone,
-}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MOST_T5_TOKENS = 512
@@ -70,9 +63,9 @@ def load_backbone(
     Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
     """
     folder = find_pipeline(path)
-    family = family_of(folder)
-    if family not in FAMILIES:
-        raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
+    family, supported = family_of(folder), supported_families()
+    if family not in supported:
+        raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(supported)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     network_dtype = DTYPES[dtype] if lora_rank else torch.float32
     where = placement if isinstance(placement, Placement) else Placement(placement)
@@ -86,7 +79,7 @@ def load_backbone(
         guidance_embedding,
         gradient_checkpointing,
     )
-    backbone = FAMILIES[family](source)
+    backbone = supported[family](source)
     backbone.denoiser.autocast_dtype = where.autocast_dtype
     network = backbone.denoiser.network
     if lora_rank:
@@ -128,6 +121,25 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
 
 
 load_backbone.check = check_backbone  # type: ignore[attr-defined]
+
+
+@cache
+def supported_families() -> dict[str, type[Backbone]]:
+    """Name of a pipeline class -> its family: every backbone in the files of families/ that has a `pipeline_class`.
+
+    Raises ValueError where two have the same.
+    """
+    found: dict[str, type[Backbone]] = {}
+    for file in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+        for kind in vars(importlib.import_module(file.name)).values():
+            defined = isinstance(kind, type) and issubclass(kind, Backbone) and kind.__module__ == file.name
+            if not defined or "pipeline_class" not in vars(kind):
+                continue
+            name = kind.pipeline_class.__name__
+            if name in found:
+                raise ValueError(f"{found[name].__module__} and {file.name} both load a {name}; remove one of them")
+            found[name] = kind
+    return found
 
 
 def family_of(folder: Path) -> str:

@@ -199,9 +199,8 @@ def test_the_other_processes_do_not_wait_for_the_verification(tmp_path: Path) ->
     run: Any = SimpleNamespace(folder=tmp_path, main=False, accelerator=MagicMock(), draws=Draws(0))
     backbone = load_backbone(CPU, path="playground")
     package = UserPackage(run, backbone, {})
-    hooks = standard_hooks(run, backbone, 32, package=package)
-    assert [type(hook).__name__ for hook in hooks[-4:]] == ["Export", "UserPackage", "Checkpoint", "Verify"]
-    assert [type(hook).__name__ for hook in hooks[:1]] == ["Restore"]
+    hooks = standard_hooks(run, backbone, 32, own=[package])
+    assert [type(hook).__name__ for hook in hooks] == ["Restore", "Export", "UserPackage", "Checkpoint", "Verify"]
     run.accelerator.reset_mock()
     hooks[-1].end(MagicMock())  # of another process than the main one
     assert run.accelerator.mock_calls == []

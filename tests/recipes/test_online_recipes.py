@@ -182,6 +182,7 @@ def test_customisation_of_a_folder(tmp_path: Path, recipe: Callable) -> None:
     (tmp_path / "images" / "prompt.txt").write_text("red circle on white")
     settings = [f"run.folder={tmp_path / 'run'}", f"data.path={tmp_path / 'images'}", "data.batch_size=2", *BARE]
     settings += ["trainer.steps=3", "algorithm.redraw_every=2", "subject.prompt=circle on white"]
+    settings += ["data.draws_per_sample=2"]  # the draws return, but the reference draws the losers and must stay
     recipe("pso_customize", "--config=playground", *settings)
     rows = metrics(tmp_path / "run")
     assert rows[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-5) and len(rows) == 3

@@ -77,8 +77,9 @@ class Backbone(ABC):
     index        model_index.json: which parts there are
     scheduler_config  of the stock pipeline's scheduler; change it and what is exported samples by another one
 
-    A family says what its parts are: the classes of the pipeline and of the network, the network's name in the
-    pipeline, each text encoder's name with its class and its tokenizer's, and what makes `pipeline` leave a part out.
+    A family says what its parts are: the class of the pipeline (`load_backbone` finds the family by its name) and of
+    the network, the network's name in the pipeline, each text encoder's name with its class and its tokenizer's, and
+    what makes `pipeline` leave a part out.
     """
 
     pipeline_class: ClassVar[Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffalign.networks.ema import Ema
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.sampler import Sampler
 from diffalign.training.hooks.averaging import Averaging
-from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, in_order
+from diffalign.training.hooks.checkpoint import Checkpoint, Stateful, check_checkpoints, in_order
 from diffalign.training.hooks.export import Export, Verify
 from diffalign.training.hooks.monitor import Monitor
 from diffalign.training.hooks.samples import SampleGrid
@@ -26,7 +27,7 @@ def standard_hooks(
     algorithm: Algorithm | None = None,
     sampler: Sampler | None = None,
     monitor: Monitor | None = None,
-    package: Hook | None = None,
+    own: Sequence[Hook] = (),
     *,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
@@ -42,7 +43,8 @@ def standard_hooks(
     algorithm  whose state checkpoints hold, where it has one
     sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
     monitor    watches the run, and may stop it
-    package    what a recipe adds to the export
+    own        the recipe's own, after those that look at the run and before the checkpoint: what they change is saved,
+               a step that they declare the last one as well, and at the end they may add to the export
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -56,8 +58,9 @@ def standard_hooks(
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
     averaged = ema.applied if ema else nullcontext
-    parts = {"algorithm": algorithm, "monitor": monitor}
-    held = {name: part for name, part in parts.items() if part is not None}
+    held: dict[str, Stateful] = {} if monitor is None else {"monitor": monitor}
+    if algorithm is not None and type(algorithm).state is not Algorithm.state:
+        held["algorithm"] = algorithm
     hooks: list[Hook] = [Averaging(ema)] if ema else []
     if monitor is not None:  # before what acts on the last step, which it may declare
         hooks.append(monitor)
@@ -66,9 +69,7 @@ def standard_hooks(
             settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
             sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
-    hooks.append(Export(run, backbone, averaged))
-    if package is not None:
-        hooks.append(package)
+    hooks += [Export(run, backbone, averaged), *own]
     hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, held), hooks)
     return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,15 @@ def stranger_hooks(
     run: Run,
     scorer: Any,
     choices: PersonalChoices,
+    own: Sequence[Hook] = (),
     *,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
     validate_every: int = 500,
     shots: tuple[int, ...] = (4, 20),
 ) -> list[Hook]:
-    """The hooks of the recipe that trains a personal scorer.
+    """The hooks of the recipe that trains a personal scorer. own: the recipe's own, which may change weights before
+    they are validated.
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -41,7 +44,7 @@ def stranger_hooks(
         shots: from how many choices a stranger is fitted; the rest of their choices is predicted
     """
     checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
-    return in_order(checkpoint, [Strangers(run, scorer, choices, validate_every, shots)])
+    return in_order(checkpoint, [*own, Strangers(run, scorer, choices, validate_every, shots)])
 
 
 def check_stranger_hooks(cfg: dict[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.networks.families.unet import UNetBackbone
-from diffalign.networks.loading import FAMILIES, Backbone, family_of, find_pipeline
+from diffalign.networks.loading import Backbone, family_of, find_pipeline, supported_families
 from diffalign.networks.user_adapter import FILE, add_user_adapter, user_width
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -50,7 +50,7 @@ def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
         family = family_of(find_pipeline(backbone["path"]))
     except (OSError, ValueError):
         return problems  # reported where it is loaded
-    if not issubclass(FAMILIES.get(family, UNetBackbone), UNetBackbone):
+    if not issubclass(supported_families().get(family, UNetBackbone), UNetBackbone):
         problems.append(f"'backbone.path' holds a {family}; user adapters are for Stable Diffusion and SDXL")
     return problems
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,13 +27,15 @@ def scorer_hooks(
     run: Run,
     scorer: Any,
     validation: PreferenceGroups,
+    own: Sequence[Hook] = (),
     *,
     checkpoint_every: int = 500,
     keep_checkpoints: int = 2,
     validate_every: int = 100,
     patience: int | None = None,
 ) -> list[Hook]:
-    """The hooks of every recipe that trains a scorer.
+    """The hooks of every recipe that trains a scorer. own: the recipe's own, which may change weights before they are
+    validated.
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
@@ -41,7 +44,7 @@ def scorer_hooks(
         patience: stop after so many validations in a row without a better one; never when left out
     """
     checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
-    return in_order(checkpoint, [Validation(run, scorer, validation, validate_every, patience)])
+    return in_order(checkpoint, [*own, Validation(run, scorer, validation, validate_every, patience)])
 
 
 def check_scorer_hooks(cfg: dict[str, Any]) -> list[str]:

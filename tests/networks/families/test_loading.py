@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from diffalign.diffusion.schedule import Prediction
 from diffalign.diffusion.steps import sample
+from diffalign.networks import families
 from diffalign.networks.ema import Ema
-from diffalign.networks.loading import check_backbone, encoder_fingerprint, find_pipeline, load_backbone
+from diffalign.networks.loading import (
+    check_backbone,
+    encoder_fingerprint,
+    find_pipeline,
+    load_backbone,
+    supported_families,
+)
 from diffalign.networks.lora import adapters_off, lora_layers
 from diffalign.networks.reference import AdapterOffReference, FrozenReference, reference_for
 from diffalign.playground import BASE
@@ -172,12 +180,47 @@ def test_fingerprint_follows_the_encoders(tiny_sd: Path, tmp_path: Path) -> None
     assert encoder_fingerprint(copy, 256) != encoder_fingerprint(tiny_sd, 256)
 
 
+FAMILY = """
+from diffalign.networks.families.sd import SDBackbone
+
+class PaintingPipeline(SDBackbone.pipeline_class):
+    pass
+
+class PaintingBackbone(SDBackbone):
+    pipeline_class = PaintingPipeline
+
+class SizedBackbone(PaintingBackbone):
+    ...
+"""
+
+
+def test_a_file_in_families_is_a_family(tmp_path: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "more")])
+    shutil.copytree(tiny_sd, tmp_path / "pipeline")
+    index = json.loads((tiny_sd / "model_index.json").read_text())
+    (tmp_path / "pipeline/model_index.json").write_text(json.dumps(index | {"_class_name": "PaintingPipeline"}))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/painting.py").write_text(FAMILY)
+    supported_families.cache_clear()
+    try:
+        found = load_backbone(CPU, path=str(tmp_path / "pipeline"))
+        assert type(found).__name__ == "PaintingBackbone"
+        (tmp_path / "more/copied.py").write_text(FAMILY)
+        supported_families.cache_clear()
+        with pytest.raises(ValueError, match=r"copied and .*painting both load a PaintingPipeline; remove one of them"):
+            supported_families()
+    finally:
+        supported_families.cache_clear()
+        for name in ("painting", "copied"):
+            sys.modules.pop(f"{families.__name__}.{name}", None)
+
+
 def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no diffusers pipeline at .*model_index\.json"):
         find_pipeline(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(
-        ValueError, match=r"holds a KandinskyPipeline; supported pipelines: StableDiffusionPipeline, .*Flux"
+        ValueError, match=r"holds a KandinskyPipeline; supported pipelines: FluxPipeline, StableDiffusionPipeline, .*XL"
     ):
         load_backbone(CPU, path=str(tmp_path))
     fine = {"attention": "sdpa", "lora_rank": 0, "lora_alpha": None, "lora_targets": ("to_q",)}

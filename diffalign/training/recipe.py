@@ -1,0 +1,123 @@
+"""What the recipes in train/ share: the parts that an algorithm is made of, and how they are trained.
+
+`cfg.make("sampler", ...)` makes what the recipe gave to `config.parse` as `sampler=`, with the keys of that section.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from diffalign.algorithms.base import Algorithm
+from diffalign.algorithms.denoising import Denoising
+from diffalign.config import Config
+from diffalign.data.loader import KeyedDataset
+from diffalign.diffusion.noising import Noising
+from diffalign.diffusion.steps import Network
+from diffalign.networks.families.base import Backbone
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
+from diffalign.objectives.rewards import Rewards
+from diffalign.training.optim import Player
+from diffalign.training.run import Run
+from diffalign.training.trainer import Hook
+from diffalign.types import Cond
+
+
+def begin(cfg: Config) -> tuple[Run, Backbone]:
+    """The run, and the model that it trains, in the precision of the run."""
+    run = cfg.make("run", cfg)
+    return run, cfg.make("backbone", run.placement)
+
+
+class Parts:
+    """What a recipe makes an algorithm of that trains a denoiser, on images or on its own samples.
+
+    Positional: the configuration, the run, the backbone, the data set, and what makes the frozen reference of a
+    denoiser (None for methods without one).
+
+    sampler    as the model samples                       in recipes with the section `sampler`
+    rewards    of the mixture of scorers                  in recipes with the section `reward`
+    noising    timesteps, noise and the errors' weights   in recipes with the section `noising`
+    reference  the denoiser as it is now, frozen; None without one
+    policy     the denoiser that trains, as prepared by accelerate
+    """
+
+    sampler: Sampler
+    rewards: Rewards
+    noising: Noising
+
+    def __init__(
+        self,
+        cfg: Config,
+        run: Run,
+        backbone: Backbone,
+        data: KeyedDataset,
+        reference: Callable[[nn.Module], Network] | None = reference_for,
+    ):
+        self.cfg, self.run, self.backbone, self.data = cfg, run, backbone, data
+        self.resolution = cfg.data["resolution"]
+        if "sampler" in cfg:
+            self.sampler = cfg.make("sampler", backbone, run.draws, self.resolution)
+        if "reward" in cfg:
+            self.rewards = Rewards(cfg.make("reward", run.device), backbone.decode, run.gather)
+        if "noising" in cfg:
+            self.noising = cfg.make("noising", backbone.schedule, run.draws)
+        self.reference = reference(backbone.denoiser) if reference else None  # before accelerate wraps the denoiser
+        self.policy = run.prepare(backbone.denoiser)
+
+    @property
+    def dims(self) -> int:
+        """How many values a latent has."""
+        return math.prod(self.backbone.latent_shape(self.resolution))
+
+    @property
+    def empty(self) -> Cond:
+        """The Cond of the empty prompt, batch axis 1."""
+        return self.backbone.encode_text([""])
+
+    def fit(self, algorithm: Algorithm, hooks: Sequence[Hook] = ()) -> None:
+        """Train to the end of the run. hooks: what this recipe has besides the shared ones; `standard_hooks` says when
+        they are called."""
+        cfg, run, backbone, sampler = self.cfg, self.run, self.backbone, getattr(self, "sampler", None)
+        players, monitor = players_of(cfg, algorithm), None
+        if "monitor" in cfg:
+            monitor = cfg.make("monitor", run, backbone, sampler, self.rewards, cfg.factories["reward"])
+        every = cfg.make("hooks", run, backbone, self.resolution, algorithm, sampler, monitor, hooks)
+        backbone.release()  # latents and text are encoded: no text encoder in memory while training
+        loader = run.loader(self.data)
+        if self.data.draws_per_sample and isinstance(algorithm, Denoising) and algorithm.remembers_reference:
+            algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
+        self.reference = None  # the algorithm alone decides how long it is kept
+        cfg.make("trainer", run, algorithm, players, every).fit(loader)
+
+
+def players_of(cfg: Config, algorithm: Algorithm) -> Mapping[str, Player]:
+    """The algorithm's networks with their optimizers, by the section `<player>_optimizer` or else by `optimizer`."""
+    sections = {name: f"{name}_optimizer" for name in algorithm.players}
+    return {
+        name: cfg.make(sections[name] if sections[name] in cfg else "optimizer", module)
+        for name, module in algorithm.players.items()
+    }
+
+
+def fit_scorer(
+    cfg: Config,
+    run: Run,
+    scorer: Any,
+    algorithm: Algorithm,
+    data: KeyedDataset,
+    validation: Any,
+    hooks: Sequence[Hook] = (),
+) -> None:
+    """Train a scorer to the end of the run, validated on `validation`.
+
+    hooks: what this recipe has besides the shared ones; the recipe's `hooks` section says when they are called.
+    """
+    players = players_of(cfg, algorithm)
+    every = cfg.make("hooks", run, scorer, validation, hooks)
+    cfg.make("trainer", run, algorithm, players, every).fit(run.loader(data))
