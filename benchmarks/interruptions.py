@@ -40,6 +40,7 @@ from diffusers import StableDiffusionPipeline  # noqa: F401
 import reward_models.clip.scorers  # noqa: F401
 from diffalign.commands import launch
 from diffalign.playground.world import captions
+from reward_models.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "interruptions.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -229,7 +230,7 @@ def main() -> int:
     said |= {"trials": len(rows), "hold": holds}
     if not args.only:
         text = json.dumps(said, indent=1).removesuffix("\n}") + ',\n "rows": [\n'
-        RESULTS.write_text(text + ",\n".join(map(json.dumps, lines)) + "\n ]\n}\n")
+        write_whole(RESULTS, text + ",\n".join(map(json.dumps, lines)) + "\n ]\n}\n")
     return int(holds < len(rows))
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import runpy
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from results_file import read_rows, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -346,13 +346,6 @@ def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """The results, whole or not at all."""
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    os.replace(temporary, RESULTS)
-
-
 PARTS: dict[tuple[str, str], Any] = {
     **{("scorer", head): lambda town, seed, head=head: score_strangers(town, head, seed) for head in HEADS},
     ("ppd", "4 choices"): lambda town, seed: [personalise(town, seed)],
@@ -368,7 +361,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     args = parser.parse_args()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     done = {(r["part"], r["case"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         town = Town(Path(folder))
@@ -378,7 +371,7 @@ def main() -> None:
             found = PARTS[part, case](town, seed)
             print(*map(json.dumps, found), sep="\n", flush=True)
             rows += found
-            write(rows)
+            write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

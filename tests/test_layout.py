@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -155,6 +156,13 @@ def test_file_budget() -> None:
         if (n := len(f.read_text().splitlines())) > 300
     }
     assert not long
+
+
+def test_one_file_renames_what_is_written() -> None:
+    """All others write through it, so that a kill or a full disk leaves no half of a file anywhere."""
+    files = [f for folder in (*PACKAGES, "train", "eval", "benchmarks") for f in _python(folder)]
+    found = [f for f in files if re.search(r"os\.(replace|rename)\b|\.rename\(|shutil\.move", f.read_text())]
+    assert found == [ROOT / "reward_models" / "files.py"]
 
 
 ALGORITHM_OF = {

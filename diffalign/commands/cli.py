@@ -172,14 +172,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> int:
     from diffalign.playground.world import captions
-    from reward_models.files import write_whole
+    from reward_models.files import write_lines
 
-    lines = [
-        json.dumps({"prompt": c, "prompt_id": f"{i:04d}"})
-        for i, c in enumerate(captions(args.n, held_out=args.held_out, seed=args.seed))
-    ]
-    write_whole(args.out, "\n".join(lines) + "\n")
-    print(f"{len(lines)} prompts in '{args.out}'")
+    found = captions(args.n, held_out=args.held_out, seed=args.seed)
+    write_lines(args.out, ({"prompt": caption, "prompt_id": f"{i:04d}"} for i, caption in enumerate(found)))
+    print(f"{len(found)} prompts in '{args.out}'")
     return 0
 
 

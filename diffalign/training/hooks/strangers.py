@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from typing import Any
 
 import numpy as np
@@ -16,7 +13,7 @@ from diffalign.data import PersonalChoices
 from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, in_order
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
-from reward_models.files import read_lines, write_whole
+from reward_models.files import read_lines, replacing_folder, write_lines
 
 BINS = 10
 """Of the calibration error."""
@@ -74,18 +71,15 @@ class Strangers(Hook):
     def after_step(self, trainer: Trainer) -> None:
         if self.run.main and (trainer.step % self.every == 0 or trainer.last):
             self.rows += [self.measure(trainer.step, n) for n in self.shots]
-            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+            write_lines(self.file, self.rows)
         self.run.accelerator.wait_for_everyone()
 
     def end(self, trainer: Trainer) -> None:
         if self.run.main:
             head, choices = self.scorer.head, self.choices
             self.scorer.standardise([head.fit(*self._place(choices.of(name))) for name in choices.people])
-            temporary = self.export.with_name("export.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.scorer.save(temporary)
-            shutil.rmtree(self.export, ignore_errors=True)
-            os.replace(temporary, self.export)
+            with replacing_folder(self.export) as temporary:
+                self.scorer.save(temporary)
             self.run.print(f"exported: '{self.export}'; `diffalign user fit` makes a user of a few choices")
         self.run.accelerator.wait_for_everyone()
 
