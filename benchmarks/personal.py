@@ -38,8 +38,9 @@ from diffalign.playground.people import MATCH, PROTOTYPES, Person
 from diffalign.playground.ratings import write_pairs
 from diffalign.playground.world import captions
 from diffalign.report import paired_win_rate
-from diffalign.training.hooks.strangers import calibration_error, interval
+from diffalign.training.hooks.strangers import calibration_error
 from reward_models import load_scorer
+from reward_models.accuracy import interval
 from reward_models.personal.scorers import save_user
 from reward_models.personal.tastes import Taste
 
@@ -145,7 +146,7 @@ def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
                     chance, doubt = scorer.head.chance(z_w[50:], z_l[50:], taste)
                     chances.append(chance)
                     doubts.append(doubt.mean().item())
-        low, high = interval(np.array(right))
+        low, high = interval(right)
         row = {"part": "scorer", "case": head, "seed": seed, "shots": shots, "n": len(right)}
         row |= {"accuracy": round(float(np.mean(right)), 4), "low": round(low, 4), "high": round(high, 4)}
         if chances:

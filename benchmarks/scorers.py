@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from results_file import commit, read_rows, write_rows
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from diffalign.commands import launch
 from diffalign.playground import Judge
 from diffalign.playground.ratings import write_ratings
 from reward_models import load_scorer, read_image
+from reward_models.accuracy import interval
 from reward_models.files import replacing_folder
 from reward_models.playground import PLAYGROUND
 
@@ -70,9 +70,8 @@ class HeldOut:
             d, t = (x[mine][:, None] - x[mine][None] for x in (scores, truth))
             if (t > 0).any():
                 each.append(float(((d > 0) & (t > 0)).sum() / (t > 0).sum()))
-        interval = bootstrap((np.array(each),), np.mean, rng=np.random.default_rng(0), method="percentile")
-        low, high = interval.confidence_interval
-        return {"accuracy": round(float(np.mean(each)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+        low, high = interval(each, resamples=9999)
+        return {"accuracy": round(float(np.mean(each)), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def summary(style: str, scores: Sequence[float], seed: int) -> dict[str, Any]:
     from reward_models.accuracy import interval
 
     values = np.asarray(scores)
-    low, high = interval(np.stack([values, np.ones(len(values))], axis=1), seed=seed)
+    low, high = interval(values, seed=seed)
     row: dict[str, Any] = {"images": len(values), "mean": float(values.mean()), "low": low, "high": high}
     if style in STYLES:
         groups = [values[i : i + GROUP].mean() for i in range(0, len(values), GROUP)]

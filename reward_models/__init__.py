@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Resolved on first use: importing the package must not cost an import of torch.
 _HOME = {
-    "AestheticPredictor": "aesthetic",
-    "CLIPScore": "clip_scorers",
-    "CLIPScorer": "clip_scorers",
+    "AestheticPredictor": "clip.aesthetic",
+    "CLIPScore": "clip.scorers",
+    "CLIPScorer": "clip.scorers",
     "ImageRule": "preprocess",
     "NetworkScorer": "base",
     "Scorer": "protocol",
@@ -36,7 +36,7 @@ _HOME = {
     "load_mixture": "mixture",
     "load_scorer": "loading",
     "read_image": "images",
-    "score_files": "scoring",
+    "score_files": "folder.scoring",
 }
 __all__ = [
     "AestheticPredictor",

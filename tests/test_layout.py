@@ -42,8 +42,8 @@ SCORER_LAYERS = (
 )
 """The same of reward_models/."""
 
-SHARED = {"reward_models.files", "reward_models.hub", "reward_models.images"}
-"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub; no network."""
+SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "hub", "images")}
+"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub, intervals; no network."""
 
 
 def _python(folder: str) -> list[Path]:

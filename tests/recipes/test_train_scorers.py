@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from diffalign.playground.ratings import RATED, write_ratings
+from diffalign.training.hooks.logit_scale import LimitLogitScale
 from diffalign.training.optim import adamw
 from reward_models import load_scorer
-from reward_models.training import HPS_TRAINS, LimitLogitScale, clip_to_train, train_only
+from reward_models.training import HPS_TRAINS, clip_to_train, train_only
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 
 from diffalign.config import too_small
 from diffalign.data import PersonalChoices
 from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, in_order
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
+from reward_models.accuracy import interval
 from reward_models.files import read_lines, replacing_folder, write_lines
 
 BINS = 10
@@ -109,7 +109,7 @@ class Strangers(Hook):
                 f"only {len(right)} strangers have {2 * shots} choices, which 'hooks.shots' = {shots} needs; raise "
                 "'choices.strangers' or ask for fewer"
             )
-        low, high = interval(np.array(right))
+        low, high = interval(right)
         error = calibration_error(torch.cat(chances))
         row = {"step": step, "shots": shots, "accuracy": float(np.mean(right)), "low": low, "high": high}
         row |= {"calibration_error": error, "doubt": float(np.mean(spread)), "strangers": len(right)}
@@ -118,14 +118,6 @@ class Strangers(Hook):
             f"strangers, calibration error {error:.3f}"
         )
         return row
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the mean of values [n], by a bootstrap."""
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def calibration_error(chances: torch.Tensor) -> float:
