@@ -68,7 +68,7 @@ def jobs(scratch: Path) -> list[Job]:
     online += ["monitor.every=3", "monitor.prompt_count=4", "hooks.checkpoint_every=3", "hooks.sample_every=2"]
     offline = ["data.limit=64", "hooks.checkpoint_every=5", "hooks.sample_every=4", "run.log_every=4"]
     caching = ["data.limit=1000", "hooks.sample_every=0", "data.draws_per_sample=1"]
-    generate = [str(launch.find("eval", "generate")), "--pipeline", "playground", "--prompts", str(prompts)]
+    generate = [str(launch.find("tools", "generate")), "--pipeline", "playground", "--prompts", str(prompts)]
     generate += ["--steps", "3", "--batch-size", "4", "--samples-per-prompt", "4", "--out", "OUT/images"]
     score = [
         str(launch.find("eval", "score_folder")),

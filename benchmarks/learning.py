@@ -116,7 +116,7 @@ class World:
             f"--prompts={self.folder / prompts}.jsonl",
             f"--out={self.folder / out}",
         ]
-        recipe = runpy.run_path(str(launch.find("eval", "generate")))
+        recipe = runpy.run_path(str(launch.find("tools", "generate")))
         steps = STEPS.get(self.model)
         sampling = ["--size=32", "--batch-size=64", f"--steps={steps or 10}", f"--guidance={1.0 if steps else 2.0}"]
         sampling += ["--max-sequence-length=8"] if self.model == "playground_flow" else []

@@ -219,11 +219,11 @@ def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
         prompts.write_text("\n".join(lines) + "\n")
         generate = ["--pipeline=playground", f"--prompts={prompts}", f"--out={town.folder / 'images'}", "--seed=1"]
         generate += ["--samples-per-prompt=2", "--size=32", "--batch-size=64", "--steps=10", "--guidance=2"]
-        assert runpy.run_path(str(launch.find("eval", "generate")))["main"](generate) == 0
+        assert runpy.run_path(str(launch.find("tools", "generate")))["main"](generate) == 0
         seen = [name for name in PEOPLE if name not in STRANGERS]
         label(town.folder / "images", pairs, annotators=seen, opinions=8)
     embed = ["embed", str(town.choices), f"--encoder={encoder}", f"--choices={choices}", f"--out={users}"]
-    assert runpy.run_path(str(launch.find("eval", "user")))["main"](embed) == 0
+    assert runpy.run_path(str(launch.find("tools", "user")))["main"](embed) == 0
     settings = [f"data.path={pairs}", f"users.path={users}", f"run.folder={run}", f"run.seed={seed}"]
     settings += [f"adapter.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
     started = time.time()

@@ -3,7 +3,7 @@
     diffalign eval rank_images sdxl sd3 flux --scorer hps_v2.1 --scorer pickscore --out ranked.jsonl
     diffalign eval rank_images images --scorer diffalign.playground:Judge --scorer playground_hps --out ranked.jsonl
 
-Each FOLDER is written by eval/generate.py; images of the same prompt_id compete, whichever folder they are in. Every
+Each FOLDER is written by tools/generate.py; images of the same prompt_id compete, whichever folder they are in. Every
 image is decoded once for all scorers. FILE.jsonl has a line for each prompt, as `data.path` of the train recipes reads
 it: prompt, images (relative to the file), scores (the numbers of each scorer, and phi, the share of comparisons won
 over all scorers; a tie is a win for neither), and ranking (1 for the best, equal where phi is).

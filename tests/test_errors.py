@@ -104,7 +104,7 @@ def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable
     """The same of training and generating."""
     assert PIPELINES[name] in sft(f"backbone.path={folders / name}")
     base = ["--prompts", str(folders / "prompts.txt"), "--out", str(folders / "out"), "--steps=1", "--device=cpu"]
-    lines = program("eval", "generate", *base, "--pipeline", str(folders / name))
+    lines = program("tools", "generate", *base, "--pipeline", str(folders / name))
     assert 1 <= len(lines) <= 2 and PIPELINES[name] in lines[0], lines
 
 
@@ -146,7 +146,7 @@ def test_a_folder_of_bin_files_trains_and_generates(
 ) -> None:
     settings = ["--config=playground", f"data.path={pairs_file}", *SHORT, f"backbone.path={folders / 'bin'}"]
     recipe("sft", *settings, f"run.folder={tmp_path / 'run'}", "hooks.verify_export=false")
-    generate = runpy.run_path(str(ROOT / "eval" / "generate.py"))["main"]
+    generate = runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]
     base = ["--prompts", str(folders / "prompts.txt"), "--steps=2", "--device=cpu"]
     for name in ("bin", "sharded"):
         assert generate([*base, "--pipeline", str(folders / name), "--out", str(tmp_path / name)]) == 0
@@ -216,7 +216,7 @@ def test_a_full_disk_while_training(left: int, sft: Callable, tmp_path: Path) ->
 
 @pytest.fixture
 def two_folders(tmp_path: Path) -> list[str]:
-    """Two folders as eval/generate.py writes them, of two prompts."""
+    """Two folders as tools/generate.py writes them, of two prompts."""
     for name, colour in (("base", 30), ("aligned", 200)):
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True)
@@ -262,13 +262,14 @@ def test_evaluations_on_a_full_disk_or_where_nothing_can_be_written(
     name: str, given: dict[str, list[str]], program: Callable, tmp_path: Path
 ) -> None:
     (tmp_path / "FILE").write_text("")
+    kind = "tools" if name == "generate" else "eval"
     with full_disk(60):
-        lines = program("eval", name, *given[name])
+        lines = program(kind, name, *given[name])
     assert len(lines) == 1 and "File too large" in lines[0] and str(tmp_path) in lines[0], lines
     out = [word.replace(str(tmp_path / "images"), str(tmp_path / "FILE" / "x")) for word in given[name]]
     if name != "generate":
         out[out.index("--out") + 1] = str(tmp_path / "FILE" / Path(out[-1]).name)
-    lines = program("eval", name, *out)
+    lines = program(kind, name, *out)
     assert len(lines) == 1 and str(tmp_path / "FILE") in lines[0], lines
 
 
@@ -284,7 +285,7 @@ def test_evaluations_of_damaged_files(
     images = tmp_path / "images"
     images.mkdir()
     (images / "settings.json").write_bytes(data)
-    lines = program("eval", "generate", *given["generate"])
+    lines = program("tools", "generate", *given["generate"])
     assert len(lines) == 1 and str(images) in lines[0], lines
     (tmp_path / "given.json").write_bytes(good)
     (Path(two_folders[0]) / "manifest.jsonl").write_bytes(data)

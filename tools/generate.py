@@ -1,9 +1,9 @@
 """Generate images for a list of prompts with any Stable Diffusion pipeline, from noise fixed per prompt.
 
-    diffalign eval generate --pipeline playground --prompts prompts.txt --out images
-    python eval/generate.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --lora runs/dpo/export \
+    diffalign generate --pipeline playground --prompts prompts.txt --out images
+    python tools/generate.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --lora runs/dpo/export \
         --prompts prompts.jsonl --samples-per-prompt 4 --dtype fp16 --out aligned
-    accelerate launch eval/generate.py ...        # shares the prompts over all processes
+    accelerate launch tools/generate.py ...        # shares the prompts over all processes
 
 Writes OUT/images/*.png, OUT/manifest.jsonl (one image a line: image, prompt, prompt_id, seed, sample) and
 OUT/settings.json. A killed run continues where it stopped when the same command is given again.
