@@ -80,7 +80,7 @@ class DiffusionDPO(Denoising):
         err_w, err_l = errors(self.policy, noised).chunk(2)
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
         terms = PairTerms(err_w, err_l, ref_w, ref_l, self.betas(batch), flip, self._offset(batch), self.sft_weight)
-        losses = batch.weight * self.pair_loss(terms)
+        losses = self.pair_loss(terms)
         margin = terms.margin.detach()
         metrics = {
             "loss": losses.detach(),

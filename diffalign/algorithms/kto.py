@@ -80,7 +80,7 @@ class KTO(Denoising):
         point = self.mean(reward.detach().mean()).clamp(min=0)
         liked = batch.scores > 0.5
         z = torch.where(liked, 1.0, -1.0) * (reward - point)
-        weight = batch.weight * torch.where(liked, self.weights[1], self.weights[0])
+        weight = torch.where(liked, self.weights[1], self.weights[0])
         losses = weight * (1 - UTILITIES[self.utility](z))
         change, unknown = (err - ref).detach(), torch.full_like(ref, torch.nan)
         metrics = {

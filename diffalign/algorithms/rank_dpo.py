@@ -64,7 +64,7 @@ class RankDPO(Denoising):
         pair = (weight > 0).float()
         margin = rewards[:, None] - rewards
         size = len(batch.keys)
-        losses = batch.weight * _sums((-weight * F.logsigmoid(margin)).sum(1), batch.group, size)
+        losses = _sums((-weight * F.logsigmoid(margin)).sum(1), batch.group, size)
         ranked = _sums(pair.sum(1), batch.group, size)
         right = _sums((pair * ((margin > 0).float() + 0.5 * (margin == 0).float())).sum(1), batch.group, size)
         best = _best(batch)

@@ -169,7 +169,9 @@ signal.signal(signal.SIGINT, asked)
 open(f"{folder}/ready-{rank}", "w").close()
 time.sleep(60)
 """
-STARTS = "import sys; from pathlib import Path; from diffalign import launch; print('ended with', launch.start("
+STARTS = (
+    "import sys; from pathlib import Path; from diffalign.commands import launch; print('ended with', launch.start("
+)
 STARTS += "Path(sys.argv[1]), [sys.argv[2]], processes=int(sys.argv[3]), config=sys.argv[4] or None))"
 
 
