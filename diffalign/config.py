@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffalign.config_help import keys
+from reward_models.files import read_text
 
 Section = Callable[..., Any]
 """What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
@@ -126,8 +127,8 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
         raise ConfigError(f"no config '{name}': give a .yaml file or the name of a shipped one ({known})")
     try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        content = OmegaConf.create(read_text(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diffalign.commands import cli, launch
+from diffalign.commands.program import run as run_program
 from diffalign.networks.loading import find_pipeline
 from diffalign.playground import SHIPPED
 from reward_models import hub
@@ -43,7 +44,7 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            program.run(lambda: main(list(words)))
+            run_program(lambda: main(list(words)))
         said = capsys.readouterr().err
         assert ended.value.code == 2, said
         assert "Traceback" not in said
@@ -335,7 +336,7 @@ def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> N
 
     for main in (stopped, left_open):
         with pytest.raises(SystemExit):
-            program.run(main)
+            run_program(main)
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith(": 'a.b' = 1 must be 2") and "%|" not in last
 
@@ -348,13 +349,13 @@ def test_faults_of_ours_keep_their_trace(monkeypatch: pytest.MonkeyPatch, capsys
         raise ValueError("'a.b' = 1 must be 2")
 
     with pytest.raises(KeyError):
-        program.run(broken)
+        run_program(broken)
     with pytest.raises(SystemExit):
-        program.run(wrong)
+        run_program(wrong)
     assert capsys.readouterr().err.endswith(": 'a.b' = 1 must be 2\n")
     monkeypatch.setenv("DIFFALIGN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="must be 2"):
-        program.run(wrong)
+        run_program(wrong)
 
 
 CHILD = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from difflib import get_close_matches
 from os import PathLike
@@ -13,6 +12,7 @@ import open_clip
 from torch import nn
 
 from reward_models.clip.keys import is_transformers, to_open_clip
+from reward_models.files import read_json
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -31,10 +31,7 @@ def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
     elif architecture.endswith(".json"):
         if not Path(architecture).is_file():
             raise FileNotFoundError(f"architecture '{architecture}' does not exist")
-        try:
-            config = json.loads(Path(architecture).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"architecture '{architecture}' is not valid JSON: {error}") from error
+        config = read_json(architecture)
         config = config.get("model_cfg", config) if isinstance(config, dict) else {}
     else:
         check_model_name(architecture)

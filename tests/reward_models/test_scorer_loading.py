@@ -169,7 +169,7 @@ def test_folders_that_are_no_scorers_say_why(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"does not describe a scorer of family 'clip': KeyError.'unit'"):
         load_scorer(str(plain))
     (plain / "reward_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         load_scorer(str(plain))
 
 
