@@ -30,11 +30,11 @@ LAYERS = (
 """The files and folders of diffalign/, lowest first: each may import those of the rows above it, and itself."""
 
 SCORER_LAYERS = (
-    ("protocol", "files", "hub", "accuracy"),
+    ("protocol", "files", "hub", "accuracy", "settings"),
     ("images",),
     ("preprocess", "weights"),
     ("base", "loading"),
-    ("clip", "cards", "mixture"),
+    ("clip", "mixture"),
     ("blip", "folder"),
     ("playground", "personal"),
     ("training",),
@@ -42,8 +42,9 @@ SCORER_LAYERS = (
 )
 """The same of reward_models/."""
 
-SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "hub", "images")}
-"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub, intervals; no network."""
+SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "hub", "images", "settings")}
+"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub, intervals, settings; no
+network."""
 
 
 def _python(folder: str) -> list[Path]:

@@ -160,9 +160,8 @@ def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections:
     for name, factory in sections(recipe).items():
         for key, (hint, default) in config.parameters(factory).items():
             value = "required" if default is inspect.Parameter.empty else f"default {default}"
-            assert re.search(
-                rf"^  {name}\.{key}: {re.escape(config._words(hint))} \({re.escape(value)}\)  \S", shown, re.M
-            ), key
+            kind = re.escape(config.words(hint))
+            assert re.search(rf"^  {name}\.{key}: {kind} \({re.escape(value)}\)  \S", shown, re.M), key
 
 
 SEEN = """

@@ -16,7 +16,6 @@ from diffalign.report.curves import draw_curves, read_metrics
 from diffalign.report.manifest import Pair, read_pairs
 from diffalign.report.win_rate import holm
 from reward_models.files import read_json, read_text, replacing, write_whole
-from reward_models.images import ImageError, read_rgb
 
 EXTREMES, RANDOM = 12, 24
 """Pairs shown: so many of the largest gains, so many of the largest losses, and so many drawn from the rest."""
@@ -125,6 +124,8 @@ def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]
 
 def _picture(out: Path, source: Path, name: str) -> dict[str, Any]:
     """Copy an image into the report; what the page needs to show it."""
+    from reward_models.images import ImageError, read_rgb  # torch, which `--help` does without
+
     try:
         width, height = read_rgb(source).size
     except ImageError as error:

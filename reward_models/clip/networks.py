@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import nn
 
 from reward_models.clip.keys import is_transformers, to_open_clip
 from reward_models.files import read_json
+from reward_models.settings import nearest
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -47,8 +47,7 @@ def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
 def check_model_name(name: str) -> None:
     """Raise ValueError, with the nearest known name, unless open_clip knows the model."""
     if open_clip.get_model_config(name) is None:
-        near = get_close_matches(name, open_clip.list_models(), n=1)
-        raise ValueError(f"open_clip knows no model '{name}'" + "".join(f", did you mean '{x}'?" for x in near))
+        raise ValueError(f"open_clip knows no model '{name}'{nearest(name, open_clip.list_models())}")
 
 
 def build_clip(config: Mapping[str, Any]) -> Any:

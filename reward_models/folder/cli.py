@@ -115,7 +115,7 @@ def _positive(text: str) -> int:
 
 
 def _info(words: Sequence[str]) -> int:
-    from reward_models.cards import CARDS, card_text
+    from reward_models.folder.cards import CARDS, card_text
 
     parser = _Parser(prog="reward-score info", description="What a scorer is: source, input, unit, known failures.")
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; all in short without it")
