@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffalign.commands import launch
 from diffalign.training.trainer import Trainer
+from reward_models.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "graph_memory.json"
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "trainer.steps=1"]
@@ -107,7 +108,7 @@ def main() -> None:
         "DI*, vjp / plain": round(found["DI*, vjp"] / found["DI*, plain"], 3),
     }
     rows = {"megabytes": found, "ratios": found_ratios, "batch": 16, "commit": commit.stdout.strip()}
-    RESULTS.write_text(json.dumps(rows, indent=2) + "\n")
+    write_whole(RESULTS, json.dumps(rows, indent=2) + "\n")
     print(json.dumps(rows, indent=2))
 
 

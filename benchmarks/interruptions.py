@@ -40,6 +40,7 @@ from diffusers import StableDiffusionPipeline  # noqa: F401
 import reward_models.clip.scorers  # noqa: F401
 from diffalign.commands import launch
 from diffalign.playground.world import captions
+from reward_models.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "interruptions.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -67,7 +68,7 @@ def jobs(scratch: Path) -> list[Job]:
     online += ["monitor.every=3", "monitor.prompt_count=4", "hooks.checkpoint_every=3", "hooks.sample_every=2"]
     offline = ["data.limit=64", "hooks.checkpoint_every=5", "hooks.sample_every=4", "run.log_every=4"]
     caching = ["data.limit=1000", "hooks.sample_every=0", "data.draws_per_sample=1"]
-    generate = [str(launch.find("eval", "generate")), "--pipeline", "playground", "--prompts", str(prompts)]
+    generate = [str(launch.find("tools", "generate")), "--pipeline", "playground", "--prompts", str(prompts)]
     generate += ["--steps", "3", "--batch-size", "4", "--samples-per-prompt", "4", "--out", "OUT/images"]
     score = [
         str(launch.find("eval", "score_folder")),
@@ -229,7 +230,7 @@ def main() -> int:
     said |= {"trials": len(rows), "hold": holds}
     if not args.only:
         text = json.dumps(said, indent=1).removesuffix("\n}") + ',\n "rows": [\n'
-        RESULTS.write_text(text + ",\n".join(map(json.dumps, lines)) + "\n ]\n}\n")
+        write_whole(RESULTS, text + ",\n".join(map(json.dumps, lines)) + "\n ]\n}\n")
     return int(holds < len(rows))
 
 

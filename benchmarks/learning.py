@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import runpy
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from results_file import commit, read_rows, write_rows
 
 from diffalign.commands import launch
 from diffalign.networks.loading import Denoiser
@@ -32,6 +31,7 @@ from diffalign.playground import Judge
 from diffalign.playground.annotators import label, load, rank
 from diffalign.playground.world import captions
 from diffalign.report import paired_win_rate
+from reward_models.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 PAGE = Path(__file__).parent.parent / "docs" / "learning.md"
@@ -116,7 +116,7 @@ class World:
             f"--prompts={self.folder / prompts}.jsonl",
             f"--out={self.folder / out}",
         ]
-        recipe = runpy.run_path(str(launch.find("eval", "generate")))
+        recipe = runpy.run_path(str(launch.find("tools", "generate")))
         steps = STEPS.get(self.model)
         sampling = ["--size=32", "--batch-size=64", f"--steps={steps or 10}", f"--guidance={1.0 if steps else 2.0}"]
         sampling += ["--max-sequence-length=8"] if self.model == "playground_flow" else []
@@ -202,13 +202,6 @@ def warnings(run: Path) -> int:
     return int(sum(row.get("monitor/warnings", 0) for row in rows))
 
 
-def commit() -> str:
-    """The commit that is checked out, marked when the code differs from it."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """The docs' table: one line a case and kind of labels, the seeds beside each other."""
     names = ("algorithm", "labels", "noise", "win rate [95 % interval] of each seed", "points", "seconds", "forwards")
@@ -226,18 +219,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    path.with_suffix(".tmp").write_text(text)
-    os.replace(path.with_suffix(".tmp"), path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--labels", choices=(*ALL, NOISY), action="append", help="default: all")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     args = parser.parse_args()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     done = {(r["algorithm"], r["labels"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         worlds = {m: World(Path(folder, m), m) for m in dict.fromkeys(CASES[c].model for c in args.case or CASES)}
@@ -248,9 +236,9 @@ def main() -> None:
                         continue
                     rows.append(learn(worlds[CASES[case].model], case, labels, seed))
                     print(json.dumps(rows[-1]), flush=True)
-                    write(RESULTS, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+                    write_rows(RESULTS, rows)
     before = PAGE.read_text().split(MARK)[0]
-    write(PAGE, before + MARK + "\n\n" + table(rows))
+    write_whole(PAGE, before + MARK + "\n\n" + table(rows))
 
 
 if __name__ == "__main__":

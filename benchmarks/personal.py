@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import runpy
 import tempfile
 import time
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from results_file import read_rows, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,8 +38,9 @@ from diffalign.playground.people import MATCH, PROTOTYPES, Person
 from diffalign.playground.ratings import write_pairs
 from diffalign.playground.world import captions
 from diffalign.report import paired_win_rate
-from diffalign.training.hooks.strangers import calibration_error, interval
+from diffalign.training.hooks.strangers import calibration_error
 from reward_models import load_scorer
+from reward_models.accuracy import interval
 from reward_models.personal.scorers import save_user
 from reward_models.personal.tastes import Taste
 
@@ -145,7 +146,7 @@ def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
                     chance, doubt = scorer.head.chance(z_w[50:], z_l[50:], taste)
                     chances.append(chance)
                     doubts.append(doubt.mean().item())
-        low, high = interval(np.array(right))
+        low, high = interval(right)
         row = {"part": "scorer", "case": head, "seed": seed, "shots": shots, "n": len(right)}
         row |= {"accuracy": round(float(np.mean(right)), 4), "low": round(low, 4), "high": round(high, 4)}
         if chances:
@@ -218,11 +219,11 @@ def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
         prompts.write_text("\n".join(lines) + "\n")
         generate = ["--pipeline=playground", f"--prompts={prompts}", f"--out={town.folder / 'images'}", "--seed=1"]
         generate += ["--samples-per-prompt=2", "--size=32", "--batch-size=64", "--steps=10", "--guidance=2"]
-        assert runpy.run_path(str(launch.find("eval", "generate")))["main"](generate) == 0
+        assert runpy.run_path(str(launch.find("tools", "generate")))["main"](generate) == 0
         seen = [name for name in PEOPLE if name not in STRANGERS]
         label(town.folder / "images", pairs, annotators=seen, opinions=8)
     embed = ["embed", str(town.choices), f"--encoder={encoder}", f"--choices={choices}", f"--out={users}"]
-    assert runpy.run_path(str(launch.find("eval", "user")))["main"](embed) == 0
+    assert runpy.run_path(str(launch.find("tools", "user")))["main"](embed) == 0
     settings = [f"data.path={pairs}", f"users.path={users}", f"run.folder={run}", f"run.seed={seed}"]
     settings += [f"adapter.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
     started = time.time()
@@ -346,13 +347,6 @@ def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """The results, whole or not at all."""
-    temporary = RESULTS.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    os.replace(temporary, RESULTS)
-
-
 PARTS: dict[tuple[str, str], Any] = {
     **{("scorer", head): lambda town, seed, head=head: score_strangers(town, head, seed) for head in HEADS},
     ("ppd", "4 choices"): lambda town, seed: [personalise(town, seed)],
@@ -368,7 +362,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     args = parser.parse_args()
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     done = {(r["part"], r["case"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         town = Town(Path(folder))
@@ -378,7 +372,7 @@ def main() -> None:
             found = PARTS[part, case](town, seed)
             print(*map(json.dumps, found), sep="\n", flush=True)
             rows += found
-            write(rows)
+            write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":

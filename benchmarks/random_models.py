@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffalign.playground import BASE, PAIRS
 from reward_models.clip.scorers import CLIPScorer
+from reward_models.files import replacing_folder
 
 
 class Size(NamedTuple):
@@ -88,10 +87,8 @@ def pipeline_folder(name: str, scratch: Path, device: torch.device) -> Path:
     folder = scratch / name.replace(", ", "-")
     if not folder.exists():
         torch.manual_seed(0)
-        made = folder.with_suffix(".tmp")
-        shutil.rmtree(made, ignore_errors=True)  # of a process that was stopped
-        _pipeline(SIZES[name], device).save_pretrained(made)
-        os.replace(made, folder)
+        with replacing_folder(folder) as made:
+            _pipeline(SIZES[name], device).save_pretrained(made)
     return folder
 
 

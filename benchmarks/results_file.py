@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from reward_models.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -16,9 +17,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """A JSON list, one object a line; the file is either the old one or the new one, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    os.replace(temporary, path)
+    write_whole(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
 def read_rows(path: Path) -> list[Any]:

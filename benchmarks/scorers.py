@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import runpy
-import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,13 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from results_file import commit, read_rows, write_rows
 from torch import Tensor
 
 from diffalign.commands import launch
 from diffalign.playground import Judge
 from diffalign.playground.ratings import write_ratings
 from reward_models import load_scorer, read_image
+from reward_models.accuracy import interval
+from reward_models.files import replacing_folder
 from reward_models.playground import PLAYGROUND
 
 RESULTS = Path(__file__).parent / "results" / "scorers.json"
@@ -71,9 +70,8 @@ class HeldOut:
             d, t = (x[mine][:, None] - x[mine][None] for x in (scores, truth))
             if (t > 0).any():
                 each.append(float(((d > 0) & (t > 0)).sum() / (t > 0).sum()))
-        interval = bootstrap((np.array(each),), np.mean, rng=np.random.default_rng(0), method="percentile")
-        low, high = interval.confidence_interval
-        return {"accuracy": round(float(np.mean(each)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+        low, high = interval(each, resamples=9999)
+        return {"accuracy": round(float(np.mean(each)), 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 @torch.no_grad()
@@ -95,9 +93,8 @@ def measure(scorer: Any, held_out: HeldOut) -> dict[str, Any]:
 def ship(export: Path, recipe: str) -> None:
     """Put an export into the package, in half precision."""
     scorer: Any = load_scorer(str(export), "cpu")
-    folder = PLAYGROUND / recipe
-    shutil.rmtree(folder)
-    scorer.half().save(folder)
+    with replacing_folder(PLAYGROUND / recipe) as folder:
+        scorer.half().save(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     parser.add_argument("--ship", action="store_true", help="put the weights into the package")
     args = parser.parse_args(argv)
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows = read_rows(RESULTS)
     done = {(r["scorer"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -120,17 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found = measure(load_scorer(str(export), "cpu"), held_out)
                 rows.append({"scorer": recipe, "seed": seed, **found, "seconds": round(seconds), "commit": commit()})
                 print(json.dumps(rows[-1]), flush=True)
-                RESULTS.with_suffix(".tmp").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-                os.replace(RESULTS.with_suffix(".tmp"), RESULTS)
+                write_rows(RESULTS, rows)
                 if args.ship:
                     ship(export, recipe)
-
-
-def commit() -> str:
-    """The commit that is checked out, marked when the code differs from it."""
-    return subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
-    ).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from results_file import RESULTS, commit, cpu
 from torch.nn import functional as F
 
 from reward_models.clip.scorers import CLIPScorer
+from reward_models.files import write_whole
 from reward_models.folder.scoring import score_files
 
 ROWS = RESULTS / "scoring.json"
@@ -123,8 +124,7 @@ def main() -> None:
         "commit": commit(),
     }
     print(json.dumps(row, indent=1))
-    ROWS.with_suffix(".tmp").write_text(json.dumps([row], indent=1) + "\n")
-    os.replace(ROWS.with_suffix(".tmp"), ROWS)
+    write_whole(ROWS, json.dumps([row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import difflib
 import inspect
 import math
 import sys
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffalign.config_help import keys
+from reward_models.files import read_text
+from reward_models.settings import typed, words
 
 Section = Callable[..., Any]
 """What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
@@ -112,7 +113,7 @@ def command_line(recipe: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=recipe.name,
         description=inspect.cleandoc(ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""),
-        epilog=keys(recipe, _words),
+        epilog=keys(recipe, words),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -136,8 +137,8 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
         known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
         raise ConfigError(f"no config '{name}': give a .yaml file or the name of a shipped one ({known})")
     try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        content = OmegaConf.create(read_text(path))
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not OmegaConf.is_dict(content):
         raise ConfigError(f"'{path}' must hold sections such as 'run:' and 'trainer:', not a list")
@@ -179,13 +180,13 @@ def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], l
     for key, (hint, default) in schema.items():
         if key not in given or given[key] == "???":  # OmegaConf's mark of a value still to be given
             if default is inspect.Parameter.empty:
-                problems.append(f"'{name}.{key}' is missing; it must be {_words(hint)}")
+                problems.append(f"'{name}.{key}' is missing; it must be {words(hint)}")
             values[key] = default
             continue
         try:
-            values[key] = _typed(given[key], hint)
+            values[key] = typed(given[key], hint)
         except TypeError:
-            problems.append(f"'{name}.{key}' must be {_words(hint)}, got {given[key]!r}")
+            problems.append(f"'{name}.{key}' must be {words(hint)}, got {given[key]!r}")
             continue
         numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
@@ -220,55 +221,6 @@ def parameters(factory: Section) -> dict[str, tuple[Any, Any]]:
     hints = typing.get_type_hints(function)
     keys = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {p.name: (hints[p.name], p.default) for p in keys}
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """The value if it fits the type (ints pass for floats, lists for tuples); TypeError if not."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        for arg in args:
-            try:
-                return _typed(value, arg)
-            except TypeError:
-                continue
-        raise TypeError
-    if origin is typing.Literal:
-        # YAML 1.1 reads a bare no/off as False.
-        value = {False: "no" if "no" in args else "off"}.get(value, value) if value is False else value
-        if value in args:
-            return value
-        raise TypeError
-    if origin in (tuple, list):
-        if not isinstance(value, (list, tuple)):
-            raise TypeError
-        return origin(_typed(v, args[0]) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            raise TypeError from None
-    if hint is type(None):
-        if value is None:
-            return None
-        raise TypeError
-    if hint is str and value is False:
-        return "off"
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise TypeError
-    return value
-
-
-def _words(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(a) for a in args)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(str(a) for a in args)
-    if origin in (tuple, list):
-        return f"a list of {_words(args[0])}"
-    return "null" if hint is type(None) else hint.__name__
 
 
 def _unknown(kind: str, name: str, known: Any) -> str:

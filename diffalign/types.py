@@ -111,7 +111,6 @@ class LatentBatch(NamedTuple):
     cond    batch of G    the prompt of each preference (the empty prompt where the caption was dropped)
     group   int64 [N]     which preference an image belongs to, 0 to G-1
     keys    G keys        (epoch, sample id) of each preference: noise and timestep are drawn from them
-    weight  [G]           importance in the loss
     flip    [G]           probability in [0, 0.5) that the label is wrong; 0 when unknown
     scores  [N]           how good an image is, larger is better: the data set's own scores (NaN where it has none), a
                           ranked group's win rates in [0, 1], or 1 for liked and 0 for disliked single images
@@ -123,7 +122,6 @@ class LatentBatch(NamedTuple):
     cond: Cond
     group: Tensor
     keys: Sequence[Key]
-    weight: Tensor
     flip: Tensor
     scores: Tensor
     size: Tensor | None = None
@@ -153,7 +151,6 @@ class GroupBatch(NamedTuple):
     group   int64 [N]     which prompt an image belongs to, 0 to G-1
     ranks   [N, A]        order within the group by each of A aspects, lower is better; NaN where there is none
     keys    G keys        (epoch, sample id)
-    weight  [G]           importance of the group in the loss
     flip    [G]           probability in [0, 0.5) that a label is wrong; 0 when unknown
     """
 
@@ -162,7 +159,6 @@ class GroupBatch(NamedTuple):
     group: Tensor
     ranks: Tensor
     keys: Sequence[Key]
-    weight: Tensor
     flip: Tensor
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from diffalign.commands import program
-from reward_models.files import write_whole
+from reward_models.files import read_json, write_whole
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
@@ -105,10 +105,7 @@ def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[I
 
 
 def _prompts(file: Path) -> list[str]:
-    try:
-        texts = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"'{file}' is not valid JSON: {error}") from error
+    texts = read_json(file)
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(x, str) for x in texts):
         raise ValueError(f"'{file}' must hold a list of prompts; got {str(texts)[:80]}")
     return texts
@@ -150,7 +147,7 @@ def summary(style: str, scores: Sequence[float], seed: int) -> dict[str, Any]:
     from reward_models.accuracy import interval
 
     values = np.asarray(scores)
-    low, high = interval(np.stack([values, np.ones(len(values))], axis=1), seed=seed)
+    low, high = interval(values, seed=seed)
     row: dict[str, Any] = {"images": len(values), "mean": float(values.mean()), "low": low, "high": high}
     if style in STYLES:
         groups = [values[i : i + GROUP].mean() for i in range(0, len(values), GROUP)]

@@ -3,7 +3,7 @@
     diffalign eval rank_images sdxl sd3 flux --scorer hps_v2.1 --scorer pickscore --out ranked.jsonl
     diffalign eval rank_images images --scorer diffalign.playground:Judge --scorer playground_hps --out ranked.jsonl
 
-Each FOLDER is written by eval/generate.py; images of the same prompt_id compete, whichever folder they are in. Every
+Each FOLDER is written by tools/generate.py; images of the same prompt_id compete, whichever folder they are in. Every
 image is decoded once for all scorers. FILE.jsonl has a line for each prompt, as `data.path` of the train recipes reads
 it: prompt, images (relative to the file), scores (the numbers of each scorer, and phi, the share of comparisons won
 over all scorers; a tie is a win for neither), and ranking (1 for the best, equal where phi is).
@@ -12,18 +12,17 @@ over all scorers; a tie is a win for neither), and ranking (1 for the best, equa
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from diffalign.commands import program
 from reward_models.accuracy import win_rates
-from reward_models.files import write_whole
+from reward_models.files import write_lines
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
@@ -74,8 +73,8 @@ def rank(args: argparse.Namespace) -> None:
         raise ValueError(f"none of the {len(found)} prompts has {args.min_images} images; give more folders")
     scorers = {spec: load_scorer(spec, args.device) for spec in args.scorer}
     scores = iter(score([item for items in groups for item in items], scorers, args.batch_size))
-    lines = [line(items, [next(scores) for _ in items], args.scorer, args.out.parent) for items in groups]
-    write_whole(args.out, "".join(lines))
+    ranked = [ranking(items, [next(scores) for _ in items], args.scorer, args.out.parent) for items in groups]
+    write_lines(args.out, ranked)
     few = len(found) - len(groups)
     left = f"; prompts with fewer than {args.min_images} images, left out: {few}" if few else ""
     print(f"{sum(map(len, groups))} images of {len(groups)} prompts ranked in '{args.out}'{left}")
@@ -123,17 +122,18 @@ def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int)
     return scores
 
 
-def line(items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path) -> str:
+def ranking(
+    items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path
+) -> dict[str, Any]:
     """One prompt as a line of the file that lies in `folder`."""
     columns = dict(zip(names, zip(*scores, strict=True), strict=True))
     phi = win_rates(list(columns.values())).tolist()
-    group = {
+    return {
         "prompt": items[0].prompt,
         "images": [os.path.relpath(item.path, folder) for item in items],
         "scores": {**columns, "phi": phi},
         "ranking": [1 + sum(other > one for other in phi) for one in phi],
     }
-    return json.dumps(group) + "\n"
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", type=Path, required=True, metavar="DIR", help="the base model's images, from eval/generate.py")
-    add("--aligned", type=Path, required=True, metavar="DIR", help="the aligned model's images, from eval/generate.py")
+    add("--base", type=Path, required=True, metavar="DIR", help="the base model's images, from tools/generate.py")
+    add("--aligned", type=Path, required=True, metavar="DIR", help="the aligned model's images, from tools/generate.py")
     add("--win-rate", type=Path, required=True, metavar="FILE.json", help="from eval/win_rate.py")
     add("--run", type=Path, metavar="DIR", help="training run, for its curves, samples and config")
     add("--title", default="Aligned against base", help="headline of the page")

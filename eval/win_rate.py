@@ -5,7 +5,7 @@
     diffalign eval win_rate base aligned --groups --out win_rate.json \
         --scorer people/export,user=young.safetensors --scorer people/export,user=old.safetensors
 
-BASE and ALIGNED are folders written by eval/generate.py from the same prompts, samples per prompt and seed. Use at
+BASE and ALIGNED are folders written by tools/generate.py from the same prompts, samples per prompt and seed. Use at
 least one scorer that was not trained against. Prints a line for each scorer; FILE.json holds the results and the
 scores of every pair, from which eval/report.py makes a page.
 """

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reward_models.base import NetworkScorer as NetworkScorer
-    from reward_models.cards import card_text as card_text
     from reward_models.clip.aesthetic import AestheticPredictor as AestheticPredictor
     from reward_models.clip.scorers import CLIPScore as CLIPScore
     from reward_models.clip.scorers import CLIPScorer as CLIPScorer
+    from reward_models.folder.cards import card_text as card_text
     from reward_models.folder.scoring import score_files as score_files
     from reward_models.images import read_image as read_image
     from reward_models.loading import load_scorer as load_scorer
@@ -30,7 +30,7 @@ _HOME = {
     "NetworkScorer": "base",
     "Scorer": "protocol",
     "WeightedSum": "mixture",
-    "card_text": "cards",
+    "card_text": "folder.cards",
     "check_images": "protocol",
     "check_mixture": "mixture",
     "load_mixture": "mixture",

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import kendalltau
 
 CHUNK = 2_000_000
 """Numbers drawn at once; bounds the memory, and is part of what makes a seed reproducible."""
+
+QUANTILES = (0.025, 0.975)
+"""Of resampled means: the ends of a 95 % interval."""
 
 THRESHOLDS = tuple(t / 10 for t in range(11))
 """Between which `best_threshold` chooses."""
@@ -70,27 +72,41 @@ def accuracy(
     _, cluster = np.unique([g.prompt for g in groups], return_inverse=True)
     by_prompt = np.stack([np.bincount(cluster, column) for column in credits.T], axis=1)
     counted = by_prompt[by_prompt[:, 1] > 0]
-    low, high = interval(counted, seed=seed, resamples=resamples)
+    low, high = interval(*counted.T, seed=seed, resamples=resamples)
     right, total = counted.sum(0)
     human, scored = (np.concatenate(x) for x in zip(*(_signs(g.scores, g.ranks) for g in groups), strict=True))
     ties, score_ties = int(np.sum(human == 0)), int(np.sum(scored == 0))
     return Accuracy(name, float(right / total), low, high, len(counted), len(human), ties, score_ties)
 
 
-def interval(credits: ArrayLike, *, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % interval of sum(right) / sum(counted) for credits [P, 2], one row a prompt; counted > 0.
+def interval(
+    values: ArrayLike, counts: ArrayLike | None = None, *, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of values [P]; with counts [P] > 0, of sum(values) / sum(counts).
 
-    Percentiles of a bootstrap over prompts (Efron & Tibshirani, 1993, chapter 13): pairs of one prompt share images and
-    are not independent. Deterministic by seed. Raises ValueError for fewer than two prompts.
+    Resample what is independent: prompts, since pairs of one prompt share images; or people. Deterministic by seed.
+    Raises ValueError for fewer than two values.
     """
-    rows = np.asarray(credits, dtype=np.float64)
-    if len(rows) < 2:
-        raise ValueError(f"an interval needs at least 2 prompts with something to count; got {len(rows)}")
-    rng, size = np.random.default_rng(seed), max(1, CHUNK // len(rows))
-    draws = [min(size, resamples - start) for start in range(0, resamples, size)]
-    sums = np.concatenate([rows[rng.integers(len(rows), size=(n, len(rows)))].sum(1) for n in draws])
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], (0.025, 0.975))
+    first = np.asarray(values, dtype=np.float64)
+    if len(first) < 2:
+        raise ValueError(f"an interval needs at least 2 prompts with something to count; got {len(first)}")
+    rows = np.stack([first, np.ones(len(first)) if counts is None else np.asarray(counts)], axis=1)
+    means = bootstrap(rows, np.random.default_rng(seed), resamples)
+    low, high = np.quantile(means[:, 0] / means[:, 1], QUANTILES)
     return float(low), float(high)
+
+
+def bootstrap(rows: NDArray[np.float64], rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
+    """Column means of rows [P, K], drawn anew with replacement so many times (Efron & Tibshirani, 1993, chapter 13):
+    [resamples, K]. Percentile intervals are their QUANTILES."""
+    chosen = (rng.integers(len(rows), size=(n, len(rows))) for n in chunks(resamples, len(rows)))
+    return np.concatenate([rows[c].mean(1) for c in chosen])
+
+
+def chunks(resamples: int, rows: int) -> list[int]:
+    """How many resamples of so many rows to draw at once: numbers that add up to `resamples`."""
+    size = max(1, CHUNK // rows)
+    return [min(size, resamples - start) for start in range(0, resamples, size)]
 
 
 def _signs(scores: ArrayLike, ranks: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -188,6 +204,8 @@ def argmax(scores: ArrayLike, ranks: ArrayLike) -> Credit:
 def kendall_tau_b(scores: ArrayLike, ranks: ArrayLike) -> Credit:
     """Kendall's tau-b of scores and human order, in [-1, 1], every prompt counting the same. Equal scores throughout
     are worth 0; a prompt whose labels all tie is left out."""
+    from scipy.stats import kendalltau  # a second, and nothing else needs it
+
     h, d = _signs(scores, ranks)
     if not h.any():
         return 0.0, 0.0

@@ -7,9 +7,10 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -176,6 +177,40 @@ def write_whole(path: PathLike, content: str | bytes | memoryview) -> None:
     """Write a file so that it is either whole or not there; text as UTF-8. Raises OSError that names it."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_lines(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all, few of them in memory: what `read_lines` reads."""
+    # Of text that is no Unicode, a half of a character is written as JSON's escape.
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@contextmanager
+def replacing_folder(path: PathLike) -> Iterator[Path]:
+    """As `replacing`, for a folder that the block makes; its files get the permissions that other files have.
+
+    For one writer at a time: what a killed one has left is deleted.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(path):
+            yield temporary
+            put_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_folder(new: Path, path: Path) -> None:
+    """Rename a folder to `path`; one that is there moves aside first and is then deleted."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-import types
-from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+from reward_models.settings import UNIONS, from_text, nearest, words
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,14 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
                 f"scorer '{spec}': no setting '{key}'{nearest(key, known)}; "
                 + (f"known: {', '.join(known)}" if known else "this scorer takes none")
             )
-        values[key] = _typed(f"scorer '{spec}': '{key}'", text, hints.get(key, str))
+        hint = hints.get(key, str)
+        kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
+        if not any(get_origin(kind) is Literal or kind in (str, int, float, bool) for kind in kinds):
+            raise ValueError(f"scorer '{spec}': '{key}' can be set from Python only: it is a {hint}")
+        try:
+            values[key] = from_text(text, hint)
+        except TypeError:
+            raise ValueError(f"scorer '{spec}': '{key}' must be {words(hint)}; got '{text}'") from None
     wiring = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     python_only = [p.name for p in parameters if p.kind in wiring and p.default is p.empty]
     if python_only:
@@ -151,29 +158,3 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     if needed:
         raise ValueError(f"scorer '{spec}' needs {needed[0]}: write '{spec},{needed[0]}=...'")
     return values
-
-
-def _typed(where: str, text: str, hint: Any) -> Any:
-    """The text as a value of the type. Raises ValueError."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if type(None) in choices and text == "none":
-            return None
-        return _typed(where, text, next(x for x in choices if x is not type(None)))
-    if origin is Literal or hint is bool:
-        values = {str(x): x for x in choices} or {"true": True, "false": False}
-        if text not in values:
-            raise ValueError(f"{where} must be one of {', '.join(values)}; got '{text}'")
-        return values[text]
-    if hint not in (int, float, str):
-        raise ValueError(f"{where} can be set from Python only: it is a {hint}")
-    try:
-        return hint(text)
-    except ValueError as error:
-        raise ValueError(f"{where} must be {hint.__name__}; got '{text}'") from error
-
-
-def nearest(word: str, known: Any) -> str:
-    """The end of an error: did you mean the known word that looks most like it? Empty if none does."""
-    close = get_close_matches(word, list(known), n=1)
-    return f", did you mean '{close[0]}'?" if close else ""

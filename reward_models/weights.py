@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reward_models.files import replacing, write_whole, writing
+from reward_models.files import read_json, replacing, write_whole, writing
 from reward_models.hub import reachable
 
 CONFIG = "reward_config.json"
@@ -121,10 +121,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' is no scorer folder: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not valid JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("family"), str):
         raise ValueError(f"'{path}' must be an object with the text 'family', which names the kind of scorer")
     return config

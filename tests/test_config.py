@@ -79,7 +79,7 @@ def test_everything_wrong_is_in_one_message() -> None:
     [
         ("run.seed=1.5", "'run.seed' must be int, got 1.5"),
         ("run.seed=true", "'run.seed' must be int, got True"),
-        ("run.resume=1", "'run.resume' must be bool, got 1"),
+        ("run.resume=1", "'run.resume' must be true or false, got 1"),
         ("optimizer.lr=fast", "'optimizer.lr' must be float, got 'fast'"),
         ("optimizer.lr=null", "'optimizer.lr' must be float, got None"),
         ("run=3", "section.key=value"),

@@ -47,6 +47,8 @@ def _run(words: list[str], recipe: Callable) -> int:
         return recipe(launch.find("train", words[2]).stem, *words[3:]) or 0
     if words[:2] == ["diffalign", "eval"]:
         return runpy.run_path(str(launch.find("eval", words[2])))["main"](words[3:])
+    if words[:2] == ["diffalign", "generate"]:
+        return runpy.run_path(str(launch.find("tools", words[1])))["main"](words[2:])
     return (score_cli if words[0] == "reward-score" else cli).main(words[1:])
 
 
@@ -124,7 +126,7 @@ def test_every_command_of_the_personal_page_runs(
             words += ["data.limit=8", "hooks.verify_export=false"]
         if words[1:3] == ["user", "choose"]:
             generated = ["--pipeline=playground", "--prompts=prompts.jsonl", "--steps=2", "--samples-per-prompt=2"]
-            assert cli.main(["eval", "generate", *generated, "--out=me/generated"]) == 0
+            assert cli.main(["generate", *generated, "--out=me/generated"]) == 0
             choice = {"prompt": "red circle on white", "chosen": "00000_0.png", "rejected": "00000_1.png"}
             images = {k: f"../me/generated/images/{v}" if k != "prompt" else v for k, v in choice.items()}
             (tmp_path / "me" / "choices.jsonl").write_text(json.dumps(images) + "\n")

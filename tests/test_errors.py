@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from diffalign.commands import cli, launch, program
+from diffalign.commands import cli, launch
+from diffalign.commands.program import run as run_program
 from diffalign.networks.loading import find_pipeline
 from diffalign.playground import SHIPPED
 from reward_models import hub
@@ -35,15 +36,15 @@ JUDGE = "diffalign.playground:Judge"
 
 
 @pytest.fixture
-def as_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """as_program("train", "sft", ...) runs a recipe as `python train/sft.py ...` does; its lines on stderr, code 2."""
+def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """program("train", "sft", ...) runs a recipe as `python train/sft.py ...` does; its lines on stderr, code 2."""
 
     def call(kind: str, name: str, *words: str) -> list[str]:
         main = runpy.run_path(str(ROOT / kind / f"{name}.py"))["main"]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            program.run(lambda: main(list(words)))
+            run_program(lambda: main(list(words)))
         said = capsys.readouterr().err
         assert ended.value.code == 2, said
         assert "Traceback" not in said
@@ -53,12 +54,12 @@ def as_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def sft(as_program: Callable, tmp_path: Path, pairs_file: Path) -> Callable[..., str]:
+def sft(program: Callable, tmp_path: Path, pairs_file: Path) -> Callable[..., str]:
     """The one or two lines that a run of train/sft.py ends with."""
 
     def call(*words: str) -> str:
         base = ["--config=playground", f"data.path={pairs_file}", *SHORT, "hooks.verify_export=false"]
-        lines = as_program("train", "sft", *base, f"run.folder={tmp_path / 'run'}", *words)
+        lines = program("train", "sft", *base, f"run.folder={tmp_path / 'run'}", *words)
         assert 1 <= len(lines) <= 2 and lines[0].startswith("sft.py: "), lines
         return "\n".join(lines)
 
@@ -100,11 +101,11 @@ PIPELINES = {
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable, as_program: Callable) -> None:
+def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable, program: Callable) -> None:
     """The same of training and generating."""
     assert PIPELINES[name] in sft(f"backbone.path={folders / name}")
     base = ["--prompts", str(folders / "prompts.txt"), "--out", str(folders / "out"), "--steps=1", "--device=cpu"]
-    lines = as_program("eval", "generate", *base, "--pipeline", str(folders / name))
+    lines = program("tools", "generate", *base, "--pipeline", str(folders / name))
     assert 1 <= len(lines) <= 2 and PIPELINES[name] in lines[0], lines
 
 
@@ -146,7 +147,7 @@ def test_a_folder_of_bin_files_trains_and_generates(
 ) -> None:
     settings = ["--config=playground", f"data.path={pairs_file}", *SHORT, f"backbone.path={folders / 'bin'}"]
     recipe("sft", *settings, f"run.folder={tmp_path / 'run'}", "hooks.verify_export=false")
-    generate = runpy.run_path(str(ROOT / "eval" / "generate.py"))["main"]
+    generate = runpy.run_path(str(ROOT / "tools" / "generate.py"))["main"]
     base = ["--prompts", str(folders / "prompts.txt"), "--steps=2", "--device=cpu"]
     for name in ("bin", "sharded"):
         assert generate([*base, "--pipeline", str(folders / name), "--out", str(tmp_path / name)]) == 0
@@ -170,10 +171,10 @@ def test_a_folder_of_bin_files_trains_and_generates(
         ("run.resum=true", "did you mean 'run.resume'?"),
     ],
 )
-def test_settings_and_folders(word: str, said: str, as_program: Callable, tmp_path: Path, pairs_file: Path) -> None:
+def test_settings_and_folders(word: str, said: str, program: Callable, tmp_path: Path, pairs_file: Path) -> None:
     (tmp_path / "FILE").write_text("")
     base = ["--config=playground", f"data.path={pairs_file}", f"run.folder={tmp_path / 'run'}", *SHORT]
-    lines = as_program("train", "sft", *base, word.replace("FILE", str(tmp_path / "FILE")))
+    lines = program("train", "sft", *base, word.replace("FILE", str(tmp_path / "FILE")))
     assert 1 <= len(lines) <= 2 and said in "\n".join(lines), lines
 
 
@@ -216,7 +217,7 @@ def test_a_full_disk_while_training(left: int, sft: Callable, tmp_path: Path) ->
 
 @pytest.fixture
 def two_folders(tmp_path: Path) -> list[str]:
-    """Two folders as eval/generate.py writes them, of two prompts."""
+    """Two folders as tools/generate.py writes them, of two prompts."""
     for name, colour in (("base", 30), ("aligned", 200)):
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True)
@@ -259,37 +260,38 @@ def given(two_folders: list[str], tmp_path: Path) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", ["win_rate", "rank_images", "report", "generate"])
 def test_evaluations_on_a_full_disk_or_where_nothing_can_be_written(
-    name: str, given: dict[str, list[str]], as_program: Callable, tmp_path: Path
+    name: str, given: dict[str, list[str]], program: Callable, tmp_path: Path
 ) -> None:
     (tmp_path / "FILE").write_text("")
+    kind = "tools" if name == "generate" else "eval"
     with full_disk(60):
-        lines = as_program("eval", name, *given[name])
+        lines = program(kind, name, *given[name])
     assert len(lines) == 1 and "File too large" in lines[0] and str(tmp_path) in lines[0], lines
     out = [word.replace(str(tmp_path / "images"), str(tmp_path / "FILE" / "x")) for word in given[name]]
     if name != "generate":
         out[out.index("--out") + 1] = str(tmp_path / "FILE" / Path(out[-1]).name)
-    lines = as_program("eval", name, *out)
+    lines = program(kind, name, *out)
     assert len(lines) == 1 and str(tmp_path / "FILE") in lines[0], lines
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', "\xff\xfe", "[" * 20_000])
 def test_evaluations_of_damaged_files(
-    text: str, given: dict[str, list[str]], as_program: Callable, two_folders: list[str], tmp_path: Path
+    text: str, given: dict[str, list[str]], program: Callable, two_folders: list[str], tmp_path: Path
 ) -> None:
     """A manifest, the settings of a folder, the win rates."""
     data, good = text.encode("latin-1"), (tmp_path / "given.json").read_bytes()
     (tmp_path / "given.json").write_bytes(data)
-    lines = as_program("eval", "report", *given["report"])
+    lines = program("eval", "report", *given["report"])
     assert len(lines) == 1 and lines[0].startswith("report: "), lines
     images = tmp_path / "images"
     images.mkdir()
     (images / "settings.json").write_bytes(data)
-    lines = as_program("eval", "generate", *given["generate"])
+    lines = program("tools", "generate", *given["generate"])
     assert len(lines) == 1 and str(images) in lines[0], lines
     (tmp_path / "given.json").write_bytes(good)
     (Path(two_folders[0]) / "manifest.jsonl").write_bytes(data)
     for name in ("win_rate", "rank_images", "report"):
-        lines = as_program("eval", name, *given[name])
+        lines = program("eval", name, *given[name])
         assert len(lines) == 1 and (two_folders[0] in lines[0] or not text), lines
 
 
@@ -334,7 +336,7 @@ def test_an_error_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> N
 
     for main in (stopped, left_open):
         with pytest.raises(SystemExit):
-            program.run(main)
+            run_program(main)
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.endswith(": 'a.b' = 1 must be 2") and "%|" not in last
 
@@ -347,17 +349,17 @@ def test_faults_of_ours_keep_their_trace(monkeypatch: pytest.MonkeyPatch, capsys
         raise ValueError("'a.b' = 1 must be 2")
 
     with pytest.raises(KeyError):
-        program.run(broken)
+        run_program(broken)
     with pytest.raises(SystemExit):
-        program.run(wrong)
+        run_program(wrong)
     assert capsys.readouterr().err.endswith(": 'a.b' = 1 must be 2\n")
     monkeypatch.setenv("DIFFALIGN_TRACEBACK", "1")
     with pytest.raises(ValueError, match="must be 2"):
-        program.run(wrong)
+        run_program(wrong)
 
 
 CHILD = """
-from diffalign.commands import program
+from diffalign.commands import launch, program
 def main():
     raise ValueError("'x.y' = 3 must be 4")
 program.run(main)

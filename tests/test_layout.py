@@ -32,11 +32,11 @@ LAYERS = (
 """The files and folders of diffalign/, lowest first: each may import those of the rows above it, and itself."""
 
 SCORER_LAYERS = (
-    ("protocol", "files", "hub", "accuracy"),
+    ("protocol", "files", "hub", "accuracy", "settings"),
     ("images",),
     ("preprocess", "weights"),
     ("base", "loading"),
-    ("clip", "cards", "mixture"),
+    ("clip", "mixture"),
     ("blip", "folder"),
     ("playground", "personal"),
     ("training",),
@@ -44,8 +44,9 @@ SCORER_LAYERS = (
 )
 """The same of reward_models/."""
 
-SHARED = {"reward_models.files", "reward_models.hub", "reward_models.images"}
-"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub; no network."""
+SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "hub", "images", "settings")}
+"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub, intervals, settings; no
+network."""
 
 
 def _python(folder: str) -> list[Path]:
@@ -57,6 +58,7 @@ def _module(file: Path) -> str:
 
 
 MODULES = {_module(file): file for package in PACKAGES for file in _python(package)}
+RECIPES = [file for folder in ("train", "eval", "tools") for file in _python(folder)]
 
 
 def _imports(file: Path) -> set[str]:
@@ -115,7 +117,9 @@ def test_packages_do_not_import_each_other_nor_recipes() -> None:
             for node in ast.walk(ast.parse(file.read_text())):
                 names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-                wrong = [n for n in names if n.split(".")[0] in foreign | {"train", "eval"} and n not in allowed]
+                wrong = [
+                    n for n in names if n.split(".")[0] in foreign | {"train", "eval", "tools"} and n not in allowed
+                ]
                 assert not wrong, f"{file} imports {wrong}"
     for module in SHARED:
         assert _imported(module) <= SHARED, f"{module} must stay light"
@@ -136,7 +140,7 @@ def _length(node: ast.AST) -> int:
 def test_functions_are_short() -> None:
     """50 lines of code at most, a recipe's `main` 30, without their docstrings."""
     long = []
-    for file in [*MODULES.values(), *_python("train"), *_python("eval")]:
+    for file in [*MODULES.values(), *RECIPES]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef):
                 most = 30 if node.name == "main" and file.parent.name == "train" else 50
@@ -154,12 +158,12 @@ def test_setup_cfg_lists_the_packages_on_disk() -> None:
         for name in ("diffalign", "reward_models")
         for p in (ROOT / name).rglob("__init__.py")
     }
-    assert listed == on_disk | {"diffalign.train", "diffalign.eval", "diffalign.configs"}
+    assert listed == on_disk | {"diffalign.train", "diffalign.eval", "diffalign.tools", "diffalign.configs"}
 
 
 def test_recipes_shadow_no_module() -> None:
     taken = set(sys.stdlib_module_names) | set(packages_distributions())
-    for file in _python("train") + _python("eval"):
+    for file in RECIPES:
         assert file.stem not in taken, file
         assert not (file.parent / "__init__.py").exists()
 
@@ -167,10 +171,17 @@ def test_recipes_shadow_no_module() -> None:
 def test_file_budget() -> None:
     long = {
         str(f.relative_to(ROOT)): n
-        for f in _python("diffalign") + _python("reward_models") + _python("train") + _python("eval")
+        for f in [*MODULES.values(), *RECIPES]
         if (n := len(f.read_text().splitlines())) > 300
     }
     assert not long
+
+
+def test_one_file_renames_what_is_written() -> None:
+    """All others write through it, so that a kill or a full disk leaves no half of a file anywhere."""
+    files = [f for folder in (*PACKAGES, "train", "eval", "tools", "benchmarks") for f in _python(folder)]
+    found = [f for f in files if re.search(r"os\.(replace|rename)\b|\.rename\(|shutil\.move", f.read_text())]
+    assert found == [ROOT / "reward_models" / "files.py"]
 
 
 ALGORITHM_OF = {

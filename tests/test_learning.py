@@ -20,6 +20,7 @@ from diffalign.playground.ratings import write_ratings
 from reward_models import load_scorer
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
 SCORERS: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "scorers.py"), run_name="scorers")
 PERSONAL: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "personal.py"), run_name="personal")
 LEARNING: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "learning.py"), run_name="learning")

@@ -94,6 +94,8 @@ def run(words: list[str], recipe: Callable) -> int:
         return recipe(launch.find("train", words[2]).stem, *words[3:]) or 0
     if words[:2] == ["diffalign", "eval"]:
         return runpy.run_path(str(launch.find("eval", words[2])))["main"](words[3:])
+    if words[:2] == ["diffalign", "generate"]:
+        return runpy.run_path(str(launch.find("tools", words[1])))["main"](words[2:])
     if words[0] == "reward-score":
         return score_cli.main(words[1:])
     return cli.main(words[1:])

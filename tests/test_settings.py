@@ -160,9 +160,8 @@ def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections:
     for name, factory in sections(recipe).items():
         for key, (hint, default) in config.parameters(factory).items():
             value = "required" if default is inspect.Parameter.empty else f"default {default}"
-            assert re.search(
-                rf"^  {name}\.{key}: {re.escape(config._words(hint))} \({re.escape(value)}\)  \S", shown, re.M
-            ), key
+            kind = re.escape(config.words(hint))
+            assert re.search(rf"^  {name}\.{key}: {kind} \({re.escape(value)}\)  \S", shown, re.M), key
 
 
 SEEN = """
@@ -179,7 +178,7 @@ def test_help_comes_at_once() -> None:
     """Without torch, diffusers and the rest, which take seconds to import: no command's help needs them."""
     cli = str(ROOT / "diffalign" / "commands" / "cli.py")
     calls = [[cli, "train", "pso", "--help"], [cli, "train", "hps", "--help"], [cli, "--help"]]
-    calls += [[str(file), "--help"] for file in sorted((ROOT / "eval").glob("*.py"))]
+    calls += [[str(file), "--help"] for kind in ("eval", "tools") for file in sorted((ROOT / kind).glob("*.py"))]
     for words in calls:
         done = subprocess.run([sys.executable, "-c", SEEN, *words], capture_output=True, text=True, check=True)
         assert "--help" in done.stdout and ("data.path: str" in done.stdout) == ("train" in words)
@@ -188,5 +187,5 @@ def test_help_comes_at_once() -> None:
 
 
 def test_choices_of_the_command_are_those_of_the_encoder() -> None:
-    user = runpy.run_path(str(ROOT / "eval" / "user.py"))
+    user = runpy.run_path(str(ROOT / "tools" / "user.py"))
     assert user["POOLINGS"] == typing.get_args(Pooling)

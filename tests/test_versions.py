@@ -55,7 +55,7 @@ OPTIONAL = "".join(f"\n{names}" for name, names in extras().items() if name != "
 
 def test_what_is_required_is_what_is_imported() -> None:
     imported = set()
-    for folder in ("diffalign", "reward_models", "train", "eval"):
+    for folder in ("diffalign", "reward_models", "train", "eval", "tools"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Import):

@@ -4,7 +4,7 @@
 
 with err = mean over C, h, w of (network(x_t, t, c) - target)^2, winner and loser sharing t and eps.
 
-Differs from the paper: errors are means, not sums, and beta carries the factor 1/2, both as in the released code.
+Differs from the paper: the unit of beta is that of the released code (objectives/preference.py).
 Differs from the released code:
 - reference and policy errors are float32 (there the reference's are half precision: 0.3 logits an ulp at beta 5000);
 - crop, flip and caption dropout are drawn once a pair (there the flip differs between winner and loser);
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.steps import Network
-from diffalign.objectives.preference import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss
+from diffalign.objectives.preference import PAIR_LOSSES, PairTerms, check_pair_loss, describe_beta
 from diffalign.types import LatentBatch, Metrics, Recent
 
 
@@ -80,7 +80,7 @@ class DiffusionDPO(Denoising):
         err_w, err_l = errors(self.policy, noised).chunk(2)
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
         terms = PairTerms(err_w, err_l, ref_w, ref_l, self.betas(batch), flip, self._offset(batch), self.sft_weight)
-        losses = batch.weight * self.pair_loss(terms)
+        losses = self.pair_loss(terms)
         margin = terms.margin.detach()
         metrics = {
             "loss": losses.detach(),
@@ -102,8 +102,7 @@ class DiffusionDPO(Denoising):
         return self.offset_scale * score_gap(batch)
 
     def describe(self) -> list[str]:
-        others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
-        return [f"beta {self.beta:g} (mean-form error, factor 1/2), loss '{self.name}'; the same elsewhere:", *others]
+        return describe_beta(self.beta, self.dims, f"loss '{self.name}'")
 
     def verdict(self, recent: Recent) -> str:
         return verdict(recent)

@@ -37,7 +37,7 @@ class InPO(DiffusionDPO):
     trains, and the Cond of batch 1 of the empty prompt.
 
     Args:
-        beta: strength of the pull to the reference; mean-form error, factor 1/2 (2000 for SD1.5, 5000 for SDXL)
+        beta: strength of the pull to the reference, in the unit of Diffusion-DPO (2000 for SD1.5, 5000 for SDXL)
         loss: which function of the margin; see diffalign/objectives/preference.py
         label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
         invert_by: the policy as it is, or the reference; then each inversion can be kept (data.draws_per_sample)

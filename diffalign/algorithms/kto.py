@@ -5,7 +5,7 @@
 gain as in Diffusion-DPO; the mean is over the batch of all processes and carries no gradient. U: kahneman_tversky
 sigmoid(z), loss_averse log sigmoid(z), risk_seeking -log sigmoid(-z).
 
-beta carries the factor 1/2 here as everywhere, in the paper and its code it does not: their 5000 is 10000 here.
+beta is in the unit of objectives/preference.py: the 5000 of the paper and its code is 10000 here.
 
 Differs from the released code: the reference is another network or the adapters off (there its weights are swapped into
 the policy, which casts a full fine-tune to half precision); the mean is over all processes in every configuration.
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.steps import Network
-from diffalign.objectives.preference import beta_in_other_units, gain
+from diffalign.objectives.preference import describe_beta, gain
 from diffalign.types import LatentBatch, Metrics, Recent
 
 UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,7 +41,7 @@ class KTO(Denoising):
     scalar (accelerator.reduce).
 
     Args:
-        beta: strength of the pull to the reference; mean-form error, factor 1/2
+        beta: strength of the pull to the reference, in the unit of Diffusion-DPO
         utility: of the reward over the reference point
         weight_liked: lambda of liked images
         weight_disliked: lambda of disliked images
@@ -80,7 +80,7 @@ class KTO(Denoising):
         point = self.mean(reward.detach().mean()).clamp(min=0)
         liked = batch.scores > 0.5
         z = torch.where(liked, 1.0, -1.0) * (reward - point)
-        weight = batch.weight * torch.where(liked, self.weights[1], self.weights[0])
+        weight = torch.where(liked, self.weights[1], self.weights[0])
         losses = weight * (1 - UTILITIES[self.utility](z))
         change, unknown = (err - ref).detach(), torch.full_like(ref, torch.nan)
         metrics = {
@@ -95,8 +95,7 @@ class KTO(Denoising):
         return losses.mean(), metrics | self.by_level(metrics, noised) | {"reference_point": point}
 
     def describe(self) -> list[str]:
-        others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
-        return [f"beta {self.beta:g} (mean-form error, factor 1/2), utility {self.utility}; elsewhere:", *others]
+        return describe_beta(self.beta, self.dims, f"utility {self.utility}")
 
     def verdict(self, recent: Recent) -> str:
         return verdict(recent)

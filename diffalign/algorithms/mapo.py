@@ -66,7 +66,7 @@ class MaPO(Denoising):
         noised = self.noised(batch)
         err_w, err_l = errors(self.policy, noised).chunk(2)
         margin = self.sharpness * (link(err_w, self.scale, self.power) - link(err_l, self.scale, self.power))
-        losses = batch.weight * (err_w - self.weight * F.logsigmoid(margin))
+        losses = err_w - self.weight * F.logsigmoid(margin)
         metrics = {
             "loss": losses.detach(),
             "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),

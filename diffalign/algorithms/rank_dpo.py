@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.steps import Network
-from diffalign.objectives.preference import beta_in_other_units, gain
+from diffalign.objectives.preference import describe_beta, gain
 from diffalign.types import LatentBatch, Metrics, Recent
 
 
@@ -31,7 +31,7 @@ class RankDPO(Denoising):
     Positional: policy, reference, noising, and the number of values in a latent.
 
     Args:
-        beta: strength of the pull to the reference; mean-form error, factor 1/2
+        beta: strength of the pull to the reference, in the unit of Diffusion-DPO
         rank_source: ranks of the weights: the win rates, or the model's own gains at this step
         shared_noise: one eps for all images of a group, as Diffusion-DPO has it for a pair
     """
@@ -64,7 +64,7 @@ class RankDPO(Denoising):
         pair = (weight > 0).float()
         margin = rewards[:, None] - rewards
         size = len(batch.keys)
-        losses = batch.weight * _sums((-weight * F.logsigmoid(margin)).sum(1), batch.group, size)
+        losses = _sums((-weight * F.logsigmoid(margin)).sum(1), batch.group, size)
         ranked = _sums(pair.sum(1), batch.group, size)
         right = _sums((pair * ((margin > 0).float() + 0.5 * (margin == 0).float())).sum(1), batch.group, size)
         best = _best(batch)
@@ -77,8 +77,7 @@ class RankDPO(Denoising):
         return losses.mean(), metrics | self.by_level(metrics, noised)
 
     def describe(self) -> list[str]:
-        others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(self.beta, self.dims).items()]
-        return [f"beta {self.beta:g} (mean-form error, factor 1/2), ranks from {self.rank_source}:", *others]
+        return describe_beta(self.beta, self.dims, f"ranks from {self.rank_source}")
 
     def verdict(self, recent: Recent) -> str:
         return verdict(recent)

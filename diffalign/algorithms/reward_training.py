@@ -61,7 +61,7 @@ class RewardTraining(Algorithm):
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
         losses, right, pairs = ranking(logits, batch.ranks, batch.group, flip)
         there = pairs > 0
-        each = (losses * batch.weight[:, None]).sum(1) / there.sum(1).clamp(min=1)
+        each = losses.sum(1) / there.sum(1).clamp(min=1)
         known = torch.where(there, right.detach(), torch.nan)
         metrics = {f"accuracy/{name}": known[:, k] for k, name in enumerate(self.aspects)}
         metrics["logit_std"] = logits.detach().std()

@@ -38,7 +38,7 @@ class SFT(Denoising):
         noised = self.noised(winners)
         error = errors(self.policy, noised)
         metrics = {"winner_error": error.detach()}
-        return (batch.weight * error).mean(), metrics | self.by_level(metrics, noised)
+        return error.mean(), metrics | self.by_level(metrics, noised)
 
     def verdict(self, recent: Recent) -> str:
         error = recent.about("policy/winner_error", ".4f")

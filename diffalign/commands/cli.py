@@ -19,7 +19,7 @@ DESCRIPTION = """Align text-to-image diffusion models with human preference, and
   diffalign demo                                        the whole story in a few minutes, on a CPU
   diffalign recipes                                     what can be trained and evaluated
   diffalign train diffusion_dpo --config sd15_lora data.path=pairs.jsonl
-  diffalign eval generate --pipeline playground --prompts prompts.txt --out images
+  diffalign generate --pipeline playground --prompts prompts.txt --out images
   reward-score images --scorer diffalign.playground:Judge --out scores.csv
 """
 
@@ -29,9 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # What follows the recipe's name belongs to the recipe, --help included.
-    split = 1 if arguments[:1] == ["user"] else len(arguments)
+    split = 1 if arguments and arguments[0] in launch.recipes("tools") else len(arguments)
     if arguments[:1] in (["train"], ["eval"]):
-        named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.recipes(arguments[0])]
+        named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.known(arguments[0])]
         split = named[0] + 1 if named else len(arguments)
     args, unknown = parser.parse_known_args(arguments[:split])
     if unknown and args.run is not _recipe:  # after a recipe that is not there, they are its own
@@ -58,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument("name", metavar="RECIPE", help="followed by the recipe's own arguments (--help among them)")
         p.set_defaults(run=_recipe, kind=kind)
     p = commands.add_parser("recipes", help="list recipes and their configs")
-    p.set_defaults(run=lambda args: print(_listing("train") + "\n" + _listing("eval")) or 0)
-    p = commands.add_parser("user", add_help=False, help="choose images, fit and embed what people like")
-    p.set_defaults(run=lambda args: launch.start(launch.find("eval", "user"), args.rest, processes=1, config=None))
+    p.set_defaults(run=lambda args: print("\n".join(map(_listing, ("train", "eval", "tools")))) or 0)
+    for name, path in launch.recipes("tools").items():
+        p = commands.add_parser(name, add_help=False, help=launch.title(path))
+        p.set_defaults(run=lambda args, path=path: launch.start(path, args.rest, processes=1, config=None))
     p = commands.add_parser("cache", help="where latents and text embeddings are kept, how many; or empty it")
     p.add_argument("--folder", help="data.cache of the runs ($DIFFALIGN_CACHE, or ~/.cache/diffalign)")
     p.add_argument("--clear", action="store_true", help="delete them; runs compute anew what they need")
@@ -81,7 +82,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True)
     p.set_defaults(run=_prompts)
     p = commands.add_parser("label", help="let simulated annotators compare the samples of each prompt in a folder")
-    p.add_argument("folder", type=Path, help="written by `diffalign eval generate --samples-per-prompt 2`")
+    p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 2`")
     p.add_argument(
         "--annotators",
         default="common",
@@ -97,7 +98,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
     p = commands.add_parser("rank", help="let simulated annotators rank all samples of each prompt in a folder")
-    p.add_argument("folder", type=Path, help="written by `diffalign eval generate --samples-per-prompt 4`")
+    p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 4`")
     p.add_argument("--votes", type=int, default=3, help="people who rank each group")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
     p.add_argument("--seed", type=int, default=0)
@@ -131,7 +132,7 @@ def _build_options(p: argparse.ArgumentParser) -> None:
 
 
 def _listing(kind: str) -> str:
-    lines = [f"{kind} recipes:"]
+    lines = ["tools:" if kind == "tools" else f"{kind} recipes:"]
     for name, path in launch.recipes(kind).items():
         shipped = ", ".join(p.stem for p in launch.configs(name)) if kind == "train" else ""
         lines.append(f"  {name:<16} {launch.title(path)}" + (f"  [--config {shipped}]" if shipped else ""))
@@ -172,14 +173,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _prompts(args: argparse.Namespace) -> int:
     from diffalign.playground.world import captions
-    from reward_models.files import write_whole
+    from reward_models.files import write_lines
 
-    lines = [
-        json.dumps({"prompt": c, "prompt_id": f"{i:04d}"})
-        for i, c in enumerate(captions(args.n, held_out=args.held_out, seed=args.seed))
-    ]
-    write_whole(args.out, "\n".join(lines) + "\n")
-    print(f"{len(lines)} prompts in '{args.out}'")
+    found = captions(args.n, held_out=args.held_out, seed=args.seed)
+    write_lines(args.out, ({"prompt": caption, "prompt_id": f"{i:04d}"} for i, caption in enumerate(found)))
+    print(f"{len(found)} prompts in '{args.out}'")
     return 0
 
 

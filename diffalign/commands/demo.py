@@ -17,7 +17,7 @@ STORY = f"""
 # Captions of a small world; the model has seen every combination of these attributes.
 diffalign playground prompts --n 320 --out OUT/prompts.jsonl
 # Two images for each, from the shipped 1.3 M parameter Stable Diffusion.
-diffalign eval generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPLING} --seed 1 --out OUT/images
+diffalign generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPLING} --seed 1 --out OUT/images
 # Simulated people choose. They like vivid colours and objects in their place, and they err.
 diffalign playground label OUT/images --out OUT/pairs.jsonl
 # Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.
@@ -26,9 +26,9 @@ diffalign train --num-processes 1 diffusion_dpo --config playground \
 # Captions whose combination of colour, shape and background the model has never seen.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
 # The same prompts and the same noise for the base model ...
-diffalign eval generate --pipeline playground --prompts OUT/held_out.jsonl {SAMPLING} --out OUT/base
+diffalign generate --pipeline playground --prompts OUT/held_out.jsonl {SAMPLING} --out OUT/base
 # ... and for the aligned one, loaded by stock diffusers.
-diffalign eval generate --pipeline playground --lora OUT/run/export --prompts OUT/held_out.jsonl {SAMPLING} \
+diffalign generate --pipeline playground --lora OUT/run/export --prompts OUT/held_out.jsonl {SAMPLING} \
     --out OUT/aligned
 # Which do people prefer? An exact judge measures it in the pixels.
 diffalign eval win_rate OUT/base OUT/aligned --scorer diffalign.playground:Judge --out OUT/win_rate.json

@@ -1,4 +1,4 @@
-"""Finds recipes by path and starts them: `train/` and `eval/` hold files that are run, never imported."""
+"""Finds recipes by path and starts them: `train/`, `eval/` and `tools/` hold files that are run, never imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffalign.signals import ENDING, handled
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE
-"""What holds train/, eval/ and configs/: the checkout, or the installed package they travel in."""
+"""What holds train/, eval/, tools/ and configs/: the checkout, or the installed package they travel in."""
 
 SHUTDOWN_SECONDS = "600"
 """How long torchrun waits for the checkpoint of a run that it was asked to end, before it kills the processes."""
@@ -29,16 +29,21 @@ ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
 
 
 def recipes(kind: str) -> dict[str, Path]:
-    """Name -> file of every recipe of a kind, `train` or `eval`."""
+    """Name -> file of every recipe of a kind: `train`, `eval` or `tools`."""
     return {p.stem: p for p in sorted((ROOT / kind).glob("*.py"))}
+
+
+def known(kind: str) -> dict[str, Path]:
+    """What can be named after `diffalign train`, `diffalign eval`: after eval the tools too, as `eval generate`."""
+    return recipes(kind) | (recipes("tools") if kind == "eval" else {})
 
 
 def find(kind: str, name: str) -> Path:
     """The file of a recipe. Raises ValueError with the known names."""
-    known = recipes(kind)
-    if name not in known:
-        raise ValueError(f"no {kind} recipe '{name}'; known recipes: {', '.join(known)}")
-    return known[name]
+    found = known(kind)
+    if name not in found:
+        raise ValueError(f"no {kind} recipe '{name}'; known recipes: {', '.join(found)}")
+    return found[name]
 
 
 def configs(name: str) -> list[Path]:

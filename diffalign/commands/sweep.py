@@ -40,7 +40,7 @@ class Point(NamedTuple):
 
 
 class Contest(NamedTuple):
-    """How all points are judged: the base's pipeline, its images, prompts, scorer, settings of eval/generate.py."""
+    """How all points are judged: the base's pipeline, its images, prompts, scorer, settings of tools/generate.py."""
 
     base: str
     images: Path
@@ -169,7 +169,7 @@ def _contest(point: Point, prompts: str | None, scorer: str | None) -> Contest:
 
 def _draw(contest: Contest, out: Path, model: Sequence[str]) -> int:
     words = [*model, "--prompts", str(contest.prompts), "--out", str(out), *contest.sampling]
-    return launch.start(launch.find("eval", "generate"), words, processes=None, config=None)
+    return launch.start(launch.find("tools", "generate"), words, processes=None, config=None)
 
 
 def _judge(contest: Contest, images: Path, out: Path) -> int:

@@ -29,7 +29,6 @@ class Group(NamedTuple):
     prompt: str
     ranks: Tensor
     key: Key
-    weight: float
     flip: float
 
 
@@ -110,7 +109,7 @@ class PreferenceGroups(Dataset):
         epoch, index = place
         record = self.records[index]
         pixels = torch.stack([self.prepare(ref.read()) for ref in record.images])
-        return Group(pixels, record.prompt, self._ranks(record), (epoch, record.id), record.weight, record.flip)
+        return Group(pixels, record.prompt, self._ranks(record), (epoch, record.id), record.flip)
 
     def _ranks(self, record: Record) -> Tensor:
         columns = [record.ranks if a == OVERALL else [-x for x in record.aspects[a]] for a in self.aspects]  # type: ignore[index]
@@ -125,7 +124,7 @@ class PreferenceGroups(Dataset):
             torch.arange(len(items)).repeat_interleave(sizes),
             torch.cat([i.ranks for i in items]),
             [i.key for i in items],
-            *(torch.tensor([getattr(i, name) for i in items]) for name in ("weight", "flip")),
+            torch.tensor([i.flip for i in items]),
         )
 
     @staticmethod

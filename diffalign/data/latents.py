@@ -29,7 +29,6 @@ class Example(NamedTuple):
     prompt: str
     images: tuple[ImageRef, ...]
     scores: tuple[float, ...]
-    weight: float = 1.0
     flip: float = 0.0
     annotator: str | None = None
 
@@ -42,7 +41,6 @@ class Item(NamedTuple):
     size: Tensor
     text: Cond | str
     key: Key
-    weight: float
     flip: float
     scores: tuple[float, ...]
 
@@ -54,7 +52,6 @@ class PixelBatch(NamedTuple):
     prompts: Sequence[str]
     group: Tensor
     keys: Sequence[Key]
-    weight: Tensor
     flip: Tensor
     scores: Tensor
     size: Tensor
@@ -155,14 +152,14 @@ class PreferenceLatents(Dataset):
         """Lay the examples out as flat lists, which worker processes share cheaply."""
         numbers: dict[ImageRef, int] = {}
         prompts: dict[str, int] = {"": 0}
-        ids, texts, weights, starts, annotators = [], [], [], [0], []
+        ids, texts, flips, starts, annotators = [], [], [], [0], []
         members: list[int] = []
         scores: list[float] = []
         for one in self.examples(records):
             ids.append(one.id)
             annotators.append(one.annotator)
             texts.append(prompts.setdefault(one.prompt, len(prompts)))
-            weights.append((one.weight, one.flip))
+            flips.append(one.flip)
             members += [numbers.setdefault(ref, len(numbers)) for ref in one.images]
             scores += one.scores
             starts.append(len(members))
@@ -171,7 +168,7 @@ class PreferenceLatents(Dataset):
         self.images, self.prompts = list(numbers), list(prompts)
         self._texts_of, self._starts = torch.tensor(texts, dtype=torch.int32), torch.tensor(starts)
         self._members, self._scores = torch.tensor(members, dtype=torch.int32), torch.tensor(scores)
-        self._weights = torch.tensor(weights, dtype=torch.float32).reshape(-1, 2)
+        self._flips = torch.tensor(flips, dtype=torch.float32)
         self._latents: list[Any] = []
         self._texts: Any = None
 
@@ -194,19 +191,19 @@ class PreferenceLatents(Dataset):
         """Example `index` as drawn under a key."""
         here = slice(*self._starts[index : index + 2].tolist())
         members, scores = self._members[here].tolist(), tuple(self._scores[here].tolist())
-        weight, flip_probability = self._weights[index].tolist()
+        flip = self._flips[index].item()
         mirrored = self.hflip and self._uniform(key, "hflip") < 0.5
         dropped = self.caption_dropout and self._uniform(key, "caption_dropout") < self.caption_dropout
         text = 0 if dropped else int(self._texts_of[index])
         if self._latents:
             rows = [self._latents[mirrored].read(i) for i in members]
             x, size = (torch.stack([row[name] for row in rows]) for name in ("latent", "size"))
-            return Item(x, size, cond_of(self._texts, text), key, weight, flip_probability, scores)
+            return Item(x, size, cond_of(self._texts, text), key, flip, scores)
         at = self._uniform(key, "crop") if self.crop == "random" else 0.5
         squares = [square(self.images[i].read(), self.resolution, at=at) for i in members]
         squares = [one.mirrored() for one in squares] if mirrored else squares
         x, size = (torch.stack(parts) for parts in zip(*squares, strict=True))
-        return Item(x, size, self.prompts[text], key, weight, flip_probability, scores)
+        return Item(x, size, self.prompts[text], key, flip, scores)
 
     def _uniform(self, key: Key, stream: str) -> float:
         return self.draws.uniform([key], stream=stream).item()
@@ -218,9 +215,9 @@ class PreferenceLatents(Dataset):
         if self.size_conditions == "square":
             size = torch.tensor([1.0, 1, 0, 0, 1, 1]) * self.resolution + torch.zeros_like(size)
         group, scores = torch.tensor([g for _, g in order]), torch.tensor([items[g].scores[k] for k, g in order])
-        weight, flip = (torch.tensor([getattr(i, name) for i in items]) for name in ("weight", "flip"))
+        flip = torch.tensor([i.flip for i in items])
         texts: Any = [i.text for i in items]
-        rest = (group, [i.key for i in items], weight, flip, scores, size)
+        rest = (group, [i.key for i in items], flip, scores, size)
         return LatentBatch(x, Cond.cat(texts), *rest) if self._latents else PixelBatch(x, texts, *rest)
 
     @torch.no_grad()

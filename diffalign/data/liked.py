@@ -15,14 +15,14 @@ class LikedImages(PreferenceLatents):
 
     @staticmethod
     def examples(records: Sequence[Record]) -> Iterator[Example]:
-        liked: dict[tuple[str, ImageRef], tuple[str, float, float]] = {}
+        liked: dict[tuple[str, ImageRef], tuple[str, float]] = {}
         for record in records:
             winners = {w for w, _ in record.pairs()}
             for k, image in enumerate(record.images):
-                id, score, weight = liked.get((record.prompt, image), (f"{record.id}#{k}", 0.0, record.weight))
-                liked[record.prompt, image] = (id, max(score, float(k in winners)), weight)
-        for (prompt, image), (id, score, weight) in liked.items():
-            yield Example(id, prompt, (image,), (score,), weight)
+                id, score = liked.get((record.prompt, image), (f"{record.id}#{k}", 0.0))
+                liked[record.prompt, image] = (id, max(score, float(k in winners)))
+        for (prompt, image), (id, score) in liked.items():
+            yield Example(id, prompt, (image,), (score,))
 
     @property
     def liked(self) -> list[int]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffalign.data.images import Square, look_ahead, square
 from diffalign.data.records import ImageRef
-from reward_models.files import write_whole
+from reward_models.files import read_json, write_whole
 
 SHARD = 256
 """Images, or prompts, a shard."""
@@ -97,7 +97,7 @@ class Ranks(NamedTuple):
                     f"'{self.exchange}' lacks {', '.join(missing)} of the other processes; 'run.folder' must be one "
                     "folder that all of them see"
                 )
-            found = {i: Seen(*seen) for file in files for i, seen in json.loads(file.read_text())}
+            found = {i: Seen(*seen) for file in files for i, seen in read_json(file)}
             self.barrier()
             files[self.rank].unlink()
         return [found[i] for i in range(n)]

@@ -25,7 +25,6 @@ class PreferencePairs(PreferenceLatents):
                     record.prompt,
                     images,
                     (scores[w], scores[l_]),
-                    record.weight,
                     record.flip,
                     record.annotator,
                 )

@@ -25,7 +25,7 @@ class RankedImages(PreferenceLatents):
                     f"record {record.id} has phi = {phi}; win rates lie in [0, 1], as eval/rank_images.py writes them; "
                     "without phi they follow from the ranks"
                 )
-            yield Example(record.id, record.prompt, record.images, tuple(phi), record.weight, record.flip)
+            yield Example(record.id, record.prompt, record.images, tuple(phi), record.flip)
 
 
 def win_rates_of_ranks(ranks: Sequence[float]) -> tuple[float, ...]:

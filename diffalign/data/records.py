@@ -101,7 +101,6 @@ class Record:
     scores     one number an image, larger is better, where the data set gives any
     aspects    the same for each aspect that was rated apart: aspect -> one number an image, larger is better
     annotator  who said so
-    weight     importance in the loss
     flip       probability in [0, 0.5) that the label is wrong; 0 when unknown
     """
 
@@ -111,7 +110,6 @@ class Record:
     ranks: tuple[float, ...]
     scores: tuple[float, ...] | None = None
     annotator: str | None = None
-    weight: float = 1.0
     flip: float = 0.0
     aspects: dict[str, tuple[float, ...]] | None = None
 

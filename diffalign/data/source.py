@@ -46,8 +46,7 @@ def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
 
 def _records(records: Iterable[Record]) -> str:
     return _digest(
-        repr((r.id, r.prompt, r.ranks, r.scores, r.aspects, r.annotator, r.weight, r.flip, len(r.images)))
-        for r in records
+        repr((r.id, r.prompt, r.ranks, r.scores, r.aspects, r.annotator, r.flip, len(r.images))) for r in records
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ from diffalign.data.entries import side_of
 from diffalign.data.looks import Seen
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
-from reward_models.files import write_whole
+from reward_models.files import write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class DropReport:
         """Write the list. Raises ValueError when more than max_dropped is damaged or nothing is left."""
         if self.main:
             rows = ({name: value for name, value in d._asdict().items() if value} for d in dropped)
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_lines(self.file, rows)
         damaged = sum(d.kind not in NO_PREFERENCE for d in dropped)
         if not usable:
             raise ValueError(f"no usable pair in '{self.path}' ({_counts(dropped)}); see '{self.file}'")
@@ -134,7 +133,7 @@ class DropReport:
         if not found:
             file.unlink(missing_ok=True)
             return
-        write_whole(file, "".join(json.dumps(one._asdict()) + "\n" for one in found))
+        write_lines(file, (one._asdict() for one in found))
         logger.warning(
             "of the records used, %s; listed in '%s'", _kinds(one.notice.split(":")[0] for one in found), file
         )

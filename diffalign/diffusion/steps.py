@@ -6,17 +6,15 @@ nothing but these two and `log_prob`. Timesteps are per sample, [B], everywhere.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffalign.diffusion.schedule import FlowSchedule, Schedule, per_sample, upcast
-from diffalign.draws import Draws
-from diffalign.types import Cond, Key
+from diffalign.types import Cond
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
 """A denoiser: (x_t [B, C, h, w], t [B], cond) -> out [B, C, h, w]."""
@@ -98,36 +96,3 @@ def guided(denoiser: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond |
         return denoiser(x_t, t, cond)
     with_prompt, without = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), Cond.cat([cond, uncond])).chunk(2)
     return without + scale * (with_prompt - without)
-
-
-def sample(
-    denoiser: Network,
-    schedule: Schedule,
-    cond: Cond,
-    noise: Tensor,
-    timesteps: Tensor,
-    *,
-    uncond: Cond | None = None,
-    guidance: float = 1.0,
-    eta: float = 0.0,
-    draws: Draws | None = None,
-    keys: Sequence[Key] | None = None,
-) -> Tensor:
-    """From noise [B, C, h, w] through the descending timesteps [S] to the clean end: x0 [B, C, h, w], float32.
-
-    eta > 0 adds noise that is a pure function of (sample's key, step): it needs draws and B keys. Raises ValueError
-    without them, and for timesteps that do not descend. Gradients flow; call it under no_grad where none are wanted.
-    """
-    levels = [*timesteps.tolist(), schedule.t_clean]
-    if any(then >= now for now, then in itertools.pairwise(levels)):
-        raise ValueError(f"timesteps must descend and end above {schedule.t_clean}, the clean end; got {levels[:-1]}")
-    if eta and (draws is None or keys is None or len(keys) != len(noise)):
-        raise ValueError(f"sample with eta > 0 draws noise: pass draws and {len(noise)} keys, one a sample")
-    x = upcast(noise)
-    for k, (now, then) in enumerate(itertools.pairwise(levels)):
-        t, t_next = (torch.full((len(x),), level, device=x.device, dtype=timesteps.dtype) for level in (now, then))
-        out = guided(denoiser, x, t, cond, uncond, guidance)
-        x, std = gaussian_step(schedule, out, x, t, t_next, eta)
-        if eta and draws is not None and keys is not None:
-            x = x + std * draws.normal([(key, k) for key in keys], x.shape[1:], stream="sampler").to(x.device)
-    return x

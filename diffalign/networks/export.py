@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import lora_layers
 from diffalign.networks.user_adapter import FILE, has_user_adapter, save_adapter
-from reward_models.files import writing
+from reward_models.files import replacing_folder
 
 LOADED_BY = {
     "whole pipeline": "DiffusionPipeline.from_pretrained('{}')",
@@ -24,12 +23,8 @@ LOADED_BY = {
 
 def export(backbone: Backbone, folder: Path) -> str:
     """Write the denoiser's present weights to `folder`, replacing it as a whole, and say how to load them."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with writing(temporary):
+    with replacing_folder(folder) as temporary:
         save(backbone, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
     return f"exported; load it with {LOADED_BY[kind_of(backbone)].format(folder)}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,8 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
+
+from reward_models.files import read_json
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names under which diffusers and peft write a LoRA."""
@@ -83,7 +84,7 @@ def _load_peft(pipe: Any, file: Path) -> None:
     if fit[name] < len(layers):
         raise ValueError(f"{len(layers) - fit[name]} of the {len(layers)} layers it changes are not in the {name}")
     known = LoraConfig.__dataclass_fields__  # a newer peft writes keys that this one does not know
-    config = LoraConfig(**{k: v for k, v in json.loads(settings.read_text()).items() if k in known})
+    config = LoraConfig(**{k: v for k, v in read_json(settings).items() if k in known})
     part: Any = _parts(pipe)[name]
     part.add_adapter(config)
     if left := set_peft_model_state_dict(part, state).unexpected_keys:

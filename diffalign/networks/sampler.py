@@ -77,7 +77,7 @@ class Sampler:
     """The sampling of a backbone as stock diffusers does it with the same noise: a pure function of each sample's key.
 
     Positional: the backbone, the draws of the run, and the images' width and height in pixels. The noise of a key is
-    that of its generators: stream "latents" at the start, "sampler" on the way, as in eval/generate.py.
+    that of its generators: stream "latents" at the start, "sampler" on the way, as in tools/generate.py.
 
     Timesteps, noise levels, the scale of the first noise and the last step are those of the model's own scheduler, or,
     where its law is another, of DDIM, DDPM or LCM made from the same scheduler config. Raises ValueError where `law` is

@@ -2,7 +2,9 @@
 
     gain = err(reference) - err(policy);  reward r = beta/2 gain;  margin m = r_w - r_l
 
-Errors are means over C, h, w, never sums, and beta always carries the factor 1/2, as in the released Diffusion-DPO.
+What beta means, everywhere in this project: errors are means over C, h, w, never sums, and beta carries the factor 1/2,
+as in the released Diffusion-DPO. A larger beta holds the policy closer to the reference. Other code writes the same
+setting as another number: `beta_in_other_units`.
 """
 
 from __future__ import annotations
@@ -36,12 +38,18 @@ def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
     }
 
 
+def describe_beta(beta: float, dims: int, setting: str) -> list[str]:
+    """What a run says at its start: beta with another setting of the method, and the same beta in other units."""
+    others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(beta, dims).items()]
+    return [f"beta {beta:g} (mean-form error, factor 1/2), {setting}; the same elsewhere:", *others]
+
+
 class PairTerms(NamedTuple):
     """What a pair loss may look at; every tensor [B].
 
     err_w, err_l  the policy's errors on winner and loser
     ref_w, ref_l  the reference's errors on the same inputs
-    beta          mean-form error, factor 1/2; one number, or one for each pair
+    beta          one number, or one for each pair
     flip          probability e that the label is wrong, in [0, 0.5): conservative, robust, exo, aot
     offset        reward difference, in units of the margin, that the margin should exceed: offset
     sft_weight    weight of the winner's own likelihood, in units of its reward: dpo_sft, slic

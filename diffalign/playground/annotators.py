@@ -63,7 +63,7 @@ class Annotator:
 
 
 def load(folder: Path) -> tuple[list[dict[str, Any]], Tensor]:
-    """A folder written by eval/generate.py: its manifest rows, and the images [N, 3, 32, 32] in [0, 1]."""
+    """A folder written by tools/generate.py: its manifest rows, and the images [N, 3, 32, 32] in [0, 1]."""
     rows = read_lines(folder / "manifest.jsonl")
     images = [pil_to_tensor(Image.open(folder / row["image"]).convert("RGB")) for row in rows]
     return rows, torch.stack(images).float() / 255

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -28,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffalign.playground.folder import save_pipeline
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, captions, imagine, wishes
+from reward_models.files import replacing
 
 WORDS = (*RADII, *COLOURS, *SHAPES, *PLACES, "on", *BACKGROUNDS)
 LENGTH = 12
@@ -168,8 +168,8 @@ def train(
         if (step + 1) % 500 == 0 or step + 1 == steps:
             state = {key: m.state_dict() for key, m in modules.items()}
             state |= {"optimizer": optimizer.state_dict(), "ema": ema.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with replacing(checkpoint) as temporary:
+                torch.save(state, temporary)
     ema.copy_to(parameters)
 
 

@@ -69,7 +69,7 @@ def write_ratings(
 
 
 def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int = 0) -> None:
-    """Two rendered images of each of some captions, true to it, with a manifest.jsonl as `diffalign eval generate`
+    """Two rendered images of each of some captions, true to it, with a manifest.jsonl as `diffalign generate`
     writes it: what annotators compare."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     texts = [text for text in captions(prompts, held_out=held_out, seed=seed) for _ in range(2)]

@@ -22,14 +22,14 @@ class Pair(NamedTuple):
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `folder/manifest.jsonl`, as eval/generate.py writes them, in its order.
+    """The rows of `folder/manifest.jsonl`, as tools/generate.py writes them, in its order.
 
     Raises FileNotFoundError without that file, ValueError for a row without one of FIELDS, for an image outside the
     folder, or for a (prompt_id, sample) that comes twice.
     """
     path = folder / "manifest.jsonl"
     if not path.exists():
-        raise FileNotFoundError(f"'{path}' does not exist; write it with `diffalign eval generate --out {folder}`")
+        raise FileNotFoundError(f"'{path}' does not exist; write it with `diffalign generate --out {folder}`")
     rows, seen = [], set()
     for number, line in enumerate(text_lines(path), 1):
         if not line.strip():

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from diffalign.report.curves import draw_curves, read_metrics
 from diffalign.report.manifest import Pair, read_pairs
 from diffalign.report.win_rate import holm
-from reward_models.files import read_json, replacing, write_whole
+from reward_models.files import read_json, read_text, replacing, write_whole
 
 EXTREMES, RANDOM = 12, 24
 """Pairs shown: so many of the largest gains, so many of the largest losses, and so many drawn from the rest."""
@@ -125,8 +124,12 @@ def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]
 
 def _picture(out: Path, source: Path, name: str) -> dict[str, Any]:
     """Copy an image into the report; what the page needs to show it."""
-    with Image.open(source) as image:
-        width, height = image.size
+    from reward_models.images import ImageError, read_rgb  # torch, which `--help` does without
+
+    try:
+        width, height = read_rgb(source).size
+    except ImageError as error:
+        raise ImageError(f"'{source}': {error}") from error
     target = out / "images" / (name + source.suffix)
     with replacing(target) as temporary:
         shutil.copyfile(source, temporary)
@@ -143,7 +146,7 @@ def _run(out: Path, run: Path | None) -> dict[str, Any]:
     grids = sorted((run / "samples").glob("*.png"))
     ends = [(grids[i].stem, _picture(out, grids[i], f"run-{grids[i].stem}")) for i in (0, -1)] if len(grids) > 1 else []
     return {
-        "config": config.read_text(encoding="utf-8") if config.exists() else None,
+        "config": read_text(config) if config.exists() else None,
         "metrics": read_metrics(metrics) if metrics.exists() else {},
         "samples": ends,
     }

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from reward_models.accuracy import QUANTILES, bootstrap, chunks
+
 TIE = 1e-6
 """Scores closer than this are equal: half a win for each."""
-
-CHUNK = 2_000_000
-"""Numbers drawn at once; bounds the memory, and is part of what makes a seed reproducible."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ def paired_win_rate(
 ) -> WinRate:
     """Compare two models by their scores [N], [N] of the same prompts and noise; prompt_ids [N] name the clusters.
 
-    Intervals are percentiles of a bootstrap over prompts (Efron & Tibshirani, 1993, chapter 13); when every prompt has
-    the same outcome they have no width, which says that the prompts are too few, not that the rate is certain. The
-    p-value flips the sign of whole prompts. Deterministic by seed.
+    Intervals are percentiles of a bootstrap over prompts; when every prompt has the same outcome they have no width,
+    which says that the prompts are too few, not that the rate is certain. The p-value flips the sign of whole prompts.
+    Deterministic by seed.
     Raises ValueError for other shapes, for scores that are not finite, and for fewer than two prompts.
     """
     base, new = np.asarray(base_scores, dtype=np.float64), np.asarray(scores, dtype=np.float64)
@@ -68,7 +67,7 @@ def paired_win_rate(
     wins = np.where(tied, 0.5, difference > 0)
     by_prompt = np.stack([np.bincount(cluster, values) / sizes for values in (wins, difference)], axis=1)
     (rate, mean), rng = by_prompt.mean(0), np.random.default_rng(seed)
-    (low, mean_low), (high, mean_high) = np.quantile(_bootstrap(by_prompt, resamples, rng), (0.025, 0.975), axis=0)
+    (low, mean_low), (high, mean_high) = np.quantile(bootstrap(by_prompt, rng, resamples), QUANTILES, axis=0)
     return WinRate(
         win_rate=float(rate),
         low=float(low),
@@ -92,23 +91,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _bootstrap(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Means of `resamples` draws with replacement of the rows of values [P, K] -> [resamples, K]."""
-    rows = len(values)
-    chosen = (rng.integers(rows, size=(n, rows)) for n in _chunks(resamples, rows))
-    return np.concatenate([values[c].mean(1) for c in chosen])
-
-
 def _sign_flip(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> float:
     """Share of random sign patterns of values [P] whose |mean| reaches the observed one, the observed one counted."""
     observed, rows, reached = abs(values.mean()), len(values), 0
-    for n in _chunks(resamples, rows):
+    for n in chunks(resamples, rows):
         signs = rng.integers(2, size=(n, rows), dtype=np.int8) * 2.0 - 1.0
         # Sums in another order differ in the last bits; a pattern that ties with the observed one must count.
         reached += int((np.abs(signs @ values) / rows >= observed - 1e-12).sum())
     return (1 + reached) / (1 + resamples)
-
-
-def _chunks(resamples: int, rows: int) -> list[int]:
-    size = max(1, CHUNK // rows)
-    return [min(size, resamples - start) for start in range(0, resamples, size)]

@@ -27,7 +27,7 @@ from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.networks.placement import HALVES, Placement, deterministic_only
 from diffalign.types import Recent
-from reward_models.files import read_lines, write_whole, writing
+from reward_models.files import read_lines, write_lines, write_whole, writing
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
 
@@ -213,7 +213,7 @@ class Run:
         """Forget the metrics after `step`: a resumed run writes them again."""
         if self.main and self.metrics.exists():
             kept = [row for row in read_lines(self.metrics) if row["step"] <= step]
-            write_whole(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+            write_lines(self.metrics, kept)
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
         """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.

@@ -22,6 +22,7 @@ from transformers import (
 
 from reward_models.clip.aesthetic import Head
 from reward_models.clip.text import has_tokenizer
+from reward_models.files import read_json
 from reward_models.hub import reachable
 from reward_models.weights import WEIGHTS, find_file
 
@@ -62,10 +63,7 @@ def read_architecture(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
         where = f"architecture '{architecture}'"
         if not Path(architecture).is_file():
             raise FileNotFoundError(f"{where} does not exist; expected a .json file")
-        try:
-            described = json.loads(Path(architecture).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{where} is not valid JSON: {error}") from error
+        described = read_json(architecture)
     for part, wanted in (("", IMAGE_REWARD), ("vision", IMAGE_REWARD["vision"]), ("text", IMAGE_REWARD["text"])):
         given: Any = described if not part else described[part]  # type: ignore[index]
         keys = set(given) if isinstance(given, Mapping) else set()

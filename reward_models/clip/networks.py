@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import open_clip
 from torch import nn
 
 from reward_models.clip.keys import is_transformers, to_open_clip
+from reward_models.files import read_json
+from reward_models.settings import nearest
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -31,10 +31,7 @@ def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
     elif architecture.endswith(".json"):
         if not Path(architecture).is_file():
             raise FileNotFoundError(f"architecture '{architecture}' does not exist")
-        try:
-            config = json.loads(Path(architecture).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"architecture '{architecture}' is not valid JSON: {error}") from error
+        config = read_json(architecture)
         config = config.get("model_cfg", config) if isinstance(config, dict) else {}
     else:
         check_model_name(architecture)
@@ -50,8 +47,7 @@ def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
 def check_model_name(name: str) -> None:
     """Raise ValueError, with the nearest known name, unless open_clip knows the model."""
     if open_clip.get_model_config(name) is None:
-        near = get_close_matches(name, open_clip.list_models(), n=1)
-        raise ValueError(f"open_clip knows no model '{name}'" + "".join(f", did you mean '{x}'?" for x in near))
+        raise ValueError(f"open_clip knows no model '{name}'{nearest(name, open_clip.list_models())}")
 
 
 def build_clip(config: Mapping[str, Any]) -> Any:

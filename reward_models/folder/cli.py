@@ -115,7 +115,7 @@ def _positive(text: str) -> int:
 
 
 def _info(words: Sequence[str]) -> int:
-    from reward_models.cards import CARDS, card_text
+    from reward_models.folder.cards import CARDS, card_text
 
     parser = _Parser(prog="reward-score info", description="What a scorer is: source, input, unit, known failures.")
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; all in short without it")
@@ -197,7 +197,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     if missing:
         raise ValueError(f"{missing} batches of {args.batch_size} have no result; run again with --resume")
     scores, reasons = outcomes.scores, dict(sorted(outcomes.reasons.items()))
-    failed = write_failures(args.out, ((items[i].image, items[i].prompt, x) for i, x in reasons.items()))
+    failed = write_failures(
+        args.out, [{"image": items[i].image, "prompt": items[i].prompt, "reason": x} for i, x in reasons.items()]
+    )
     meta = _meta(args, items, scorers, outcomes)
     columns: Columns = {"image": "string", "prompt": "string", **dict.fromkeys(scorers, "float32")}
     rows = ((x.image, x.prompt, *scores[i].tolist()) for i, x in enumerate(items) if i not in reasons)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reward_models.files import replacing, write_whole
+from reward_models.files import replacing, write_lines, write_whole
 
 META = b"reward_models"
 """Key of the parquet file's metadata under which lies what `<out>.meta.json` holds."""
@@ -45,16 +45,13 @@ def write_meta(out: Path, meta: Mapping[str, Any]) -> None:
     write_whole(out.with_name(out.name + ".meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_failures(out: Path, failures: Rows) -> Path:
+def write_failures(out: Path, failures: Collection[Mapping[str, str]]) -> Path:
     """Write `<out>.failed.jsonl` with image, prompt and reason, or remove it when nothing failed; returns its path."""
     path = out.with_name(out.name + ".failed.jsonl")
-    rows = iter(failures)
-    first = next(rows, None)
-    if first is None:
-        path.unlink(missing_ok=True)
+    if failures:
+        write_lines(path, failures)
     else:
-        with replacing(path) as temporary:
-            _jsonl(temporary, {"image": "string", "prompt": "string", "reason": "string"}, chain([first], rows), "")
+        path.unlink(missing_ok=True)
     return path
 
 

@@ -68,7 +68,6 @@ def batch_of() -> Callable[..., LatentBatch]:
             Cond(torch.randn(n, 12, 16, generator=g)),
             group,
             [(0, str(i)) for i in range(n)],
-            torch.ones(n),
             torch.zeros(n),
             torch.full((len(group),), torch.nan) if scores is None else torch.tensor(scores),
         )

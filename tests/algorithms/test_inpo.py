@@ -35,7 +35,6 @@ def one(batch, i):
         cond=batch.cond.at(torch.tensor([i])),
         group=torch.tensor([0, 0]),
         keys=[batch.keys[i]],
-        weight=batch.weight[i : i + 1],
         flip=batch.flip[i : i + 1],
         scores=batch.scores[[i, n + i]],
     )

@@ -15,12 +15,11 @@ from diffalign.objectives.preference import ranking
 from diffalign.types import GroupBatch
 
 
-def _batch(ranks: Tensor, sizes: list[int], flip: float = 0.0, weight: Tensor | None = None) -> GroupBatch:
+def _batch(ranks: Tensor, sizes: list[int], flip: float = 0.0) -> GroupBatch:
     n, g = sum(sizes), len(sizes)
     group = torch.arange(g).repeat_interleave(torch.tensor(sizes))
-    weight = torch.ones(g) if weight is None else weight
     keys = [(0, str(k)) for k in range(g)]
-    return GroupBatch(torch.rand(n, 3, 2, 2), ["p"] * n, group, ranks, keys, weight, torch.full((g,), flip))
+    return GroupBatch(torch.rand(n, 3, 2, 2), ["p"] * n, group, ranks, keys, torch.full((g,), flip))
 
 
 class Given(nn.Module):
@@ -95,14 +94,12 @@ def test_aspects_have_their_own_order_and_may_be_missing() -> None:
     assert (scorer.logits.grad[0].sign() == torch.tensor([-1.0, 1.0, 0.0])).all()
 
 
-def test_weights_and_label_smoothing() -> None:
+def test_reduction_and_label_smoothing() -> None:
     scorer = Given(torch.tensor([1.0, 0.0, 1.0, 0.0]))
     ranks = torch.tensor([[1.0], [2.0], [1.0], [2.0]])
     one = math.log1p(math.exp(-1))
-    loss, _ = RewardTraining(scorer, Draws(0), reduction="sum").loss(
-        _batch(ranks, [2, 2], weight=torch.tensor([1.0, 3.0]))
-    )
-    assert loss.item() == pytest.approx(4 * one, abs=1e-6)
+    loss, _ = RewardTraining(scorer, Draws(0), reduction="sum").loss(_batch(ranks, [2, 2]))
+    assert loss.item() == pytest.approx(2 * one, abs=1e-6)
     smooth, _ = RewardTraining(scorer, Draws(0), label_smoothing=0.1).loss(_batch(ranks, [2, 2]))
     assert smooth.item() == pytest.approx(one + 0.1, abs=1e-6)  # e d with d = 1
     known, _ = RewardTraining(scorer, Draws(0), label_smoothing=0.1).loss(_batch(ranks, [2, 2], flip=0.2))

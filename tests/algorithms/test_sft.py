@@ -16,5 +16,3 @@ def test_only_winners_count(constant, noising_of, batch_of) -> None:
     assert torch.allclose(loss, expected.mean())
     losers = torch.cat([batch.x0[:3], torch.full_like(batch.x0[3:], torch.nan)])
     assert torch.equal(algorithm.loss(batch._replace(x0=losers))[0], loss)
-    weighted = batch._replace(weight=torch.tensor([3.0, 0.0, 0.0]))
-    assert torch.allclose(algorithm.loss(weighted)[0], expected[0])

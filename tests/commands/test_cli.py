@@ -26,8 +26,21 @@ def test_recipes_are_listed_with_their_configs(capsys: pytest.CaptureFixture[str
     shown = capsys.readouterr().out
     assert "diffusion_dpo" in shown
     assert "playground, sd15, sd15_lora" in shown
-    for name in ("generate", "score_folder", "win_rate", "report"):
-        assert name in shown
+    evaluations, tools = shown.partition("eval recipes:")[2].split("tools:")
+    assert all(name in evaluations for name in ("score_folder", "win_rate", "report"))
+    assert "generate " in tools and "user " in tools
+
+
+def test_tools_are_commands_and_generate_is_known_after_eval_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(launch, "start", lambda *given, **how: started.append((*given, how)) or 0)
+    words, tools = ["--help", "--out=x"], launch.ROOT / "tools"
+    for command in (["generate"], ["eval", "generate"], ["user"], ["eval", "user"]):
+        assert cli.main([*command, *words]) == 0
+    alone = {"processes": 1, "config": None}
+    names = ("generate", "generate", "user", "user")
+    assert started == [(tools / f"{name}.py", words, alone) for name in names]
+    assert cli.main(["eval", "--num-processes=2", "generate"]) == 0 and started[-1][-1]["processes"] == 2
 
 
 @pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
@@ -36,7 +49,7 @@ def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsy
     said = capsys.readouterr().err
     assert "no train recipe 'dpo'; known recipes: " in said and "inpo, kto" in said
     assert cli.main(["eval", "frobnicate", *more]) == 2
-    assert "no eval recipe 'frobnicate'; known recipes: generate" in capsys.readouterr().err
+    assert "no eval recipe 'frobnicate'; known recipes: hps_benchmark, " in capsys.readouterr().err
     with pytest.raises(ValueError, match="no eval recipe 'score'"):
         launch.find("eval", "score")
 
@@ -127,3 +140,6 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     tiny = ["trainer.steps=1", "data.draws_per_sample=1", "data.limit=16", "hooks.verify_export=false"]
     assert "exported" in run("train", "diffusion_dpo", "--config", "playground", "run.folder=run", *tiny)
     assert (tmp_path / "empty" / "run" / "export" / "pytorch_lora_weights.safetensors").exists()
+    (tmp_path / "empty" / "p.txt").write_text("red circle on white\n")
+    made = run("generate", "--pipeline=playground", "--lora=run/export", "--prompts=p.txt", "--steps=1", "--out=images")
+    assert "1 images of 1 prompts in 'images'" in made

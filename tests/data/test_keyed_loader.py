@@ -50,7 +50,7 @@ def take(loader, micro, n):
 def assert_equal(a, b):
     assert (len(a), [x.keys for x in a]) == (len(b), [x.keys for x in b])
     for x, y in zip(a, b, strict=True):
-        for p, q in ((x.x0, y.x0), (x.cond.tokens, y.cond.tokens), (x.weight, y.weight), (x.flip, y.flip)):
+        for p, q in ((x.x0, y.x0), (x.cond.tokens, y.cond.tokens), (x.flip, y.flip)):
             assert torch.equal(p, q)
 
 

@@ -216,7 +216,6 @@ def test_a_batch_has_winners_first_and_what_the_types_say(tmp_path):
     assert batch.cond.tokens.shape == (2, 2, 3)
     assert batch.keys == [(0, "pairs.jsonl:3#0-1"), (0, "pairs.jsonl:2#0-1")]
     torch.testing.assert_close(batch.flip, torch.tensor([0.0, 0.1]))
-    assert batch.weight.tolist() == [1, 1]
 
 
 def test_with_a_complete_cache_the_encoder_is_never_called(tmp_path):

@@ -129,7 +129,7 @@ def test_jsonl_paths_are_relative_to_the_file_and_prob_becomes_a_flip_probabilit
     ]
     (tmp_path / "pairs.jsonl").write_text("\n\n".join(json.dumps(x) for x in lines) + "\n")
     a, b = read_records(tmp_path / "pairs.jsonl")
-    assert (a.id, a.prompt, a.flip, a.annotator, a.weight) == ("pairs.jsonl:1", "a", 0.0, None, 1.0)
+    assert (a.id, a.prompt, a.flip, a.annotator) == ("pairs.jsonl:1", "a", 0.0, None)
     assert winner_and_loser(a) == (picture(1), picture(2))
     assert (b.id, b.prompt, b.flip, b.annotator) == ("pairs.jsonl:3", "b", 0.25, "7")
     assert winner_and_loser(b) == (picture(2), picture(1))

@@ -24,7 +24,7 @@ def renders() -> torch.Tensor:
 
 
 def run(name: str, *arguments: object) -> int:
-    """`diffalign eval NAME ...` in this process."""
+    """`diffalign NAME ...` or `diffalign eval NAME ...` in this process."""
     return runpy.run_path(str(launch.find("eval", name)))["main"]([str(a) for a in arguments]) or 0
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from chains import chain
 from torch import Tensor
 
 from diffalign.diffusion.inversion import Inversion
 from diffalign.diffusion.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
-from diffalign.diffusion.steps import sample
 from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
 from diffalign.types import Cond
@@ -75,7 +75,7 @@ def test_a_constant_flow_is_inverted_exactly() -> None:
     x_t = invert(lambda x, t, cond: FIELD.expand_as(x), FlowSchedule(), x0, t, steps=7)
     assert torch.allclose(x_t, x0 + t[:, None, None, None] * FIELD, atol=1e-12)
     grid = torch.tensor([1.0, 0.4, 0.3], dtype=torch.float64)
-    back = sample(lambda x, t, cond: FIELD.expand_as(x), FlowSchedule(), conds(1), x_t[:1], grid)
+    back = chain(lambda x, t, cond: FIELD.expand_as(x), FlowSchedule(), conds(1), x_t[:1], grid)
     assert torch.allclose(back, x0[:1], atol=1e-12)
 
 
@@ -215,13 +215,12 @@ def test_playground_latents_come_back(learning: bool) -> None:
     def error(steps: int, **settings) -> float:
         grid = schedule.grid(steps)
         x_t = Inversion(schedule, Draws(0), steps=steps, **settings)(backbone.denoiser, x0, t, cond, None, prompts)
-        back = sample(backbone.denoiser, schedule, cond, x_t, grid)
+        back = chain(backbone.denoiser, schedule, cond, x_t, grid)
         return ((back - x0).norm() / x0.norm()).item()
 
     with torch.no_grad():
-        x0 = sample(
-            backbone.denoiser, schedule, cond, Draws(0).normal(range(2), (4, 16, 16), stream="x"), schedule.grid(50)
-        )
+        noise = Draws(0).normal(range(2), (4, 16, 16), stream="x")
+        x0 = chain(backbone.denoiser, schedule, cond, noise, schedule.grid(50))
     plain = [error(steps) for steps in (10, 50)]
     corrected = error(10, renoise=8, renoise_average=False)
     print(plain, corrected)

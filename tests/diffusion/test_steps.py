@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from chains import chain
 from diffusers import (
     DDIMInverseScheduler,
     DDIMScheduler,
@@ -22,7 +23,7 @@ from diffusers import (
 from torch import Tensor
 
 from diffalign.diffusion.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
-from diffalign.diffusion.steps import flow_sde_step, gaussian_step, guided, log_prob, renoise_step, sample
+from diffalign.diffusion.steps import flow_sde_step, gaussian_step, guided, log_prob, renoise_step
 from diffalign.draws import Draws
 from diffalign.types import Cond
 
@@ -345,29 +346,6 @@ def test_without_guidance_one_plain_forward(uncond: Cond | None, scale: float) -
     assert torch.equal(out, Affine()(x, t, prompts(1, 2)))
 
 
-def test_sample_is_the_chain_of_steps() -> None:
-    schedule, network, noise = VPSchedule.from_config(SD), Affine(), normal(2, 0)
-    grid = schedule.grid(3)
-    x = noise
-    for t, t_next in zip(grid, [*grid[1:], torch.tensor(-1)], strict=True):
-        ts = t.repeat(2)
-        out = guided(network, x, ts, prompts(1, 2), prompts(0, 0), 2.0)
-        x, _ = gaussian_step(schedule, out, x, ts, t_next.repeat(2))
-    got = sample(network, schedule, prompts(1, 2), noise, grid, uncond=prompts(0, 0), guidance=2.0)
-    assert torch.equal(got, x)
-    assert network.asked == [4] * 6
-
-
-def test_noise_of_a_sample_belongs_to_its_key() -> None:
-    schedule, network, draws, noise = VPSchedule.from_config(SD), Affine(), Draws(0), normal(2, 0)
-    options: dict[str, Any] = {"eta": 1.0, "draws": draws}
-    both = sample(network, schedule, prompts(1, 2), noise, schedule.grid(4), keys=["a", "b"], **options)
-    alone = sample(network, schedule, prompts(2), noise[1:], schedule.grid(4), keys=["b"], **options)
-    other = sample(network, schedule, prompts(2), noise[1:], schedule.grid(4), keys=["c"], **options)
-    assert torch.equal(both[1:], alone)
-    assert not torch.allclose(other, alone)
-
-
 def test_sampling_recovers_the_distribution_at_every_eta() -> None:
     """1-D data N(.3, 1.4) with its exact eps-network: mean and variance of 4000 samples within 4 standard errors,
     4 sqrt(1.4 / 4000) = .075 and 4 * 1.4 sqrt(2 / 4000) = .125; 250 steps leave a bias of .015.
@@ -381,17 +359,6 @@ def test_sampling_recovers_the_distribution_at_every_eta() -> None:
     # 4000 samples are 4 x 1000 pixels: one key draws 1000 independent ones.
     for eta in (0.0, 1.0):
         noise = draws.normal(range(4), (1, 40, 25), stream="noise")
-        x0 = sample(network, schedule, COND, noise, schedule.grid(250), eta=eta, draws=draws, keys=range(4))
+        x0 = chain(network, schedule, COND, noise, schedule.grid(250), eta, draws)
         assert x0.mean().item() == pytest.approx(0.3, abs=0.075)
         assert x0.var().item() == pytest.approx(1.4, abs=0.125)
-
-
-def test_sample_refuses_what_it_cannot_do() -> None:
-    schedule, noise = VPSchedule.from_config(SD), normal(2, 0)
-    for more in ({}, {"draws": Draws(0)}, {"draws": Draws(0), "keys": ["a"]}):
-        with pytest.raises(ValueError, match="pass draws and 2 keys"):
-            sample(Affine(), schedule, prompts(1, 2), noise, schedule.grid(2), eta=0.5, **more)
-    with pytest.raises(ValueError, match=r"must descend .* got \[100, 500\]"):
-        sample(Affine(), schedule, prompts(1, 2), noise, torch.tensor([100, 500]))
-    with pytest.raises(ValueError, match="must descend"):
-        sample(Affine(), FlowSchedule(), prompts(1, 2), noise, torch.tensor([1.0, 0.0]))

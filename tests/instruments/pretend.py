@@ -264,7 +264,7 @@ def _caller() -> str:
         file = frame.f_code.co_filename
         if "site-packages" not in file and "tests" not in file and file.endswith(".py"):
             parts = file.split(os.sep)
-            if any(p in parts for p in ("diffalign", "reward_models", "train", "eval")):
+            if any(p in parts for p in ("diffalign", "reward_models", "train", "eval", "tools")):
                 return f"{parts[-1]}:{frame.f_lineno}"
         frame = frame.f_back
     return "elsewhere"

@@ -212,4 +212,4 @@ def test_export_replaces_the_one_before_as_a_whole(tiny_sd: Path, tmp_path: Path
     (tmp_path / "export" / "old").write_text("")
     export(backbone, tmp_path / "export")
     assert [p.name for p in (tmp_path / "export").iterdir()] == ["pytorch_lora_weights.safetensors"]
-    assert not (tmp_path / "export.tmp").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from diffalign.diffusion.noising import denoising_error
-from diffalign.objectives.preference import PAIR_LOSSES, PairTerms, beta_in_other_units, check_pair_loss, gain, margin
+from diffalign.objectives.preference import (
+    PAIR_LOSSES,
+    PairTerms,
+    beta_in_other_units,
+    check_pair_loss,
+    describe_beta,
+    gain,
+    margin,
+)
 
 LN2 = math.log(2)
 SMOOTHING = 0.1
@@ -107,6 +115,9 @@ def test_beta_in_other_units() -> None:
     assert mean_plain * mean_difference == pytest.approx(expected)
     assert sum_half / 2 * mean_difference * 16384 == pytest.approx(expected)
     assert sum_plain * mean_difference * 16384 == pytest.approx(expected)
+    said = describe_beta(5000, 16384, "loss 'dpo'")
+    assert said[0] == "beta 5000 (mean-form error, factor 1/2), loss 'dpo'; the same elsewhere:" and len(said) == 4
+    assert said[1] == "  2500 mean form, no factor 1/2 (diffusers SD LoRA script, Diffusion-KTO)"
 
 
 def test_swapping_winner_and_loser() -> None:

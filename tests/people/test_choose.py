@@ -413,7 +413,7 @@ def _prefer(page: Any, pair: Pair, image: int, key: bool) -> None:
 
 def test_two_servers_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second one says so and touches nothing; the kernel frees the file when the first is killed."""
-    choose = runpy.run_path(str(ROOT / "eval" / "user.py"))["main"]
+    choose = runpy.run_path(str(ROOT / "tools" / "user.py"))["main"]
     told, tell = os.pipe()
     holder = os.fork()
     if not holder:

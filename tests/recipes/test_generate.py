@@ -1,4 +1,4 @@
-"""eval/generate.py: fixed noise, resume, sharding, settings."""
+"""tools/generate.py: fixed noise, resume, sharding, settings."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue cat", "cat", "a red red cat", "blue"]
 
 
-def _recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "eval" / f"{name}.py")
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-generate = _recipe("generate")
+generate = _tool("generate")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_resumes_after_a_kill_with_identical_output(
         replace(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.os, "replace", killed)
+        patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             generate.main(_arguments(model, tmp_path))
     assert len(list((tmp_path / "images").glob("*.png"))) == 4 and not (tmp_path / "manifest.jsonl").exists()
@@ -140,7 +140,7 @@ def test_an_image_depends_on_its_prompt_id_and_not_on_the_others(model: Path, wh
 def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: Path, forks: Any) -> None:
     """Two gloo processes with the environment that `accelerate launch --cpu` gives them."""
     code = "import runpy, sys; sys.exit(runpy.run_path(sys.argv[1])['main'](sys.argv[2:]))"
-    two = forks.run(code, str(ROOT / "eval" / "generate.py"), *_arguments(model, tmp_path / "two"), processes=2)
+    two = forks.run(code, str(ROOT / "tools" / "generate.py"), *_arguments(model, tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == f"10 images of 5 prompts in '{tmp_path / 'two'}'", "only the main process talks"
     # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other made the rest.

@@ -32,7 +32,7 @@ def user(*arguments: object) -> int:
     """`diffalign user ...` in this process."""
     import runpy
 
-    return runpy.run_path(str(launch.find("eval", "user")))["main"]([str(a) for a in arguments])
+    return runpy.run_path(str(launch.find("tools", "user")))["main"]([str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_every_head_trains_and_loads(tmp_path: Path, people: Path, recipe: Calla
 def test_from_choices_to_images(
     tmp_path: Path, people: Path, encoder: Path, users: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """fit, reward-score --user, ppd, and the adapter in `diffalign eval generate` and in stock diffusers."""
+    """fit, reward-score --user, ppd, and the adapter in `diffalign generate` and in stock diffusers."""
     me, name = tmp_path / "me.safetensors", json.loads(people.read_text().splitlines()[0])["annotator"]
     assert user("fit", people, f"--encoder={encoder}", f"--out={me}") == 2
     assert "has 12 annotators; choose one with --annotator" in capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_from_choices_to_images(
     (tmp_path / "prompts.txt").write_text("small red circle on white\nblue square on black\n")
     out = tmp_path / "images"
     arguments = ["--pipeline=playground", f"--prompts={tmp_path / 'prompts.txt'}", "--steps=2", "--guidance=2"]
-    generate = ["eval", "generate", *arguments, f"--user-adapter={export}", f"--user={me}", f"--out={out}"]
+    generate = ["generate", *arguments, f"--user-adapter={export}", f"--user={me}", f"--out={out}"]
     assert diffalign(generate) == 0 and len(list((out / "images").glob("*.png"))) == 2
     assert diffalign([*generate[:-2], f"--out={tmp_path / 'nobody'}"]) == 2, "an adapter needs a user"
 

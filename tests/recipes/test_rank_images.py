@@ -37,7 +37,7 @@ def models(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _model(folder: Path, looks: list[tuple[float, float]], prompts: list[str] = PROMPTS) -> Path:
-    """Images of (vividness, distance from the place) for each prompt, as eval/generate.py lays them out."""
+    """Images of (vividness, distance from the place) for each prompt, as tools/generate.py lays them out."""
     (folder / "images").mkdir(parents=True)
     scene, rows = imagine([parse(p) for p in prompts], seed=0), []
     for k, (vivid, away) in enumerate(looks):

@@ -21,7 +21,7 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 def _folder(path: Path, shade: int, prompts: list[str], samples: int = 1, **settings: Any) -> Path:
-    """Images of one shade each, as eval/generate.py lays them out."""
+    """Images of one shade each, as tools/generate.py lays them out."""
     (path / "images").mkdir(parents=True)
     rows = []
     for i, prompt in enumerate(prompts):
@@ -220,7 +220,7 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
     manifest.write_text('{"image": "x.png", "prompt": "a"}\n')
     with pytest.raises(ValueError, match="line 1 has no prompt_id, sample"):
         read_manifest(reseeded)
-    with pytest.raises(FileNotFoundError, match="diffalign eval generate"):
+    with pytest.raises(FileNotFoundError, match="diffalign generate"):
         read_manifest(tmp_path / "nothing")
 
 

@@ -32,7 +32,7 @@ PROMPTS = ("red circle on white", "blue square on black", "green triangle on pin
 
 
 def _folder(path: Path, backgrounds: tuple[str, ...]) -> Path:
-    """Plain images of the given colours, in the layout of eval/generate.py."""
+    """Plain images of the given colours, in the layout of tools/generate.py."""
     (path / "images").mkdir(parents=True)
     rows = []
     for i, (prompt, background) in enumerate(zip(PROMPTS, backgrounds, strict=True)):

@@ -13,9 +13,12 @@ from reward_models.files import (
     open_file,
     parse_json,
     read_json,
+    read_lines,
     read_text,
     replacing,
+    replacing_folder,
     text_lines,
+    write_lines,
     write_whole,
 )
 
@@ -99,3 +102,33 @@ def test_an_error_of_what_is_read_meanwhile_keeps_its_own_words(tmp_path: Path) 
     with pytest.raises(FileNotFoundError, match="gone"), replacing(tmp_path / "a"):
         (tmp_path / "gone").read_bytes()
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_are_readable_and_hold_any_text(tmp_path: Path) -> None:
+    rows = [{"prompt": "ein Bär\u2028"}, {"prompt": "half a character \ud83d"}]
+    write_lines(tmp_path / "a.jsonl", iter(rows))
+    assert read_lines(tmp_path / "a.jsonl") == rows
+    assert "Bär" in (tmp_path / "a.jsonl").read_text(encoding="utf-8")
+
+
+def test_folders_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder, before = tmp_path / "export", os.umask(0o027)
+    try:
+        for text in ("first", "second"):
+            (tmp_path / ".export.tmp").mkdir()  # of a process that was killed
+            with replacing_folder(folder) as temporary:
+                assert not temporary.exists()
+                temporary.mkdir()
+                (temporary / text).write_text("")
+                (temporary / text).chmod(0o600)
+            assert [x.name for x in folder.iterdir()] == [text]
+            assert (folder / text).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+    with pytest.raises(ZeroDivisionError), replacing_folder(folder) as temporary:
+        temporary.mkdir()
+        1 / 0  # noqa: B018
+    with pytest.raises(OSError, match="No space left") as caught, replacing_folder(folder):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert caught.value.filename == str(folder)
+    assert [x.name for x in tmp_path.iterdir()] == ["export"] and [x.name for x in folder.iterdir()] == ["second"]

@@ -64,14 +64,14 @@ def test_settings_get_the_types_of_the_constructor() -> None:
         ("clpi", "no scorer 'clpi', did you mean 'clip'?; known: clip, hps_v2, hps_v2.1, pickscore, "),
         ("hpsv2.1", "did you mean 'hps_v2.1'?"),
         ("hps_v2,unit=x10", "'unit' must be one of raw, x100, logit; got 'x10'"),
-        ("hps_v2,antialias=no", "'antialias' must be one of true, false; got 'no'"),
+        ("hps_v2,antialias=no", "'antialias' must be true or false; got 'no'"),
         ("social_reward", "scorer 'social_reward' needs weights: write 'social_reward,weights=...'"),
         ("reward_models.mixture:WeightedSum", "can be built from Python only: it needs scorers"),
         ("clip,modle=x", "scorer 'clip,modle=x': no setting 'modle', did you mean 'model'?; known: model, pretrained"),
         ("clip,weight=two", "scorer 'clip,weight=two': 'weight' must be float; got 'two'"),
         ("clip,weight", "no setting 'weight'"),
         ("loading_scorers:Plain,n=1.5", "'n' must be int; got '1.5'"),
-        ("loading_scorers:Plain,on=yes", "'on' must be one of true, false; got 'yes'"),
+        ("loading_scorers:Plain,on=yes", "'on' must be true or false; got 'yes'"),
         ("loading_scorers:Plain,how=c", "'how' must be one of a, b; got 'c'"),
         ("loading_scorers:Plain,table=x", "'table' can be set from Python only"),
         ("loading_scorers:Net,n=1", "no setting 'n'; this scorer takes none"),
@@ -169,7 +169,7 @@ def test_folders_that_are_no_scorers_say_why(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"does not describe a scorer of family 'clip': KeyError.'unit'"):
         load_scorer(str(plain))
     (plain / "reward_config.json").write_text("{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="is not JSON"):
         load_scorer(str(plain))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from diffalign.networks.ema import Ema
 from diffalign.training.checkpoint_files import check_checksums, load_trained, save_trained, write_checksums
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
-from reward_models.files import readable
+from reward_models.files import put_folder, readable
 
 
 class Stateful(Protocol):
@@ -112,9 +111,8 @@ class Checkpoint(Hook):
                 "the checkpoints before it are whole"
             ) from error
         if self.run.main:
-            shutil.rmtree(final, ignore_errors=True)
             readable(temporary)
-            os.replace(temporary, final)
+            put_folder(temporary, final)
             for old in self.complete()[: -self.keep]:
                 shutil.rmtree(old)
         self.run.accelerator.wait_for_everyone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffalign.networks.sampler import Sampler
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from diffalign.types import Cond, Key
-from reward_models.files import writing
+from reward_models.files import replacing, writing
 
 PIXELS = 8 * 512 * 512
 """How many are sampled at a time; their decoding is bounded by the backbone."""
@@ -64,11 +63,7 @@ class SampleGrid(Hook):
                 raise FloatingPointError(
                     f"the sample grid of step {step} is not finite: {cure}, or choose another 'run.mixed_precision'"
                 )
-            folder = self.run.folder / "samples"
-            folder.mkdir(exist_ok=True)
-            file = folder / f"step-{step:06d}.png"
-            with writing(file):
-                save_image(images, file.with_suffix(".tmp"), format="png", nrow=self.columns, padding=1)
-                os.replace(file.with_suffix(".tmp"), file)  # a kill leaves no half of one
+            with replacing(self.run.folder / "samples" / f"step-{step:06d}.png") as temporary, writing(temporary):
+                save_image(images, temporary, format="png", nrow=self.columns, padding=1)
             self.backbone.release()
         self.run.accelerator.wait_for_everyone()

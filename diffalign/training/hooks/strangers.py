@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 
 from diffalign.config import too_small
 from diffalign.data import PersonalChoices
 from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, in_order
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
-from reward_models.files import read_lines, write_whole
+from reward_models.accuracy import interval
+from reward_models.files import read_lines, replacing_folder, write_lines
 
 BINS = 10
 """Of the calibration error."""
@@ -77,18 +74,15 @@ class Strangers(Hook):
     def after_step(self, trainer: Trainer) -> None:
         if self.run.main and (trainer.step % self.every == 0 or trainer.last):
             self.rows += [self.measure(trainer.step, n) for n in self.shots]
-            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+            write_lines(self.file, self.rows)
         self.run.accelerator.wait_for_everyone()
 
     def end(self, trainer: Trainer) -> None:
         if self.run.main:
             head, choices = self.scorer.head, self.choices
             self.scorer.standardise([head.fit(*self._place(choices.of(name))) for name in choices.people])
-            temporary = self.export.with_name("export.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.scorer.save(temporary)
-            shutil.rmtree(self.export, ignore_errors=True)
-            os.replace(temporary, self.export)
+            with replacing_folder(self.export) as temporary:
+                self.scorer.save(temporary)
             self.run.print(f"exported: '{self.export}'; `diffalign user fit` makes a user of a few choices")
         self.run.accelerator.wait_for_everyone()
 
@@ -118,7 +112,7 @@ class Strangers(Hook):
                 f"only {len(right)} strangers have {2 * shots} choices, which 'hooks.shots' = {shots} needs; raise "
                 "'choices.strangers' or ask for fewer"
             )
-        low, high = interval(np.array(right))
+        low, high = interval(right)
         error = calibration_error(torch.cat(chances))
         row = {"step": step, "shots": shots, "accuracy": float(np.mean(right)), "low": low, "high": high}
         row |= {"calibration_error": error, "doubt": float(np.mean(spread)), "strangers": len(right)}
@@ -127,14 +121,6 @@ class Strangers(Hook):
             f"strangers, calibration error {error:.3f}"
         )
         return row
-
-
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the mean of values [n], by a bootstrap."""
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    found = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def calibration_error(chances: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ from diffalign.networks.loading import Backbone, family_of, find_pipeline, suppo
 from diffalign.networks.user_adapter import FILE, add_user_adapter, user_width
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
-from reward_models.files import write_whole, writing
+from reward_models.files import replacing, write_whole, writing
 
 CARD = """# A personalised {family}
 
@@ -69,10 +69,8 @@ class UserPackage(Hook):
         if self.run.main:
             folder = self.run.folder / "export"
             users = {name: table.mean(0).contiguous() for name, table in self.users.items()}
-            temporary = folder / "users.safetensors.tmp"
-            with writing(temporary):
+            with replacing(folder / "users.safetensors") as temporary, writing(temporary):
                 save_file(users, temporary)
-            temporary.replace(folder / "users.safetensors")
             write_whole(folder / "README.md", self._card(users))
         self.run.accelerator.wait_for_everyone()
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +17,7 @@ from diffalign.training.hooks.checkpoint import Checkpoint, check_checkpoints, i
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from diffalign.types import on_device
-from reward_models.files import read_lines, write_whole
+from reward_models.files import read_lines, replacing_folder, write_lines
 
 
 def scorer_hooks(
@@ -103,8 +100,9 @@ class Validation(Hook):
         self.rows.append(row)
         if self.run.main:
             if better:
-                self._save()
-            write_whole(self.file, "".join(json.dumps(r) + "\n" for r in self.rows))
+                with replacing_folder(self.export) as temporary:
+                    self.scorer.save(temporary)
+            write_lines(self.file, self.rows)
         self.run.print(f"step {step}: validation accuracy {row['accuracy']:.1%} of {row['pairs']} pairs")
         self.run.accelerator.wait_for_everyone()
 
@@ -130,14 +128,3 @@ class Validation(Hook):
             found.append(((right * pairs).sum(0).cpu(), pairs.sum(0).cpu(), logits.cpu()))
         parts = self.run.gather(found)
         return sum(p[0] for p in parts), sum(p[1] for p in parts), torch.cat([p[2] for p in parts])  # type: ignore[return-value]
-
-    def _save(self) -> None:
-        """Write the export so that it is either the whole new one or the old one."""
-        temporary, old = (self.export.with_name(f"export.{x}") for x in ("tmp", "old"))
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        self.scorer.save(temporary)
-        if self.export.exists():
-            os.replace(self.export, old)
-        os.replace(temporary, self.export)
-        shutil.rmtree(old, ignore_errors=True)

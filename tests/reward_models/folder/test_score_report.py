@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from reward_models.cards import card_text
 from reward_models.folder import tables
+from reward_models.folder.cards import card_text
 from reward_models.folder.cli import main
 from reward_models.folder.items import Items, Row
 from reward_models.folder.report import best_rows, summarise

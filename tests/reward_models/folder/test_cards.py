@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from reward_models.cards import CARDS, WIDTH, card_text
+from reward_models.folder.cards import CARDS, WIDTH, card_text
 from reward_models.loading import SCORERS
 
 
@@ -56,5 +56,5 @@ def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
 
 
 def test_cards_need_no_torch() -> None:
-    code = "import sys, reward_models.cards as c; c.card_text('clip'); assert 'torch' not in sys.modules"
+    code = "import sys, reward_models.folder.cards as c; c.card_text('clip'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

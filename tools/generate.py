@@ -1,9 +1,9 @@
 """Generate images for a list of prompts with any Stable Diffusion pipeline, from noise fixed per prompt.
 
-    diffalign eval generate --pipeline playground --prompts prompts.txt --out images
-    python eval/generate.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --lora runs/dpo/export \
+    diffalign generate --pipeline playground --prompts prompts.txt --out images
+    python tools/generate.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --lora runs/dpo/export \
         --prompts prompts.jsonl --samples-per-prompt 4 --dtype fp16 --out aligned
-    accelerate launch eval/generate.py ...        # shares the prompts over all processes
+    accelerate launch tools/generate.py ...        # shares the prompts over all processes
 
 Writes OUT/images/*.png, OUT/manifest.jsonl (one image a line: image, prompt, prompt_id, seed, sample) and
 OUT/settings.json. A killed run continues where it stopped when the same command is given again.
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffalign.commands import program
-from reward_models.files import read_json, write_whole, writing
+from reward_models.files import read_json, replacing, write_lines, write_whole, writing
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +129,7 @@ def generate(args: argparse.Namespace) -> None:
     if state.is_main_process:
         rows = [{**task._asdict(), "seed": args.seed} for task in tasks]
         order = ("image", "prompt", "prompt_id", "seed", "sample")
-        write_whole(args.out / "manifest.jsonl", "".join(json.dumps({k: row[k] for k in order}) + "\n" for row in rows))
+        write_lines(args.out / "manifest.jsonl", ({k: row[k] for k in order} for row in rows))
         print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
 
 
@@ -283,10 +282,8 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
             )
         array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
         path = args.out / task.image
-        temporary = path.with_name(path.name + ".tmp")
-        with writing(path):
+        with replacing(path) as temporary, writing(temporary):
             Image.fromarray(array).save(temporary, format="PNG")
-            os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from textwrap import wrap
 
-from reward_models.loading import SCORERS, nearest
+from reward_models.loading import SCORERS
+from reward_models.settings import nearest
 
 WIDTH = 110
 HPSV3 = "HPSv3 README (split and tie rule of Pick-a-Pic not stated)"

@@ -6,7 +6,7 @@
 
 `choose` shows two images of a prompt at a time on a page that only this machine can open, and writes which one was
 preferred to OUT/choices.jsonl, preference data like any other. PROMPTS is a file of prompts, whose images are generated
-first (everything this command does not know goes to `diffalign eval generate`), or a folder that it has written. With
+first (everything this command does not know goes to `diffalign generate`), or a folder that it has written. With
 --encoder the pair comes next of which the fit of the choices so far is least sure.
 
 `fit` turns 4 to 50 choices into a small file: for `reward-score --user`, and for pipelines made by `train/ppd.py`.
@@ -151,7 +151,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     folder = args.prompts
     if not folder.is_dir():
         folder = args.out / "generated"
-        generate = runpy.run_path(str(launch.find("eval", "generate")))["main"]
+        generate = runpy.run_path(str(launch.find("tools", "generate")))["main"]
         if generate([f"--prompts={args.prompts}", f"--out={folder}", "--samples-per-prompt=2", *args.rest]):
             raise ValueError("the images could not be generated; the message above says why")
     elif args.rest:

@@ -1,0 +1,80 @@
+"""Settings by name: whether a value fits a type, the value of `key=value`, and words for both. Loads no network."""
+
+from __future__ import annotations
+
+import types
+import typing
+from difflib import get_close_matches
+from typing import Any
+
+UNIONS = (typing.Union, types.UnionType)
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """The value if it fits the type (ints pass for floats, lists for tuples); TypeError if not."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in UNIONS:
+        for arg in args:
+            try:
+                return typed(value, arg)
+            except TypeError:
+                continue
+        raise TypeError
+    if origin is typing.Literal:
+        # YAML 1.1 reads a bare no/off as False.
+        value = {False: "no" if "no" in args else "off"}.get(value, value) if value is False else value
+        if value in args:
+            return value
+        raise TypeError
+    if origin in (tuple, list):
+        if not isinstance(value, (list, tuple)):
+            raise TypeError
+        return origin(typed(v, args[0]) for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            raise TypeError from None
+    if hint is type(None):
+        if value is None:
+            return None
+        raise TypeError
+    if hint is str and value is False:
+        return "off"
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise TypeError
+    return value
+
+
+def from_text(text: str, hint: Any) -> Any:
+    """The value of `key=text`, taken literally where the type takes text; `none` is None. TypeError if it fits not."""
+    readings: list[Any] = [None, text] if text == "none" else [text]
+    readings += {"true": [True], "false": [False]}.get(text, [])
+    if text.removeprefix("-").isdecimal():
+        readings.append(int(text))
+    for value in readings:
+        try:
+            return typed(value, hint)
+        except TypeError:
+            continue
+    raise TypeError
+
+
+def words(hint: Any) -> str:
+    """A type in the words of an error or a help page."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in UNIONS:
+        return " or ".join(words(a) for a in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(a) for a in args)
+    if origin in (tuple, list):
+        return f"a list of {words(args[0])}"
+    return {type(None): "null", bool: "true or false"}.get(hint) or hint.__name__
+
+
+def nearest(word: str, known: Any) -> str:
+    """The end of an error: did you mean the known word that looks most like it? Empty if none does."""
+    close = get_close_matches(word, list(known), n=1)
+    return f", did you mean '{close[0]}'?" if close else ""
