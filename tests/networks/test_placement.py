@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.placement import MATRICES, Placement, frozen_copy
+from diffalign.networks.placement import MATRICES, Placement, place
 from diffalign.networks.reference import FrozenReference
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
@@ -38,7 +38,7 @@ def test_a_frozen_reference_computes_the_policys_bits(family: str, request: pyte
 
 def test_a_frozen_copy_stays_as_it_was() -> None:
     layer = nn.Linear(3, 3)
-    copied = frozen_copy(layer, None)
+    copied = place(layer, "reference")
     with torch.no_grad():
         layer.weight += 1
     assert not torch.equal(copied.weight, layer.weight) and not copied.weight.requires_grad
