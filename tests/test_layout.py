@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -29,7 +30,7 @@ LAYERS = (
 """The files and folders of diffalign/, lowest first: each may import those of the rows above it, and itself."""
 
 SCORER_LAYERS = (
-    ("protocol", "files", "hub", "accuracy"),
+    ("protocol", "placement", "files", "accuracy"),
     ("images",),
     ("preprocess", "weights"),
     ("base", "loading"),
@@ -41,8 +42,8 @@ SCORER_LAYERS = (
 )
 """The same of reward_models/."""
 
-SHARED = {"reward_models.files", "reward_models.hub", "reward_models.images"}
-"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub; no network."""
+SHARED = {"reward_models.files", "reward_models.images"}
+"""What diffalign may import of reward_models: text, atomic writing, the hub, decoding; no network."""
 
 
 def _python(folder: str) -> list[Path]:
@@ -103,6 +104,14 @@ def test_packages_do_not_import_each_other_nor_recipes() -> None:
                 assert not wrong, f"{file} imports {wrong}"
     for module in SHARED:
         assert _imported(module) <= SHARED, f"{module} must stay light"
+
+
+def test_one_file_of_a_package_decides_precision() -> None:
+    """Device, dtype, autocast, compilation and memory format of networks. Where two files decide, they disagree."""
+    files = [f for folder in (*PACKAGES, "train", "eval") for f in _python(folder)]
+    words = r"autocast|torch\.compile|memory_format|\.half\(|\.bfloat16\("
+    found = [f for f in files if re.search(words, f.read_text())]
+    assert found == [ROOT / "diffalign" / "networks" / "placement.py", ROOT / "reward_models" / "placement.py"]
 
 
 def test_few_files_lie_directly_in_a_package() -> None:

@@ -19,8 +19,7 @@ from diffalign.networks.families.sdxl import SDXLBackbone
 from diffalign.networks.lora import add_lora
 from diffalign.networks.placement import DTYPES, Placement, has_xformers, place
 from diffalign.playground import SHIPPED
-from reward_models.files import read_json
-from reward_models.hub import missing, reachable
+from reward_models.files import missing, reachable, read_json
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 

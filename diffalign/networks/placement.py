@@ -81,8 +81,7 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
 
 
 def prepare(module: nn.Module, accelerator: Any) -> nn.Module:
-    """A network that trains, wrapped by accelerate: in DDP where there are several processes, and in its autocast, which
-    is the only one of a scorer.
+    """A network that trains, as accelerate wraps it: DDP on several processes, and its autocast, a scorer's only one.
 
     Call it after the reference is copied and before the optimizer is made. torch.compile and `fully_shard` go here.
     """
@@ -140,8 +139,8 @@ def trainable(module: nn.Module) -> None:
 
 
 # The state that trains. Checkpoints, the moving average, the export of adapters and the optimizer read and write it
-# through these functions. With sharding, `whole` gathers a tensor and `fill` scatters one; the export of a whole network
-# reads its `state_dict`, which a hook set by `prepare` can gather in the same way.
+# through these functions. With sharding, `whole` gathers a tensor and `fill` scatters one; the export of a whole
+# network reads its `state_dict`, which a hook set by `prepare` can gather in the same way.
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
