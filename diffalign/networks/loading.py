@@ -72,7 +72,7 @@ def load_backbone(
         raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(FAMILIES)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     where = placement if isinstance(placement, Placement) else Placement(placement)
-    where = where._replace(frozen_dtype=DTYPES[dtype], adapter=lora_rank > 0)
+    where = where._replace(frozen_dtype=DTYPES[dtype], lora=lora_rank > 0)
     where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
     backbone = FAMILIES[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
     place(backbone.denoiser, "policy", where)

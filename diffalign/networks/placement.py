@@ -31,7 +31,7 @@ class Placement(NamedTuple):
     device         of every network
     compute_dtype  of the matrix products of what trains and of its reference; None for that of the weights
     frozen_dtype   of the weights that never train
-    adapter        whether only an adapter trains, so that the weights of the network itself are frozen ones
+    lora           whether only a LoRA trains, so that the weights of the network itself never do
     attention      implementation of attention
     gradient_checkpointing  recompute activations in the backward pass
     """
@@ -39,13 +39,13 @@ class Placement(NamedTuple):
     device: torch.device
     compute_dtype: torch.dtype | None = None
     frozen_dtype: torch.dtype = torch.float32
-    adapter: bool = False
+    lora: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     gradient_checkpointing: bool = False
 
     def dtype(self, role: Role, *, overflows: bool = False) -> torch.dtype:
         """Of the weights of a network in this role. overflows: float16 has not the range for it, so it gets float32."""
-        trains = role == "policy" and not self.adapter
+        trains = role == "policy" and not self.lora
         return torch.float32 if trains or (overflows and self.frozen_dtype == torch.float16) else self.frozen_dtype
 
 

@@ -51,9 +51,7 @@ def test_dtypes_of_the_roles() -> None:
     for frozen in (half, brain, single):
         where = Placement(torch.device("cpu"), brain, frozen)
         assert where.dtype("policy") == single
-        assert (
-            where._replace(adapter=True).dtype("policy") == where.dtype("encoder") == where.dtype("decoder") == frozen
-        )
+        assert where._replace(lora=True).dtype("policy") == where.dtype("encoder") == where.dtype("decoder") == frozen
         assert where.dtype("decoder", overflows=True) == (single if frozen == half else frozen)
 
 
