@@ -108,7 +108,7 @@ def test_packages_do_not_import_each_other_nor_recipes() -> None:
 
 def test_one_file_of_a_package_decides_precision() -> None:
     """Device, dtype, autocast, compilation and memory format of networks. Where two files decide, they disagree."""
-    files = [f for folder in (*PACKAGES, "train", "eval") for f in _python(folder)]
+    files = [f for folder in (*PACKAGES, "train", "eval", "tools") for f in _python(folder)]
     words = r"autocast|torch\.compile|memory_format|\.half\(|\.bfloat16\("
     found = [f for f in files if re.search(words, f.read_text())]
     assert found == [ROOT / "diffalign" / "networks" / "placement.py", ROOT / "reward_models" / "placement.py"]
