@@ -1,5 +1,5 @@
-"""Files: read without being held up, text as UTF-8, written whole or not at all. Shared by both packages; loads no
-network."""
+"""Files: read without being held up, text as UTF-8, written whole or not at all; and whether the hub of Hugging Face
+can be reached. Shared by both packages; loads no network."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import stat
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 PathLike = str | os.PathLike[str]
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors of whatever is written to."""
+PATIENCE = 4.0
+"""Seconds in which the hub must answer."""
 
 
 def open_file(path: PathLike) -> BinaryIO:
@@ -239,3 +242,29 @@ def readable(path: PathLike) -> None:
         if file.is_file() and not file.is_symlink():
             with suppress(OSError):
                 file.chmod(file.stat().st_mode | (0o666 & ~mask))
+
+
+@cache
+def reachable() -> bool:
+    """Whether the hub answers. Where it does not, this process and those it starts use what is in the local cache at
+    once; left to themselves, the libraries ask again and again for up to a minute, in a hundred lines."""
+    from huggingface_hub import constants, utils  # here: it takes a while, and most commands need no hub
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        utils.get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        return True
+    except Exception:  # of requests or of httpx, by the version of huggingface_hub
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        getattr(utils, "reset_sessions", lambda: None)()
+        return False
+
+
+def missing(name: str, error: Exception) -> str:
+    """Why a hub id cannot be had, in one line, from what a library raised."""
+    if not reachable():
+        return f"'{name}' is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    return f"the hub does not give '{name}': {said}"

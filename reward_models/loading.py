@@ -51,19 +51,16 @@ def load_scorer(
              scorer folder, which training and `save` write
     device   `auto` is a GPU if there is one, else the CPU
     dtype    of the network. Scores are float32 whichever it is. What is no `nn.Module` has none
-    compile  torch.compile the network: slower to start, faster from then on
+    compile  compile the network: slower to start, faster from then on
 
     Raises ValueError for unknown names, keys, values and devices, with the nearest known one, and what the scorer
     raises.
     """
     import torch  # not above: `reward-score --help` lists SCORERS and must not wait for it
 
-    try:
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ...; got '{device}'") from error
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} asks for a GPU, but torch sees none here; use cpu")
+    from reward_models.placement import find_device, place
+
+    where = find_device(device)
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}; got '{dtype}'")
     scorer: Any = _build(spec)
@@ -71,11 +68,7 @@ def load_scorer(
     if missing:
         raise ValueError(f"'{spec}' is no scorer: it has no attribute {', '.join(missing)}")
     if isinstance(scorer, torch.nn.Module):
-        if dtype != "fp32":
-            getattr(scorer, "cast", scorer.to)(torch.bfloat16 if dtype == "bf16" else torch.float16)
-        scorer.to(where).eval().requires_grad_(False)
-        if compile:
-            scorer.compile()
+        place(scorer, where, dtype, compile=compile)
     return scorer
 
 

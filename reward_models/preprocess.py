@@ -131,19 +131,18 @@ def resize(
             images = tv.resize(images, list(size), mode, antialias=method == "antialias")
         return images[..., top:bottom, left:right]
     height, width = images.shape[-2:]
-    with torch.autocast(images.device.type, enabled=False):
-        x = _straight_through(images * 255, lambda v: v.clamp(0, 255).round())
-        for axis in pass_order(height, width, *size, interpolation):
-            n, m, wanted = (width, size[1], (left, right)) if axis == -1 else (height, size[0], (top, bottom))
-            if n == m:  # Pillow leaves the pass out
-                x = x.narrow(axis, wanted[0], wanted[1] - wanted[0])
-            else:
-                x = _filter(x, bands(n, m, *wanted, interpolation), axis)
-        return (x / 255).float()
+    x = _straight_through(images * 255, lambda v: v.clamp(0, 255).round())
+    for axis in pass_order(height, width, *size, interpolation):
+        n, m, wanted = (width, size[1], (left, right)) if axis == -1 else (height, size[0], (top, bottom))
+        if n == m:  # Pillow leaves the pass out
+            x = x.narrow(axis, wanted[0], wanted[1] - wanted[0])
+        else:
+            x = _filter(x, bands(n, m, *wanted, interpolation), axis)
+    return (x / 255).float()
 
 
 def _filter(x: Tensor, blocks: Sequence[Band], axis: int) -> Tensor:
-    """One of Pillow's passes, rounded to 8 bits, along an axis."""
+    """One of Pillow's passes, rounded to 8 bits, along an axis. In float64, which mixed precision leaves alone."""
     parts = []
     for first, last, matrix in blocks:
         weights = torch.from_numpy(matrix).to(x.device)

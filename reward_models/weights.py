@@ -19,8 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reward_models.files import read_json, replacing, write_whole, writing
-from reward_models.hub import reachable
+from reward_models.files import reachable, read_json, replacing, write_whole, writing
 
 CONFIG = "reward_config.json"
 """What makes a folder a scorer folder. Beside it lie WEIGHTS and, where it is not the default one, a tokenizer."""

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from huggingface_hub import constants, utils
 from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -27,8 +28,7 @@ from diffalign.commands import cli, launch
 from diffalign.commands.program import run as run_program
 from diffalign.networks.loading import find_pipeline
 from diffalign.playground import SHIPPED
-from reward_models import hub
-from reward_models.files import writing
+from reward_models.files import PATIENCE, reachable, writing
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["trainer.steps=1", "data.batch_size=2", "data.limit=8", "hooks.checkpoint_every=0", "hooks.sample_every=0"]
@@ -130,16 +130,16 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
             asked.append(timeout)
             raise ConnectionError("no route")
 
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub.utils, "get_session", Session)
-    hub.reachable.cache_clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(utils, "get_session", Session)
+    reachable.cache_clear()
     try:
         for name in ("owner/one", "owner/two"):
             with pytest.raises(FileNotFoundError, match=rf"'{name}' is not in the local cache.*cannot be reached"):
                 find_pipeline(name)
-        assert asked == [hub.PATIENCE] and hub.constants.HF_HUB_OFFLINE is True
+        assert asked == [PATIENCE] and constants.HF_HUB_OFFLINE is True
     finally:
-        hub.reachable.cache_clear()
+        reachable.cache_clear()
 
 
 def test_a_folder_of_bin_files_trains_and_generates(

@@ -32,7 +32,7 @@ LAYERS = (
 """The files and folders of diffalign/, lowest first: each may import those of the rows above it, and itself."""
 
 SCORER_LAYERS = (
-    ("protocol", "files", "hub", "accuracy", "settings"),
+    ("protocol", "placement", "files", "accuracy", "settings"),
     ("images",),
     ("preprocess", "weights"),
     ("base", "loading"),
@@ -44,7 +44,7 @@ SCORER_LAYERS = (
 )
 """The same of reward_models/."""
 
-SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "hub", "images", "settings")}
+SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "images", "settings")}
 """What diffalign may import of reward_models: text, atomic writing, decoding, the hub, intervals, settings; no
 network."""
 
@@ -123,6 +123,14 @@ def test_packages_do_not_import_each_other_nor_recipes() -> None:
                 assert not wrong, f"{file} imports {wrong}"
     for module in SHARED:
         assert _imported(module) <= SHARED, f"{module} must stay light"
+
+
+def test_one_file_of_a_package_decides_precision() -> None:
+    """Device, dtype, autocast, compilation and memory format of networks. Where two files decide, they disagree."""
+    files = [f for folder in (*PACKAGES, "train", "eval", "tools") for f in _python(folder)]
+    words = r"autocast|torch\.compile|memory_format|\.half\(|\.bfloat16\("
+    found = [f for f in files if re.search(words, f.read_text())]
+    assert found == [ROOT / "diffalign" / "networks" / "placement.py", ROOT / "reward_models" / "placement.py"]
 
 
 def test_few_files_lie_directly_in_a_package() -> None:

@@ -33,8 +33,6 @@ from reward_models.files import read_json, replacing, write_lines, write_whole, 
 if TYPE_CHECKING:
     import torch
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
 
 class Task(NamedTuple):
     """One image to make."""
@@ -81,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
     add("--seed", type=int, default=0, help="of the noise (0); compare models at the same seed")
     add("--device", default="auto", help="auto (one GPU a process, else the CPU), cpu, cuda:1, ...")
-    add("--dtype", choices=DTYPES, default="fp32", help="of the weights (fp32)")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (fp32)")
     return parser
 
 
@@ -103,7 +101,7 @@ def generate(args: argparse.Namespace) -> None:
         for k in range(args.samples_per_prompt)
     ]
     state = PartialState(cpu=args.device == "cpu")
-    pipe = load(args.pipeline, args.lora, getattr(torch, DTYPES[args.dtype]))
+    pipe = load(args.pipeline, args.lora, args.dtype)
     if bool(args.user_adapter) != bool(args.user):
         raise ValueError("--user-adapter and --user belong together; give both or neither")
     if args.user_adapter:
@@ -133,12 +131,13 @@ def generate(args: argparse.Namespace) -> None:
         print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
 
 
-def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
+def load(name: str, lora: Path | None, dtype: str) -> Any:
     """The pipeline on the CPU, quiet, without a safety checker. Raises what `find_pipeline` and `load_lora` raise."""
     import diffusers
 
     from diffalign.networks.loading import find_pipeline
     from diffalign.networks.lora_files import load_lora, lora_file
+    from diffalign.networks.placement import DTYPES
 
     if lora is not None:
         lora_file(lora)  # before anything loads
@@ -149,7 +148,7 @@ def load(name: str, lora: Path | None, dtype: torch.dtype) -> Any:
     with warnings.catch_warnings():
         # Its new name, `dtype`, means nothing to the older diffusers that we support.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=dtype, **off)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[dtype], **off)
     if lora is not None:
         load_lora(pipe, lora)
     pipe.set_progress_bar_config(disable=True)

@@ -242,7 +242,7 @@ class Shards:
 def stored(field: str, values: Mapping[str, Tensor]) -> np.ndarray:
     """One field of many rows as it is kept. Raises ValueError when a number is not finite."""
     exact = torch.stack([value.detach().cpu().float() for value in values.values()])
-    kept = exact if field in EXACT else exact.half()
+    kept = exact if field in EXACT else exact.to(torch.float16)
     if not torch.isfinite(kept).all():
         key = next(k for k, row in zip(values, kept, strict=True) if not torch.isfinite(row).all())
         raise ValueError(

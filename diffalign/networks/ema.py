@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from diffalign.networks.placement import fill, trained_parameters, whole
+
 
 class Ema:
     """The average of a network's trainable weights; warm-up as in diffusers, min(decay, (1 + step) / (10 + step))."""
 
     def __init__(self, network: nn.Module, decay: float):
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.parameters = trained_parameters(network)
         self.model = EMAModel(self.parameters, decay=decay)
 
     def step(self) -> None:
@@ -32,10 +34,10 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by position, for safetensors."""
-        return {str(i): p.contiguous() for i, p in enumerate(self.model.shadow_params)}
+        return {str(i): whole(p) for i, p in enumerate(self.model.shadow_params)}
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Continue from `tensors()` as they were after `steps` optimizer steps."""
         for i, shadow in enumerate(self.model.shadow_params):
-            shadow.copy_(tensors[str(i)])
+            fill(shadow, tensors[str(i)])
         self.model.optimization_step = steps

@@ -11,6 +11,7 @@ from peft.utils import get_peft_model_state_dict
 
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import lora_layers
+from diffalign.networks.placement import trained_state
 from diffalign.networks.user_adapter import FILE, has_user_adapter, save_adapter
 from reward_models.files import replacing_folder
 
@@ -42,7 +43,7 @@ def save(backbone: Backbone, folder: Path) -> None:
     elif kind == "whole pipeline":
         _save_whole(backbone, folder)
     else:
-        layers = {f"{backbone.network_name}_lora_layers": get_peft_model_state_dict(network)}
+        layers = {f"{backbone.network_name}_lora_layers": get_peft_model_state_dict(network, trained_state(network))}
         # Without the metadata a loader takes the rank for alpha.
         metadata = _collate_lora_metadata({backbone.network_name: network})
         backbone.pipeline_class.save_lora_weights(folder, **layers, **metadata)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import pkgutil
 import re
 from functools import cache
@@ -17,14 +17,12 @@ from diffusers import DiffusionPipeline
 from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
 from diffalign.networks.lora import add_lora
-from diffalign.networks.placement import Placement
+from diffalign.networks.placement import DTYPES, Placement, has_xformers, place
 from diffalign.playground import SHIPPED
-from reward_models.files import read_json
-from reward_models.hub import missing, reachable
+from reward_models.files import missing, reachable, read_json
 
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MOST_T5_TOKENS = 512
 """What the pipelines of SD3 and FLUX accept at most."""
@@ -67,36 +65,20 @@ def load_backbone(
     if family not in supported:
         raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(supported)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
-    network_dtype = DTYPES[dtype] if lora_rank else torch.float32
     where = placement if isinstance(placement, Placement) else Placement(placement)
-    source = Source(
-        folder,
-        fingerprint,
-        where.device,
-        DTYPES[dtype],
-        network_dtype,
-        max_sequence_length,
-        guidance_embedding,
-        gradient_checkpointing,
-    )
-    backbone = supported[family](source)
-    backbone.denoiser.autocast_dtype = where.autocast_dtype
-    network = backbone.denoiser.network
+    where = where._replace(frozen_dtype=DTYPES[dtype], lora=lora_rank > 0)
+    where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
+    backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
+    place(backbone.denoiser, "policy", where)
     if lora_rank:
-        add_lora(network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
-    if attention == "xformers":
-        network.enable_xformers_memory_efficient_attention()
-    if gradient_checkpointing:
-        network.enable_gradient_checkpointing()  # diffusers checkpoints with use_reentrant=False
+        add_lora(backbone.denoiser.network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
     return backbone
 
 
 def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
     """What cannot work in the section of a backbone, one line each."""
     problems = []
-    if cfg["attention"] == "xformers" and (
-        importlib.util.find_spec("xformers") is None or not torch.cuda.is_available()
-    ):
+    if cfg["attention"] == "xformers" and not has_xformers():
         problems.append(
             f"'{section}.attention' = xformers needs the xformers package (pip install 'diffalign[xformers]') and a "
             "CUDA GPU; use sdpa, which is as fast on recent GPUs"

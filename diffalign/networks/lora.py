@@ -1,4 +1,4 @@
-"""LoRA by peft on diffusers models: attach, find what trains, switch off or to another one for a while."""
+"""LoRA by peft on diffusers models: attach, switch off or to another one for a while."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from diffalign.draws import seeded
+from diffalign.networks.placement import trainable
 
 GENERATOR = "default"
 """peft's name of the first adapter, the one that is exported."""
@@ -36,7 +36,7 @@ def add_lora(
         network.add_adapter(config, adapter_name=name)
     for layer in lora_layers(network):
         for parameters in (layer.lora_A, layer.lora_B):
-            parameters.requires_grad_(True).float()  # of every adapter: adding one freezes those before it
+            trainable(parameters)  # of every adapter: adding one freezes those before it
 
 
 def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
@@ -114,9 +114,3 @@ def _switch(network: nn.Module, name: str) -> str:
             for parameter in trained:
                 parameter.requires_grad_(True)
     return before
-
-
-def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a network that train, wrapped for several processes or not."""
-    inner = module.module if isinstance(module, DistributedDataParallel) else module
-    return [p for p in inner.parameters() if p.requires_grad]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from diffalign.networks.lora import adapters_off, lora_layers, trained_parameters
-from diffalign.networks.placement import frozen_copy
+from diffalign.networks.lora import adapters_off, lora_layers
+from diffalign.networks.placement import place, trained_parameters
 from diffalign.types import Cond
 
 
@@ -17,7 +16,7 @@ class FrozenReference:
     """A frozen copy of a denoiser as it is now: eval mode, no gradients, the same precision."""
 
     def __init__(self, denoiser: nn.Module):
-        self.denoiser = frozen_copy(denoiser, getattr(denoiser, "autocast_dtype", None))
+        self.denoiser = place(denoiser, "reference")
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -79,11 +78,3 @@ class DistanceToStart:
             down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
             terms.append(layer.scaling[name] ** 2 * ((down @ down.T) * (up.T @ up)).sum())
         return torch.stack(terms).sum()
-
-
-Module = TypeVar("Module", bound=nn.Module)
-
-
-def frozen(module: Module) -> Module:
-    """The module in eval mode with no parameter asking for a gradient; inputs may still carry one."""
-    return module.eval().requires_grad_(False)

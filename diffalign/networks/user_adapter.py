@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from diffalign.draws import seeded
+from diffalign.networks.placement import freeze, trainable, whole
 
 FILE = "user_adapter.safetensors"
 """What the export of a run holds; `pipe.load_ip_adapter(export, subfolder="", weight_name=FILE, ...)` reads it."""
@@ -37,7 +38,7 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
         rank: of what is learned of every key and value matrix; 0 trains them whole
         seed: of the initial weights
     """
-    network.requires_grad_(False).to(dtype)
+    freeze(network, dtype)
     dim = network.config.cross_attention_dim
     keys: dict[str, Tensor] = {}
     number = 1  # diffusers numbers all attention layers; every second one reads the text
@@ -53,12 +54,13 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
         projection["proj.bias"].zero_()
         network._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}], low_cpu_mem_usage=False)
         for processor in _processors(network):
-            processor.float()
+            trainable(processor)
             for layer in (processor.to_k_ip[0], processor.to_v_ip[0]):
                 layer.requires_grad_(not rank)
                 if rank:
                     register_parametrization(layer, "weight", LowRank(layer.weight, rank))
-    for name, parameter in network.encoder_hid_proj.float().named_parameters():
+    trainable(network.encoder_hid_proj)
+    for name, parameter in network.encoder_hid_proj.named_parameters():
         parameter.requires_grad_(not name.endswith("bias"))
 
 
@@ -127,7 +129,7 @@ def adapter_state(network: Any) -> dict[str, Tensor]:
     for k, processor in enumerate(_processors(network)):
         for kind in ("to_k_ip", "to_v_ip"):
             state[f"ip_adapter.{2 * k + 1}.{kind}.weight"] = getattr(processor, kind)[0].weight
-    return {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
+    return {name: whole(value).float().cpu() for name, value in state.items()}
 
 
 def save_adapter(network: Any, folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import filecmp
 import hashlib
 import json
@@ -23,6 +22,7 @@ from diffalign.draws import seeded
 from diffalign.networks.export import kept_parts, kind_of
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import GENERATOR
+from diffalign.networks.placement import on_cpu, whole
 from diffalign.networks.user_adapter import user_width
 from reward_models.files import write_whole
 
@@ -154,17 +154,17 @@ def fresh_process(
     backbone: Backbone, folder: Path, given: Mapping[str, Tensor], settings: Mapping[str, Any], scratch: Path
 ) -> tuple[dict[str, Any], Tensor | None]:
     """The digests that stock diffusers finds elsewhere, and the images that it draws where inputs are given."""
-    whole = kind_of(backbone) == "whole pipeline"
-    dtypes = {"default": torch.float32 if whole else backbone.dtype, "vae": backbone.vae_dtype}  # as the run rounds
+    whole_pipeline = kind_of(backbone) == "whole pipeline"
+    dtypes = backbone.dtypes | ({"default": "float32"} if whole_pipeline else {})  # as the run rounds
     files = {name: str(scratch / name) for name in ("given", "found", "images")}
     save_file(dict(given), files["given"])
     asked = {
         "kind": kind_of(backbone),
-        "base": str(folder if whole else backbone.path),
+        "base": str(folder if whole_pipeline else backbone.path),
         "folder": str(folder),
         "network": backbone.network_name,
         "left_out": backbone.text_parts + [name for name, part in backbone.index.items() if part == [None, None]],
-        "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()},
+        "dtypes": dtypes,
         "draws": bool(given),
         "settings": settings,
         **files,
@@ -192,7 +192,7 @@ def other_tensors(network: nn.Module, theirs: Mapping[str, tuple[str, str]]) -> 
         except AttributeError:
             wrong.append(name)
             continue
-        data = ours.detach().to("cpu", getattr(torch, dtype)).contiguous().reshape(-1).view(torch.uint8).numpy()
+        data: Any = whole(ours).to("cpu", getattr(torch, dtype)).reshape(-1).view(torch.uint8).numpy()
         if hashlib.blake2b(data, digest_size=16).hexdigest() != digest:
             wrong.append(name)
     if wrong:
@@ -224,12 +224,3 @@ def own_images(backbone: Backbone, given: Mapping[str, Tensor], settings: Mappin
             return pipeline(**inputs, **settings, generator=fixed, output_type="pt").images
     finally:
         backbone.release()  # its autoencoder was moved with the pipeline
-
-
-def on_cpu(network: nn.Module) -> nn.Module:
-    """The network in float32 on the CPU: its tensors moved one by one, and shared where they are so already."""
-    memo: dict[int, Any] = {}  # deepcopy takes from it what it would copy
-    for x in (*network.parameters(), *network.buffers()):
-        moved = x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype)
-        memo[id(x)] = nn.Parameter(moved, requires_grad=False) if isinstance(x, nn.Parameter) else moved
-    return copy.deepcopy(network, memo).eval()

@@ -7,20 +7,20 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
+
+from diffalign.networks.placement import load_trained_state, trained_state
 
 FILE = "checksums.json"
 
 
-def save_trained(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-    """Replace accelerate's full state dicts by the weights that train. Engines that shard save by themselves."""
+def save_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Replace the full state dicts that accelerate is about to write by the weights that train."""
     if not weights:
         return
     for i, model in enumerate(models):
-        trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(trained, Path(folder) / f"trained_{i}.safetensors")
+        save_file(trained_state(model), Path(folder) / f"trained_{i}.safetensors")
     weights.clear()
 
 
@@ -28,14 +28,10 @@ def load_trained(models: list[nn.Module], folder: str) -> None:
     """Read them back. Raises ValueError where they are of other parameters than train now."""
     files = sorted(Path(folder).glob("trained_*.safetensors"))
     for model, file in zip(models, files, strict=bool(files)):
-        saved, here = load_file(file), {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if saved.keys() != here.keys():
-            raise ValueError(
-                f"'{file}' holds other weights than this run trains: {sorted(saved.keys() ^ here.keys())[:3]}"
-            )
-        with torch.no_grad():
-            for name, parameter in here.items():
-                parameter.copy_(saved[name])
+        try:
+            load_trained_state(model, load_file(file))
+        except ValueError as error:
+            raise ValueError(f"'{file}' holds {error}") from error
     if files:
         models.clear()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffalign.config import too_small
-from diffalign.networks.lora import trained_parameters
+from diffalign.networks.placement import trained_parameters
 
 
 @dataclass

@@ -25,7 +25,7 @@ from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Pro
 from diffalign.data.loader import KeyedDataset
 from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
-from diffalign.networks.placement import HALVES, Placement, deterministic_only
+from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
 from diffalign.types import Recent
 from reward_models.files import read_lines, write_lines, write_whole, writing
 
@@ -43,7 +43,7 @@ class Run:
     Args:
         folder: receives config.yaml, metrics.jsonl, checkpoints/, samples/ and export/
         seed: of every random draw of the run
-        mixed_precision: autocast dtype; what `accelerate launch` says when left out
+        mixed_precision: what networks that train compute their matrices in; what `accelerate launch` says when left out
         tracker: sends the metrics to this tracker of accelerate's as well
         log_every: steps between two writes of the metrics, which hold every step
         resume: continue from the last checkpoint in `folder`
@@ -102,7 +102,7 @@ class Run:
     @property
     def placement(self) -> Placement:
         """Where this run's networks are, and what their matrices are computed in."""
-        return Placement(self.device, HALVES.get(self.accelerator.mixed_precision))
+        return placement_of(self.accelerator)
 
     def _claim(self, config: Config) -> None:
         """Write config.yaml, or compare with the one that is there when resuming."""
@@ -156,7 +156,7 @@ class Run:
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module as accelerate wants it for training (DDP and so on)."""
-        return self.accelerator.prepare_model(module)
+        return prepare(module, self.accelerator)
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
         """A preference data set of this run as latents, with its draws, ranks and folder."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.config import too_small
-from diffalign.networks.lora import trained_parameters
+from diffalign.networks.placement import trained_parameters
 from diffalign.signals import ENDING, Interruption
 from diffalign.training.optim import Player
 from diffalign.training.run import Run

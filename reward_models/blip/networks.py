@@ -22,8 +22,7 @@ from transformers import (
 
 from reward_models.clip.aesthetic import Head
 from reward_models.clip.text import has_tokenizer
-from reward_models.files import read_json
-from reward_models.hub import reachable
+from reward_models.files import reachable, read_json
 from reward_models.weights import WEIGHTS, find_file
 
 SOURCE, FILENAME = "THUDM/ImageReward", "ImageReward.pt"

@@ -37,6 +37,7 @@ from reward_models.blip.networks import (
     tokenizer_beside,
 )
 from reward_models.clip.scorers import read_rule
+from reward_models.placement import as_input, full_precision
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import check_images
 from reward_models.weights import CONFIG, WEIGHTS, load_strict, read_config, read_state, save_state, write_config
@@ -124,12 +125,11 @@ class BLIPScorer(NetworkScorer):
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """What `preprocess` made and B prompts -> rewards float32, [B], or [B, A] with A aspects; not standardised."""
-        weight = next(self.vision.parameters())
-        ids, mask = (x.to(weight.device) for x in self.tokenize(prompts))
-        image = self.vision(pixels.to(weight.device, weight.dtype)).last_hidden_state
+        image = self.vision(as_input(self.vision, pixels)).last_hidden_state
+        ids, mask = (x.to(image.device) for x in self.tokenize(prompts))
         # without is_decoder, nothing hides later words: the text is read, not written
         out = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image, is_decoder=False)
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(image.device):
             features = out.last_hidden_state[:, 0].float()
             if isinstance(self.mlp, nn.ModuleDict):
                 return torch.stack([head(features) for head in self.mlp.values()], -1)
@@ -169,7 +169,7 @@ class BLIPScorer(NetworkScorer):
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """torch.compile the image tower, which takes the time."""
+        """Compile the image tower, which takes the time."""
         self.vision.compile(*args, **settings)
 
     def save(self, folder: str | PathLike[str]) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from reward_models.base import NetworkScorer
 from reward_models.clip.networks import build_clip, clip_config, find_weights, image_size, load_clip
 from reward_models.clip.scorers import read_rule
+from reward_models.placement import as_input
 from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state, save_state, write_config
 
@@ -69,8 +70,7 @@ class AestheticPredictor(NetworkScorer):
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """What `preprocess` made -> float32 [B]. The prompts are not read."""
-        weight = next(self.visual.parameters())
-        features = self.visual(pixels.to(weight.device, weight.dtype)).float()
+        features = self.visual(as_input(self.visual, pixels)).float()
         return self.head(F.normalize(features, dim=-1))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -83,7 +83,7 @@ class AestheticPredictor(NetworkScorer):
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """torch.compile the image tower, which takes the time."""
+        """Compile the image tower, which takes the time."""
         self.visual.compile(*args, **settings)
 
     def save(self, folder: str | PathLike[str]) -> None:

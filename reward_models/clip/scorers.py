@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from reward_models.base import NetworkScorer
 from reward_models.clip.networks import build_clip, check_model_name, clip_config, find_weights, image_size, load_clip
 from reward_models.clip.text import Tokenize, TransformersTokenizer, find_tokenizer, token_counts
-from reward_models.files import one_line
-from reward_models.hub import reachable
+from reward_models.files import one_line, reachable
+from reward_models.placement import as_input
 from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, save_state, write_config
 
@@ -69,8 +69,7 @@ class CLIPFeatures(NetworkScorer):
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """What `preprocess` made -> unit vectors float32 [B, D]."""
-        weights = next(self.clip.parameters())
-        return F.normalize(self.clip.encode_image(pixels.to(weights.device, weights.dtype)).float(), dim=-1)
+        return F.normalize(self.clip.encode_image(as_input(self.clip, pixels)).float(), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """B texts, cut to the model's context -> unit vectors float32 [B, D], with gradient; each distinct one once."""
@@ -114,7 +113,7 @@ class CLIPFeatures(NetworkScorer):
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """torch.compile the image tower, which takes the time."""
+        """Compile the image tower, which takes the time."""
         self.clip.visual.compile(*args, **settings)
 
 

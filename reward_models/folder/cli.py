@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=_positive, default=32, metavar="B", help="images scored at once (32)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     add("--dtype", choices=get_args(Dtype), default="fp32", help="of the networks (fp32); scores are float32 always")
-    add("--compile", action="store_true", help="torch.compile the networks: slower to start, faster from then on")
+    add("--compile", action="store_true", help="compile the networks: slower to start, faster from then on")
     add("--workers", type=_positive, metavar="N", help="threads that read images (the cores, at most 16)")
     add("--resume", action="store_true", help="keep what an unfinished run with the same OUT has done, and go on")
     add("--report", type=Path, metavar="FILE.html", help="page with histograms, the worst and the best images")

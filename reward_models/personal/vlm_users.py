@@ -23,10 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from reward_models.files import one_line
-from reward_models.hub import reachable
+from reward_models.files import one_line, reachable
 from reward_models.images import read_rgb, to_rgb
 from reward_models.personal.tastes import Choice
+from reward_models.placement import DTYPES
 from reward_models.weights import save_state
 
 EXAMPLE = "Prompt: {prompt}\nImage A: {image}\nImage B: {image}\nThe person chose {choice}."
@@ -193,10 +193,9 @@ def load_vlm_user_encoder(
 
     The settings are those of VLMUserEncoder; dtype is the network's. Raises ValueError for what is no such model.
     """
-    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if dtype not in types:
-        raise ValueError(f"dtype must be one of {', '.join(types)}; got '{dtype}'")
-    how: dict[str, Any] = {"torch_dtype": types[dtype], "use_safetensors": True, "output_loading_info": True}
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
+    how: dict[str, Any] = {"torch_dtype": DTYPES[dtype], "use_safetensors": True, "output_loading_info": True}
     if not Path(model).is_dir():
         reachable()
     try:

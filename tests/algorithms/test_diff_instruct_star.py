@@ -13,7 +13,7 @@ from diffalign.algorithms.diff_instruct_star import DiffInstructStar
 from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
-from diffalign.networks.lora import trained_parameters
+from diffalign.networks.placement import trained_parameters
 from diffalign.networks.sampler import Sampler
 from diffalign.networks.scores import Scores, score_networks
 

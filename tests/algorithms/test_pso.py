@@ -16,7 +16,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.steps import log_prob
 from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
-from diffalign.networks.lora import trained_parameters
+from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Move, Sampler
 from diffalign.types import Cond

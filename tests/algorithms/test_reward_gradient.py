@@ -16,7 +16,7 @@ from diffalign.algorithms.refl import ReFL
 from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
 from diffalign.networks.loading import Backbone, load_backbone
-from diffalign.networks.lora import trained_parameters
+from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
 from diffalign.types import Cond, PromptBatch

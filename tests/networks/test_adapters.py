@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffalign.networks.loading import Backbone, load_backbone
-from diffalign.networks.lora import Adapter, adapters_off, lora_layers, trained_parameters
+from diffalign.networks.lora import Adapter, adapters_off, lora_layers
+from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import DistanceToStart
 from diffalign.networks.scores import Scores, score_networks
 from diffalign.types import Cond

@@ -23,7 +23,8 @@ from diffalign.draws import Draws
 from diffalign.networks.export import export
 from diffalign.networks.loading import Backbone, load_backbone
 from diffalign.networks.lora import lora_layers
-from diffalign.networks.verify import on_cpu, verify
+from diffalign.networks.placement import on_cpu
+from diffalign.networks.verify import verify
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.hooks.user_package import UserPackage
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.placement import MATRICES, Placement, frozen_copy
+from diffalign.networks.placement import MATRICES, Placement, load_trained_state, place, trained_state
 from diffalign.networks.reference import FrozenReference
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
@@ -38,11 +38,47 @@ def test_a_frozen_reference_computes_the_policys_bits(family: str, request: pyte
 
 def test_a_frozen_copy_stays_as_it_was() -> None:
     layer = nn.Linear(3, 3)
-    copied = frozen_copy(layer, None)
+    copied = place(layer, "reference")
     with torch.no_grad():
         layer.weight += 1
     assert not torch.equal(copied.weight, layer.weight) and not copied.weight.requires_grad
     assert copied.weight.dtype == torch.float32
+
+
+def test_dtypes_of_the_roles() -> None:
+    """What trains is float32; what does not is as asked, and wider where float16 overflows."""
+    half, brain, single = torch.float16, torch.bfloat16, torch.float32
+    for frozen in (half, brain, single):
+        where = Placement(torch.device("cpu"), brain, frozen)
+        assert where.dtype("policy") == single
+        assert where._replace(lora=True).dtype("policy") == where.dtype("encoder") == where.dtype("decoder") == frozen
+        assert where.dtype("decoder", overflows=True) == (single if frozen == half else frozen)
+
+
+def test_encoder_and_decoder_are_frozen_and_recompute_as_asked(tiny_sd: Path) -> None:
+    backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd), gradient_checkpointing=True)
+    for part in (backbone.vae, backbone.text_encoder("text_encoder")):
+        assert not part.training and not any(p.requires_grad for p in part.parameters())
+    latents = torch.randn(1, *backbone.latent_shape(32)).requires_grad_()
+    backbone.decode(latents).sum().backward()
+    assert latents.grad is not None and latents.grad.any()
+    assert backbone.vae.is_gradient_checkpointing and backbone.denoiser.network.is_gradient_checkpointing
+
+
+def test_the_state_that_trains_is_read_and_written_by_name(tiny_sd: Path) -> None:
+    """Of a LoRA it is that of the LoRA alone; a state of other parameters changes nothing."""
+    one, other = (load_backbone(torch.device("cpu"), path=str(tiny_sd), lora_rank=2, seed=k).denoiser for k in (0, 1))
+    state = {name: value.clone() for name, value in trained_state(one).items()}
+    assert state and all(".lora_" in name for name in state)
+    before = {name: value.clone() for name, value in trained_state(other).items()}
+    assert any(not torch.equal(before[name], value) for name, value in state.items())
+    with pytest.raises(ValueError, match="other weights than this run trains"):
+        load_trained_state(other, dict([*state.items()][1:]))
+    assert all(torch.equal(before[name], value) for name, value in trained_state(other).items())
+    load_trained_state(other, state)
+    assert all(torch.equal(state[name], value) for name, value in trained_state(other).items())
+    whole = load_backbone(torch.device("cpu"), path=str(tiny_sd)).denoiser
+    assert trained_state(whole).keys() == dict(whole.named_parameters()).keys()
 
 
 def test_half_copies_of_weights_do_not_outlive_a_call(tiny_sd: Path) -> None:

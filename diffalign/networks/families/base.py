@@ -13,8 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffalign.diffusion.schedule import Schedule
-from diffalign.networks.placement import autocast
-from diffalign.networks.reference import frozen
+from diffalign.networks.placement import Placement, Role, as_input, free_memory, place, precision
 from diffalign.types import Cond
 from reward_models.files import read_json
 
@@ -26,12 +25,10 @@ class Denoiser(nn.Module, ABC):
     """The trainable network in one common shape. `network` is the diffusers model it wraps."""
 
     network: Any
-    autocast_dtype: torch.dtype | None = None
-    """What its matrices are computed in; the weights' own dtype when None."""
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B, C, h, w], t [B], cond of batch B -> the network's prediction [B, C, h, w], float32."""
-        with autocast(x_t.device, self.autocast_dtype):
+        with precision(self, x_t.device):
             return self.predict(x_t, t, cond).float()
 
     @abstractmethod
@@ -49,22 +46,16 @@ class Source(NamedTuple):
 
     path                 the diffusers folder
     fingerprint          of its encoders' files and settings
-    device               where everything goes
-    dtype                of the autoencoder and the text encoders, which never train
-    network_dtype        of the network
+    placement            of its networks
     max_sequence_length  tokens of a prompt in T5, where the family has one
     guidance_embedding   what a guidance-distilled network is told where a Cond has no guidance
-    gradient_checkpointing  whether the autoencoder recomputes activations when a gradient goes through it
     """
 
     path: Path
     fingerprint: str
-    device: torch.device
-    dtype: torch.dtype
-    network_dtype: torch.dtype
+    placement: Placement
     max_sequence_length: int
     guidance_embedding: float
-    gradient_checkpointing: bool
 
 
 class Backbone(ABC):
@@ -93,10 +84,9 @@ class Backbone(ABC):
 
     def __init__(self, source: Source):
         self.source = source
-        self.path, self.device, self.dtype = source.path, source.device, source.dtype
+        self.path, self.device, self.dtype = source.path, source.placement.device, source.placement.frozen_dtype
         self.vae_config = self._json("vae/config.json")
         self.scheduler_config = self._json("scheduler/scheduler_config.json")
-        self.vae_dtype = self.dtype
         self.index = self._json("model_index.json")
         # A folder may leave an encoder out: its entry is then null, even where its files lie there.
         self._tokenizers = {
@@ -109,50 +99,58 @@ class Backbone(ABC):
     @property
     def fingerprint(self) -> str:
         """Changes with the weights, the settings and the dtypes that decide latents and text embeddings."""
-        dtypes = (str(dtype).removeprefix("torch.") for dtype in (self.vae_dtype, self.dtype))
-        return "-".join([self.source.fingerprint, *dtypes])
+        return "-".join([self.source.fingerprint, self.dtypes["vae"], self.dtypes["default"]])
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """What the frozen parts are kept in, by name, as `from_pretrained` takes it: float32, float16 or bfloat16."""
+        found = {"default": self.dtype, "vae": self._dtype("decoder")}
+        return {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
+
+    def _dtype(self, role: Role) -> torch.dtype:
+        return self.source.placement.dtype(role, overflows=role == "decoder" and self.vae_overflows)
+
+    @property
+    def vae_overflows(self) -> bool:
+        """Whether the autoencoder needs a wider range than float16 has."""
+        return False
 
     def _json(self, name: str) -> Any:
         return read_json(self.path / name)
 
     def _network(self) -> Any:
-        network = self.network_class.from_pretrained(
-            self.path, subfolder=self.network_name, torch_dtype=self.source.network_dtype
-        )
-        return network.to(self.device)
+        dtype = self._dtype("policy")
+        return self.network_class.from_pretrained(self.path, subfolder=self.network_name, torch_dtype=dtype)
 
-    def _part(self, name: str, kind: Any, dtype: torch.dtype) -> Any:
+    def _part(self, name: str, kind: Any, role: Role) -> Any:
         """A frozen part of the pipeline. Cast while it loads, so that what T5 needs in float32 stays in it.
 
         Raises ValueError where weights are missing: transformers 4 fills in random ones for names that 5 gave.
         """
         if name not in self._parts:
-            part, info = kind.from_pretrained(self.path, subfolder=name, torch_dtype=dtype, output_loading_info=True)
+            how = {"torch_dtype": self._dtype(role), "output_loading_info": True}
+            part, info = kind.from_pretrained(self.path, subfolder=name, **how)
             if missing := sorted(info["missing_keys"]):
                 raise ValueError(
                     f"'{self.path / name}' lacks {len(missing)} weights of {kind.__name__} ({missing[0]}, ...); it is "
                     "damaged, or another version of transformers saved it: install that one"
                 )
-            self._parts[name] = frozen(part.to(self.device))
+            self._parts[name] = place(part, role, self.source.placement)
         return self._parts[name]
 
     @property
     def vae(self) -> AutoencoderKL:
         """The autoencoder, loaded when first used."""
-        vae = self._part("vae", AutoencoderKL, self.vae_dtype)
-        if self.source.gradient_checkpointing:
-            vae.enable_gradient_checkpointing()
-        return vae
+        return self._part("vae", AutoencoderKL, "decoder")
 
     def text_encoder(self, name: str) -> Any:
         """A text encoder by its name in the pipeline, loaded when first used."""
-        return self._part(name, self.text_classes[name][0], self.dtype)
+        return self._part(name, self.text_classes[name][0], "encoder")
 
     def release(self) -> None:
         """Free the autoencoder and the text encoders; they load again when used."""
         self._parts.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Cond:
@@ -190,8 +188,8 @@ class Backbone(ABC):
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the mean of the posterior."""
-        pixels = pixels.to(self.device, self.vae_dtype) * 2 - 1
-        mean = self.vae.encode(pixels).latent_dist.mode().float()
+        (pixels,) = as_input(self.vae, pixels.to(self.device))
+        mean = self.vae.encode(pixels * 2 - 1).latent_dist.mode().float()
         return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -203,7 +201,7 @@ class Backbone(ABC):
         if not torch.is_grad_enabled():
             size = max(1, DECODED_PIXELS // (self.factor**2 * latents.shape[2] * latents.shape[3]))
         latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        parts = [self.vae.decode(some.to(self.vae_dtype)).sample.float() for some in latents.split(size)]
+        parts = [self.vae.decode(some).sample.float() for some in as_input(self.vae, *latents.split(size))]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
     @property

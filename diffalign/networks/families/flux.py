@@ -16,6 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.flow import FlowBackbone
+from diffalign.networks.placement import as_input
 from diffalign.types import Cond
 
 
@@ -52,11 +53,11 @@ class FluxDenoiser(Denoiser):
             guidance = torch.full_like(t, self.guidance_embedding) if cond.guidance is None else cond.guidance
         rows, columns = torch.arange(height // 2, device=x_t.device), torch.arange(width // 2, device=x_t.device)
         places = torch.cartesian_prod(rows, columns).float()
-        dtype = self.network.dtype
+        hidden, tokens, pooled = as_input(self.network, packed(x_t), cond.tokens, cond.pooled)
         out = self.network(
-            hidden_states=packed(x_t).to(dtype),
-            encoder_hidden_states=cond.tokens.to(dtype),
-            pooled_projections=cond.pooled.to(dtype),
+            hidden_states=hidden,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
             timestep=t,  # the network multiplies t and guidance by 1000 itself
             guidance=guidance,
             img_ids=F.pad(places, (1, 0)),

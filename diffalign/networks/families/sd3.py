@@ -16,6 +16,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.flow import FlowBackbone
+from diffalign.networks.placement import as_input
 from diffalign.types import Cond
 
 
@@ -33,11 +34,11 @@ class SD3Denoiser(Denoiser):
         """
         if cond.pooled is None:
             raise ValueError("SD3 needs cond.pooled [B, P], got None; make the cond with SD3Backbone.encode_text")
-        dtype = self.network.dtype
+        x_t, tokens, pooled = as_input(self.network, x_t, cond.tokens, cond.pooled)
         out = self.network(
-            x_t.to(dtype),
-            encoder_hidden_states=cond.tokens.to(dtype),
-            pooled_projections=cond.pooled.to(dtype),
+            x_t,
+            encoder_hidden_states=tokens,
+            pooled_projections=pooled,
             timestep=1000 * t.float(),
             return_dict=False,
         )

@@ -17,6 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.unet import UNetBackbone
+from diffalign.networks.placement import as_input
 from diffalign.networks.user_adapter import ask
 from diffalign.types import Cond
 
@@ -43,10 +44,9 @@ class SDXLDenoiser(Denoiser):
         size = cond.size
         if size is None:
             size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device).expand(len(x_t), 6)
-        dtype = self.network.dtype
+        x_t, tokens, pooled = as_input(self.network, x_t, cond.tokens, cond.pooled)
         # Pixels stay float32: bfloat16 would round 1023 to 1024.
-        added = {"text_embeds": cond.pooled.to(dtype), "time_ids": size.float()}
-        return ask(self.network, cond.user, x_t.to(dtype), t, cond.tokens.to(dtype), **added)
+        return ask(self.network, cond.user, x_t, t, tokens, text_embeds=pooled, time_ids=size.float())
 
 
 class SDXLBackbone(UNetBackbone):
@@ -61,11 +61,13 @@ class SDXLBackbone(UNetBackbone):
 
     def __init__(self, source: Source):
         super().__init__(source)
-        # The released autoencoder overflows in float16 (its images come out black), which its force_upcast says; the
-        # repaired one (sdxl-vae-fp16-fix) says false. bfloat16 has the range of float32, so either runs in it.
-        if self.dtype == torch.float16 and self.vae_config.get("force_upcast", True):
-            self.vae_dtype = torch.float32
         self.denoiser = SDXLDenoiser(self._network(), self.factor)
+
+    @property
+    def vae_overflows(self) -> bool:
+        """The released autoencoder does in float16 (its images come out black), which its force_upcast says; the
+        repaired one (sdxl-vae-fp16-fix) says false."""
+        return self.vae_config.get("force_upcast", True)
 
     @property
     def prompt_widths(self) -> tuple[int, int | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -21,9 +20,6 @@ class UNetBackbone(Backbone):
     def __init__(self, source: Source):
         super().__init__(source)
         self.schedule = VPSchedule.from_config(self.scheduler_config)
-
-    def _network(self) -> Any:
-        return super()._network().to(memory_format=torch.channels_last)
 
     def grid(self, steps: int, resolution: int) -> Tensor:
         config: Any = DDIMScheduler.from_config(self.scheduler_config).config

@@ -1,0 +1,50 @@
+"""Where scorers run and what they compute in. No other file of this package decides it.
+
+Networks that diffusion models need are placed by `diffalign.networks.placement`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """`auto` is a GPU if there is one, else the CPU. Raises ValueError for what is no device or is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ...; got '{name}'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} asks for a GPU, but torch sees none here; use cpu")
+    return device
+
+
+def place(scorer: nn.Module, device: torch.device, dtype: str, *, compile: bool = False) -> None:
+    """Freeze a scorer on the device, its network in a dtype of DTYPES.
+
+    A method `cast(dtype)` of the scorer says which parts of it are the network, and `compile()` which take the time.
+    """
+    if dtype != "fp32":
+        cast: Any = getattr(scorer, "cast", scorer.to)
+        cast(DTYPES[dtype])
+    scorer.to(device).eval().requires_grad_(False)
+    if compile:
+        scorer.compile()
+
+
+def as_input(network: nn.Module, x: Tensor) -> Tensor:
+    """A tensor on the device and in the dtype of a network's weights, which is what it takes."""
+    weight = next(network.parameters())
+    return x.to(weight.device, weight.dtype)
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """Inside, nothing is autocast: heads and scores are float32, whoever calls the scorer."""
+    return torch.autocast(device.type, enabled=False)
