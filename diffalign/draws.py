@@ -60,7 +60,7 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     """
     module = None if device.type == "cpu" else getattr(torch, device.type)
     before = torch.get_rng_state()
-    there = module.get_rng_state() if module else None
+    state = module.get_rng_state() if module else None
     torch.default_generator.manual_seed(seed)
     if module:
         module.manual_seed(seed)
@@ -69,4 +69,4 @@ def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
     finally:
         torch.set_rng_state(before)
         if module:
-            module.set_rng_state(there)
+            module.set_rng_state(state)

@@ -28,7 +28,7 @@ def handled(signals: Sequence[signal.Signals], handler: Callable[[int, FrameType
 
 
 class Interruption:
-    """The first SIGTERM or SIGINT that came inside `heard()`. A second one ends the process at once.
+    """The first SIGTERM or SIGINT that came inside `caught()`. A second one ends the process at once.
 
     said  what to write to stderr when it comes; nothing when empty
     """
@@ -37,7 +37,7 @@ class Interruption:
         self.said = said
         self.signum = 0  # of the signal; 0 as long as none came
 
-    def heard(self) -> AbstractContextManager[None]:
+    def caught(self) -> AbstractContextManager[None]:
         """Inside, the first signal is kept for whoever looks."""
         return handled(ENDING, self._note)
 

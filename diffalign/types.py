@@ -177,7 +177,7 @@ class ChoiceBatch(NamedTuple):
     person: Tensor
     support_w: Tensor
     support_l: Tensor
-    there: Tensor
+    mask: Tensor
     keys: Sequence[Key]
 
 

@@ -188,10 +188,10 @@ def _batches(
 
     Images of a rare size wait for more of it, but no more than eight batches do.
     """
-    from diffalign.data.images import look_ahead
+    from diffalign.data.images import prefetch
 
     waiting: dict[torch.Size, list[tuple[ImageRef, str, Tensor]]] = {}
-    images = look_ahead(asked, _decode)
+    images = prefetch(asked, _decode)
     for ref, image in zip(asked, tqdm(images, total=len(asked), desc="score", unit="image", leave=False), strict=True):
         if isinstance(image, str):
             bad.append(image)

@@ -105,7 +105,7 @@ def generate(args: argparse.Namespace) -> None:
     if bool(args.user_adapter) != bool(args.user):
         raise ValueError("--user-adapter and --user belong together; give both or neither")
     if args.user_adapter:
-        hear(args)  # before anything is written: the files may be wrong
+        user_embeddings(args)  # before anything is written: the files may be wrong
         pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
     shape = latent_shape(pipe, args.size)
     size = shape[-1] * pipe.vae_scale_factor
@@ -155,7 +155,7 @@ def load(name: str, lora: Path | None, dtype: str) -> Any:
     return pipe
 
 
-def hear(args: argparse.Namespace) -> list[torch.Tensor] | None:
+def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
     """The user of all images, a mixture where several are named, as the pipeline takes it. Raises ValueError."""
     if not args.user:
         return None
@@ -260,7 +260,7 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
     latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     if isinstance(pipe, FluxPipeline):
         latents = pipe._pack_latents(latents, *latents.shape)
-    user = hear(args)
+    user = user_embeddings(args)
     pixels = pipe(
         [task.prompt for task in batch],
         latents=latents,

@@ -101,14 +101,14 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
 
 def choose(args: argparse.Namespace) -> int:
     """Serve the page until the person stops it."""
-    from diffalign.people.choice_file import alone  # here and below: heavy, and `--help` needs none of it
+    from diffalign.people.choice_file import exclusive  # here and below: heavy, and `--help` needs none of it
 
-    with alone(args.out / "choices.jsonl"):
+    with exclusive(args.out / "choices.jsonl"):
         return _choose(args)
 
 
 def _choose(args: argparse.Namespace) -> int:
-    from diffalign.people.choose import Choices, serve
+    from diffalign.people.choose import ChoiceLog, serve
     from reward_models.personal.tastes import Choice
 
     pairs = _pairs(args)
@@ -121,7 +121,7 @@ def _choose(args: argparse.Namespace) -> int:
         def pick(answers: Mapping[int, int], open: Sequence[int]) -> int:
             return least_sure(scorer, z, answers, open)
 
-    server = serve(Choices(args.out / "choices.jsonl", pairs, pick), args.port, args.wanted, after)
+    server = serve(ChoiceLog(args.out / "choices.jsonl", pairs, pick), args.port, args.wanted, after)
     print(f"open {server.url} in a browser; Ctrl-C ends, and the same command goes on", flush=True)
     try:
         server.serve_forever()
@@ -238,7 +238,7 @@ def _embed_by_scorer(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor
     tables = {}
     for name, own in tqdm({k: v for k, v in sorted(mine.items()) if len(v) >= args.least}.items(), "embed"):
         text, w, l_ = rows[own].unbind(-1)
-        z_w, z_l = (scorer.joint(images[k], texts[text]).to(device) for k in (w, l_))
+        z_w, z_l = (scorer.pair_features(images[k], texts[text]).to(device) for k in (w, l_))
         sets = _supports(args, draws, name, len(own))
         tables[name] = torch.stack([scorer.tokens(scorer.head.fit(z_w[k], z_l[k])) for k in sets]).cpu()
     return tables

@@ -19,7 +19,7 @@ from diffalign.training.optim import adamw
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 from reward_models.personal.scorers import head_to_train, load_features
-from reward_models.personal.tastes import joint
+from reward_models.personal.tastes import pair_features
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(cfg, **cfg.run)
     features = load_features(cfg.scorer["features_from"], run.device)
     pairs = run.latents(PreferencePairs, FeatureEncoder(features, run.device), **cfg.data)  # kept as latents are
-    choices = PersonalChoices(pairs, joint, run.draws, **cfg.choices)
+    choices = PersonalChoices(pairs, pair_features, run.draws, **cfg.choices)
     scorer = head_to_train(features, len(choices.people), choices.statistics(), **cfg.scorer).to(run.device)
     algorithm = PersonalReward(run.prepare(scorer.head), scorer.head.size, run.draws, **cfg.algorithm)
     recipe.fit_scorer(cfg, run, scorer, algorithm, choices, validation=choices)

@@ -37,7 +37,7 @@ class Denoising(Algorithm):
     def __init__(self, policy: nn.Module, reference: Network | None, noising: Noising):
         self.players = {"policy": policy}
         self.policy, self.reference, self.noising = policy, reference, noising
-        self.known: dict[Key, tuple[float, Tensor | None]] = {}
+        self.remembered: dict[Key, tuple[float, Tensor | None]] = {}
 
     @abstractmethod
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]: ...
@@ -45,10 +45,10 @@ class Denoising(Algorithm):
     def draw(self, batch: LatentBatch) -> LatentBatch:
         """The batch with the timesteps and noise of its keys, and with what is remembered of the reference."""
         t, eps, x_t, reference = self.noising.sample(batch.keys), None, None, None
-        if self.known:
-            known = [self.known[key] for key in batch.sample_keys]
-            reference = torch.tensor([error for error, _ in known])
-            x_t = torch.stack([x for _, x in known if x is not None]) if self.remembers_latents else None
+        if self.remembered:
+            remembered = [self.remembered[key] for key in batch.sample_keys]
+            reference = torch.tensor([error for error, _ in remembered])
+            x_t = torch.stack([x for _, x in remembered if x is not None]) if self.remembers_latents else None
         if x_t is None:
             eps = self.noising.noise(batch.keys if self.shares_noise else batch.sample_keys, batch.x0)
         return batch._replace(drawn=Drawn(t, eps, x_t, reference))
@@ -79,7 +79,7 @@ class Denoising(Algorithm):
             latents = noised.input[0].cpu() if self.remembers_latents else [None] * len(batch.x0)
             values = zip(errors(self.reference, noised).tolist(), latents, strict=True)
             found += zip(batch.sample_keys, values, strict=True)
-        self.known, self.reference = dict(gather(found)), None
+        self.remembered, self.reference = dict(gather(found)), None
 
     def reference_errors(self, batch: LatentBatch, noised: Noised) -> Tensor:
         """[N], as remembered or from a forward of the reference."""

@@ -28,9 +28,9 @@ from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.schedule import per_sample
 from diffalign.diffusion.steps import Network
 from diffalign.networks.lora import Adapter
-from diffalign.networks.sampler import Move, Sampler
-from diffalign.networks.scores import Scores
-from diffalign.objectives.divergence import Distance, Point, gradient, guidance_scale_of
+from diffalign.networks.sampler import Sampler, Transition
+from diffalign.networks.scores import ScoreNetworks
+from diffalign.objectives.divergence import Distance, NoisySample, gradient, guidance_scale_of
 from diffalign.objectives.rewards import Rewards, norm
 from diffalign.types import Cond, Metrics, PromptBatch, Recent
 
@@ -62,7 +62,7 @@ class DiffInstructStar(Algorithm):
         self,
         generator: nn.Module,
         aux: nn.Module,
-        scores: Scores,
+        scores: ScoreNetworks,
         sampler: Sampler,
         noising: Noising,
         empty: Cond,
@@ -108,22 +108,22 @@ class DiffInstructStar(Algorithm):
         if self.rewards is not None:
             self.rewards.load(state)
 
-    def move(self, batch: PromptBatch, *, grad: bool) -> Move:
+    def transition(self, batch: PromptBatch, *, grad: bool) -> Transition:
         """The generator at one of its steps, whose x0 [B, C, h, w] is what it is trained on."""
         stop = self.sampler.draw_step(batch.keys)
         return self.sampler.walk(self.generator, batch.cond, batch.keys, stop=stop, graded=(stop,) if grad else ())[-1]
 
-    def point(self, x0: Tensor, batch: PromptBatch) -> tuple[Point, Tensor]:
+    def point(self, x0: Tensor, batch: PromptBatch) -> tuple[NoisySample, Tensor]:
         """Noised samples and their timesteps [B]."""
         schedule = self.noising.schedule
         t = self.noising.sample(batch.keys).clamp(*schedule.at(torch.tensor(MIDDLE))).to(x0.device)
         eps = self.noising.noise(batch.keys, x0)
-        return Point(schedule.add_noise(x0, eps, t), eps, *schedule.coefficients(t)), t
+        return NoisySample(schedule.add_noise(x0, eps, t), eps, *schedule.coefficients(t)), t
 
     def aux_loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
         """B prompts -> the denoising error of the aux network on the generator's samples."""
         with torch.no_grad():
-            x0 = self.move(batch, grad=False).x0
+            x0 = self.transition(batch, grad=False).x0
         _activate(self.scores.aux)
         t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
         error = errors(self.aux, self.noising.add(x0, eps, t, batch.cond))
@@ -131,8 +131,8 @@ class DiffInstructStar(Algorithm):
 
     def loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
         """B prompts -> a loss whose gradient is the generator's, and per sample [B] reward, score gap and gradients."""
-        move = self.move(batch, grad=self.settings["graph"] == "plain")
-        x0 = move.x0
+        transition = self.transition(batch, grad=self.settings["graph"] == "plain")
+        x0 = transition.x0
         p, t = self.point(x0.detach(), batch)
         follows, leads = self._eps(self.scores.aux, t, batch.cond), self._guided(t, batch.cond)
         descent, aux, ref = gradient(self.distance, follows, leads, p, **self.settings)
@@ -143,14 +143,14 @@ class DiffInstructStar(Algorithm):
             descent = descent + (self.guidance - 1) * scale * (ref - empty)
         total = torch.zeros_like(t, dtype=torch.float32)
         if self.rewards is not None and self.reward_weight:
-            ascent = self.rewards.ascend(x0, batch.prompts)
-            descent, total = descent - self.reward_weight * ascent.direction, ascent.total
-            metrics |= ascent.metrics
+            found = self.rewards.ascend(x0, batch.prompts)
+            descent, total = descent - self.reward_weight * found.direction, found.total
+            metrics |= found.metrics
         # Checkpointed activations are recomputed in the backward pass, with the LoRA that is active then.
         _activate(self.generator)
         if not x0.requires_grad:  # only now, so that no other network's graph is in memory with this one
-            out = self.sampler.ask(self.generator, move.x_t, move.t, batch.cond)
-            x0, _ = self.sampler.schedule.split(out, move.x_t, move.t)
+            out = self.sampler.predict(self.generator, transition.x_t, transition.t, batch.cond)
+            x0, _ = self.sampler.schedule.split(out, transition.x_t, transition.t)
         along = (descent * x0).flatten(1).sum(1)
         return (along - along.detach() - self.reward_weight * total).mean(), metrics
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
 from diffalign.networks.reference import AdapterOffReference, FrozenReference
-from diffalign.networks.sampler import Move, Sampler
+from diffalign.networks.sampler import Sampler, Transition
 from diffalign.objectives.rewards import Rewards
 from diffalign.types import PromptBatch
 
@@ -25,7 +25,8 @@ class DRaFT(RewardGradient):
 
     Args:
         last_steps: K, through how many steps gradients go back; all of the sampler's for DRaFT without K
-        reference_weight: of the squared difference between policy and reference, the KL of their moves up to a factor
+        reference_weight: of the squared difference between policy and reference, the KL of their
+            transitions up to a factor
         start_weight: of the squared distance of the weights from where they started
     """
 
@@ -62,6 +63,6 @@ class DRaFT(RewardGradient):
             )
         return problems
 
-    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
-        moves = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=self.graded)
-        return [moves[k] for k in self.graded], moves[-1].x_next
+    def transitions(self, batch: PromptBatch) -> tuple[list[Transition], Tensor]:
+        transitions = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=self.graded)
+        return [transitions[k] for k in self.graded], transitions[-1].x_next

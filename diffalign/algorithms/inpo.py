@@ -94,7 +94,7 @@ class InPO(DiffusionDPO):
         return self.noising.at(x_t, batch.x0, (x_t - a * batch.x0) / s, t, batch.sample_cond)
 
     def draw(self, batch: LatentBatch) -> LatentBatch:
-        if self.known:
+        if self.remembered:
             return super().draw(batch)
         t = self.noising.sample(batch.keys)
         return batch._replace(drawn=Drawn(t, path=self.inversion.path(t[batch.group].cpu())))

@@ -2,8 +2,8 @@
 
     online, both trajectories drawn by the policy:
         loss = -log sigmoid(beta sum_n [log p(x_w,n) - log q(x_w,n)] - [log p(x_l,n) - log q(x_l,n)])
-    with p, q the Gaussian moves of policy and reference at the model's own timesteps, n over all moves but the last,
-    which is deterministic; offline: Diffusion-DPO on noise errors at those timesteps.
+    with p, q the Gaussian transitions of policy and reference at the model's own timesteps, n over all of them but the
+    last, which is deterministic; offline: Diffusion-DPO on noise errors at those timesteps.
 
 Differs from the released code:
 - the model's own timesteps are trained (there the DreamBooth script trains 750, 500, 250, 0 instead of 999, 749, ...);
@@ -30,7 +30,7 @@ from diffalign.algorithms.denoising import ranking_of
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.steps import Network, log_prob
-from diffalign.networks.sampler import Move, Sampler
+from diffalign.networks.sampler import Sampler, Transition
 from diffalign.objectives.rewards import Rewards
 from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, Recent
 
@@ -38,14 +38,14 @@ from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, Recent
 class Rollouts(NamedTuple):
     """B prompts, two trajectories each: all first ones, then all second ones, on the batch axis.
 
-    moves   all moves but the last, without graphs
+    transitions   all transitions but the last, without graphs
     cond    batch of 2B
     keys    B keys
     better  [B]: 1 where the first of the pair scored higher, -1 where the second did, 0 for a tie
     scores  [2B]
     """
 
-    moves: list[Move]
+    transitions: list[Transition]
     cond: Cond
     keys: list[Key]
     better: Tensor
@@ -59,9 +59,10 @@ class PSO(Algorithm):
 
     Args:
         beta: strength of the pull to the reference (50 as released)
-        per: step, a log-sigmoid for every move; trajectory, one for the sum over its moves
-        clip: half width of the allowed likelihood ratios around 1, beyond which a move pulls no more; null for none
-        reduction: of a move's log density over C, h, w: mean (as released) or sum
+        per: step, a log-sigmoid for every transition; trajectory, one for the sum over its transitions
+        clip: half width of the allowed likelihood ratios around 1, beyond which a transition
+            has no gradient; null for none
+        reduction: of a transition's log density over C, h, w: mean (as released) or sum
         shared_noise: a pair starts from the same noise and parts on the way; false for noise of its own
     """
 
@@ -82,7 +83,7 @@ class PSO(Algorithm):
     ):
         if sampler.law == "deterministic" or len(sampler) < 2:
             raise ValueError(
-                f"PSO compares moves that are drawn; this sampler has {len(sampler)} steps by the law "
+                f"PSO compares transitions that are drawn; this sampler has {len(sampler)} steps by the law "
                 f"'{sampler.law}', of which the last is never drawn: set 'sampler.steps' to 2 or more and "
                 "'sampler.law' to ancestral or renoise"
             )
@@ -111,23 +112,24 @@ class PSO(Algorithm):
         keys: list[Key] = [(key, k) for k in (0, 1) for key in batch.keys]
         cond = batch.cond.repeat(2)
         x = self.sampler.start(batch.keys).repeat(2, 1, 1, 1) if self.shared_noise else None
-        moves = self.sampler.walk(self.policy, cond, keys, x=x)
-        scores = self.rewards.score(moves[-1].x_next, [*batch.prompts, *batch.prompts])
+        transitions = self.sampler.walk(self.policy, cond, keys, x=x)
+        scores = self.rewards.score(transitions[-1].x_next, [*batch.prompts, *batch.prompts])
         first, second = scores.chunk(2)
-        return Rollouts(moves[:-1], cond, list(batch.keys), (first - second).sign(), scores)
+        return Rollouts(transitions[:-1], cond, list(batch.keys), (first - second).sign(), scores)
 
     def loss(self, batch: Rollouts) -> tuple[Tensor, Metrics]:
-        """B compared pairs -> mean loss over pairs (and moves), and per pair [B] accuracy, margin and scores."""
-        count = len(batch.moves)
+        """B compared pairs -> mean loss over pairs (and transitions), and per pair [B] accuracy, margin and scores."""
+        count = len(batch.transitions)
         x_t, t, t_next, x_next = (
-            torch.cat([getattr(move, name) for move in batch.moves]) for name in ("x_t", "t", "t_next", "x_next")
+            torch.cat([getattr(transition, name) for transition in batch.transitions])
+            for name in ("x_t", "t", "t_next", "x_next")
         )
         levels = self.sampler.timesteps.tolist()[:count]
         keys: list[Key] = [((key, k), level) for level in levels for k in (0, 1) for key in batch.keys]
         cond = batch.cond.repeat(count)
 
         def density(network: Network) -> Tensor:
-            mean, std = self.sampler.transition(self.sampler.ask(network, x_t, t, cond), x_t, t, t_next, keys)
+            mean, std = self.sampler.step(self.sampler.predict(network, x_t, t, cond), x_t, t, t_next, keys)
             return log_prob(x_next, mean, std, self.reduction)
 
         with torch.no_grad():

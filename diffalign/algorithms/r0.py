@@ -19,8 +19,8 @@ from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
 from diffalign.diffusion.noising import Noising
 from diffalign.networks.reference import AdapterOffReference, FrozenReference
-from diffalign.networks.sampler import Move, Sampler
-from diffalign.objectives.rewards import Ascent, Rewards, cosine, norm, unit_length
+from diffalign.networks.sampler import Sampler, Transition
+from diffalign.objectives.rewards import RewardDirection, Rewards, cosine, norm, unit_length
 from diffalign.types import Cond, PromptBatch
 
 
@@ -68,26 +68,26 @@ class R0(RewardGradient):
             )
         return problems
 
-    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
+    def transitions(self, batch: PromptBatch) -> tuple[list[Transition], Tensor]:
         if self.final:
-            moves = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=range(len(self.sampler)))
-            return moves, moves[-1].x_next
+            transitions = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=range(len(self.sampler)))
+            return transitions, transitions[-1].x_next
         stop = self.sampler.draw_step(batch.keys)
-        move = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
-        return [move], move.x0
+        transition = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
+        return [transition], transition.x0
 
-    def ascend(self, x0: Tensor, batch: PromptBatch) -> Ascent:
-        ascent = self.rewards.ascend(x0, batch.prompts, unit=self.unit_gradients)
+    def ascend(self, x0: Tensor, batch: PromptBatch) -> RewardDirection:
+        found = self.rewards.ascend(x0, batch.prompts, unit=self.unit_gradients)
         if not self.guidance_weight:
-            return ascent
+            return found
         towards = unit_length(self._guidance(x0.detach(), batch))
-        metrics = {"cosine@guidance, rewards": cosine(towards, ascent.direction)}
-        direction = ascent.direction + self.guidance_weight * towards
-        return Ascent(ascent.total, direction, ascent.metrics | metrics | {"reward_gradient": norm(direction)})
+        metrics = {"cosine@guidance, rewards": cosine(towards, found.direction)}
+        direction = found.direction + self.guidance_weight * towards
+        return RewardDirection(found.total, direction, found.metrics | metrics | {"reward_gradient": norm(direction)})
 
     @torch.no_grad()
     def _guidance(self, x0: Tensor, batch: PromptBatch) -> Tensor:
-        """a / s (eps(x_t) - eps(x_t|c)): where the reference's guidance would move x0."""
+        """a / s (eps(x_t) - eps(x_t|c)): the direction of the reference's guidance in x0."""
         schedule, n = self.noising.schedule, len(x0)
         t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
         x_t = schedule.add_noise(x0, eps, t)

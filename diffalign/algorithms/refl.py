@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import check_inner_gradients
 from diffalign.algorithms.reward_gradient import RewardGradient, check_anchors
 from diffalign.networks.reference import AdapterOffReference, FrozenReference
-from diffalign.networks.sampler import Move, Sampler
-from diffalign.objectives.rewards import Ascent, Rewards
+from diffalign.networks.sampler import Sampler, Transition
+from diffalign.objectives.rewards import RewardDirection, Rewards
 from diffalign.types import PromptBatch
 
 
@@ -63,10 +63,10 @@ class ReFL(RewardGradient):
             problems.append(f"'algorithm.first_step' = {cfg['first_step']} must be in [0, {count - 1}]")
         return problems
 
-    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
+    def transitions(self, batch: PromptBatch) -> tuple[list[Transition], Tensor]:
         stop = self.sampler.draw_step(batch.keys, self.first_step)
-        move = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
-        return [move], move.x0
+        transition = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
+        return [transition], transition.x0
 
-    def ascend(self, x0: Tensor, batch: PromptBatch) -> Ascent:
+    def ascend(self, x0: Tensor, batch: PromptBatch) -> RewardDirection:
         return self.rewards.ascend(x0, batch.prompts, ceiling=self.ceiling)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm
 from diffalign.diffusion.noising import denoising_error
 from diffalign.networks.reference import AdapterOffReference, DistanceToStart, FrozenReference
-from diffalign.networks.sampler import Move, Sampler
-from diffalign.objectives.rewards import Ascent, Rewards, climb
+from diffalign.networks.sampler import Sampler, Transition
+from diffalign.objectives.rewards import RewardDirection, Rewards, reward_loss
 from diffalign.types import Metrics, PromptBatch, Recent
 
 
@@ -43,30 +43,30 @@ class RewardGradient(Algorithm):
         self.distance = DistanceToStart(policy) if start_weight else None
 
     @abstractmethod
-    def moves(self, batch: PromptBatch) -> tuple[list[Move], Tensor]:
-        """The moves of B samples that carry a graph, and the x0 [B, C, h, w] to be rewarded."""
+    def transitions(self, batch: PromptBatch) -> tuple[list[Transition], Tensor]:
+        """The transitions of B samples that carry a graph, and the x0 [B, C, h, w] to be rewarded."""
 
-    def ascend(self, x0: Tensor, batch: PromptBatch) -> Ascent:
+    def ascend(self, x0: Tensor, batch: PromptBatch) -> RewardDirection:
         """Where the rewards of x0 [B, C, h, w] rise."""
         return self.rewards.ascend(x0, batch.prompts)
 
     def loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
         """B prompts -> minus the reward and what the anchors cost; per sample [B] rewards and their gradients."""
-        moves, x0 = self.moves(batch)
-        ascent = self.ascend(x0, batch)
-        loss, metrics = climb(x0, ascent).mean(), dict(ascent.metrics)
+        transitions, x0 = self.transitions(batch)
+        found = self.ascend(x0, batch)
+        loss, metrics = reward_loss(x0, found).mean(), dict(found.metrics)
         if self.reference_weight:
-            drift = torch.stack([self._drift(move, batch) for move in moves]).mean(0)
+            drift = torch.stack([self._drift(transition, batch) for transition in transitions]).mean(0)
             loss, metrics["reference_error"] = loss + self.reference_weight * drift.mean(), drift.detach()
         if self.distance is not None:
             away = self.distance()
             loss, metrics["start_distance"] = loss + self.start_weight * away, away.detach()
         return loss, metrics
 
-    def _drift(self, move: Move, batch: PromptBatch) -> Tensor:
+    def _drift(self, transition: Transition, batch: PromptBatch) -> Tensor:
         with torch.no_grad():
-            theirs = self.sampler.ask(self.reference, move.x_t.detach(), move.t, batch.cond)
-        return denoising_error(move.out, theirs)
+            theirs = self.sampler.predict(self.reference, transition.x_t.detach(), transition.t, batch.cond)
+        return denoising_error(transition.out, theirs)
 
     def state(self) -> dict[str, Tensor]:
         return self.rewards.state()

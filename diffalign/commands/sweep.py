@@ -31,7 +31,7 @@ FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.
 """Cannot be swept: all points are compared with one set of images of the base."""
 
 
-class Point(NamedTuple):
+class SweepRun(NamedTuple):
     """One run: what it changes ("algorithm.beta=200", one an axis), its folder, its resolved configuration."""
 
     values: tuple[str, ...]
@@ -39,7 +39,7 @@ class Point(NamedTuple):
     config: Config
 
 
-class Contest(NamedTuple):
+class Comparison(NamedTuple):
     """How all points are judged: the base's pipeline, its images, prompts, scorer, settings of tools/generate.py."""
 
     base: str
@@ -68,15 +68,15 @@ def sweep(
     Writes sweep.md and sweep.json after each point. Raises ConfigError with all problems of all points, before the
     first run starts.
     """
-    points, contest = plan(axes, resolved, prompts, scorer)
-    folder = contest.images.parent
+    points, comparison = plan(axes, resolved, prompts, scorer)
+    folder = comparison.images.parent
     folder.mkdir(parents=True, exist_ok=True)
     if prompts is None:
-        write_whole(contest.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
+        write_whole(comparison.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
     # The base against itself: a misspelt scorer, or one that cannot judge these images, ends this before the first run.
-    code = _draw(contest, contest.images, ["--pipeline", contest.base])
-    against_itself = contest.images / "win_rate.json"
-    if code or (code := _judge(contest, contest.images, against_itself)):
+    code = _draw(comparison, comparison.images, ["--pipeline", comparison.base])
+    against_itself = comparison.images / "win_rate.json"
+    if code or (code := _judge(comparison, comparison.images, against_itself)):
         return code
     try:
         judged(against_itself)
@@ -85,8 +85,8 @@ def sweep(
     rows: list[dict[str, Any]] = []
     for k, point in enumerate(points, 1):
         print(f"\nsweep {k}/{len(points)}: {' '.join(point.values)}", flush=True)
-        rows.append(_row(recipe, arguments, point, contest))
-        said = {"recipe": recipe.stem, "scorer": contest.scorer, "advice": advice(rows), "rows": rows}
+        rows.append(_row(recipe, arguments, point, comparison))
+        said = {"recipe": recipe.stem, "scorer": comparison.scorer, "advice": advice(rows), "rows": rows}
         write_whole(folder / "sweep.json", json.dumps(said, indent=1) + "\n")
         write_whole(folder / "sweep.md", f"{markdown(rows)}\n\n{advice(rows)}\n")
     print(f"\n{markdown(rows)}\n\n{advice(rows)}\nwritten: '{folder / 'sweep.md'}'", flush=True)
@@ -95,7 +95,7 @@ def sweep(
 
 def plan(
     axes: Sequence[str], resolved: Callable[[Sequence[str]], Config], prompts: str | None, scorer: str | None
-) -> tuple[list[Point], Contest]:
+) -> tuple[list[SweepRun], Comparison]:
     """The points of the grid, and how they are judged. Raises ConfigError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         how = "`diffalign train --num-processes 1 RECIPE --sweep ...`"
@@ -111,7 +111,7 @@ def plan(
             raise ConfigError("--sweep compares images, and this recipe trains no pipeline")
         folder = Path(config.run["folder"]) / ("sweep-" + re.sub(r"[^\w.,=+-]", "_", ",".join(values)))
         config.run["folder"] = str(folder)
-        points.append(Point(values, folder, config))
+        points.append(SweepRun(values, folder, config))
         problems |= dict.fromkeys(_changed(points[-1]))
     path = points[0].config.backbone["path"] if points else "playground"
     if path != "playground" and not (prompts and scorer):
@@ -121,7 +121,7 @@ def plan(
         problems[f"  - --sweep-prompts '{prompts}' does not exist"] = None
     if problems:
         raise ConfigError("the runs of --sweep cannot start:\n" + "\n".join(problems))
-    return points, _contest(points[0], prompts, scorer)
+    return points, _comparison(points[0], prompts, scorer)
 
 
 def _choices(axes: Sequence[str]) -> list[list[str]]:
@@ -138,7 +138,7 @@ def _choices(axes: Sequence[str]) -> list[list[str]]:
     return [[f"{key}={value}" for value in values] for key, values in zip(keys, split, strict=True)]
 
 
-def _changed(point: Point) -> list[str]:
+def _changed(point: SweepRun) -> list[str]:
     """What forbids going on in the point's folder: a run with other settings."""
     file = point.folder / "config.yaml"
     if not file.exists():
@@ -151,14 +151,14 @@ def _changed(point: Point) -> list[str]:
     return [said] if other else []
 
 
-def _contest(point: Point, prompts: str | None, scorer: str | None) -> Contest:
+def _comparison(point: SweepRun, prompts: str | None, scorer: str | None) -> Comparison:
     cfg, folder = point.config, point.folder.parent
     hooks, sampling = cfg.hooks, ["--samples-per-prompt", str(SAMPLES), "--dtype", cfg.backbone["dtype"]]
     own = cfg.sections.get("sampler", {"steps": hooks["sample_steps"], "guidance": hooks["sample_guidance"]})
     sampling += ["--steps", str(own["steps"]), "--guidance", str(own["guidance"])]
     if own.get("timesteps"):
         sampling += ["--timesteps", *map(str, own["timesteps"])]
-    return Contest(
+    return Comparison(
         base=os.path.expanduser(cfg.backbone["path"]),
         images=folder / "sweep-base",
         prompts=Path(prompts) if prompts else folder / "sweep-prompts.txt",
@@ -167,17 +167,17 @@ def _contest(point: Point, prompts: str | None, scorer: str | None) -> Contest:
     )
 
 
-def _draw(contest: Contest, out: Path, model: Sequence[str]) -> int:
-    words = [*model, "--prompts", str(contest.prompts), "--out", str(out), *contest.sampling]
+def _draw(comparison: Comparison, out: Path, model: Sequence[str]) -> int:
+    words = [*model, "--prompts", str(comparison.prompts), "--out", str(out), *comparison.sampling]
     return launch.start(launch.find("tools", "generate"), words, processes=None, config=None)
 
 
-def _judge(contest: Contest, images: Path, out: Path) -> int:
-    words = [contest.images, images, "--scorer", contest.scorer, "--out", out]
+def _judge(comparison: Comparison, images: Path, out: Path) -> int:
+    words = [comparison.images, images, "--scorer", comparison.scorer, "--out", out]
     return launch.start(launch.find("eval", "win_rate"), [*map(str, words)], processes=1, config=None)
 
 
-def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest) -> dict[str, Any]:
+def _row(recipe: Path, arguments: Sequence[str], point: SweepRun, comparison: Comparison) -> dict[str, Any]:
     """Train and judge a point, as far as that is not done; its row of the table."""
     file, export, images = (point.folder / name for name in ("result.json", "export", "held_out"))
     result = read_json(file) if file.exists() and export.exists() else {}
@@ -192,13 +192,13 @@ def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest)
         seconds = None if resume else time.perf_counter() - started  # of the part before nobody knows
         result = {"values": point.values, "seconds": seconds, **trained(point.folder / "metrics.jsonl")}
         write_whole(file, json.dumps(result))
-    contested = hashlib.sha256(repr(contest).encode() + contest.prompts.read_bytes()).hexdigest()[:12]
-    if result.get("contest") != contested:
+    fingerprint = hashlib.sha256(repr(comparison).encode() + comparison.prompts.read_bytes()).hexdigest()[:12]
+    if result.get("comparison") != fingerprint:
         whole = (export / "model_index.json").exists()
-        model = ["--pipeline", str(export)] if whole else ["--pipeline", contest.base, "--lora", str(export)]
+        model = ["--pipeline", str(export)] if whole else ["--pipeline", comparison.base, "--lora", str(export)]
         table = point.folder / "win_rate.json"
-        if _draw(contest, images, model) or _judge(contest, images, table):
+        if _draw(comparison, images, model) or _judge(comparison, images, table):
             return {**result, "verdict": "failed"}
-        result |= {**judged(table), "contest": contested}
+        result |= {**judged(table), "comparison": fingerprint}
         write_whole(file, json.dumps(result))
     return {**result, "verdict": verdict(result)}

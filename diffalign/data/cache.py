@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffalign.data.images import Square, look_ahead, square
-from diffalign.data.known import Known
-from diffalign.data.looks import SHARD, Look, Ranks, Seen, look
+from diffalign.data.content_index import ContentIndex
+from diffalign.data.image_checks import SHARD, CheckedImage, ImageCheck, Workers, check_image
+from diffalign.data.images import Square, prefetch, square
 from diffalign.data.records import ImageRef
 from diffalign.data.shards import Mended, Shards, stored
 from diffalign.types import Cond, Encoder
@@ -36,7 +36,7 @@ class LatentCache:
     may build the same cache at the same time, and a build that was killed is taken up again: what is complete is used,
     at worst the same work is done twice. The encoder is called only for what is missing.
 
-    rank, world_size, barrier and exchange say how the processes of this run share the work, as in Ranks.
+    rank, world_size, barrier and exchange say how the processes of this run share the work, as in Workers.
 
     Raises OSError when the folder cannot be written or is full, ValueError when the encoder gives numbers that are not
     finite.
@@ -58,21 +58,21 @@ class LatentCache:
         if world_size > 1 and exchange is None:
             raise ValueError(f"a cache built by {world_size} processes needs an 'exchange' folder of their run")
         self.encoder, self.resolution, self.shard_size = encoder, resolution, shard_size
-        self.ranks = Ranks(rank, world_size, barrier, exchange or folder)
+        self.workers = Workers(rank, world_size, barrier, exchange or folder)
         self.variants = ("", "-hflip") if hflip else ("",)
         home = folder.expanduser() / encoder.fingerprint
         self._images = Shards(home / f"squares-{resolution}-center-decoding-{DECODING}")
         self._prompts = Shards(home / "texts")
-        self.known = Known(folder.expanduser() / "files")
+        self.contents = ContentIndex(folder.expanduser() / "files")
 
-    def add_images(self, images: Sequence[ImageRef]) -> list[Seen]:
+    def add_images(self, images: Sequence[ImageRef]) -> list[ImageCheck]:
         """Encode what is missing. One Seen an image, the same list on every rank."""
-        chunks = self.ranks.chunks(len(images), self.shard_size)
-        found: dict[int, Seen] = {}
+        chunks = self.workers.chunks(len(images), self.shard_size)
+        found: dict[int, ImageCheck] = {}
         new: list[int] = []
-        with self.ranks.bar(chunks, "latents") as bar:
+        with self.workers.bar(chunks, "latents") as bar:
             for chunk, digests in zip(
-                chunks, self.known.find_all([[images[i] for i in c] for c in chunks]), strict=True
+                chunks, self.contents.find_all([[images[i] for i in c] for c in chunks]), strict=True
             ):
                 for i, digest in zip(chunk, digests, strict=True):
                     if seen := self.recall(digest):
@@ -80,29 +80,29 @@ class LatentCache:
                         bar.update()
                     else:
                         new.append(i)
-            looks = look_ahead(
+            looks = prefetch(
                 (images[i] for i in new),
-                lambda ref: look(ref, self.resolution, self.known.stamp, self.recall),
-                processes=self.ranks.world_size,
+                lambda ref: check_image(ref, self.resolution, self.contents.stamp, self.recall),
+                processes=self.workers.world_size,
             )
             with closing(looks):
                 for start in range(0, len(new), self.shard_size):
                     part = new[start : start + self.shard_size]
                     found |= zip(part, self._add_chunk(_ticking(islice(looks, len(part)), bar)), strict=True)
-        self.known.save()
-        all_seen = self.ranks.share(found, len(images))
+        self.contents.save()
+        all_seen = self.workers.share(found, len(images))
         self._images.refresh()
         return all_seen
 
-    def recall(self, digest: str) -> Seen | None:
+    def recall(self, digest: str) -> ImageCheck | None:
         """What is known of an image by the digest of its content; None where it is not in the cache."""
         if digest and all(digest + variant in self._images for variant in self.variants):
-            return Seen(digest, self._images.bad.get(digest, ""), self._images.notes.get(digest, ""))
+            return ImageCheck(digest, self._images.bad.get(digest, ""), self._images.notes.get(digest, ""))
         return None
 
-    def _add_chunk(self, looks: Iterable[Look]) -> list[Seen]:
+    def _add_chunk(self, looks: Iterable[CheckedImage]) -> list[ImageCheck]:
         """Encode the pixels of one chunk and write its shard."""
-        seen: list[Seen] = []
+        seen: list[ImageCheck] = []
         rows: dict[str, dict[str, Tensor]] = {}
         bad: dict[str, str] = {}
         stamps: list[tuple[bytes | None, str]] = []
@@ -129,7 +129,7 @@ class LatentCache:
         if rows or bad:
             self._images.write([*rows, *bad], rows, bad, {one.digest: one.note for one in seen if one.note})
         for stamp, digest in stamps:
-            self.known.add(stamp, digest)
+            self.contents.add(stamp, digest)
         return seen
 
     @torch.no_grad()
@@ -145,8 +145,8 @@ class LatentCache:
         """Encode the prompts that are missing, and the empty one."""
         texts = {_digest(text): text for text in ["", *prompts]}
         keys = list(texts)
-        chunks = self.ranks.chunks(len(keys), self.shard_size)
-        with self.ranks.bar(chunks, "text embeddings") as bar:
+        chunks = self.workers.chunks(len(keys), self.shard_size)
+        with self.workers.bar(chunks, "text embeddings") as bar:
             for chunk in chunks:
                 missing = [keys[i] for i in chunk if keys[i] not in self._prompts]
                 rows: dict[str, dict[str, Tensor]] = {}
@@ -155,10 +155,10 @@ class LatentCache:
                 if missing:
                     self._prompts.write(missing, rows, {}, self._longer([texts[key] for key in missing]))
                 bar.update(len(chunk))
-        self.ranks.barrier()
+        self.workers.barrier()
         self._prompts.refresh()
         longer = [key for key in keys if key in self._prompts.notes]
-        if longer and self.ranks.rank == 0:
+        if longer and self.workers.rank == 0:
             note, first = self._prompts.notes[longer[0]], texts[longer[0]]
             logger.warning(
                 "%d of %d prompts are longer than the text encoder reads, and cut there; the first: '%.80s...' (%s)",
@@ -209,7 +209,7 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _ticking(looks: Iterator[Look], bar: tqdm) -> Iterator[Look]:
+def _ticking(looks: Iterator[CheckedImage], bar: tqdm) -> Iterator[CheckedImage]:
     for one in looks:
         yield one
         bar.update()

@@ -44,7 +44,7 @@ class FeatureEncoder:
         return self.scorer.token_counts(prompts)
 
 
-class Choices(NamedTuple):
+class UserChoices(NamedTuple):
     """N choices of one person: z [N, Z] of the preferred images and of the others."""
 
     z_w: Tensor
@@ -71,7 +71,7 @@ class PersonalChoices(Dataset):
     def __init__(
         self,
         pairs: PreferencePairs,
-        joint: Callable[[Tensor, Tensor], Tensor],
+        pair_features: Callable[[Tensor, Tensor], Tensor],
         draws: Draws,
         *,
         support: int = 20,
@@ -79,7 +79,7 @@ class PersonalChoices(Dataset):
         strangers: float = 0.1,
         least: int = 12,
     ):
-        self.draws, self.joint, self.support, self.batch_size = draws, joint, support, batch_size
+        self.draws, self.pair_features, self.support, self.batch_size = draws, pair_features, support, batch_size
         self.images, self.texts, self.rows = pairs.features()  # [N, E], [P, E], int64 [n, 3]: text, winner, loser
         by_person: dict[str, list[int]] = {}
         for i, name in enumerate(pairs.annotators):
@@ -115,21 +115,21 @@ class PersonalChoices(Dataset):
     def collate(self, items: Sequence[tuple[Any, int, int, list[int]]]) -> ChoiceBatch:
         """Items -> a batch on the CPU."""
         keys, people, pairs, supports = zip(*items, strict=True)
-        there = torch.tensor([[k < len(x) for k in range(self.support)] for x in supports])
+        mask = torch.tensor([[k < len(x) for k in range(self.support)] for x in supports])
         padded = [[*x, *[pair] * (self.support - len(x))] for x, pair in zip(supports, pairs, strict=True)]
         own, others = self.choices(torch.tensor(pairs)), self.choices(torch.tensor(padded))
-        return ChoiceBatch(*own, torch.tensor(people), *others, there, list(keys))
+        return ChoiceBatch(*own, torch.tensor(people), *others, mask, list(keys))
 
     def encode(self, batch: ChoiceBatch) -> ChoiceBatch:
         """Nothing is left to do."""
         return batch
 
-    def choices(self, pairs: Tensor) -> Choices:
+    def choices(self, pairs: Tensor) -> UserChoices:
         """Numbers of pairs int64 [...] -> z [..., Z] of both images."""
         text, w, l_ = self.rows[pairs].unbind(-1)
-        return Choices(*(self.joint(self.images[k], self.texts[text]) for k in (w, l_)))
+        return UserChoices(*(self.pair_features(self.images[k], self.texts[text]) for k in (w, l_)))
 
-    def of(self, person: str) -> Choices:
+    def of(self, person: str) -> UserChoices:
         """All choices of a person, in a random order that depends on the seed and their name."""
         mine = self.by_person[person]
         order = self.draws.permutation(len(mine), key=person, stream="shots")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.looks import Ranks, check_images
+from diffalign.data.image_checks import Workers, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import Record
 from diffalign.data.usable import DropReport, Verify, notices_of, read_some, trained_on, usable_records
@@ -87,7 +87,7 @@ class PreferenceGroups(Dataset):
         report.stop_if_damaged(len(records), dropped)
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
         verify(records, images)
-        seen = dict(zip(images, check_images(images, 32, Ranks(rank, world_size, barrier, folder)), strict=True))
+        seen = dict(zip(images, check_images(images, 32, Workers(rank, world_size, barrier, folder)), strict=True))
         self.records, damaged = usable_records(records, seen)
         dropped += damaged
         report.stop_if_damaged(len(self.records), dropped)

@@ -61,7 +61,7 @@ def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
     return Square(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255, size)
 
 
-def look_ahead(
+def prefetch(
     images: Iterable[ImageRef], look: Callable[[ImageRef], T], *, processes: int = 1
 ) -> Generator[T, None, None]:
     """`look` of every image, in order, computed in threads a bounded number ahead.

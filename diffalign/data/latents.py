@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffalign.data.cache import LatentCache, cond_of
+from diffalign.data.image_checks import ImageCheck, Workers, check_images
 from diffalign.data.images import square
-from diffalign.data.looks import Ranks, Seen, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import ImageRef, Record
 from diffalign.data.usable import DropReport, Verify, notices_of, read_some, usable_records
@@ -114,7 +114,7 @@ class PreferenceLatents(Dataset):
         self.draws, self.resolution, self.batch_size, self.num_workers = draws, resolution, batch_size, num_workers
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
         self.draws_per_sample, self.size_conditions = draws_per_sample, size_conditions
-        ranks = Ranks(rank, world_size, barrier, folder)
+        workers = Workers(rank, world_size, barrier, folder)
         records, dropped = self.read(path, limit)
         report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
         report.stop_if_damaged(len(records), dropped)  # labels first: images may take hours
@@ -122,9 +122,9 @@ class PreferenceLatents(Dataset):
         verify(records, images)
         store = None
         if cache == "off":
-            found = check_images(images, resolution, ranks)
+            found = check_images(images, resolution, workers)
         else:
-            store = LatentCache(cache_folder(cache), encoder, resolution, *ranks, hflip=hflip)
+            store = LatentCache(cache_folder(cache), encoder, resolution, *workers, hflip=hflip)
             found = store.add_images(images)
         seen = dict(zip(images, found, strict=True))
         records, damaged = usable_records(records, seen)
@@ -172,7 +172,7 @@ class PreferenceLatents(Dataset):
         self._latents: list[Any] = []
         self._texts: Any = None
 
-    def _locate(self, store: LatentCache, seen: dict[ImageRef, Seen]) -> None:
+    def _locate(self, store: LatentCache, seen: dict[ImageRef, ImageCheck]) -> None:
         """Find the latents and embeddings in the cache; images and prompts themselves are needed no more."""
         store.add_prompts(self.prompts)
         digests = [seen[ref].digest for ref in self.images]

@@ -9,8 +9,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from diffalign.data.cache import LatentCache, cond_of
+from diffalign.data.image_checks import Workers
 from diffalign.data.latents import cache_folder
-from diffalign.data.looks import Ranks
 from diffalign.playground.world import captions
 from diffalign.types import Cond, Encoder, Key, PromptBatch
 from reward_models.files import bad_name, parse_json, text_lines
@@ -52,8 +52,8 @@ class Prompts(Dataset):
     ):
         found = list(find_prompts(path).items())[:limit]
         self.ids, self.prompts, self.batch_size = [i for i, _ in found], [p for _, p in found], batch_size
-        ranks = Ranks(rank, world_size, barrier, folder)
-        store = LatentCache(cache_folder(cache), encoder, resolution, *ranks)
+        workers = Workers(rank, world_size, barrier, folder)
+        store = LatentCache(cache_folder(cache), encoder, resolution, *workers)
         store.add_prompts(self.prompts)
         self._texts = store.texts(self.prompts)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffalign.data.entries import side_of
-from diffalign.data.looks import Seen
+from diffalign.data.image_checks import ImageCheck
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import write_lines
@@ -37,7 +37,7 @@ def read_some(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]
     return records, dropped
 
 
-def usable_records(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> tuple[list[Record], list[Dropped]]:
+def usable_records(records: Sequence[Record], seen: dict[ImageRef, ImageCheck]) -> tuple[list[Record], list[Dropped]]:
     """Split off the records with an image that cannot be used, or with the same image as winner and loser."""
     usable, dropped = [], []
     for record in records:
@@ -59,7 +59,7 @@ class Notice(NamedTuple):
     notice: str
 
 
-def notices_of(records: Sequence[Record], seen: dict[ImageRef, Seen]) -> Iterator[Notice]:
+def notices_of(records: Sequence[Record], seen: dict[ImageRef, ImageCheck]) -> Iterator[Notice]:
     """Preferences that come twice, by the same person or nobody named, or also the other way round; tiny images."""
     first: dict[int, int] = {}
     for number, record in enumerate(records):

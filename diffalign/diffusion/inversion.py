@@ -26,8 +26,8 @@ class Inversion:
 
     Args:
         steps: of a full inversion, from the clean latent to pure noise
-        landing: exact ends on the level asked for; official on the next grid level, as the released code of InPO and
-            SmPO does with diffusers 0.20 although their losses use the level asked for (eps- and v-prediction only)
+        landing: exact ends on the level t_used for; official on the next grid level, as the released code of InPO and
+            SmPO does with diffusers 0.20 although their losses use the level t_used for (eps- and v-prediction only)
         eta: noise added after each step, as a share of the DDPM posterior's; drawn by key, stream "inversion"
         renoise: corrections of each step by asking the network again where the step lands (ReNoise, Garibi et al.,
             2024, arXiv 2403.14602); with landing = official at the level it leaves, as SmPO's released code
@@ -108,11 +108,11 @@ class Inversion:
         for k, (moving, now, then) in enumerate(self.path(t) if path is None else path):
             some = cond.at(moving)
             without = None if uncond is None or self.guidance == 1 else uncond.at(moving)
-            there = self._step(network, x[moving], now, then, some, without)
+            x_next = self._step(network, x[moving], now, then, some, without)
             if self.eta:
                 noise = self.draws.normal([(keys[i], k) for i in moving.tolist()], x.shape[1:], stream="inversion")
-                there = there + self._posterior_std(now, then) * noise.to(x.device)
-            x = x.index_copy(0, moving, there)
+                x_next = x_next + self._posterior_std(now, then) * noise.to(x.device)
+            x = x.index_copy(0, moving, x_next)
         return x
 
     def _step(self, network: Network, x: Tensor, now: Tensor, then: Tensor, cond: Cond, uncond: Cond | None) -> Tensor:
@@ -121,15 +121,15 @@ class Inversion:
         a2, s2 = map(per_sample, self.schedule.coefficients(then))
         source = now.clamp(min=0)
         estimates: list[Tensor] = []
-        there, asked = x, source
+        x_next, t_used = x, source
         for _ in range(1 + self.renoise):
-            out = guided(network, there, asked, cond, uncond, self.guidance)
-            estimates.append(self.schedule.split(out, there, asked)[1])
+            out = guided(network, x_next, t_used, cond, uncond, self.guidance)
+            estimates.append(self.schedule.split(out, x_next, t_used)[1])
             eps = torch.stack(estimates).mean(0) if self.renoise_average else estimates[-1]
-            # x lies at `now`, whichever level the network was asked at: x0 comes from x's own level.
-            there = a2 * (x - s * eps) / a + s2 * eps
-            asked = source if self.landing == "official" else then
-        return there
+            # x lies at `now`, whichever level the network was given: x0 comes from x's own level.
+            x_next = a2 * (x - s * eps) / a + s2 * eps
+            t_used = source if self.landing == "official" else then
+        return x_next
 
     def _posterior_std(self, now: Tensor, then: Tensor) -> Tensor:
         """eta times the deviation of the DDPM posterior of the step back, from `then` to `now`."""

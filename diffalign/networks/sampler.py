@@ -1,4 +1,4 @@
-"""How a model walks from noise to an image while it trains: which timesteps, and the law of each move.
+"""How a model walks from noise to an image while it trains: which timesteps, and the law of each transition.
 
 A distilled model has few steps and a law of its own, which its scheduler's config names; training by rewards or on
 samples of its own must use both, for at other timesteps it was never meant to be asked.
@@ -23,8 +23,8 @@ from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
 from diffalign.types import Cond, Key
 
-Law = Literal["deterministic", "ancestral", "renoise", "random"]
-SCHEDULERS: dict[str, tuple[Law, dict[str, Any]]] = {
+StepKind = Literal["deterministic", "ancestral", "renoise", "random"]
+SCHEDULERS: dict[str, tuple[StepKind, dict[str, Any]]] = {
     "DDIMScheduler": ("deterministic", {"clip_sample": False, "thresholding": False}),
     "EulerDiscreteScheduler": (
         "deterministic",
@@ -47,16 +47,16 @@ SCHEDULERS: dict[str, tuple[Law, dict[str, Any]]] = {
 Flow matching with `stochastic_sampling` renoises. Solvers that remember outputs (PNDM, DPM-Solver, UniPC) or that ask
 twice a step (Heun) have no law.
 """
-STAND_IN = {
+SUBSTITUTE = {
     "deterministic": "DDIMScheduler",
     "ancestral": "DDPMScheduler",
     "renoise": "LCMScheduler",
     "random": "LCMScheduler",
 }
-"""Law -> whose timesteps and ends it takes where the model's own scheduler has another law or none."""
+"""Kind of step -> the scheduler class that gives timesteps and end where the model's own has another kind or none."""
 
 
-class Move(NamedTuple):
+class Transition(NamedTuple):
     """One step of B samples: the network answers `out` at (x_t, t), by which it sees x0; x_next at t_next is drawn from
     N(mean, std^2).
 
@@ -106,7 +106,7 @@ class Sampler:
         self.draws, self.guidance = draws, guidance
         self.shape, self.device = backbone.latent_shape(resolution), backbone.device
         discrete = isinstance(backbone.schedule, VPSchedule)
-        self.law, scheduler = law_and_scheduler(backbone.scheduler_config, law, discrete)
+        self.law, scheduler = kind_and_scheduler(backbone.scheduler_config, law, discrete)
         ddim = isinstance(scheduler, DDIMScheduler)
         self.schedule = own_schedule(backbone.schedule, scheduler)
         if timesteps:
@@ -157,43 +157,43 @@ class Sampler:
         x: Tensor | None = None,
         graded: Collection[int] = (),
         stop: int | None = None,
-    ) -> list[Move]:
-        """The moves 0, 1, ... of B samples, through move `stop` if given, else to the clean end.
+    ) -> list[Transition]:
+        """The transitions 0, 1, ... of B samples, through transition `stop` if given, else to the clean end.
 
         cond     batch of B
         keys     B keys; the noise on the way is drawn from them
         x        where to start [B, C, h, w]; `start(keys)` when left out
-        graded   numbers of the moves that carry gradients; the others run without
+        graded   numbers of the transitions that carry gradients; the others run without
         """
         x = self.start(keys) if x is None else x
         generators = [self.draws.generator(key, "sampler") for key in keys]
-        moves: list[Move] = []
+        transitions: list[Transition] = []
         last = len(self) - 1 if stop is None else stop
         for k in range(last + 1):
             t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.spans[k])
             with torch.set_grad_enabled(torch.is_grad_enabled() and k in graded):
-                out = self.ask(network, x, t, cond)
-                mean, std = self.transition(out, x, t, t_next, [(key, self.spans[k][0]) for key in keys])
+                out = self.predict(network, x, t, cond)
+                mean, std = self.step(out, x, t, t_next, [(key, self.spans[k][0]) for key in keys])
                 x_next = mean
                 if self.law != "deterministic" and k + 1 < len(self):  # the last step adds no noise by any law
                     noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
                     x_next = mean + std * noise.to(x.device)
                 x0, _ = self.schedule.split(out, x, t)
-            moves.append(Move(x, t, t_next, out, x0, mean, std, x_next))
+            transitions.append(Transition(x, t, t_next, out, x0, mean, std, x_next))
             x = x_next
-        return moves
+        return transitions
 
-    def ask(self, network: Network, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def predict(self, network: Network, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The network's answer [B, C, h, w] with the sampler's guidance."""
         uncond = None if self.empty is None else self.empty.repeat(len(x_t))._replace(size=cond.size)
         return guided(network, x_t, t, cond, uncond, self.guidance)
 
     def draw_step(self, keys: Sequence[Key], first: int = 0) -> int:
-        """A move from `first` on, the same for the whole micro-batch; stream "stop"."""
+        """A transition from `first` on, the same for the whole micro-batch; stream "stop"."""
         return int(self.draws.integers([keys[0]], first, len(self), stream="stop"))
 
-    def transition(self, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, keys: Sequence[Key]) -> Step:
-        """The law of the move from t to t_next, all [B]: mean [B, C, h, w] and std [B, 1, 1, 1].
+    def step(self, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, keys: Sequence[Key]) -> Step:
+        """The law of the transition from t to t_next, all [B]: mean [B, C, h, w] and std [B, 1, 1, 1].
 
         keys     B times the key of the sample and its timestep, by which the random part is drawn; stream "eta"
         """
@@ -217,7 +217,9 @@ class Sampler:
         return self.walk(network, cond, keys, x=x)[-1].x_next
 
 
-def law_and_scheduler(config: dict[str, Any], law: Law | Literal["scheduler"], discrete: bool) -> tuple[Law, Any]:
+def kind_and_scheduler(
+    config: dict[str, Any], law: StepKind | Literal["scheduler"], discrete: bool
+) -> tuple[StepKind, Any]:
     """The law of a walk, and the diffusers scheduler that has it: the one with this config, or its stand-in.
 
     discrete  whether timesteps are numbered (U-Nets), or levels of a flow
@@ -230,7 +232,7 @@ def law_and_scheduler(config: dict[str, Any], law: Law | Literal["scheduler"], d
         scheduler = getattr(diffusers, name).from_config(config)
         own = "renoise" if scheduler.config.get("stochastic_sampling") else own
         other = [f"{k} = {scheduler.config[k]}" for k, v in needed.items() if (scheduler.config.get(k) or v) != v]
-        if not other and (law == "scheduler" or STAND_IN[law] == STAND_IN[own]):
+        if not other and (law == "scheduler" or SUBSTITUTE[law] == SUBSTITUTE[own]):
             return own if law == "scheduler" else law, scheduler
         name = " with ".join([name, *other[:1]])
     if law == "scheduler":
@@ -238,7 +240,7 @@ def law_and_scheduler(config: dict[str, Any], law: Law | Literal["scheduler"], d
             f"'sampler.law' = scheduler: no law steps as {name} does; set 'sampler.law' to deterministic (DDIM), "
             "ancestral (DDPM) or renoise (LCM)"
         )
-    stand_in = STAND_IN[law] if discrete else "FlowMatchEulerDiscreteScheduler"
+    stand_in = SUBSTITUTE[law] if discrete else "FlowMatchEulerDiscreteScheduler"
     return law, getattr(diffusers, stand_in).from_config(config)
 
 

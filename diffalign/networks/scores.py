@@ -16,7 +16,7 @@ from diffalign.networks.reference import AdapterOffReference, FrozenReference, r
 AUX = "aux"
 
 
-class Scores(NamedTuple):
+class ScoreNetworks(NamedTuple):
     """aux to be trained, and reference, both denoisers; `using_*` makes the network be that one while it lasts."""
 
     aux: nn.Module
@@ -25,7 +25,7 @@ class Scores(NamedTuple):
     using_reference: Callable[[], AbstractContextManager[Any]]
 
 
-def score_networks(backbone: Backbone, placement: Placement, start: str, **teacher: Any) -> Scores:
+def score_networks(backbone: Backbone, placement: Placement, start: str, **teacher: Any) -> ScoreNetworks:
     """From the backbone that generates, the path it started from, and the teacher's settings for `load_backbone`.
 
     Where both are LoRAs on the same weights, these are in memory once: the backbone's denoiser becomes an Adapter.
@@ -38,7 +38,7 @@ def score_networks(backbone: Backbone, placement: Placement, start: str, **teach
         aux = Adapter(shared, AUX)
         backbone.denoiser.activate()  # type: ignore[operator]
         reference = AdapterOffReference(shared)
-        return Scores(aux, reference, aux.using, reference.using)
+        return ScoreNetworks(aux, reference, aux.using, reference.using)
     denoiser = load_backbone(placement, **teacher).denoiser
     frozen = reference_for(denoiser)
-    return Scores(denoiser, frozen, nullcontext, frozen.using)
+    return ScoreNetworks(denoiser, frozen, nullcontext, frozen.using)

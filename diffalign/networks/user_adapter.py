@@ -103,7 +103,7 @@ class UserOffReference:
         return self.denoiser(x_t, t, cond._replace(user=None))
 
 
-def ask(network: Any, user: Tensor | None, *inputs: Tensor, **added: Tensor) -> Tensor:
+def call_with_user(network: Any, user: Tensor | None, *inputs: Tensor, **added: Tensor) -> Tensor:
     """The output of a U-Net for its inputs and SDXL's added conditions, and a user [B, T, D] where it has an adapter.
 
     Without a user it answers as it did before the adapter, bit for bit. Raises ValueError for a user where there is no

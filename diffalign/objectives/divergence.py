@@ -28,7 +28,7 @@ Eps = Callable[[Tensor], Tensor]
 """x_t [B, C, h, w] -> the noise that a network sees in it, float32 [B, C, h, w]."""
 
 
-class Point(NamedTuple):
+class NoisySample(NamedTuple):
     """Where scores are compared: the noise eps in x_t = a x0 + s eps, with a and s [B]."""
 
     x_t: Tensor
@@ -37,7 +37,7 @@ class Point(NamedTuple):
     s: Tensor
 
 
-def distance(kind: Distance, aux: Tensor, ref: Tensor, p: Point, *, huber_c: float, sid_alpha: float) -> Tensor:
+def distance(kind: Distance, aux: Tensor, ref: Tensor, p: NoisySample, *, huber_c: float, sid_alpha: float) -> Tensor:
     """The table's terms but kl, [B], from S, R [B, C, h, w]. huber_c is c over the root of a latent's size."""
     y = aux - ref
     if kind == "huber":
@@ -48,12 +48,12 @@ def distance(kind: Distance, aux: Tensor, ref: Tensor, p: Point, *, huber_c: flo
     return p.s / p.a * dot(y, (p.eps - ref) - sid_alpha * y) / spread(ref, p)
 
 
-def spread(ref: Tensor, p: Point) -> Tensor:
+def spread(ref: Tensor, p: NoisySample) -> Tensor:
     """mean|eps - R| [B], held fixed: how far off the reference is, by which SiD and DMD2 scale."""
     return (p.eps - ref).detach().abs().flatten(1).mean(1).clamp(min=1e-6)
 
 
-def guidance_scale_of(kind: Distance, ref: Tensor, p: Point) -> Tensor:
+def guidance_scale_of(kind: Distance, ref: Tensor, p: NoisySample) -> Tensor:
     """What (eps_cond - eps_null) weighs [B] so that guidance outside the distance is in the distance's own units."""
     return {"huber": p.a, "l2": p.a * p.s}[kind] if kind in ("huber", "l2") else 1 / spread(ref, p)
 
@@ -62,7 +62,7 @@ def gradient(
     kind: Distance,
     aux: Eps,
     ref: Eps,
-    p: Point,
+    p: NoisySample,
     *,
     huber_c: float,
     sid_alpha: float,

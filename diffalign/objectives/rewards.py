@@ -29,7 +29,7 @@ class Mixture(Protocol):
     def update(self, parts: Mapping[str, Tensor]) -> None: ...
 
 
-class Ascent(NamedTuple):
+class RewardDirection(NamedTuple):
     """Where rewards rise: total [B], the direction in x0 [B, C, h, w], and what to log."""
 
     total: Tensor
@@ -67,7 +67,7 @@ class Rewards:
             )
 
     @torch.no_grad()
-    def look(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def raw_scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images [B, 3, H, W] in [0, 1] and B prompts -> the sum of scores times weights, not normalised, [B]."""
         parts = self.mixture.parts(images, prompts)
         return sum_of(self.mixture.weights[k] * v for k, v in parts.items())
@@ -79,7 +79,9 @@ class Rewards:
         self._update(parts)
         return self.mixture.combine(parts)
 
-    def ascend(self, x0: Tensor, prompts: Sequence[str], *, unit: bool = False, ceiling: float | None = None) -> Ascent:
+    def ascend(
+        self, x0: Tensor, prompts: Sequence[str], *, unit: bool = False, ceiling: float | None = None
+    ) -> RewardDirection:
         """Scores and their gradients at x0 [B, C, h, w], which is taken as a constant.
 
         unit     every scorer's gradient is scaled to norm 1 for each sample before the weights (R0)
@@ -121,7 +123,7 @@ class Rewards:
         metrics |= {
             f"cosine@{j}, {k}": cosine(gradients[j], gradients[k]) for j, k in itertools.combinations(gradients, 2)
         }
-        return Ascent(total.detach(), direction, metrics)
+        return RewardDirection(total.detach(), direction, metrics)
 
     def _update(self, parts: Mapping[str, Tensor]) -> None:
         if self.mixture.learns:
@@ -149,7 +151,7 @@ def sum_of(terms: Any) -> Tensor:
     return torch.stack(list(terms)).sum(0)
 
 
-def climb(x0: Tensor, ascent: Ascent) -> Tensor:
+def reward_loss(x0: Tensor, found: RewardDirection) -> Tensor:
     """A loss [B] whose gradient in x0 is minus the direction, and whose value is minus the reward."""
-    along = (ascent.direction * x0).flatten(1).sum(1)
-    return along.detach() - along - ascent.total
+    along = (found.direction * x0).flatten(1).sum(1)
+    return along.detach() - along - found.total

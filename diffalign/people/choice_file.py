@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 @contextmanager
-def alone(file: Path) -> Iterator[None]:
+def exclusive(file: Path) -> Iterator[None]:
     """Inside, no other process is in a block of this file. The kernel ends the lock with the process, however it ends.
 
     Raises ValueError where one is.
@@ -51,9 +51,9 @@ def alone(file: Path) -> Iterator[None]:
         yield
 
 
-class Choices:
+class ChoiceLog:
     """The choices of one person: an append-only JSONL file and what it says. Threads may share it, processes only one
-    after the other: see `alone`.
+    after the other: see `exclusive`.
 
     Beside it lies `<file>.skipped`, the pairs that the person could not tell apart: no name that readers of a folder
     take for data.

@@ -17,11 +17,11 @@ from urllib.parse import parse_qs, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from diffalign.people.choice_file import Choices, Pair
+from diffalign.people.choice_file import ChoiceLog, Pair
 from reward_models.files import read_file
 from reward_models.images import decode
 
-__all__ = ["Choices", "Pair", "Server", "serve"]
+__all__ = ["ChoiceLog", "Pair", "Server", "serve"]
 
 BODY = 8192
 """Bytes that a request of the page may have."""
@@ -30,7 +30,7 @@ BODY = 8192
 class Server(ThreadingHTTPServer):
     """Shows pairs on 127.0.0.1, at `url`, until `wanted` are chosen, and then `after`: what to do next."""
 
-    def __init__(self, choices: Choices, port: int, wanted: int, after: str):
+    def __init__(self, choices: ChoiceLog, port: int, wanted: int, after: str):
         super().__init__(("127.0.0.1", port), _Handler)
         self.choices, self.wanted, self.after = choices, wanted, after
         self.token = secrets.token_urlsafe()
@@ -46,7 +46,7 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def serve(choices: Choices, port: int = 0, wanted: int = 20, after: str = "") -> Server:
+def serve(choices: ChoiceLog, port: int = 0, wanted: int = 20, after: str = "") -> Server:
     """The server; `serve_forever` runs it. port 0 is any free one. Raises OSError when the port is taken."""
     return Server(choices, port, wanted, after)
 

@@ -87,7 +87,7 @@ class Trainer:
         self.run.print(*self._describe(loader))
         batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
         bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
-        with self._signals.heard():
+        with self._signals.caught():
             while self.step < self.steps:
                 started = time.perf_counter()
                 values: dict[str, Tensor | float] = {}
@@ -174,8 +174,8 @@ class Trainer:
         sums = []
         for name in names:
             values = torch.cat([m[name].reshape(-1).float() for m in seen])
-            there = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
-            sums.append(torch.stack([torch.where(there, values, 0.0).sum(), there.sum()]))
+            valid = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
+            sums.append(torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum()]))
         several = self.run.accelerator.num_processes > 1
         if several:  # which signal came to any rank: all end after the same step, and need no reduction for that
             sums.append(torch.stack([torch.full_like(sums[0][0], float(self._signals.signum == n)) for n in ENDING]))

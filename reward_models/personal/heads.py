@@ -96,7 +96,7 @@ class PAL(Head):
         return taste.samples.softmax(-1).mean(0)
 
     def forward(
-        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         taste = self.people(person)
         # A standard normal on the logits: without it those of people whose choices all agree run away.
@@ -125,11 +125,11 @@ class VPL(Head):
         base, likes = self.item(self.standardise(z)).split((1, self.size), dim=-1)
         return base[..., 0] + (likes * taste).sum(-1)
 
-    def posterior(self, z_w: Tensor, z_l: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, z_w: Tensor, z_l: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Choices [..., S, 3E], those that count bool [..., S] -> mean and variance [..., U]."""
         change = self.item(self.standardise(z_w)) - self.item(self.standardise(z_l))
         evidence, log_precision = self.encoder(change).chunk(2, dim=-1)
-        precision = F.softplus(log_precision) * there[..., None]
+        precision = F.softplus(log_precision) * mask[..., None]
         variance = 1 / (1 + precision.sum(-2))
         return variance * (precision * evidence).sum(-2), variance
 
@@ -142,9 +142,9 @@ class VPL(Head):
         return Taste(mean, mean + variance.sqrt() * standard_normal(self.size).to(mean))
 
     def forward(
-        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mean, variance = self.posterior(support_w, support_l, there)
+        mean, variance = self.posterior(support_w, support_l, mask)
         taste = mean + variance.sqrt() * eps
         divergence = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(-1)
         return self.margin(z_w, z_l, taste), divergence
@@ -179,9 +179,9 @@ class Groups(Head):
     def anybody(self) -> Tensor:
         return self.mean.new_zeros(self.size)
 
-    def evidence(self, z_w: Tensor, z_l: Tensor, there: Tensor) -> Tensor:
+    def evidence(self, z_w: Tensor, z_l: Tensor, mask: Tensor) -> Tensor:
         """Log-likelihood of choices [..., S, 3E] under each group, [..., G]."""
-        return (F.logsigmoid(self.each(z_w) - self.each(z_l)) * there[..., None]).sum(-2)
+        return (F.logsigmoid(self.each(z_w) - self.each(z_l)) * mask[..., None]).sum(-2)
 
     @torch.no_grad()
     def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
@@ -195,10 +195,10 @@ class Groups(Head):
         return taste.mean.softmax(-1)
 
     def forward(
-        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            group = self.evidence(support_w, support_l, there).argmax(-1)
+            group = self.evidence(support_w, support_l, mask).argmax(-1)
         margins = self.each(z_w) - self.each(z_l)
         margin = margins.gather(-1, group[:, None])[:, 0]
         return margin, torch.zeros_like(margin)
@@ -229,7 +229,7 @@ class Logistic(Head):
         return laplace(lambda taste: self.margin(z_w, z_l, taste), self.everybody.detach(), covariance)
 
     def forward(
-        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         margin = self.margin(z_w, z_l, self.everybody)
         return margin, torch.zeros_like(margin)

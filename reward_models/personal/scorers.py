@@ -27,7 +27,7 @@ from reward_models.clip.scorers import CLIPFeatures
 from reward_models.images import ImageError
 from reward_models.loading import load_scorer
 from reward_models.personal.heads import HEADS, PAL, VPL, Groups, Logistic
-from reward_models.personal.tastes import Choice, Head, Taste, joint
+from reward_models.personal.tastes import Choice, Head, Taste, pair_features
 from reward_models.protocol import check_images
 from reward_models.weights import WEIGHTS, load_strict, read_state, save_state, write_config
 
@@ -73,9 +73,9 @@ class PersonalScorer(NetworkScorer):
     def encode(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """What `preprocess` made and B prompts -> z [B, 3E]."""
         text = self.features.encode_text([self.features.prefix + prompt for prompt in prompts])
-        return joint(self.features.image_features(pixels), text)
+        return pair_features(self.features.image_features(pixels), text)
 
-    joint = staticmethod(joint)
+    pair_features = staticmethod(pair_features)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
         """How many tokens of a prompt are read, and how many each prompt has."""

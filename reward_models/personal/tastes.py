@@ -1,7 +1,7 @@
 """What one person likes, as a vector fitted from a handful of choices.
 
-A choice is two images of a prompt, as features z [3E] (see `joint`), the preferred one first. The heads, rewards that
-depend on such a vector, are in personal_heads.py.
+A choice is two images of a prompt, as features z [3E] (see `pair_features`), the preferred one first. The heads,
+rewards that depend on such a vector, are in heads.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SAMPLES = 64
 """Draws that stand for the uncertainty of a taste."""
 
 
-def joint(image: Tensor, text: Tensor) -> Tensor:
+def pair_features(image: Tensor, text: Tensor) -> Tensor:
     """Unit features of images and of their prompts, both [..., E] -> z [..., 3E]: both, and their product."""
     return torch.cat([image, text, image * text], dim=-1)
 
@@ -94,7 +94,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, there: Tensor, eps: Tensor
+        self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         """B choices to learn from -> the margin of each [B], and what the person's vector costs in nats [B].
 

@@ -15,7 +15,7 @@ from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.sampler import Sampler
-from diffalign.networks.scores import Scores, score_networks
+from diffalign.networks.scores import ScoreNetworks, score_networks
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ class Made:
         path = str(self.backbone.path)
         teacher = {"path": path, "lora_rank": 2, "gradient_checkpointing": checkpointing, "seed": 1}
         teacher |= {"lora_alpha": None, "lora_targets": ("to_q", "to_k", "to_v", "to_out.0")}
-        self.scores: Scores = score_networks(self.backbone, CPU, path if shared else "another", **teacher)
+        self.scores: ScoreNetworks = score_networks(self.backbone, CPU, path if shared else "another", **teacher)
         self.backbone.denoiser.network.train()
         draws = Draws(0)
         sampler = Sampler(self.backbone, draws, 32, timesteps=(999, 749, 499, 249)[:steps], law="renoise")
@@ -127,9 +127,9 @@ def test_a_generator_of_several_steps_is_trained_at_one_of_them(backbone_of: Cal
     stops = set()
     for epoch in range(20):
         batch = prompts_of(made.backbone, 1, epoch)
-        moves = made.algorithm.sampler.walk(made.backbone.denoiser, batch.cond, batch.keys, stop=3)
-        x0 = made.algorithm.move(batch, grad=False).x0
-        stops |= {k for k, move in enumerate(moves) if torch.equal(move.x0, x0)}
+        transitions = made.algorithm.sampler.walk(made.backbone.denoiser, batch.cond, batch.keys, stop=3)
+        x0 = made.algorithm.transition(batch, grad=False).x0
+        stops |= {k for k, transition in enumerate(transitions) if torch.equal(transition.x0, x0)}
     assert stops == {0, 1, 2, 3}
 
 

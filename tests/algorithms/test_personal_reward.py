@@ -55,10 +55,10 @@ def train(head: Head, z_w: Tensor, z_l: Tensor, *, steps: int, lr: float, beta_k
         person, own = (torch.randint(k, (128,), generator=g) for k in (people, each))
         others = torch.randint(each, (128, 20), generator=g)
         count = torch.randint(1, 21, (128, 1), generator=g)
-        there = (torch.arange(20) < count) & (others != own[:, None])
+        mask = (torch.arange(20) < count) & (others != own[:, None])
         support = (z_w[person[:, None], others], z_l[person[:, None], others])
         keys = [(step, k) for k in range(128)]
-        batch = ChoiceBatch(z_w[person, own], z_l[person, own], person, *support, there, keys)
+        batch = ChoiceBatch(z_w[person, own], z_l[person, own], person, *support, mask, keys)
         loss, _ = algorithm.loss(batch)
         optimizer.zero_grad()
         loss.backward()

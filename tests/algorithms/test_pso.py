@@ -18,7 +18,7 @@ from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import reference_for
-from diffalign.networks.sampler import Move, Sampler
+from diffalign.networks.sampler import Sampler, Transition
 from diffalign.types import Cond
 
 
@@ -46,13 +46,15 @@ def test_the_first_loss_is_ln_2_and_densities_are_those_of_the_rollout(
     rollouts = algorithm.roll_out(prompts_of(backbone))
     loss, metrics = algorithm.loss(rollouts)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
-    assert [move.t[0].item() for move in rollouts.moves] == [999, 749, 499]
+    assert [transition.t[0].item() for transition in rollouts.transitions] == [999, 749, 499]
     assert metrics["ties"].tolist() == [0, 0]
-    for move in rollouts.moves:
-        stored = log_prob(move.x_next, move.mean, move.std)
-        out = algorithm.sampler.ask(backbone.denoiser, move.x_t, move.t, rollouts.cond)
-        keys = [((key, k), move.t[0].item()) for k in (0, 1) for key in rollouts.keys]
-        again = log_prob(move.x_next, *algorithm.sampler.transition(out, move.x_t, move.t, move.t_next, keys))
+    for transition in rollouts.transitions:
+        stored = log_prob(transition.x_next, transition.mean, transition.std)
+        out = algorithm.sampler.predict(backbone.denoiser, transition.x_t, transition.t, rollouts.cond)
+        keys = [((key, k), transition.t[0].item()) for k in (0, 1) for key in rollouts.keys]
+        again = log_prob(
+            transition.x_next, *algorithm.sampler.step(out, transition.x_t, transition.t, transition.t_next, keys)
+        )
         torch.testing.assert_close(again, stored, atol=1e-4, rtol=0)
 
 
@@ -70,17 +72,17 @@ def test_running_statistics_of_rewards_are_part_of_a_checkpoint(made: Callable, 
 def test_noise_of_a_pair_is_shared_only_when_asked(made: Callable, prompts_of: Callable) -> None:
     for shared in (True, False):
         backbone, algorithm = made(shared_noise=shared)
-        first, second = algorithm.roll_out(prompts_of(backbone)).moves[0].x_t.chunk(2)
+        first, second = algorithm.roll_out(prompts_of(backbone)).transitions[0].x_t.chunk(2)
         assert torch.equal(first, second) is shared
-    first, second = algorithm.roll_out(prompts_of(backbone)).moves[-1].x_next.chunk(2)
+    first, second = algorithm.roll_out(prompts_of(backbone)).transitions[-1].x_next.chunk(2)
     assert not torch.equal(first, second)
 
 
 def one_ratio(algorithm: PSO, better: float, ratio: Tensor) -> Tensor:
-    """The loss of one move where the policy's log densities of (first, second) exceed the reference's by `ratio`."""
+    """The loss of one transition where the policy's log densities of both samples exceed the reference's by `ratio`."""
     x, t = torch.zeros(2, 4, 8, 8), torch.full((2,), 999)
-    move = Move(x, t, t - 250, x, x, x, torch.ones(2, 1, 1, 1), x)
-    rollouts = Rollouts([move], Cond(torch.zeros(2, 12, 16)), [(0, "a")], torch.tensor([better]), torch.zeros(2))
+    transition = Transition(x, t, t - 250, x, x, x, torch.ones(2, 1, 1, 1), x)
+    rollouts = Rollouts([transition], Cond(torch.zeros(2, 12, 16)), [(0, "a")], torch.tensor([better]), torch.zeros(2))
     densities = iter((torch.zeros(2), ratio))  # the reference is asked first
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pso, "log_prob", lambda *arguments: next(densities))

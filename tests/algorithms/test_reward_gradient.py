@@ -86,12 +86,12 @@ def test_draft_through_all_steps_is_the_finite_difference(
 
 
 def test_draft_k_leaves_the_first_steps_out(backbone: Backbone, rewards_of: Callable) -> None:
-    """The truncated gradient is another one, and the moves before the last K carry no graph."""
+    """The truncated gradient is another one, and the transitions before the last K carry no graph."""
     last = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=1)
     whole = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=3)
     assert (last.slope() - whole.slope()).abs().max() > 1e-4
     graded = last.algorithm.sampler.walk(last.policy, last.batch.cond, KEYS, graded=last.algorithm.graded)
-    assert [move.out.requires_grad for move in graded] == [False, False, True]
+    assert [transition.out.requires_grad for transition in graded] == [False, False, True]
     assert not graded[-1].x_t.requires_grad
 
 
@@ -104,7 +104,7 @@ def test_refl_is_one_late_step_and_stops_at_its_ceiling(backbone: Backbone, rewa
     assert (Toy(backbone, rewards_of, ReFL, walk, first_step=2, ceiling=-1.0).slope() == 0).all()
     early = Toy(backbone, rewards_of, ReFL, {"steps": 3, "law": "deterministic"}, first_step=0)
     batches = [early.batch._replace(keys=[(k, "a"), (k, "b")]) for k in range(20)]
-    stops = {early.algorithm.moves(batch)[0][0].t[0].item() for batch in batches}
+    stops = {early.algorithm.transitions(batch)[0][0].t[0].item() for batch in batches}
     assert stops == set(early.algorithm.sampler.timesteps.tolist())
 
 

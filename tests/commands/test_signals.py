@@ -128,7 +128,7 @@ TWICE = """
 import signal, sys, time
 from diffalign.signals import Interruption
 asked = Interruption("once more")
-with asked.heard():
+with asked.caught():
     signal.raise_signal(int(sys.argv[1]))
     print("first", asked.signum, flush=True)
     signal.raise_signal(int(sys.argv[2]))
@@ -148,7 +148,7 @@ def test_signals_that_a_process_was_started_to_ignore_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         asked = interruption.Interruption()
-        with asked.heard():
+        with asked.caught():
             signal.raise_signal(signal.SIGINT)
             assert not asked.signum
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

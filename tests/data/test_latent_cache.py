@@ -341,7 +341,7 @@ def counted(monkeypatch):
 
 def test_a_second_start_reads_no_image_and_a_replaced_one_is_read_again(tmp_path, monkeypatch):
     """Under the same name, with the same size in bytes."""
-    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
     images = gallery(tmp_path / "images", 20)
     sizes = {os.path.getsize(ref.path) for ref in images}
     read = counted(monkeypatch)
@@ -366,17 +366,17 @@ def test_images_that_changed_just_now_are_not_trusted_to_their_times(tmp_path, m
     """Nor are files of file systems whose times are whole seconds, for two."""
     images = gallery(tmp_path / "images", 3)
     read = counted(monkeypatch)
-    monkeypatch.setattr("diffalign.data.known.SETTLED", 60 * 10**9)
+    monkeypatch.setattr("diffalign.data.content_index.SETTLED", 60 * 10**9)
     for _ in range(2):
         LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
     assert len(read) == 6
-    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
     second = time.time_ns() // 10**9 * 10**9
 
     class Coarse:
         st_size, st_mtime_ns, st_ctime_ns = 99, second, second
 
-    monkeypatch.setattr("diffalign.data.known.os", SimpleNamespace(stat=lambda path: Coarse, path=os.path))
+    monkeypatch.setattr("diffalign.data.content_index.os", SimpleNamespace(stat=lambda path: Coarse, path=os.path))
     for _ in range(2):
         LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
     assert len(read) == 12
@@ -403,7 +403,7 @@ def test_a_damaged_entry_stops_a_worker_process_by_name_and_the_next_start_mends
 
 
 def test_images_in_parquet_and_zip_files_are_known_by_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
+    monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), colour(5)).save(stream, "PNG")
     pq.write_table(pa.table({"jpg_0": [stream.getvalue()] * 4}), tmp_path / "a.parquet", row_group_size=2)
@@ -421,8 +421,8 @@ def test_images_in_parquet_and_zip_files_are_known_by_the_file(tmp_path, monkeyp
 
 
 def test_what_is_known_of_files_survives_damage_and_is_put_together(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffalign.data.known.SETTLED", 0)
-    monkeypatch.setattr("diffalign.data.known.FILES", 3)
+    monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
+    monkeypatch.setattr("diffalign.data.content_index.FILES", 3)
     for start in range(0, 12, 2):
         LatentCache(tmp_path / "cache", Pool(), 8).add_images(gallery(tmp_path / "images", start + 2)[start:])
     images = [ImageRef(str(tmp_path / f"images/{k}.png")) for k in range(12)]

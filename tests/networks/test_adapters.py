@@ -13,7 +13,7 @@ from diffalign.networks.loading import Backbone, load_backbone
 from diffalign.networks.lora import Adapter, adapters_off, lora_layers
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import DistanceToStart
-from diffalign.networks.scores import Scores, score_networks
+from diffalign.networks.scores import ScoreNetworks, score_networks
 from diffalign.types import Cond
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ G = torch.Generator().manual_seed(0)
 X, T, COND = torch.randn(2, 4, 8, 8, generator=G), torch.tensor([700, 100]), Cond(torch.randn(2, 12, 16, generator=G))
 
 
-def shared(tiny_sd: Path, **settings: bool) -> tuple[Backbone, Scores]:
+def shared(tiny_sd: Path, **settings: bool) -> tuple[Backbone, ScoreNetworks]:
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, **settings)
     teacher: dict[str, Any] = {"path": str(tiny_sd), "lora_rank": 2, "lora_alpha": None, "seed": 1}
     teacher["lora_targets"] = ("to_q", "to_k", "to_v", "to_out.0")

@@ -28,7 +28,7 @@ from diffalign.diffusion.schedule import VPSchedule
 from diffalign.diffusion.steps import gaussian_step, log_prob, renoise_step
 from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.sampler import SCHEDULERS, STAND_IN, Sampler, few_step_scheduler, law_and_scheduler
+from diffalign.networks.sampler import SCHEDULERS, SUBSTITUTE, Sampler, few_step_scheduler, kind_and_scheduler
 from diffalign.playground import SHIPPED
 from diffalign.types import Cond
 
@@ -236,9 +236,9 @@ def test_a_scheduler_without_a_law_is_refused_by_name(name: str, config: dict[st
     with pytest.raises(
         ValueError, match=f"'sampler.law' = scheduler: no law steps as .*{what} does; set 'sampler.law'"
     ):
-        law_and_scheduler(config, "scheduler", discrete)
-    kinds = [type(law_and_scheduler(config, law, discrete)[1]).__name__ for law in STAND_IN]
-    assert kinds == (list(STAND_IN.values()) if discrete else ["FlowMatchEulerDiscreteScheduler"] * 4)
+        kind_and_scheduler(config, "scheduler", discrete)
+    kinds = [type(kind_and_scheduler(config, law, discrete)[1]).__name__ for law in SUBSTITUTE]
+    assert kinds == (list(SUBSTITUTE.values()) if discrete else ["FlowMatchEulerDiscreteScheduler"] * 4)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete"])
@@ -295,7 +295,7 @@ CONFIGS = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if "\nsampler:
 def test_configs_name_a_law_where_their_model_has_none(file: Path) -> None:
     cfg: Any = OmegaConf.load(file)
     config = PUBLISHED[OmegaConf.to_container(cfg)["backbone"]["path"]]
-    law, _ = law_and_scheduler(config, cfg.sampler.get("law", "scheduler"), discrete=True)
+    law, _ = kind_and_scheduler(config, cfg.sampler.get("law", "scheduler"), discrete=True)
     assert law == (cfg.sampler.get("law") or SCHEDULERS[config["_class_name"]][0])
 
 

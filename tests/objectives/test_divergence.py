@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.objectives.divergence import Point, distance, gradient, guidance_scale_of, spread
+from diffalign.objectives.divergence import NoisySample, distance, gradient, guidance_scale_of, spread
 
 A, S, MU, U0, M, V0 = 0.8, 0.6, 0.3, 1.4, 1.1, 0.5
 DRAWN = {"huber_c": 1e-3, "sid_alpha": 1.0, "graph": "vjp"}
@@ -42,7 +42,7 @@ def in_mean_and_variance(
     """d/dm and d/dv of the distance by `gradient`, each sample's scaled by `scale(point, ref)`."""
     z, eps, weight = nodes(n)
     x0 = (m + v**0.5 * z)[:, None, None, None]
-    p = Point(
+    p = NoisySample(
         A * x0 + S * eps[:, None, None, None], eps[:, None, None, None], torch.full_like(z, A), torch.full_like(z, S)
     )
     found, _, ref = gradient(kind, *scores(m, v), p, **{**DRAWN, **changes})
@@ -90,7 +90,7 @@ def test_the_value_is_zero_in_expectation() -> None:
     """C7, F3: it shows no progress."""
     z, eps, weight = nodes(8)
     x_t = (A * (M + V0**0.5 * z) + S * eps)[:, None, None, None]
-    p = Point(x_t, eps[:, None, None, None], torch.full_like(z, A), torch.full_like(z, S))
+    p = NoisySample(x_t, eps[:, None, None, None], torch.full_like(z, A), torch.full_like(z, S))
     aux, ref = (f(x_t) for f in scores(M, V0))
     value = distance("l2", aux, ref, p, huber_c=1e-3, sid_alpha=1.0)
     assert (weight * value).sum().item() == pytest.approx(0, abs=1e-12)
@@ -117,7 +117,7 @@ def test_a_guided_teacher_is_kl_and_the_reward_of_guidance() -> None:
     """C6, T5: D(omega) = D + (omega - 1) times guidance, exactly, once each sample's own scale is taken out."""
     g = torch.Generator().manual_seed(0)
     x_t, eps, s, cond, empty = (torch.randn(3, 2, 2, 2, generator=g, dtype=torch.float64) for _ in range(5))
-    p = Point(x_t, eps, torch.full((3,), A, dtype=torch.float64), torch.full((3,), S, dtype=torch.float64))
+    p = NoisySample(x_t, eps, torch.full((3,), A, dtype=torch.float64), torch.full((3,), S, dtype=torch.float64))
     guided = empty + 3.0 * (cond - empty)
     inner, _, _ = gradient("kl", lambda x: s, lambda x: guided, p, **DRAWN)
     plain, _, _ = gradient("kl", lambda x: s, lambda x: cond, p, **DRAWN)
@@ -132,7 +132,7 @@ def test_vector_jacobian_products_by_hand() -> None:
     g = torch.Generator().manual_seed(0)
     s, r, eps = (torch.randn(1, 2, 2, 2, generator=g, dtype=torch.float64) for _ in range(3))
     s.requires_grad_(), r.requires_grad_()
-    p = Point(eps, eps, torch.ones(1), torch.ones(1))
+    p = NoisySample(eps, eps, torch.ones(1), torch.ones(1))
     distance("huber", s, r, p, huber_c=0.3, sid_alpha=1.0).sum().backward()
     u, e = (s - r).detach().flatten(), (s - eps).detach().flatten()
     rho = (u @ u + 0.3**2 * 8).sqrt()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.objectives.rewards import Rewards, climb, norm
+from diffalign.objectives.rewards import Rewards, norm, reward_loss
 from reward_models import WeightedSum, load_mixture
 
 
@@ -64,7 +64,7 @@ def test_the_direction_is_the_gradient_of_the_sum() -> None:
     torch.testing.assert_close(found.direction, expected)
     torch.testing.assert_close(found.total, total.detach())
     x0 = X0.clone().requires_grad_()
-    loss = climb(x0, found)
+    loss = reward_loss(x0, found)
     torch.testing.assert_close(loss.detach(), -total.detach())
     (slope,) = torch.autograd.grad(loss.sum(), x0)
     torch.testing.assert_close(slope, -expected)

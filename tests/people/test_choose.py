@@ -22,8 +22,8 @@ from PIL import Image
 
 from diffalign.data import read_records
 from diffalign.data.records import Record
-from diffalign.people.choice_file import alone
-from diffalign.people.choose import Choices, Pair, Server, serve
+from diffalign.people.choice_file import exclusive
+from diffalign.people.choose import ChoiceLog, Pair, Server, serve
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "<script>document.title='hacked'</script>"
@@ -58,7 +58,7 @@ def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
     for folder in (tmp_path / "data", tmp_path / "link"):
-        choices = Choices(folder / "choices.jsonl", pairs)
+        choices = ChoiceLog(folder / "choices.jsonl", pairs)
         assert choices.choose(pairs[0].id, 0) and choices.choose(pairs[1].id, 1) and choices.choose(pairs[2].id, None)
         assert _winners(choices.file) == {"prompt 0": "0-0.png", "prompt 1": "1-1.png"}
         for record in read_records(folder):  # the folder holds one data set: skips are no second one
@@ -74,19 +74,19 @@ def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
 
 def test_restart_continues(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "new" / "choices.jsonl"
-    choices = Choices(file, pairs)
+    choices = ChoiceLog(file, pairs)
     choices.choose(pairs[2].id, 1)
     choices.choose(pairs[0].id, None)
     choices.choose(pairs[1].id, 0)
-    again = Choices(file, pairs)
+    again = ChoiceLog(file, pairs)
     assert (again.answers, again.skipped, again.open, again.last) == ({2: 1, 1: 0}, {0}, [3], pairs[1].id)
     assert again.current() == pairs[3] and again.choose(pairs[3].id, 0) and again.current() is None
-    assert list(Choices(file, pairs).answers) == [2, 1, 3]
+    assert list(ChoiceLog(file, pairs).answers) == [2, 1, 3]
 
 
 def test_a_pair_is_decided_once(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
-    choices = Choices(file, pairs)
+    choices = ChoiceLog(file, pairs)
     assert choices.choose(pairs[0].id, 1) and choices.choose(pairs[1].id, None)
     before = file.read_bytes(), choices.skips.read_bytes()
     assert not any(choices.choose(pairs[i].id, image) for i in (0, 1) for image in (0, 1, None))
@@ -97,7 +97,7 @@ def test_a_pair_is_decided_once(tmp_path: Path) -> None:
 
 def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
-    choices = Choices(file, pairs)
+    choices = ChoiceLog(file, pairs)
     assert choices.last is None and not choices.undo(pairs[0].id)
     choices.choose(pairs[0].id, 0)
     choices.choose(pairs[1].id, 0)
@@ -107,8 +107,8 @@ def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
     assert choices.undo(pairs[1].id) and not choices.undo(pairs[1].id)
     assert choices.current() == pairs[1], "shown again, whatever was shown before"
     assert _winners(file) == {"prompt 0": "0-0.png"} and choices.skipped == {2}
-    again = Choices(file, pairs)
-    assert again.undo(pairs[0].id) and file.read_bytes() == b"" and Choices(file, pairs).answers == {}
+    again = ChoiceLog(file, pairs)
+    assert again.undo(pairs[0].id) and file.read_bytes() == b"" and ChoiceLog(file, pairs).answers == {}
     assert sorted(p.name for p in tmp_path.glob("choices*")) == ["choices.jsonl", "choices.jsonl.skipped"]
 
 
@@ -116,7 +116,7 @@ def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
 def test_cut_off_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Wherever a crash cuts the last line, the others stay and the pair is open again."""
     pairs, image = _pairs(tmp_path), None if name.endswith("skipped") else 1
-    whole = Choices(tmp_path / "choices.jsonl", pairs)
+    whole = ChoiceLog(tmp_path / "choices.jsonl", pairs)
     whole.choose(pairs[0].id, image)
     first = (tmp_path / name).read_bytes()
     whole.choose(pairs[1].id, image)
@@ -124,20 +124,20 @@ def test_cut_off_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCa
     for cut in (len(first) + 1, len(first) + 20, len(both) - 2):
         (tmp_path / name).write_bytes(both[:cut])
         with caplog.at_level(logging.WARNING):
-            choices = Choices(tmp_path / "choices.jsonl", pairs)
+            choices = ChoiceLog(tmp_path / "choices.jsonl", pairs)
         assert f"dropped the last line of '{tmp_path / name}'" in caplog.text
         assert (tmp_path / name).read_bytes() == first and choices.open == [1, 2, 3]
     choices.choose(pairs[1].id, image)
     assert (tmp_path / name).read_bytes() == both
     (tmp_path / name).write_bytes(both[:-1])  # as editors leave a file: only the newline is missing
-    choices = Choices(tmp_path / "choices.jsonl", pairs)
+    choices = ChoiceLog(tmp_path / "choices.jsonl", pairs)
     assert choices.open == [2, 3] and (tmp_path / name).read_bytes() == both
 
 
 def test_choice_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk records nothing, says so, and leaves no half line for the next choice to be appended to."""
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
-    choices = Choices(file, pairs)
+    choices = ChoiceLog(file, pairs)
     synced: list[bytes] = []
     monkeypatch.setattr(os, "fsync", lambda _: synced.append(file.read_bytes()))
     choices.choose(pairs[0].id, 0)
@@ -151,31 +151,31 @@ def test_choice_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pyt
         choices.choose(pairs[1].id, 0)
     assert choices.open == [1, 2, 3] and file.read_bytes() == synced[0]
     monkeypatch.undo()
-    assert choices.choose(pairs[1].id, 1) and Choices(file, pairs).answers == {0: 0, 1: 1}
+    assert choices.choose(pairs[1].id, 1) and ChoiceLog(file, pairs).answers == {0: 0, 1: 1}
 
 
 def test_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
-    choices = Choices(file, pairs)
+    choices = ChoiceLog(file, pairs)
     choices.choose(pairs[1].id, 0)
     choices.choose(pairs[2].id, None)
     with pytest.raises(ValueError, match=r"choices\.jsonl:1 is about pair '00001.*not among these 1 pairs; go on with"):
-        Choices(file, pairs[:1])
+        ChoiceLog(file, pairs[:1])
     with pytest.raises(ValueError, match=r"choices\.jsonl\.skipped:1 is about pair '00002.*start another file"):
-        Choices(file, pairs[:2])
+        ChoiceLog(file, pairs[:2])
     with pytest.raises(ValueError, match=r"is about pair '00001.* of prompt 'prompt 1'"):
-        Choices(file, [pair._replace(prompt="other") for pair in pairs])
+        ChoiceLog(file, [pair._replace(prompt="other") for pair in pairs])
     with pytest.raises(ValueError, match="has other images than pair '00001"):
-        Choices(file, [pair._replace(images=pairs[0].images) for pair in pairs])
+        ChoiceLog(file, [pair._replace(images=pairs[0].images) for pair in pairs])
     with pytest.raises(ValueError, match="8 pairs have 4 different ids"):
-        Choices(file, pairs * 2)
+        ChoiceLog(file, pairs * 2)
     line = file.read_bytes()
     file.write_bytes(line * 2)
     with pytest.raises(ValueError, match=r"choices\.jsonl:2 chooses again in pair '00001"):
-        Choices(file, pairs)
+        ChoiceLog(file, pairs)
     file.write_bytes(b'{"prompt": "pro\n' + line)
     with pytest.raises(ValueError, match=r"choices\.jsonl:1 is no JSON object; delete the line"):
-        Choices(file, pairs)
+        ChoiceLog(file, pairs)
 
 
 def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None
         asked.append((dict(answers), list(open)))
         return open[-1]
 
-    choices = Choices(tmp_path / "choices.jsonl", pairs, pick)
+    choices = ChoiceLog(tmp_path / "choices.jsonl", pairs, pick)
     assert choices.current() == choices.current() == pairs[3], "looking does not pick again"
     choices.choose(pairs[1].id, None)
     assert choices.current() == pairs[3], "nor does a choice in another tab"
@@ -200,7 +200,7 @@ def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None
 
 def test_errors_of_pick_come_out(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
-    choices = Choices(tmp_path / "choices.jsonl", pairs, lambda answers, open: 1)
+    choices = ChoiceLog(tmp_path / "choices.jsonl", pairs, lambda answers, open: 1)
     choices.choose(pairs[1].id, 0)
     with pytest.raises(ValueError, match="pick gave pair 1, which is none of the 3 open ones"):
         choices.current()
@@ -217,7 +217,7 @@ def test_sides_are_balanced_and_stay(tmp_path: Path) -> None:
 
 
 @contextmanager
-def _running(choices: Choices, **settings: Any) -> Iterator[Server]:
+def _running(choices: ChoiceLog, **settings: Any) -> Iterator[Server]:
     server = serve(choices, **settings)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
@@ -244,7 +244,7 @@ def _ask(server: Server, method: str, path: str, body: Any = None, **headers: st
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    with _running(Choices(tmp_path / "choices.jsonl", _pairs(tmp_path))) as server:
+    with _running(ChoiceLog(tmp_path / "choices.jsonl", _pairs(tmp_path))) as server:
         yield server
 
 
@@ -353,7 +353,7 @@ def test_images_that_cannot_be_shown_are_not_found(tmp_path: Path) -> None:
     pairs[0].images[0].unlink()
     pairs[1].images[0].write_bytes(pairs[1].images[1].read_bytes()[:60])
     pairs[2].images[0].write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
-    with _running(Choices(tmp_path / "choices.jsonl", pairs)) as server:
+    with _running(ChoiceLog(tmp_path / "choices.jsonl", pairs)) as server:
         for i in range(3):
             status, text, headers = _ask(server, "GET", f"/image?pair={i:05d}%2F0%20%26%3F&image=0")
             assert (status, headers["Content-Type"]) == (404, "text/plain; charset=utf-8")
@@ -363,7 +363,7 @@ def test_images_that_cannot_be_shown_are_not_found(tmp_path: Path) -> None:
 def test_a_failing_pick_is_told_on_the_page_and_in_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with _running(Choices(tmp_path / "choices.jsonl", _pairs(tmp_path), lambda answers, open: 99)) as server:
+    with _running(ChoiceLog(tmp_path / "choices.jsonl", _pairs(tmp_path), lambda answers, open: 99)) as server:
         status, text, _ = _ask(server, "GET", "/")
     assert status == 500 and text == b"ValueError: pick gave pair 99, which is none of the 4 open ones"
     assert "Traceback" in capfd.readouterr().err
@@ -417,7 +417,7 @@ def test_two_servers_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     told, tell = os.pipe()
     holder = os.fork()
     if not holder:
-        with alone(tmp_path / "out" / "choices.jsonl"):
+        with exclusive(tmp_path / "out" / "choices.jsonl"):
             os.write(tell, b"x")
             time.sleep(600)
     try:
@@ -445,7 +445,7 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
         _prefer(page, pair, image, key)
         wanted[pair.prompt] = pair.images[image].name
 
-    backwards = Choices(file, pairs, lambda answers, open: open[0] if len(open) > 10 else open[-1])
+    backwards = ChoiceLog(file, pairs, lambda answers, open: open[0] if len(open) > 10 else open[-1])
     with _running(backwards, wanted=10, after="diffalign <next>") as server:
         page.goto(server.url)
         assert page.inner_text("#progress") == "0 of 10 chosen" and page.is_disabled("#undo")
@@ -477,7 +477,7 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
     del wanted[taken_back]
     assert _winners(file) == wanted
 
-    with _running(Choices(file, pairs), port=port, wanted=10, after="diffalign <next>") as server:
+    with _running(ChoiceLog(file, pairs), port=port, wanted=10, after="diffalign <next>") as server:
         page.keyboard.press("ArrowLeft")  # the page of the server before
         page.wait_for_selector("text=reload it")
         page.reload()
@@ -502,7 +502,7 @@ def test_what_a_hasty_hand_does_counts_once(page: Any, tmp_path: Path) -> None:
         time.sleep(0.3)
         return open[0]
 
-    with _running(Choices(tmp_path / "choices.jsonl", pairs, slow)) as server:
+    with _running(ChoiceLog(tmp_path / "choices.jsonl", pairs, slow)) as server:
         page.goto(server.url)
         _prompt(page)
         with page.expect_navigation():
@@ -524,7 +524,7 @@ def test_what_a_hasty_hand_does_counts_once(page: Any, tmp_path: Path) -> None:
 def test_missing_image_is_told_and_the_pair_can_be_passed(page: Any, tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 2)
     pairs[0].images[1].unlink()
-    with _running(Choices(tmp_path / "choices.jsonl", pairs)) as server:
+    with _running(ChoiceLog(tmp_path / "choices.jsonl", pairs)) as server:
         page.set_viewport_size({"width": 360, "height": 640})
         page.goto(server.url)
         page.wait_for_selector("#skip:enabled")

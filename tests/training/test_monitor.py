@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffalign.playground.world import captions, imagine, parse
-from diffalign.training.hooks.monitor import Monitor, look_of, suspicions
+from diffalign.training.hooks.monitor import Monitor, hacking_signs, image_statistics
 
 PROMPTS = captions(16, held_out=True)
 IMAGES = torch.cat([imagine([parse(p) for p in PROMPTS], seed=s).render() for s in (0, 1)])
@@ -29,26 +29,26 @@ def saturation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def looked(images: torch.Tensor, held_out: float = 0.0, trained: float = 0.0) -> dict[str, torch.Tensor]:
     scores = torch.linspace(0, 1, len(images))
-    return {**look_of(images), "held_out": scores + held_out, "trained": scores + trained}
+    return {**image_statistics(images), "held_out": scores + held_out, "trained": scores + trained}
 
 
 def test_measures_of_known_images() -> None:
     """Half of the pixels pure red, half black: saturation 1/2, grey level 1/3 or 0, all clamped; two equal halves."""
     image = torch.zeros(1, 3, 8, 8)
     image[:, 0, :, :4] = 1
-    found = look_of(torch.cat([image, image]))
+    found = image_statistics(torch.cat([image, image]))
     assert found["saturation"].tolist() == [0.5, 0.5]
     assert found["contrast"][0].item() == pytest.approx((64 / 63) ** 0.5 / 6, rel=1e-5)
     assert found["clamped"].tolist() == [1.0, 1.0] and found["diversity"].tolist() == [0.0]
     noise = (torch.arange(64).reshape(1, 1, 8, 8) % 2).float().expand(2, 3, 8, 8)
-    assert look_of(noise)["high_frequency"][0] > 5 * found["high_frequency"][0]
+    assert image_statistics(noise)["high_frequency"][0] > 5 * found["high_frequency"][0]
 
 
 def test_what_is_said_and_when_nothing_is() -> None:
     before = looked(IMAGES)
-    assert suspicions(before, before, before) == []
-    assert suspicions(before, before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
-    assert suspicions(before, before, looked(IMAGES, held_out=-0.5, trained=-1.0)) == []  # worse, but not hacked
+    assert hacking_signs(before, before, before) == []
+    assert hacking_signs(before, before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
+    assert hacking_signs(before, before, looked(IMAGES, held_out=-0.5, trained=-1.0)) == []  # worse, but not hacked
     grey = IMAGES.mean(1, keepdim=True)
     loud = (grey + 3 * (IMAGES - grey)).clamp(0, 1)
     noise = 0.15 * torch.randn(IMAGES.shape, generator=torch.Generator().manual_seed(0))
@@ -59,10 +59,10 @@ def test_what_is_said_and_when_nothing_is() -> None:
         (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "of the pixels are clamped"),
         (2 * IMAGES, "contrast is"),
     ):
-        assert any(words in line for line in suspicions(before, before, looked(images))), words
+        assert any(words in line for line in hacking_signs(before, before, looked(images))), words
     risen = looked(IMAGES, held_out=0.5, trained=1.0)
-    assert "from its best" in suspicions(before, risen, looked(IMAGES, held_out=0.2, trained=2.0))[0]
-    assert "fell by" in suspicions(before, before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
+    assert "from its best" in hacking_signs(before, risen, looked(IMAGES, held_out=0.2, trained=2.0))[0]
+    assert "fell by" in hacking_signs(before, before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
 
 
 def test_problems_of_its_settings() -> None:

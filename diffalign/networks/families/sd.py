@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.unet import UNetBackbone
 from diffalign.networks.placement import as_input
-from diffalign.networks.user_adapter import ask
+from diffalign.networks.user_adapter import call_with_user
 from diffalign.types import Cond
 
 
@@ -26,7 +26,7 @@ class SDDenoiser(Denoiser):
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """[B, C, h, w], t [B] in [0, 999], tokens [B, L, D] -> float32 [B, C, h, w]."""
         x_t, tokens = as_input(self.network, x_t, cond.tokens)
-        return ask(self.network, cond.user, x_t, t, tokens)
+        return call_with_user(self.network, cond.user, x_t, t, tokens)
 
 
 class SDBackbone(UNetBackbone):

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.unet import UNetBackbone
 from diffalign.networks.placement import as_input
-from diffalign.networks.user_adapter import ask
+from diffalign.networks.user_adapter import call_with_user
 from diffalign.types import Cond
 
 
@@ -46,7 +46,7 @@ class SDXLDenoiser(Denoiser):
             size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device).expand(len(x_t), 6)
         x_t, tokens, pooled = as_input(self.network, x_t, cond.tokens, cond.pooled)
         # Pixels stay float32: bfloat16 would round 1023 to 1024.
-        return ask(self.network, cond.user, x_t, t, tokens, text_embeds=pooled, time_ids=size.float())
+        return call_with_user(self.network, cond.user, x_t, t, tokens, text_embeds=pooled, time_ids=size.float())
 
 
 class SDXLBackbone(UNetBackbone):

@@ -130,10 +130,10 @@ class Monitor(Hook):
             done = sum(len(x) for x in images)
             theirs = prompts[done : done + len(some)]
             images.append(some)
-            trained.append(self.rewards.look(some, theirs))
+            trained.append(self.rewards.raw_scores(some, theirs))
             if self.scorer is not None:
                 held_out.append(self.scorer.score(some, theirs))
-        found = {**look_of(torch.cat(images)), "trained": torch.cat(trained)}
+        found = {**image_statistics(torch.cat(images)), "trained": torch.cat(trained)}
         if held_out:
             found["held_out"] = torch.cat(held_out)
         return {name: value.float().cpu().reshape(-1, len(chunk)) for name, value in found.items()}
@@ -143,7 +143,7 @@ class Monitor(Hook):
         values = {k: v.mean() for k, v in now.items() if k not in ("trained", "held_out")}
         gains = {k: (now[k] - self.before[k]) / self.before[k].std() for k in ("trained", "held_out") if k in now}
         values |= {f"{k}_gain": v.mean() for k, v in gains.items()}
-        said = suspicions(self.before, self.best, now)
+        said = hacking_signs(self.before, self.best, now)
         values["warnings"] = torch.tensor(float(len(said)))
         self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
         if "held_out" in now and now["held_out"].mean() > self.best["held_out"].mean():
@@ -156,7 +156,7 @@ class Monitor(Hook):
                 trainer.stop = f"the monitor warned: {said[0]}"
 
 
-def look_of(pixels: Tensor) -> dict[str, Tensor]:
+def image_statistics(pixels: Tensor) -> dict[str, Tensor]:
     """Images [2N, 3, H, W] in [0, 1], first and last N of the same prompts -> measures [2N], diversity [N]."""
     grey = pixels.mean(1, keepdim=True)
     smooth = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
@@ -170,7 +170,7 @@ def look_of(pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def suspicions(before: Mapping[str, Tensor], best: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
+def hacking_signs(before: Mapping[str, Tensor], best: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
     """What the measures say about reward hacking, in plain words; empty for nothing.
 
     Those of the look of images are compared with before, the held-out scorer's with its best.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from diffalign.data.images import Square, look_ahead, square
+from diffalign.data.images import Square, prefetch, square
 from diffalign.data.records import ImageRef
 from reward_models.files import read_json, write_whole
 
@@ -23,7 +23,7 @@ ENLARGED = 8
 """Images that are made so many times larger, or more, are worth a remark."""
 
 
-class Seen(NamedTuple):
+class ImageCheck(NamedTuple):
     """One image: the digest of its bytes ("" when unreadable), why it cannot be used ("" when it can), and what is
     remarkable about it."""
 
@@ -32,42 +32,42 @@ class Seen(NamedTuple):
     note: str = ""
 
 
-class Look(NamedTuple):
+class CheckedImage(NamedTuple):
     """An image as a thread hands it over, cut to a square where that is needed and can be done; its file's stamp."""
 
-    seen: Seen
+    seen: ImageCheck
     square: Square | None = None
     stamp: bytes | None = None
 
 
-def look(
+def check_image(
     ref: ImageRef,
     resolution: int,
     stamp_of: Callable[[ImageRef], bytes | None] = lambda ref: None,
-    recall: Callable[[str], Seen | None] = lambda digest: None,
-) -> Look:
+    recall: Callable[[str], ImageCheck | None] = lambda digest: None,
+) -> CheckedImage:
     """Read an image and decode it, unless `recall` knows its content. stamp_of is asked before it is read."""
     stamp = stamp_of(ref)
     try:
         data = ref.read()
     except FileNotFoundError:
-        return Look(Seen("", f"missing image: {ref}"))
+        return CheckedImage(ImageCheck("", f"missing image: {ref}"))
     except OSError as error:
-        return Look(Seen("", f"unreadable image: {error.strerror or error}"))
+        return CheckedImage(ImageCheck("", f"unreadable image: {error.strerror or error}"))
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     if seen := recall(digest):
-        return Look(seen, None, stamp)
+        return CheckedImage(seen, None, stamp)
     try:
         image = square(data, resolution)
     except ValueError as error:
-        return Look(Seen(digest, str(error)), None, stamp)
+        return CheckedImage(ImageCheck(digest, str(error)), None, stamp)
     height, width = (int(side) for side in image.size[:2])
     times = resolution // min(height, width)
     note = f"an image of {width} x {height} pixels, enlarged {times} times" if times >= ENLARGED else ""
-    return Look(Seen(digest, "", note), image, stamp)
+    return CheckedImage(ImageCheck(digest, "", note), image, stamp)
 
 
-class Ranks(NamedTuple):
+class Workers(NamedTuple):
     """How the processes of one run share work: rank r takes the chunks r, r + world_size, ...
 
     exchange is a folder of this run that every rank sees; barrier returns when every rank has called it.
@@ -86,7 +86,7 @@ class Ranks(NamedTuple):
         """A progress bar over the chunks, on the main rank."""
         return tqdm(total=sum(map(len, chunks)), desc=what, disable=self.rank > 0, mininterval=1, leave=False)
 
-    def share(self, found: dict[int, Seen], n: int) -> list[Seen]:
+    def share(self, found: dict[int, ImageCheck], n: int) -> list[ImageCheck]:
         """Every rank's findings by number, put together, on every rank."""
         if self.world_size > 1:
             files = [self.exchange / f"seen-{rank}.json" for rank in range(self.world_size)]
@@ -97,20 +97,22 @@ class Ranks(NamedTuple):
                     f"'{self.exchange}' lacks {', '.join(missing)} of the other processes; 'run.folder' must be one "
                     "folder that all of them see"
                 )
-            found = {i: Seen(*seen) for file in files for i, seen in read_json(file)}
+            found = {i: ImageCheck(*seen) for file in files for i, seen in read_json(file)}
             self.barrier()
             files[self.rank].unlink()
         return [found[i] for i in range(n)]
 
 
-def check_images(images: Sequence[ImageRef], resolution: int, ranks: Ranks) -> list[Seen]:
-    """Read and decode every image once, the ranks sharing the work; keeps nothing but what was seen."""
-    chunks = ranks.chunks(len(images), SHARD)
+def check_images(images: Sequence[ImageRef], resolution: int, workers: Workers) -> list[ImageCheck]:
+    """Read and decode every image once, the processes sharing the work; keeps nothing but what was seen."""
+    chunks = workers.chunks(len(images), SHARD)
     mine = [i for chunk in chunks for i in chunk]
-    looks = look_ahead((images[i] for i in mine), lambda ref: look(ref, resolution).seen, processes=ranks.world_size)
+    checks = prefetch(
+        (images[i] for i in mine), lambda ref: check_image(ref, resolution).seen, processes=workers.world_size
+    )
     found = {}
-    with closing(looks), ranks.bar(chunks, "check images") as bar:
-        for i, seen in zip(mine, looks, strict=True):
+    with closing(checks), workers.bar(chunks, "check images") as bar:
+        for i, seen in zip(mine, checks, strict=True):
             found[i] = seen
             bar.update()
-    return ranks.share(found, len(images))
+    return workers.share(found, len(images))

@@ -2,7 +2,7 @@
 
 What is known lies in files of 32 bytes an image: a digest of where it lies and of its file's size and times, and the
 digest of its content. A file that changed has other times and is not found: nothing here is ever wrong, only missing.
-Each process adds files of its own; a file is whole or not there.
+Each process adds files of its own; a file is whole or not found.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILES, PENDING = 64, 16_384
 logger = logging.getLogger(__name__)
 
 
-class Known:
+class ContentIndex:
     """Digests of contents by images, kept in `folder`. Raises OSError when it cannot be written."""
 
     def __init__(self, folder: Path):
@@ -53,9 +53,9 @@ class Known:
         keys = [self._key(ref, containers) for ref in images]
         asked = np.frombuffer(b"".join(key or bytes(16) for key in keys), np.uint64).reshape(-1, 2)
         places = np.searchsorted(self._rows[:, 0], asked[:, 0]).clip(max=len(self._rows) - 1)
-        there = (self._rows[places, :2] == asked).all(axis=1)
+        found = (self._rows[places, :2] == asked).all(axis=1)
         digests = self._rows[places, 2:].tobytes()
-        return [digests[16 * i : 16 * i + 16].hex() if yes else "" for i, yes in enumerate(there.tolist())]
+        return [digests[16 * i : 16 * i + 16].hex() if yes else "" for i, yes in enumerate(found.tolist())]
 
     def find_all(self, chunks: Sequence[Sequence[ImageRef]]) -> list[list[str]]:
         """`find` of every chunk, in threads: on a network's disk a look at a file takes long."""
@@ -63,7 +63,7 @@ class Known:
             return list(pool.map(self.find, chunks))
 
     def stamp(self, ref: ImageRef) -> bytes | None:
-        """To be taken before the image is read, for `add`. None where it could change unnoticed, or is not there."""
+        """To be taken before the image is read, for `add`. None where it could change unnoticed, or does not exist."""
         return self._key(ref, {}, time.time_ns())
 
     def add(self, stamp: bytes | None, digest: str) -> None:
