@@ -27,6 +27,8 @@ from diffalign.report.sweep_table import advice, judged, markdown, trained, verd
 from reward_models.files import read_json, write_whole
 
 PROMPTS, SAMPLES = 64, 2
+MEASURED = "from independent noise"
+"""Points that were judged otherwise, by an earlier version, are judged again."""
 FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.sample_steps", "hooks.sample_guidance")
 """Cannot be swept: all points are compared with one set of images of the base."""
 
@@ -75,13 +77,8 @@ def sweep(
         write_whole(contest.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
     # The base against itself: a misspelt scorer, or one that cannot judge these images, ends this before the first run.
     code = _draw(contest, contest.images, ["--pipeline", contest.base])
-    against_itself = contest.images / "win_rate.json"
-    if code or (code := _judge(contest, contest.images, against_itself)):
+    if code or (code := _judge(contest, contest.images, contest.images / "win_rate.json")):
         return code
-    try:
-        judged(against_itself)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     rows: list[dict[str, Any]] = []
     for k, point in enumerate(points, 1):
         print(f"\nsweep {k}/{len(points)}: {' '.join(point.values)}", flush=True)
@@ -192,7 +189,7 @@ def _row(recipe: Path, arguments: Sequence[str], point: Point, contest: Contest)
         seconds = None if resume else time.perf_counter() - started  # of the part before nobody knows
         result = {"values": point.values, "seconds": seconds, **trained(point.folder / "metrics.jsonl")}
         write_whole(file, json.dumps(result))
-    contested = hashlib.sha256(repr(contest).encode() + contest.prompts.read_bytes()).hexdigest()[:12]
+    contested = hashlib.sha256(f"{MEASURED} {contest}".encode() + contest.prompts.read_bytes()).hexdigest()[:12]
     if result.get("contest") != contested:
         whole = (export / "model_index.json").exists()
         model = ["--pipeline", str(export)] if whole else ["--pipeline", contest.base, "--lora", str(export)]
