@@ -2,7 +2,7 @@
 
 The verdict on a point is the first that applies. Drift is the relative change of the preferred images' denoising error,
 policy against reference, over the last tenth of the steps, where the algorithm logs it. What people prefer is measured
-from independent noise, gain is the mean difference of the scores in standard deviations of the base's; see comparison.py.
+from independent noise, a gain is in standard deviations of the base's scores; see comparison.py.
 
     failed              the run or its evaluation ended with an error
     destroyed           drift is above +10 %: whatever the scorer says, images are falling apart
@@ -116,8 +116,8 @@ def _what(row: Row) -> str:
     said = {
         "worse": f"makes images worse ({_share(row)})",
         "destroyed": f"drifts {row['drift'] or 0:+.0%}: images are being destroyed",
-        "loses the prompt": f"shows {row.get('match_change', 0):+.0%} of the prompt",
-        "loses diversity": f"has {row.get('diversity_change', 0):+.0%} of the diversity",
+        "loses the prompt": f"loses prompt match ({row.get('match_change', 0):+.0%})",
+        "loses diversity": f"loses diversity ({row.get('diversity_change', 0):+.0%})",
         "too small to see": f"changes nothing that can be seen ({row['gain_sd']:+.2f} standard deviations)",
         "unclear": "is not clearly preferred: the interval contains one half",
     }
@@ -129,7 +129,7 @@ def _share(row: Row) -> str:
 
 
 def _rate(row: Row) -> str:
-    if row["verdict"] == "failed" or not {*HEADLINES} & row.keys():
+    if not {*HEADLINES} & row.keys():
         return ""
     value, low, high = headline(row)[1]
     return f"{value:.1%} [{low:.1%}, {high:.1%}]"
