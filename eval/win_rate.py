@@ -79,8 +79,9 @@ def compare(args: argparse.Namespace) -> None:
     if args.groups:
         print(groups_line(scorers))
     match, variety = _match(loaded, pairs, args), _diversity(pairs, args.seed)
-    for found in filter(None, (match, variety)):
-        print(change_line(found), flush=True)
+    for name, found in (("prompt match", match), ("diversity", variety)):
+        if found:
+            print(change_line(name, found), flush=True)
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
     result = {"base": str(args.base), "aligned": str(args.aligned), "equal_images": equal}
     result |= {"scorers": scorers, "match": match, "diversity": variety, "pairs": rows}
@@ -131,7 +132,7 @@ def _match(
             base, aligned = _scores(name, _Match(scorer), pairs, args)
             moved = change(base, aligned, [pair.prompt_id for pair in pairs], seed=args.seed).named("change")
             means = {"base": sum(base) / len(base), "aligned": sum(aligned) / len(aligned)}
-            return {**means, **moved, "measured_by": f"{name}: mean share of the prompt that an image shows"}
+            return {**means, **moved, "measured_by": f"mean share of the prompt that an image shows, by {spec}"}
     return None
 
 
@@ -164,7 +165,7 @@ def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
     if not before:
         raise ValueError("all samples of each prompt of the base are the same image; generate with the noise of a seed")
     moved = Estimate(*(x / before for x in change(base, aligned, list(groups), seed=seed)))
-    how = "root mean square pixel distance of samples of a prompt; the change is relative to the base's"
+    how = "root mean square pixel distance of samples of a prompt, the change relative to the base's"
     return {"base": before, "aligned": after, **moved.named("change"), "measured_by": how}
 
 
@@ -214,11 +215,11 @@ def line(result: dict[str, Any]) -> str:
     )
 
 
-def change_line(found: dict[str, Any]) -> str:
+def change_line(name: str, found: dict[str, Any]) -> str:
     """The change of prompt match or diversity in a line."""
     before, after, *moved = (found[k] for k in ("base", "aligned", "change", "change_low", "change_high"))
     change, low, high = (f"{x:+.1%}" for x in moved)
-    return f"{found['measured_by']}: {before:.3f} -> {after:.3f}, change {change} [{low}, {high}]"
+    return f"{name}: {before:.3f} -> {after:.3f}, change {change} [{low}, {high}]; {found['measured_by']}"
 
 
 def _words(key: str) -> str:

@@ -168,7 +168,7 @@ def sentence(result: Mapping[str, Any]) -> str:
         "too small to see": "A difference too small to see",
     }
     rate, low, high = (f"{100 * x:.1f} %" for x in numbers)
-    gain, least, most = (signed(result[f"gain_sd{end}"]) for end in ("", "_low", "_high"))
+    gain, least, most = (signed(result[f"gain_sd{end}"], ".2f") for end in ("", "_low", "_high"))
     name, people = result["name"], key == "people_prefer"
     who = "people choose the aligned image" if people else f"{name} scores the aligned image higher"
     by = f", by {name}" if people else ""
@@ -178,9 +178,10 @@ def sentence(result: Mapping[str, Any]) -> str:
     )
 
 
-def signed(value: float) -> str:
-    """Three digits with a sign, 0 without."""
-    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}") if value else "0"
+def signed(value: float, digits: str = ".3g") -> str:
+    """With a sign, to so many digits as format takes them; 0 without."""
+    shown = f"{value:+{digits}}"
+    return shown.replace("-", "\N{MINUS SIGN}") if float(shown) else "0"
 
 
 def _places(prompt_ids: Sequence[Any]) -> list[NDArray[np.intp]]:

@@ -146,7 +146,7 @@ def test_verdicts(change: dict[str, Any], said: str) -> None:
 def test_one_sentence_says_what_was_preferred_and_how_surely() -> None:
     assert sentence({**FOUND, **SHARE}) == (
         "The aligned model is preferred: people choose the aligned image in 60.0 % of 256 pairs from independent noise "
-        "(95 % interval 55.0 % to 65.0 %, by judge); its gain is +0.5 standard deviations (+0.4 to +0.6)."
+        "(95 % interval 55.0 % to 65.0 %, by judge); its gain is +0.50 standard deviations (+0.40 to +0.60)."
     )
     won = {**FOUND, **{k.replace("people_prefer", "share_won"): v for k, v in SHARE.items()}, "gain_sd": 0.05}
     assert sentence(won).startswith(

@@ -183,7 +183,7 @@ def test_page_opens_with_the_grid_and_one_sentence(tmp_path: Path) -> None:
     text = write_report(tmp_path / "report", **arguments).read_text()
     assert text.index("<h1>") < text.index('src="grid.png"') < text.index("A difference too small to see: people")
     assert text.index("too small to see") < text.index("Prompt match") < text.index("<article")
-    assert "\N{MINUS SIGN}5 %" in text and "Diversity" not in text
+    assert "\N{MINUS SIGN}5.0 %" in text and "Diversity" not in text
 
 
 def test_the_grid_shows_the_same_prompts_of_both_enlarged(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def test_scores_are_the_judges_and_the_line_says_the_result(
     said = rf"{JUDGE}: people prefer (\.\d+) \[\.\d+, \.\d+\], n 6 pairs from independent noise, 3 prompts; gain \+1\."
     assert (found := re.match(said, printed[0])), printed
     assert printed[0].endswith("(direction of the shift .833)")
-    assert printed[1].startswith(f"prompt match of {JUDGE}: mean share") and "change +16.7% [" in printed[1]
-    assert printed[2].startswith("root mean square") and ": 0.004 -> 0.004, change " in printed[2]
+    assert printed[1].startswith("prompt match: 0.083 -> 0.250, change +16.7% [") and JUDGE in printed[1]
+    assert printed[2].startswith("diversity: 0.004 -> 0.004, change ")
     result = json.loads(out.read_text())
     (scorer,) = result["scorers"]
     assert (scorer["direction"], scorer["ties"], scorer["unit"]) == (pytest.approx(2.5 / 3, abs=0.01), 2, Judge.unit)
