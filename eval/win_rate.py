@@ -203,11 +203,13 @@ def groups_line(results: Sequence[dict[str, Any]]) -> str:
 
 def line(result: dict[str, Any]) -> str:
     """One scorer's result in a line."""
-    from diffalign.report.comparison import headline, verdict
+    from diffalign.report.comparison import GAIN, headline, sentence, verdict
 
+    if result["gain_sd"] is None:
+        return sentence(result)
     key, numbers = headline(result)
     share, low, high = map(_share, numbers)
-    gain, least, most, direction = (result[k] for k in ("gain_sd", "gain_sd_low", "gain_sd_high", "direction"))
+    gain, least, most, direction = (result[k] for k in (*GAIN, "direction"))
     return (
         f"{result['name']}: {_words(key)} {share} [{low}, {high}], n {result['n']} pairs from independent noise, "
         f"{result['prompts']} prompts; gain {gain:+.2f} [{least:+.2f}, {most:+.2f}] standard deviations; "

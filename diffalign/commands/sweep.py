@@ -77,8 +77,13 @@ def sweep(
         write_whole(contest.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
     # The base against itself: a misspelt scorer, or one that cannot judge these images, ends this before the first run.
     code = _draw(contest, contest.images, ["--pipeline", contest.base])
-    if code or (code := _judge(contest, contest.images, contest.images / "win_rate.json")):
+    against_itself = contest.images / "win_rate.json"
+    if code or (code := _judge(contest, contest.images, against_itself)):
         return code
+    try:
+        judged(against_itself)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     rows: list[dict[str, Any]] = []
     for k, point in enumerate(points, 1):
         print(f"\nsweep {k}/{len(points)}: {' '.join(point.values)}", flush=True)

@@ -21,6 +21,7 @@ VISIBLE = 0.2
 """A gain of fewer standard deviations than this, up or down, is too small to see (a small effect: Cohen, 1988)."""
 
 HEADLINES = ("people_prefer", "share_won")
+GAIN = ("gain_sd", "gain_sd_low", "gain_sd_high")
 
 
 class Estimate(NamedTuple):
@@ -81,7 +82,7 @@ def compare(
     people_prefer or share_won   of `preferred`, prompts weighted equally; the latter for scorers without a temperature
     gain_sd                      mean difference of the scores, prompts weighted equally, in standard deviations of the
                                  base's scores over all its images. That deviation is the unit: the interval takes it as
-                                 given
+                                 given. None when it is 0
     direction                    share of pairs from equal noise that score higher, ties half
     each with _low and _high, and
     measured_by                  the headline in words
@@ -89,11 +90,11 @@ def compare(
     p_value                      two-sided, of "people do not prefer either"; flips the outcome of whole prompts
     base_sd, mean_base, mean_aligned, and mean_difference with _low and _high, in the scorer's unit
 
-    Raises ValueError as `preferred` and `paired_win_rate` do, and when all images of the base score the same.
+    Raises ValueError as `preferred` and `paired_win_rate` do.
     """
     direction = paired_win_rate(base, aligned, prompt_ids, seed=seed, resamples=resamples)
     share = preferred(base, aligned, prompt_ids, choice_temperature=choice_temperature)
-    sd = spread(base, name)
+    sd = float(np.std(np.asarray(base, dtype=np.float64)))
     low, high = interval(share, seed=seed, resamples=resamples)
     moved = (direction.mean_difference, direction.mean_difference_low, direction.mean_difference_high)
     key, how = "share_won", f"share of pairs in which {name} scores the aligned image higher, ties half"
@@ -102,7 +103,7 @@ def compare(
     _, sizes = np.unique(np.asarray(prompt_ids), return_counts=True)
     return {
         **Estimate(float(share.mean()), low, high).named(key),
-        **Estimate(*(x / sd for x in moved)).named("gain_sd"),
+        **(Estimate(*(x / sd for x in moved)).named("gain_sd") if sd else dict.fromkeys(GAIN)),
         **Estimate(direction.win_rate, direction.low, direction.high).named("direction"),
         "measured_by": f"{how}; sample i of the base against sample j, not i, of the aligned model",
         "n": int((sizes * (sizes - 1)).sum()),
@@ -114,14 +115,6 @@ def compare(
         "mean_aligned": float(np.mean(np.asarray(aligned, dtype=np.float64))),
         **Estimate(*moved).named("mean_difference"),
     }
-
-
-def spread(base: ArrayLike, name: str) -> float:
-    """The standard deviation of the base's scores [N], the unit of gains. Raises ValueError when it is 0."""
-    sd = float(np.std(np.asarray(base, dtype=np.float64)))
-    if not sd:
-        raise ValueError(f"{name} gives all images of the base the same score, so no gain can be measured; use another")
-    return sd
 
 
 def change(before: ArrayLike, after: ArrayLike, prompt_ids: Sequence[Any], *, seed: int = 0) -> Estimate:
@@ -140,7 +133,9 @@ def label_effect(
     The gain with random labels is the training effect: what training does whatever the labels say. Both gains have the
     base in common, so the interval pairs them prompt by prompt.
     """
-    sd = spread(base, "the scorer")
+    sd = float(np.std(np.asarray(base, dtype=np.float64)))
+    if not sd:
+        raise ValueError("all images of the base score the same, so no effect can be measured; use another scorer")
     return Estimate(*(x / sd for x in change(random, true, prompt_ids, seed=seed)))
 
 
@@ -151,8 +146,13 @@ def headline(result: Mapping[str, Any]) -> tuple[str, Estimate]:
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """too small to see (whatever else), better, worse, or unclear: the interval of the headline contains one half."""
+    """too small to see (whatever else), better, worse, or unclear: the interval of the headline contains one half.
+
+    Not measurable where all images of the base score the same.
+    """
     _, (_, low, high) = headline(result)
+    if result["gain_sd"] is None:
+        return "not measurable"
     if abs(result["gain_sd"]) < VISIBLE:
         return "too small to see"
     return "better" if low > 0.5 else "worse" if high < 0.5 else "unclear"
@@ -161,6 +161,8 @@ def verdict(result: Mapping[str, Any]) -> str:
 def sentence(result: Mapping[str, Any]) -> str:
     """What was preferred and how surely, by a result of `compare` with its scorer's name."""
     key, numbers = headline(result)
+    if result["gain_sd"] is None:
+        return f"{result['name']} gives all images of the base the same score, so nothing can be measured by it."
     said = {
         "better": "The aligned model is preferred",
         "worse": "The base model is preferred",
@@ -168,7 +170,7 @@ def sentence(result: Mapping[str, Any]) -> str:
         "too small to see": "A difference too small to see",
     }
     rate, low, high = (f"{100 * x:.1f} %" for x in numbers)
-    gain, least, most = (signed(result[f"gain_sd{end}"], ".2f") for end in ("", "_low", "_high"))
+    gain, least, most = (signed(result[name], ".2f") for name in GAIN)
     name, people = result["name"], key == "people_prefer"
     who = "people choose the aligned image" if people else f"{name} scores the aligned image higher"
     by = f", by {name}" if people else ""

@@ -62,9 +62,16 @@ def trained(metrics: Path) -> dict[str, float | None]:
 
 def judged(results: Path) -> dict[str, float]:
     """people_prefer or share_won, and gain_sd, each with _low and _high, n, diversity_change, and match_change where a
-    scorer measures it, by the first scorer in a file of eval/win_rate.py."""
+    scorer measures it, by the first scorer in a file of eval/win_rate.py.
+
+    Raises ValueError when all images of the base score the same: there is nothing to measure a gain in.
+    """
     found = read_json(results)
     first = found["scorers"][0]
+    if first["gain_sd"] is None:
+        raise ValueError(
+            f"'{results}': {first['name']} gives all images of the base the same score; use another scorer"
+        )
     key, share = headline(first)
     own = share.named(key) | {k: first[k] for k in ("gain_sd", "gain_sd_low", "gain_sd_high", "n")}
     return own | {f"{name}_change": found[name]["change"] for name in ("match", "diversity") if found[name]}

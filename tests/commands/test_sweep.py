@@ -258,3 +258,7 @@ def test_what_a_point_takes_from_the_file_of_win_rates(tmp_path: Path) -> None:
     beside = {"match": None, "diversity": {"change": -0.1, "base": 0.2}}
     (tmp_path / "win_rate.json").write_text(json.dumps({"scorers": [{**own, "name": "s", "direction": 0.9}], **beside}))
     assert judged(tmp_path / "win_rate.json") == {**own, "diversity_change": -0.1}
+    nothing = {"scorers": [{**own, "name": "s", "gain_sd": None}], **beside}
+    (tmp_path / "win_rate.json").write_text(json.dumps(nothing))
+    with pytest.raises(ValueError, match="s gives all images of the base the same score"):
+        judged(tmp_path / "win_rate.json")

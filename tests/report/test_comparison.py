@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffalign.report import paired_win_rate
-from diffalign.report.comparison import change, compare, headline, label_effect, preferred, sentence, verdict
+from diffalign.report.comparison import GAIN, change, compare, headline, label_effect, preferred, sentence, verdict
 
 IDS = ["a", "a", "b", "b"]
 
@@ -157,12 +157,19 @@ def test_one_sentence_says_what_was_preferred_and_how_surely() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt_id 'b' has 1 sample.* --samples-per-prompt 2"):
         compare([0.0, 1.0, 2.0], [0.0, 1.0, 2.0], ["a", "a", "b"], name="s", choice_temperature=None)
-    with pytest.raises(ValueError, match="s gives all images of the base the same score"):
-        compare([1.0] * 4, [1.0, 2.0, 3.0, 4.0], IDS, name="s", choice_temperature=None)
+    with pytest.raises(ValueError, match="all images of the base score the same"):
+        label_effect([1.0] * 4, [1.0, 2.0, 3.0, 4.0], [0.0] * 4, IDS)
     with pytest.raises(ValueError, match="at least 2 prompts"):
         compare([0.0, 1.0], [1.0, 2.0], ["a", "a"], name="s", choice_temperature=None)
     with pytest.raises(ValueError, match="not finite"):
         compare([0.0, 1.0, math.nan, 3.0], [0.0] * 4, IDS, name="s", choice_temperature=1.0)
+
+
+def test_a_base_whose_images_all_score_the_same_has_no_unit_of_gain() -> None:
+    """Nothing is made up, and the other scorers of a comparison are still reported."""
+    found = compare([1.0] * 4, [1.0, 2.0, 3.0, 4.0], IDS, name="s", choice_temperature=None)
+    assert [found[key] for key in GAIN] == [None] * 3 and verdict(found) == "not measurable"
+    assert sentence({**found, "name": "s"}).startswith("s gives all images of the base the same score")
 
 
 def test_direction_is_the_win_rate_from_equal_noise() -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from diffalign.report import compare, read_manifest, read_pairs, write_report
+from diffalign.report.comparison import GAIN
 from diffalign.report.curves import POINTS, draw_curves, read_metrics
 from diffalign.report.grid import CELL, shown
 from diffalign.report.page import choose
@@ -184,6 +185,13 @@ def test_page_opens_with_the_grid_and_one_sentence(tmp_path: Path) -> None:
     assert text.index("<h1>") < text.index('src="grid.png"') < text.index("A difference too small to see: people")
     assert text.index("too small to see") < text.index("Prompt match") < text.index("<article")
     assert "\N{MINUS SIGN}5.0 %" in text and "Diversity" not in text
+
+
+def test_a_scorer_that_cannot_measure_is_said_to(tmp_path: Path) -> None:
+    arguments = _comparison(tmp_path, ["a", "b"])
+    arguments["win_rates"]["scorers"][0] |= dict.fromkeys(GAIN)
+    text = write_report(tmp_path / "report", **arguments).read_text()
+    assert "judge gives all images of the base the same score" in text and "not measurable" in text
 
 
 def test_the_grid_shows_the_same_prompts_of_both_enlarged(tmp_path: Path) -> None:
