@@ -2,8 +2,8 @@
 
     diffalign eval report --base base --aligned aligned --win-rate win_rate.json --run runs/dpo --out report
 
-OUT/index.html opens from disk and needs no network; send the whole folder. It opens with OUT/grid.png, 16 prompts before
-and after from the same noise. OUT/report.json holds every number.
+OUT/index.html opens from disk and needs no network; send the whole folder. It opens with OUT/grid.png, up to 16
+prompts before and after from the same noise. OUT/report.json holds every number.
 """
 
 from __future__ import annotations
