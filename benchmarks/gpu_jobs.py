@@ -171,11 +171,11 @@ OUTCOME = re.compile(
 
 
 def demo(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
-    """`diffalign demo`, whole: its seconds and the win rate it found."""
+    """`diffalign demo`, whole: its seconds and how often people prefer what it made."""
     out = scratch / "demo"
     words = [sys.executable, "-m", "diffalign.commands.cli", "demo", "--out", str(out)]
     for found in command(words, seconds, logs / "demo.log"):
         if found.pop("output", None) is not None and "error" not in found:
             summary = json.loads((out / "summary.json").read_text())
-            found = {"ours": summary["seconds"], "win_rate": summary["win_rate"]}
+            found = {"ours": summary["seconds"], "people_prefer": summary["people_prefer"]}
         yield found

@@ -204,7 +204,8 @@ def warnings(run: Path) -> int:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The docs' table: one line a case and kind of labels, the seeds beside each other."""
-    names = ("algorithm", "labels", "noise", "win rate [95 % interval] of each seed", "points", "seconds", "forwards")
+    share = "direction of the shift (equal), share won (other) [95 % interval] of each seed"
+    names = ("algorithm", "labels", "noise", share, "points", "seconds", "forwards")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for case, labels in dict.fromkeys((r["algorithm"], r["labels"]) for r in rows):
         mine = sorted((r for r in rows if (r["algorithm"], r["labels"]) == (case, labels)), key=lambda r: r["seed"])

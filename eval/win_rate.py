@@ -1,13 +1,15 @@
-"""Paired win rate of an aligned model over its base, with intervals, by any scorers.
+"""How often people prefer an aligned model to its base, and by how much, with intervals, by any scorers.
 
     diffalign eval win_rate base aligned --scorer clip --scorer my_package.my_module:MyScorer --out win_rate.json
     python eval/win_rate.py base aligned --scorer diffalign.playground:Judge --out win_rate.json
     diffalign eval win_rate base aligned --groups --out win_rate.json \
         --scorer people/export,user=young.safetensors --scorer people/export,user=old.safetensors
 
-BASE and ALIGNED are folders written by tools/generate.py from the same prompts, samples per prompt and seed. Use at
-least one scorer that was not trained against. Prints a line for each scorer; FILE.json holds the results and the
-scores of every pair, from which eval/report.py makes a page.
+BASE and ALIGNED are folders written by tools/generate.py from the same prompts and seed, with two samples per prompt or
+more. Use at least one scorer that was not trained against. Prints a line for each scorer, and one each for the share of
+the prompt that is shown (where a scorer measures it) and for the diversity of the samples of a prompt. FILE.json holds
+the numbers, see `compare` of diffalign/report/comparison.py, and the scores of every pair, from which eval/report.py
+makes a page.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,8 @@ from reward_models.files import write_whole
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffalign.report import Pair
     from reward_models.protocol import Scorer
 
@@ -57,46 +61,112 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Score both folders with every scorer, print the table, write the file."""
+    """Score both folders with every scorer, print the lines, write the file."""
     from diffalign.report import read_pairs  # here and below: heavy, and `--help` needs none of it
 
     pairs = read_pairs(args.base, args.aligned)
+    _check_samples(pairs)
     equal = sum(pair.base.read_bytes() == pair.aligned.read_bytes() for pair in pairs)
     if equal and args.base.resolve() != args.aligned.resolve():
         print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
     loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
+    if args.groups and len(loaded) < 2:
+        raise ValueError("--groups compares groups of people; give a --scorer for each of two or more")
     scorers = []
     for spec, scorer in loaded.items():
         scorers.append(_result(spec, scorer, pairs, args))
         print(line(scorers[-1]), flush=True)
-    if args.groups and len(scorers) < 2:
-        raise ValueError("--groups compares groups of people; give a --scorer for each of two or more")
     if args.groups:
         print(groups_line(scorers))
+    match, variety = _match(loaded, pairs, args), _diversity(pairs, args.seed)
+    for name, found in (("prompt match", match), ("diversity", variety)):
+        if found:
+            print(change_line(name, found), flush=True)
     rows = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
     result = {"base": str(args.base), "aligned": str(args.aligned), "equal_images": equal}
-    result |= {"scorers": scorers, "pairs": rows}
+    result |= {"scorers": scorers, "match": match, "diversity": variety, "pairs": rows}
     write_whole(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
+def _check_samples(pairs: Sequence[Pair]) -> None:
+    """Raise ValueError for a prompt with one sample, before anything is scored."""
+    from diffalign.report.comparison import one_sample
+
+    counts = Counter(pair.prompt_id for pair in pairs)
+    if alone := [prompt_id for prompt_id, count in counts.items() if count < 2]:
+        raise ValueError(one_sample(alone[0]))
+
+
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
-    from diffalign.report import paired_win_rate
+    from diffalign.report.comparison import compare
+    from reward_models.protocol import choice_temperature_of
+
+    temperature = choice_temperature_of(scorer)
+    base, aligned = _scores(spec, scorer, pairs, args)
+    ids = [pair.prompt_id for pair in pairs]
+    found = compare(base, aligned, ids, name=spec, choice_temperature=temperature, seed=args.seed)
+    return {"name": spec, "unit": scorer.unit, **found, "base_scores": base, "aligned_scores": aligned}
+
+
+def _scores(name: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> list[list[float]]:
+    """The scores of the base's images and of the aligned model's, in the order of the pairs."""
     from reward_models.folder.scoring import score_files
 
     prompts = [pair.prompt for pair in pairs]
-    base, aligned = (
-        score_files(scorer, files, prompts, batch_size=args.batch_size, name=spec).tolist()
+    return [
+        score_files(scorer, files, prompts, batch_size=args.batch_size, name=name).tolist()
         for files in ([pair.base for pair in pairs], [pair.aligned for pair in pairs])
+    ]
+
+
+def _match(
+    scorers: Mapping[str, Scorer], pairs: Sequence[Pair], args: argparse.Namespace
+) -> dict[str, float | str] | None:
+    """How much of the prompt is shown, by the first scorer that measures it; None where none does."""
+    from diffalign.report.comparison import change
+    from reward_models.protocol import Matching
+
+    for spec, scorer in scorers.items():
+        if isinstance(scorer, Matching):
+            name = f"prompt match of {spec}"
+            base, aligned = _scores(name, _Match(scorer), pairs, args)
+            moved = change(base, aligned, [pair.prompt_id for pair in pairs], seed=args.seed).named("change")
+            means = {"base": sum(base) / len(base), "aligned": sum(aligned) / len(aligned)}
+            return {**means, **moved, "measured_by": f"mean share of the prompt that an image shows, by {spec}"}
+    return None
+
+
+class _Match:
+    """What a scorer's `match` says, as scores."""
+
+    differentiable, unit = False, "share of the prompt"
+
+    def __init__(self, scorer: Any):
+        from reward_models.protocol import device_of
+
+        self.scorer, self.device = scorer, device_of(scorer)
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `match`."""
+        return self.scorer.match(images, prompts)
+
+
+def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
+    """How far the samples of a prompt lie apart, and how that changed, as a share of the base's."""
+    from diffalign.report.comparison import Estimate, change
+
+    groups: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(pair.prompt_id, []).append(pair)
+    base, aligned = (
+        [_apart([getattr(pair, side) for pair in group]) for group in groups.values()] for side in ("base", "aligned")
     )
-    return {
-        "name": spec,
-        "unit": scorer.unit,
-        **asdict(paired_win_rate(base, aligned, [pair.prompt_id for pair in pairs], seed=args.seed)),
-        "mean_base": sum(base) / len(base),
-        "mean_aligned": sum(aligned) / len(aligned),
-        "base_scores": base,
-        "aligned_scores": aligned,
-    }
+    before, after = sum(base) / len(base), sum(aligned) / len(aligned)
+    if not before:
+        raise ValueError("all samples of each prompt of the base are the same image; generate with the noise of a seed")
+    moved = Estimate(*(x / before for x in change(base, aligned, list(groups), seed=seed)))
+    how = "root mean square pixel distance of samples of a prompt, the change relative to the base's"
+    return {"base": before, "aligned": after, **moved.named("change"), "measured_by": how}
 
 
 def equal_line(equal: int, n: int) -> str:
@@ -106,20 +176,60 @@ def equal_line(equal: int, n: int) -> str:
     return f"all {n} pairs are the same image twice, byte for byte: both models are one; was the aligned one loaded?"
 
 
+def _apart(files: Sequence[Path]) -> float:
+    """`diversity` of one prompt's images. Raises ValueError for images of several sizes."""
+    import torch
+
+    from reward_models.images import diversity, read_image
+
+    images = [read_image(file).float() / 255 for file in files]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError(f"'{files[0]}' and '{files[1]}' are samples of one prompt and must have one size")
+    return diversity(torch.stack(images)[:, None]).item()
+
+
 def groups_line(results: Sequence[dict[str, Any]]) -> str:
-    """The mean over groups and the group that gains least, in a line."""
-    worst = min(results, key=lambda result: result["win_rate"])
-    mean = sum(result["win_rate"] for result in results) / len(results)
-    return f"{len(results)} groups: mean win rate {mean:.3f}; the worst off is {line(worst)}"
+    """The mean over groups and the group that gains least, in a line. Raises ValueError for several measures."""
+    from diffalign.report.comparison import headline
+
+    found = [headline(result) for result in results]
+    if len({key for key, _ in found}) > 1:
+        raise ValueError("--groups compares groups by one measure; some of these scorers have no choice_temperature")
+    shares = [share.value for _, share in found]
+    worst = results[shares.index(min(shares))]
+    mean = sum(shares) / len(shares)
+    return f"{len(results)} groups: mean {_words(found[0][0])} {_share(mean)}; the worst off is {line(worst)}"
 
 
 def line(result: dict[str, Any]) -> str:
     """One scorer's result in a line."""
-    rate, low, high = (f"{result[k]:.3f}".removeprefix("0") for k in ("win_rate", "low", "high"))
+    from diffalign.report.comparison import GAIN, headline, sentence, verdict
+
+    if result["gain_sd"] is None:
+        return sentence(result)
+    key, numbers = headline(result)
+    share, low, high = map(_share, numbers)
+    gain, least, most, direction = (result[k] for k in (*GAIN, "direction"))
     return (
-        f"{result['name']}: win rate {rate} [{low}, {high}], n {result['n']} pairs, {result['prompts']} prompts, "
-        f"mean difference {result['mean_difference']:+.3g} {result['unit']}"
+        f"{result['name']}: {_words(key)} {share} [{low}, {high}], n {result['n']} pairs from independent noise, "
+        f"{result['prompts']} prompts; gain {gain:+.2f} [{least:+.2f}, {most:+.2f}] standard deviations; "
+        f"{verdict(result)} (direction of the shift {_share(direction)})"
     )
+
+
+def change_line(name: str, found: dict[str, Any]) -> str:
+    """The change of prompt match or diversity in a line."""
+    before, after, *moved = (found[k] for k in ("base", "aligned", "change", "change_low", "change_high"))
+    change, low, high = (f"{x:+.1%}" for x in moved)
+    return f"{name}: {before:.3f} -> {after:.3f}, change {change} [{low}, {high}]; {found['measured_by']}"
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _share(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
 
 
 if __name__ == "__main__":

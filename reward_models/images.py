@@ -42,6 +42,14 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
+def diversity(samples: Tensor) -> Tensor:
+    """K >= 2 samples of each of N prompts, [K, N, 3, H, W] in [0, 1] -> how far apart they lie, [N] in [0, 1]: the root
+    mean square distance of pixels, averaged over the pairs of samples."""
+    pairs = torch.combinations(torch.arange(len(samples))).tolist()
+    apart = [(samples[i] - samples[j]).square().flatten(1).mean(1).sqrt() for i, j in pairs]
+    return torch.stack(apart).mean(0)
+
+
 def find_images(folder: Path) -> list[str]:
     """Every image below a folder: paths relative to it with `/`, in natural order (2.png before 10.png).
 

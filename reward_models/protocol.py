@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ class Scorer(Protocol):
     differentiable  whether gradients flow from the scores to the pixels
     unit            the scale of the scores; stored with every result
 
+    A scorer may have more: `choice_temperature`, see `choice_temperature_of`, and what Matching and Resizing ask for.
     A scorer that is an `nn.Module` is moved to the device it is loaded on and gets its images there; any other gets
     them on its attribute `device` if it has one, else on the CPU.
     """
@@ -28,6 +30,14 @@ class Scorer(Protocol):
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]."""
+
+
+@runtime_checkable
+class Matching(Protocol):
+    """A scorer that also measures, apart from the preference, whether an image shows what the prompt asks for."""
+
+    def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B] in [0, 1], the share of a prompt shown."""
 
 
 @runtime_checkable
@@ -93,6 +103,23 @@ def checked(name: str, scores: Any, count: int) -> Tensor:
     if scores.shape != (count,) or not scores.is_floating_point():
         raise ValueError(f"{expected} {str(scores.dtype).removeprefix('torch.')} {tuple(scores.shape)}")
     return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def choice_temperature_of(scorer: Scorer) -> float | None:
+    """The scorer's attribute `choice_temperature` T, or None where it has none.
+
+    With T its scores are a calibrated model of people's choices (Bradley & Terry, 1952): of two images of a prompt the
+    first is preferred with probability sigmoid((s_1 - s_2) / T). Without, scores say which image is better and not how
+    often people would agree. Raises ValueError unless T is a finite number above 0.
+    """
+    found = getattr(scorer, "choice_temperature", None)
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < math.inf:
+        raise ValueError(
+            f"choice_temperature of {type(scorer).__name__} must be a finite number above 0, or None; got {found!r}"
+        )
+    return float(found)
 
 
 def device_of(scorer: Scorer) -> torch.device:

@@ -194,7 +194,7 @@ def test_the_monitor_warns_before_the_true_preference_falls(worlds: Callable[[st
 
 @pytest.mark.learning
 def test_demo(tmp_path: Path) -> None:
-    """The demo's promise: under 4 minutes on two cores, and a win rate whose lower bound is above 0.55."""
+    """People prefer the aligned images more often than not, from independent noise, with the whole interval."""
     done = subprocess.run(
         [sys.executable, "-m", "diffalign.commands.cli", "demo", "--out", str(tmp_path / "demo")], check=False
     )
@@ -202,8 +202,8 @@ def test_demo(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     print(summary)
     assert summary["n"] >= 256
-    assert summary["win_rate_low"] > 0.55
-    assert Path(summary["export"]).exists()
+    assert summary["people_prefer_low"] > 0.5, summary
+    assert Path(summary["export"]).exists() and Path(summary["grid"]).exists()
     assert (tmp_path / "demo" / "report" / "index.html").exists()
 
 

@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 from diffalign.commands import launch
+from diffalign.report.comparison import label_effect, sentence
 from reward_models.files import read_json, write_whole
 
-SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 2.0 --size 32 --batch-size 64"
+# Guidance 1 is none: guidance sharpens all samples alike, and leaves little that people could prefer.
+SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 1 --size 32 --batch-size 64"
+TRAINING = "data.cache=OUT/cache hooks.sample_guidance=1 trainer.steps=100"
 STORY = f"""
 # Captions of a small world; the model has seen every combination of these attributes.
 diffalign playground prompts --n 320 --out OUT/prompts.jsonl
@@ -22,7 +25,7 @@ diffalign generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPLING} 
 diffalign playground label OUT/images --out OUT/pairs.jsonl
 # Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.
 diffalign train --num-processes 1 diffusion_dpo --config playground \
-    run.folder=OUT/run data.path=OUT/pairs.jsonl data.cache=OUT/cache trainer.steps=100
+    run.folder=OUT/run data.path=OUT/pairs.jsonl {TRAINING}
 # Captions whose combination of colour, shape and background the model has never seen.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
 # The same prompts and the same noise for the base model ...
@@ -30,16 +33,27 @@ diffalign generate --pipeline playground --prompts OUT/held_out.jsonl {SAMPLING}
 # ... and for the aligned one, loaded by stock diffusers.
 diffalign generate --pipeline playground --lora OUT/run/export --prompts OUT/held_out.jsonl {SAMPLING} \
     --out OUT/aligned
-# Which do people prefer? An exact judge measures it in the pixels.
+# How often do people prefer the aligned image? An exact judge measures it in the pixels.
 diffalign eval win_rate OUT/base OUT/aligned --scorer diffalign.playground:Judge --out OUT/win_rate.json
-# A report that opens from disk.
+# A report that opens from disk, with the images before and after.
 diffalign eval report --base OUT/base --aligned OUT/aligned --win-rate OUT/win_rate.json --run OUT/run --out OUT/report
 """
 """What the demo runs, on a GPU where there is one; OUT stands for its folder."""
+CONTROL = f"""
+# The control: the same pairs with labels that say nothing. What training gains from them, no preference has taught.
+diffalign playground label OUT/images --labels random --out OUT/random.jsonl
+diffalign train --num-processes 1 diffusion_dpo --config playground \
+    run.folder=OUT/random_run data.path=OUT/random.jsonl {TRAINING}
+diffalign generate --pipeline playground --lora OUT/random_run/export --prompts OUT/held_out.jsonl {SAMPLING} \
+    --out OUT/random
+diffalign eval win_rate OUT/base OUT/random --scorer diffalign.playground:Judge --out OUT/random.json
+"""
+"""What it runs besides, to tell what the labels did from what training does whatever they say."""
 
 
-def demo(out: Path) -> int:
-    """Pairs from the shipped model, simulated labels, Diffusion-DPO with a LoRA, win rate on held-out prompts, report.
+def demo(out: Path, *, random_labels: bool = False) -> int:
+    """Pairs from the shipped model, simulated labels, Diffusion-DPO with a LoRA, preference on held-out prompts, a
+    report; with `random_labels` the control too.
 
     Writes everything under `out`, `out/summary.json` last. Returns the exit code of the first command that fails, or 0.
     """
@@ -49,7 +63,7 @@ def demo(out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     # Offline, and without the libraries' progress bars for a dozen tiny files; ours stay.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    for line in STORY.strip().splitlines():
+    for line in filter(None, (STORY + CONTROL * random_labels).splitlines()):
         if line.startswith("#"):
             print(f"\n{line}", flush=True)
             continue
@@ -60,18 +74,31 @@ def demo(out: Path) -> int:
         if code:
             print(f"diffalign demo: this command failed with exit code {code}", file=sys.stderr)
             return code
-    return _summary(out, time.time() - started)
+    return _summary(out, random_labels, time.time() - started)
 
 
-def _summary(out: Path, seconds: float) -> int:
-    result = read_json(out / "win_rate.json")["scorers"][0]
-    keys = {"win_rate": "win_rate", "win_rate_low": "low", "win_rate_high": "high", "n": "n"}
-    summary = {ours: result[theirs] for ours, theirs in keys.items()}
-    summary |= {"seconds": round(seconds, 1), "export": str(out / "run" / "export")}
+def _summary(out: Path, random_labels: bool, seconds: float) -> int:
+    found = read_json(out / "win_rate.json")
+    result = found["scorers"][0]
+    keys = ("people_prefer", "people_prefer_low", "people_prefer_high", "gain_sd", "gain_sd_low", "gain_sd_high")
+    summary = {key: result[key] for key in keys}
+    summary |= {f"{name}_change": found[name]["change"] for name in ("match", "diversity")}
+    print(f"\n{sentence(result)}")
+    if random_labels:
+        ids = [row["prompt_id"] for row in found["pairs"]]
+        random = read_json(out / "random.json")["scorers"][0]["aligned_scores"]
+        effect, low, high = label_effect(result["base_scores"], result["aligned_scores"], random, ids)
+        summary["label_effect_sd"] = effect
+        print(
+            f"Label effect, the gain less that with random labels: {effect:+.2f} standard deviations "
+            f"(95 % interval {low:+.2f} to {high:+.2f})."
+        )
+    summary |= {"direction": result["direction"], "n": result["n"], "seconds": round(seconds, 1)}
+    summary |= {"export": str(out / "run" / "export"), "grid": str(out / "report" / "grid.png")}
     write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(
-        f"\nThe aligned model wins {summary['win_rate']:.1%} of {summary['n']} held-out comparisons "
-        f"(95 % interval {summary['win_rate_low']:.1%} to {summary['win_rate_high']:.1%}), in {seconds:.0f} s.\n"
+        f"Prompt match {summary['match_change']:+.1%}, diversity {summary['diversity_change']:+.1%}; {seconds:.0f} s.\n"
+        f"Before and after: {Path(summary['grid']).resolve()}\n"
         f"Report: {(out / 'report' / 'index.html').resolve()}\n"
         f"In your own code: pipe.load_lora_weights('{summary['export']}')"
     )

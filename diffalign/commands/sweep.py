@@ -27,6 +27,8 @@ from diffalign.report.sweep_table import advice, judged, markdown, trained, verd
 from reward_models.files import read_json, write_whole
 
 PROMPTS, SAMPLES = 64, 2
+MEASURED = "from independent noise"
+"""Points that were judged otherwise, by an earlier version, are judged again."""
 FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.sample_steps", "hooks.sample_guidance")
 """Cannot be swept: all points are compared with one set of images of the base."""
 
@@ -192,7 +194,7 @@ def _row(recipe: Path, arguments: Sequence[str], point: SweepRun, comparison: Co
         seconds = None if resume else time.perf_counter() - started  # of the part before nobody knows
         result = {"values": point.values, "seconds": seconds, **trained(point.folder / "metrics.jsonl")}
         write_whole(file, json.dumps(result))
-    fingerprint = hashlib.sha256(repr(comparison).encode() + comparison.prompts.read_bytes()).hexdigest()[:12]
+    fingerprint = hashlib.sha256(f"{MEASURED} {comparison}".encode() + comparison.prompts.read_bytes()).hexdigest()[:12]
     if result.get("comparison") != fingerprint:
         whole = (export / "model_index.json").exists()
         model = ["--pipeline", str(export)] if whole else ["--pipeline", comparison.base, "--lora", str(export)]

@@ -42,7 +42,7 @@ class Annotator:
     temperature is in points of the judge. Every choice is drawn by key, so the same pair gets the same answer again.
     """
 
-    def __init__(self, name: str = "common", *, temperature: float = 0.35, seed: int = 0):
+    def __init__(self, name: str = "common", *, temperature: float = Judge.choice_temperature, seed: int = 0):
         if name.partition("-")[0] in (*PROTOTYPES, "person"):
             self.judge: Judge = Person(name=name)
         elif name in TASTES:
@@ -85,7 +85,7 @@ def label(
     out: Path,
     *,
     annotators: Sequence[str] = ("common",),
-    temperature: float = 0.35,
+    temperature: float = Judge.choice_temperature,
     min_margin: float = 0.3,
     labels: Labels = "true",
     noise: float = 0.0,
@@ -141,7 +141,13 @@ def label(
 
 
 def rank(
-    folder: Path, out: Path, *, votes: int = 3, temperature: float = 0.35, labels: Labels = "true", seed: int = 0
+    folder: Path,
+    out: Path,
+    *,
+    votes: int = 3,
+    temperature: float = Judge.choice_temperature,
+    labels: Labels = "true",
+    seed: int = 0,
 ) -> int:
     """Rank all samples of each prompt in a generated folder by several noisy annotators; returns how many groups.
 

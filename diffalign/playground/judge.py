@@ -24,6 +24,8 @@ from diffalign.playground.world import (
 ASPECTS = ("colour", "shape", "background", "size", "vivid", "place", "clean", "area")
 """What `Judge.measure` reports. The first four are 0 or 1 (does it match the caption?), the others lie in [0, 1]."""
 
+MATCH = ASPECTS[:4]
+
 TRUE_TASTE = {"colour": 1.0, "shape": 1.0, "background": 1.0, "size": 1.0, "vivid": 2.0, "place": 2.0, "clean": 1.0}
 """The preference that counts as the truth: prompt match up to 4, vividness 2, placement 2, cleanliness 1."""
 
@@ -36,6 +38,8 @@ class Judge:
 
     differentiable = False
     unit = "points"
+    choice_temperature = 0.35
+    """Of the simulated annotators, who compare by these points (Bradley-Terry)."""
 
     def __init__(self, *, taste: dict[str, float] | None = None):
         self.taste = TRUE_TASTE if taste is None else taste
@@ -47,6 +51,11 @@ class Judge:
         """[B, 3, 32, 32] float in [0, 1] and B playground captions -> float32 [B], larger is better."""
         measured = self.measure(images, prompts)
         return torch.stack([weight * measured[aspect] for aspect, weight in self.taste.items()]).sum(0)
+
+    def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `score`: the share of colour, shape, background and size that are as asked for, float32 [B] in [0, 1]."""
+        measured = self.measure(images, prompts)
+        return torch.stack([measured[aspect] for aspect in MATCH]).mean(0)
 
     @torch.no_grad()
     def measure(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

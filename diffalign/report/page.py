@@ -1,4 +1,7 @@
-"""A static report of a comparison: one folder with index.html that opens from disk, without network or scripts."""
+"""A static report of a comparison: one folder with index.html that opens from disk, without network or scripts.
+
+It opens with the before/after grid, grid.png, and one sentence: what was preferred, and how surely.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from diffalign.report.comparison import HEADLINES, headline, sentence, signed, verdict
 from diffalign.report.curves import draw_curves, read_metrics
+from diffalign.report.grid import shown, write_grid
 from diffalign.report.manifest import Pair, read_pairs
 from diffalign.report.win_rate import holm
 from reward_models.files import read_json, read_text, replacing, write_whole
 
 EXTREMES, RANDOM = 12, 24
 """Pairs shown: so many of the largest gains, so many of the largest losses, and so many drawn from the rest."""
+
+BESIDE = (("Prompt match", "match"), ("Diversity", "diversity"))
+"""What must not be lost for a preference."""
 
 TINY = 128
 """Images up to this many pixels wide are enlarged with hard edges."""
@@ -33,7 +41,7 @@ def write_report(
     run_dir: Path | None = None,
     title: str = "Aligned against base",
 ) -> Path:
-    """Write the report folder: index.html, report.json with all numbers, images/. Returns the path of index.html.
+    """Write the report folder: index.html, report.json with all numbers, grid.png, images/. Returns index.html.
 
     win_rates is what eval/win_rate.py wrote for these two folders; run_dir adds the curves, samples and config of the
     training run. Prompts, ids, scorer names and settings are text, never markup. At most 48 pairs are shown.
@@ -51,10 +59,13 @@ def write_report(
     ]
     base, aligned = (_json(folder / "settings.json") for folder in (base_dir, aligned_dir))
     run = _run(out_dir, run_dir)
+    write_grid(pairs, out_dir / "grid.png")
     text = _template().render(
         title=title,
-        scorers=scorers,
-        verdict=verdict(scorers[0]),
+        grid=[pair.prompt for pair in shown(pairs)],
+        scorers=[{**scorer, "headline": headline(scorer), "verdict": verdict(scorer)} for scorer in scorers],
+        beside=[(name, win_rates[key]) for name, key in BESIDE if win_rates.get(key)],
+        sentence=sentence(scorers[0]),
         sections=sections,
         total=len(pairs),
         settings=_side_by_side(base, aligned),
@@ -77,6 +88,8 @@ def write_report(
 def _check(win_rates: Mapping[str, Any], pairs: Sequence[Pair], base: Path, aligned: Path) -> None:
     if not isinstance(win_rates, dict) or not {"pairs", "scorers"} <= win_rates.keys():
         raise ValueError("the file of win rates is none that `diffalign eval win_rate` has written")
+    if not all({*HEADLINES} & scorer.keys() for scorer in win_rates["scorers"]):
+        raise ValueError("the file of win rates is of an earlier version; run `diffalign eval win_rate` again")
     scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
     if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
         raise ValueError(
@@ -97,17 +110,6 @@ def choose(differences: Sequence[float]) -> list[tuple[str, str, list[int]]]:
         ("Largest gains", "where the aligned model scores highest above the base", best),
         ("Largest losses", "where the aligned model scores furthest below the base", worst),
     ]
-
-
-def verdict(scorer: Mapping[str, Any]) -> str:
-    """One sentence on what a scorer found."""
-    rate, low, high = (f"{100 * scorer[key]:.1f} %" for key in ("win_rate", "low", "high"))
-    share, who = f"{rate} of {scorer['n']} pairs (95 % interval {low} to {high})", scorer["name"]
-    if scorer["low"] > 0.5:
-        return f"{who} prefers the aligned model: it wins {share}."
-    if scorer["high"] < 0.5:
-        return f"{who} prefers the base model: the aligned one wins only {share}."
-    return f"{who} sees no clear difference: the aligned model wins {share}."
 
 
 def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -166,9 +168,5 @@ def _template() -> Any:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters["signed"] = _signed
+    environment.filters["signed"] = signed
     return environment.get_template("page.html.j2")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}") if value else "0"

@@ -1,36 +1,46 @@
 """The table of a sweep: a verdict on every point, and one sentence of advice.
 
 The verdict on a point is the first that applies. Drift is the relative change of the preferred images' denoising error,
-policy against reference, over the last tenth of the steps, where the algorithm logs it. Gain is the mean difference of
-the scores, in standard deviations of the base's scores: from the same noise even a change that nobody can see wins most
-comparisons, so the win rate alone cannot tell that nothing has happened yet, nor which of two points is the better one.
+policy against reference, over the last tenth of the steps, where the algorithm logs it. What people prefer is measured
+from independent noise, a gain is in standard deviations of the base's scores; see comparison.py.
 
-    failed     the run or its evaluation ended with an error
-    destroyed  drift is above +10 %: whatever the scorer says, images are falling apart
-    nothing    the 95 % interval of the win rate contains one half, or the gain is within 0.05 of zero
-    worse      the interval lies below one half
-    better     the interval lies above one half
+    failed              the run or its evaluation ended with an error
+    destroyed           drift is above +10 %: whatever the scorer says, images are falling apart
+    loses the prompt    prompt match fell by more than 10 points
+    loses diversity     samples of a prompt differ by more than 10 % less than the base's
+    too small to see    the gain is within 0.2 standard deviations of zero
+    unclear             the 95 % interval of people's preference contains one half
+    worse               the interval lies below one half
+    better              the interval lies above one half
 
-The advice names the better point with the highest gain, which others cannot be told from it (their 95 % intervals
-overlap), and what is wrong with the rest.
+The advice names the better point that people prefer most often, which others cannot be told from it (their 95 %
+intervals overlap), and what is wrong with the rest.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffalign.report import comparison
+from diffalign.report.comparison import HEADLINES, headline
 from reward_models.files import read_json, read_lines
 
 DRIFT = 0.1
 """More than this destroys images; training's own verdict warns at the same."""
 
-GAIN = 0.05
-"""Less than this is nothing; a quarter of a small effect (Cohen, 1988)."""
+LOST = 0.1
+"""A point whose match or diversity falls by more holds neither, whatever its gain."""
 
-COLUMNS = {"accuracy": "{:.0%}", "drift": "{:+.1%}", "loss": "{:.4g}", "seconds": "{:.0f}"}
+COLUMNS = {
+    "match_change": "{:+.1%}",
+    "diversity_change": "{:+.1%}",
+    "accuracy": "{:.0%}",
+    "drift": "{:+.1%}",
+    "loss": "{:.4g}",
+    "seconds": "{:.0f}",
+}
 
 Row = Mapping[str, Any]
 """A point: values ("algorithm.beta=200", one an axis), verdict, and unless it failed seconds and what
@@ -51,37 +61,39 @@ def trained(metrics: Path) -> dict[str, float | None]:
 
 
 def judged(results: Path) -> dict[str, float]:
-    """win_rate, low, high, n, and gain with gain_low and gain_high, by the first scorer in a file of eval/win_rate.py.
+    """people_prefer or share_won, and gain_sd, each with _low and _high, n, diversity_change, and match_change where a
+    scorer measures it, by the first scorer in a file of eval/win_rate.py.
 
     Raises ValueError when all images of the base score the same: there is nothing to measure a gain in.
     """
-    found = read_json(results)["scorers"][0]
-    spread = statistics.pstdev(found["base_scores"])
-    if not spread:
+    found = read_json(results)
+    first = found["scorers"][0]
+    if first["gain_sd"] is None:
         raise ValueError(
-            f"'{results}': {found['name']} gives all images of the base the same score; use another scorer"
+            f"'{results}': {first['name']} gives all images of the base the same score; use another scorer"
         )
-    gains = {"gain": "mean_difference", "gain_low": "mean_difference_low", "gain_high": "mean_difference_high"}
-    own = {key: found[key] for key in ("win_rate", "low", "high", "n")}
-    return own | {ours: found[theirs] / spread for ours, theirs in gains.items()}
+    key, share = headline(first)
+    own = share.named(key) | {k: first[k] for k in ("gain_sd", "gain_sd_low", "gain_sd_high", "n")}
+    return own | {f"{name}_change": found[name]["change"] for name in ("match", "diversity") if found[name]}
 
 
 def verdict(row: Row) -> str:
-    """destroyed, nothing, worse or better, by the rules above."""
+    """destroyed, loses ..., too small to see, unclear, worse or better, by the rules above."""
     if row["drift"] is not None and row["drift"] > DRIFT:
         return "destroyed"
-    if row["low"] <= 0.5 <= row["high"] or abs(row["gain"]) < GAIN:
-        return "nothing"
-    return "better" if row["low"] > 0.5 else "worse"
+    for name, word in (("match", "the prompt"), ("diversity", "diversity")):
+        if row.get(f"{name}_change", 0) < -LOST:
+            return f"loses {word}"
+    return comparison.verdict(row)
 
 
 def advice(rows: Sequence[Row]) -> str:
     """One sentence from the verdicts."""
-    better = sorted((row for row in rows if row["verdict"] == "better"), key=lambda row: -row["gain"])
-    said = [f"best: {_name(better[0])}, gain {better[0]['gain']:+.2f}" if better else "no point beats the base"]
+    better = sorted((row for row in rows if row["verdict"] == "better"), key=lambda row: -headline(row)[1].value)
+    said = [f"best: {_name(better[0])}, {_share(better[0])}" if better else "no point beats the base"]
     for row in better[1:]:
-        like = row["gain_high"] >= better[0]["gain_low"]
-        said.append(f"{_name(row)} {'cannot be told from it' if like else 'gains less'} ({row['gain']:+.2f})")
+        like = headline(row)[1].high >= headline(better[0])[1].low
+        said.append(f"{_name(row)} {'cannot be told from it' if like else 'is preferred less'} ({_share(row)})")
     said += [f"{_name(row)} {_what(row)}" for row in rows if row["verdict"] != "better"]
     return "; ".join(said)
 
@@ -89,7 +101,9 @@ def advice(rows: Sequence[Row]) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """The table, a line for each point; what is not known is blank."""
     keys = [value.partition("=")[0] for value in rows[0]["values"]]
-    lines = [[*keys, "win rate [95 %]", "gain [95 %]", "implicit accuracy", "drift", "loss", "seconds", "verdict"]]
+    measure = next((headline(row)[0] for row in rows if row["verdict"] != "failed"), HEADLINES[0]).replace("_", " ")
+    heads = [*keys, f"{measure} [95 %]", "gain, sd [95 %]", "match", "diversity", "implicit accuracy", "drift", "loss"]
+    lines = [[*heads, "seconds", "verdict"]]
     lines.append(["---"] * len(lines[0]))
     for row in rows:
         shown = [value.partition("=")[2] for value in row["values"]] + [_rate(row), _gain(row)]
@@ -106,18 +120,28 @@ def _what(row: Row) -> str:
     """What is wrong with a point that is not better."""
     if row["verdict"] == "failed":
         return "failed"
-    if row["verdict"] == "worse":
-        return f"makes images worse ({row['gain']:+.2f})"
-    if row["verdict"] == "destroyed":
-        return f"drifts {row['drift']:+.0%}: images are being destroyed"
-    if row["low"] <= 0.5 <= row["high"]:
-        return "changes nothing yet: the interval contains one half"
-    return f"changes nothing yet: scores moved by {row['gain']:+.2f} standard deviations"
+    said = {
+        "worse": f"makes images worse ({_share(row)})",
+        "destroyed": f"drifts {row['drift'] or 0:+.0%}: images are being destroyed",
+        "loses the prompt": f"loses prompt match ({row.get('match_change', 0):+.0%})",
+        "loses diversity": f"loses diversity ({row.get('diversity_change', 0):+.0%})",
+        "too small to see": f"changes nothing that can be seen ({row['gain_sd']:+.2f} standard deviations)",
+        "unclear": "is not clearly preferred: the interval contains one half",
+    }
+    return said[row["verdict"]]
+
+
+def _share(row: Row) -> str:
+    return f"{headline(row)[1].value:.1%}"
 
 
 def _rate(row: Row) -> str:
-    return f"{row['win_rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}]" if "win_rate" in row else ""
+    if not {*HEADLINES} & row.keys():
+        return ""
+    value, low, high = headline(row)[1]
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def _gain(row: Row) -> str:
-    return f"{row['gain']:+.2f} [{row['gain_low']:+.2f}, {row['gain_high']:+.2f}]" if "gain" in row else ""
+    shown = "{gain_sd:+.2f} [{gain_sd_low:+.2f}, {gain_sd_high:+.2f}]"
+    return shown.format(**row) if "gain_sd" in row else ""

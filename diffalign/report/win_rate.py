@@ -1,4 +1,4 @@
-"""Paired win rates with prompt-clustered bootstrap intervals.
+"""Win rates from equal noise, the direction of a shift, with prompt-clustered bootstrap intervals.
 
 Samples of one prompt are not independent, so the unit that is resampled is the prompt: with 500 prompts and four
 correlated samples each, an interval over pairs would be a third too narrow.
@@ -78,7 +78,7 @@ def paired_win_rate(
         mean_difference=float(mean),
         mean_difference_low=float(mean_low),
         mean_difference_high=float(mean_high),
-        p_value=_sign_flip(by_prompt[:, 0] - 0.5, resamples, rng),
+        p_value=sign_flip(by_prompt[:, 0] - 0.5, resamples, rng),
     )
 
 
@@ -91,7 +91,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def _sign_flip(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> float:
+def sign_flip(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> float:
     """Share of random sign patterns of values [P] whose |mean| reaches the observed one, the observed one counted."""
     observed, rows, reached = abs(values.mean()), len(values), 0
     for n in chunks(resamples, rows):

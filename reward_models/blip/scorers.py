@@ -123,6 +123,13 @@ class BLIPScorer(NetworkScorer):
         self.mean, self.std = (x.expand(self.mean.shape).clone() for x in given)
         self.unit = "standardised"
 
+    @property
+    def choice_temperature(self) -> float | None:
+        """Rewards are trained as logits of a choice (ImageReward's loss), so scores divided by the deviation s of their
+        head are with temperature 1 / s. None where several aspects are mixed: the sum is no logit of any choice."""
+        used = [std for std, weight in zip(self.std.tolist(), self.aspect_weights, strict=True) if weight]
+        return 1 / used[0] if len(used) == 1 else None
+
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """What `preprocess` made and B prompts -> rewards float32, [B], or [B, A] with A aspects; not standardised."""
         image = self.vision(as_input(self.vision, pixels)).last_hidden_state

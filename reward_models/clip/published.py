@@ -96,7 +96,9 @@ def social_reward(
     architecture  open_clip's name, or a .json file
     unit          raw, as the authors' code; x100; logit
     """
-    return _build(SOCIAL_REWARD, weights, architecture, unit)
+    scorer = _build(SOCIAL_REWARD, weights, architecture, unit)
+    scorer.choice_temperature = None  # ranked by a margin, not by the likelihood of choices
+    return scorer
 
 
 def aesthetic(

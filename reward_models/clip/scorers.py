@@ -121,7 +121,8 @@ class CLIPScorer(CLIPFeatures):
     """A CLIP model as a scorer, in open_clip's names: `cos(image, prompt)` in a unit. HPSv2 and PickScore are such.
 
     Made to be trained too: weights are random unless given, all require gradients, and `forward` gives the logits.
-    What `save` wrote, `load_scorer(folder)` reads.
+    What `save` wrote, `load_scorer(folder)` reads. choice_temperature is 1 in the unit logit, for the scorers of this
+    class are trained by the cross-entropy of people's choices on that logit, and None in others.
 
     architecture  open_clip's name, a .json file or a mapping; see `clip_config`
     rule          how images are prepared; by default Pillow's resize of the shorter side and a crop of the centre
@@ -151,6 +152,7 @@ class CLIPScorer(CLIPFeatures):
         if path is not None:
             load_clip(network, path)
         self.unit = unit
+        self.choice_temperature = 1.0 if unit == "logit" else None
 
     def scaled(self, cosines: Tensor) -> Tensor:
         """Cosines -> scores in the unit."""

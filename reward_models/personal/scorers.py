@@ -42,6 +42,7 @@ class PersonalScorer(NetworkScorer):
     """
 
     unit = "logit"
+    choice_temperature = 1.0
     centre: Tensor
     scale: Tensor
 
@@ -147,6 +148,8 @@ class PersonalScorer(NetworkScorer):
 
 class ForUser(NetworkScorer):
     """A personal scorer for one person [U]: an ordinary scorer, for `reward-score` and every trainer."""
+
+    choice_temperature = PersonalScorer.choice_temperature
 
     def __init__(self, scorer: PersonalScorer, user: Tensor):
         super().__init__()

@@ -97,7 +97,7 @@ def test_guidance_inside_kl_is_guidance_beside_it(backbone_of: Callable, prompts
 
 
 def test_each_turn_moves_its_own_player(backbone_of: Callable, prompts_of: Callable, rewards_of: Callable) -> None:
-    """C8; and the reward alone moves the generator."""
+    """C8; and the reward alone transitions the generator."""
     made = Made(backbone_of, True, rewards_of, aux_rounds=3)
     batch = prompts_of(made.backbone)
     turns = made.algorithm.turns(0)

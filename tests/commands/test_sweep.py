@@ -16,6 +16,7 @@ from diffalign.commands import launch, program
 from diffalign.report.sweep_table import advice, judged, markdown, trained, verdict
 
 ROOT = Path(__file__).parents[2]
+SAME = ("loss", "people_prefer", "gain_sd", "match_change", "diversity_change")
 TINY = ["--config=playground", "trainer.steps=2", "data.batch_size=2", "data.limit=8", "data.num_workers=0"]
 TINY += ["backbone.lora_rank=2", "hooks.sample_every=0", "hooks.sample_steps=1", "hooks.verify_export=false"]
 TINY += ["data.draws_per_sample=null", "hooks.checkpoint_every=1"]
@@ -62,11 +63,15 @@ def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, sta
     found = json.loads((here / "s" / "sweep.json").read_text())
     still, moved = found["rows"]
     assert (still["values"], moved["values"]) == (["optimizer.lr=0"], ["optimizer.lr=1e-3"])
-    assert (still["win_rate"], still["gain"], still["verdict"]) == (0.5, 0.0, "nothing")  # lr 0: the same images
+    assert (still["people_prefer"], still["gain_sd"]) == (0.5, 0.0)  # lr 0: the same images
+    assert (still["verdict"], still["match_change"], still["diversity_change"]) == ("too small to see", 0.0, 0.0)
     assert still["drift"] == 0.0 and still["accuracy"] == 0.5 and still["n"] == 4 and still["seconds"] > 0
     assert moved["drift"] != 0.0
     table = (here / "s" / "sweep.md").read_text()
-    assert "| optimizer.lr |" in table and "| 0 | 50.0% [50.0%, 50.0%] | +0.00 [+0.00, +0.00] | 50% | +0.0% |" in table
+    assert (
+        "| optimizer.lr |" in table
+        and "| 0 | 50.0% [50.0%, 50.0%] | +0.00 [+0.00, +0.00] | +0.0% | +0.0% | 50% | +0.0% |" in table
+    )
     assert table in capsys.readouterr().out
     config = (here / "s" / "sweep-optimizer.lr=1e-3" / "config.yaml").read_text()
     assert "lr: 0.001" in config and "folder: s/sweep-optimizer.lr=1e-3" in config
@@ -85,7 +90,7 @@ def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, sta
     assert "run.resume=true" in started[2] and "resumed from" in capsys.readouterr().out
     again = json.loads((here / "s" / "sweep.json").read_text())["rows"][1]
     assert again["seconds"] is None
-    assert {k: again[k] for k in ("loss", "win_rate", "gain")} == {k: moved[k] for k in ("loss", "win_rate", "gain")}
+    assert {k: again[k] for k in SAME} == {k: moved[k] for k in SAME}
 
     assert sweep(recipe, "diffusion_dpo", *words, "trainer.steps=3") == 2
     assert "'s/sweep-optimizer.lr=0' holds a run with another trainer.steps" in capsys.readouterr().err
@@ -167,7 +172,10 @@ def test_a_command_of_the_docs_page_starts(here: Path, recipe: Callable, started
         assert sweep(recipe, name, *swept, *TINY[1:], f"run.folder=s{k}", "--sweep-prompts", "prompts.txt") == 0, line
 
 
-BETTER = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "gain": 0.4, "gain_low": 0.3, "gain_high": 0.5, "drift": 0.02}
+BETTER = {"people_prefer": 0.7, "people_prefer_low": 0.6, "people_prefer_high": 0.8}
+BETTER |= {"gain_sd": 0.4, "gain_sd_low": 0.3, "gain_sd_high": 0.5, "drift": 0.02}
+BETTER |= {"match_change": -0.02, "diversity_change": -0.03}
+WORSE = {"people_prefer": 0.3, "people_prefer_low": 0.2, "people_prefer_high": 0.4, "gain_sd": -0.4}
 
 
 @pytest.mark.parametrize(
@@ -176,18 +184,31 @@ BETTER = {"win_rate": 0.7, "low": 0.6, "high": 0.8, "gain": 0.4, "gain_low": 0.3
         ({}, "better"),
         ({"drift": None}, "better"),
         ({"drift": 0.11}, "destroyed"),
-        ({"low": 0.5}, "nothing"),
-        ({"gain": 0.049}, "nothing"),
-        ({"win_rate": 0.3, "low": 0.2, "high": 0.4, "gain": -0.4}, "worse"),
-        ({"win_rate": 0.3, "low": 0.2, "high": 0.4, "gain": -0.04}, "nothing"),
-        ({"win_rate": 0.3, "low": 0.2, "high": 0.4, "gain": -0.4, "drift": 0.5}, "destroyed"),
+        ({"match_change": -0.11}, "loses the prompt"),
+        ({"diversity_change": -0.11}, "loses diversity"),
+        ({"diversity_change": -0.11, "gain_sd": 0.1}, "loses diversity"),
+        ({"people_prefer_low": 0.5}, "unclear"),
+        ({"gain_sd": 0.199}, "too small to see"),
+        (WORSE, "worse"),
+        ({**WORSE, "gain_sd": -0.199}, "too small to see"),
+        ({**WORSE, "drift": 0.5}, "destroyed"),
     ],
 )
 def test_verdicts(change: dict, said: str) -> None:
     assert verdict({**BETTER, **change}) == said
 
 
+def test_a_scorer_that_measures_no_match_loses_none() -> None:
+    row = {key.replace("people_prefer", "share_won"): value for key, value in BETTER.items() if key != "match_change"}
+    assert verdict(row) == "better"
+    table = markdown([{**row, "values": ["a.b=1"], "accuracy": None, "loss": 1, "seconds": 2, "verdict": "better"}])
+    assert table.splitlines()[0].startswith("| a.b | share won [95 %] | gain, sd [95 %] | match | diversity |")
+    assert table.splitlines()[2].startswith("| 1 | 70.0% [60.0%, 80.0%] | +0.40 [+0.30, +0.50] |  | -3.0% |  |")
+
+
 def test_advice_and_table() -> None:
+    """The best is the point that people prefer most often among those that hold match and diversity."""
+
     def row(beta: int, **change: Any) -> dict[str, Any]:
         about = {"values": [f"algorithm.beta={beta}"], "accuracy": 0.6, "loss": 0.65, "seconds": None}
         found = {**about, **BETTER, **change}
@@ -195,40 +216,49 @@ def test_advice_and_table() -> None:
 
     rows = [
         row(50, drift=0.14),
-        row(200, win_rate=0.9, gain=0.35, gain_low=0.25, gain_high=0.45),
+        row(60, match_change=-0.2, people_prefer=0.9),
+        row(70, diversity_change=-0.3, people_prefer=0.95),
+        row(200, people_prefer=0.65, people_prefer_low=0.55, gain_sd=0.9),
         row(500),
-        row(900, win_rate=0.95, gain=0.1, gain_low=0.0, gain_high=0.2),
-        row(2000, low=0.45),
-        row(9000, gain=0.01),
-        row(1, win_rate=0.3, low=0.2, high=0.4, gain=-0.4),
+        row(900, people_prefer=0.55, people_prefer_low=0.52, people_prefer_high=0.58),
+        row(2000, people_prefer_low=0.45),
+        row(9000, gain_sd=0.01),
+        row(1, **WORSE),
         {"values": ["algorithm.beta=0"], "verdict": "failed"},
     ]
     assert advice(rows) == (
-        "best: algorithm.beta=500, gain +0.40; algorithm.beta=200 cannot be told from it (+0.35); "
-        "algorithm.beta=900 gains less (+0.10); "
+        "best: algorithm.beta=500, 70.0%; algorithm.beta=200 cannot be told from it (65.0%); "
+        "algorithm.beta=900 is preferred less (55.0%); "
         "algorithm.beta=50 drifts +14%: images are being destroyed; "
-        "algorithm.beta=2000 changes nothing yet: the interval contains one half; "
-        "algorithm.beta=9000 changes nothing yet: scores moved by +0.01 standard deviations; "
-        "algorithm.beta=1 makes images worse (-0.40); algorithm.beta=0 failed"
+        "algorithm.beta=60 loses prompt match (-20%); algorithm.beta=70 loses diversity (-30%); "
+        "algorithm.beta=2000 is not clearly preferred: the interval contains one half; "
+        "algorithm.beta=9000 changes nothing that can be seen (+0.01 standard deviations); "
+        "algorithm.beta=1 makes images worse (30.0%); algorithm.beta=0 failed"
     )
-    assert advice(rows[4:]).startswith("no point beats the base; ")
+    assert advice(rows[6:]).startswith("no point beats the base; ")
     lines = markdown(rows).splitlines()
-    assert lines[2] == "| 50 | 70.0% [60.0%, 80.0%] | +0.40 [+0.30, +0.50] | 60% | +14.0% | 0.65 |  | destroyed |"
-    assert lines[-1] == "| 0 |  |  |  |  |  |  | failed |"
+    assert lines[2] == (
+        "| 50 | 70.0% [60.0%, 80.0%] | +0.40 [+0.30, +0.50] | -2.0% | -3.0% | 60% | +14.0% | 0.65 |  | destroyed |"
+    )
+    assert lines[-1] == "| 0 |  |  |  |  |  |  |  |  | failed |"
 
 
 def test_numbers_of_the_last_tenth(tmp_path: Path) -> None:
-    """20 steps: the mean of steps 19 and 20. Gain: 0.5 over the spread of (0, 4, 0, 4), which is 2."""
+    """20 steps: the mean of steps 19 and 20."""
     steps = [{"step": k, "policy/loss": k, "policy/accuracy": 1.0, "policy/reference_error": 0.5} for k in range(1, 21)]
     steps[-1] |= {"policy/winner_error_change": 0.1}  # NaN is left out of the file
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps(step) + "\n" for step in steps))
     assert trained(file) == {"accuracy": 1.0, "loss": 19.5, "drift": 0.2}
-    scorer = {"name": "s", "win_rate": 0.75, "low": 0.6, "high": 0.9, "n": 4}
-    scorer |= {"mean_difference": 0.5, "mean_difference_low": -0.25, "mean_difference_high": 1.25}
-    (tmp_path / "win_rate.json").write_text(json.dumps({"scorers": [{**scorer, "base_scores": [0, 4, 0, 4]}]}))
-    said = {"win_rate": 0.75, "low": 0.6, "high": 0.9, "n": 4, "gain": 0.25, "gain_low": -0.125, "gain_high": 0.625}
-    assert judged(tmp_path / "win_rate.json") == said
-    (tmp_path / "win_rate.json").write_text(json.dumps({"scorers": [{**scorer, "base_scores": [1, 1, 1, 1]}]}))
+
+
+def test_what_a_point_takes_from_the_file_of_win_rates(tmp_path: Path) -> None:
+    own = {key: BETTER[key] for key in ("gain_sd", "gain_sd_low", "gain_sd_high")} | {"n": 4}
+    own |= {key: value for key, value in BETTER.items() if key.startswith("people")}
+    beside = {"match": None, "diversity": {"change": -0.1, "base": 0.2}}
+    (tmp_path / "win_rate.json").write_text(json.dumps({"scorers": [{**own, "name": "s", "direction": 0.9}], **beside}))
+    assert judged(tmp_path / "win_rate.json") == {**own, "diversity_change": -0.1}
+    nothing = {"scorers": [{**own, "name": "s", "gain_sd": None}], **beside}
+    (tmp_path / "win_rate.json").write_text(json.dumps(nothing))
     with pytest.raises(ValueError, match="s gives all images of the base the same score"):
         judged(tmp_path / "win_rate.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.report import paired_win_rate, read_manifest, read_pairs, write_report
+from diffalign.report import compare, read_manifest, read_pairs, write_report
+from diffalign.report.comparison import GAIN
 from diffalign.report.curves import POINTS, draw_curves, read_metrics
-from diffalign.report.page import choose, verdict
+from diffalign.report.grid import CELL, shown
+from diffalign.report.page import choose
 
 SCRIPT = "<script>alert(1)</script>"
 
@@ -38,16 +39,14 @@ def _scorer(name: str, base: np.ndarray, aligned: np.ndarray, ids: list[str]) ->
     return {
         "name": name,
         "unit": "points",
-        **asdict(paired_win_rate(base, aligned, ids)),
-        "mean_base": float(base.mean()),
-        "mean_aligned": float(aligned.mean()),
+        **compare(base, aligned, ids, name=name, choice_temperature=1.0 if name == "judge" else None),
         "base_scores": base.tolist(),
         "aligned_scores": aligned.tolist(),
     }
 
 
 def _comparison(
-    root: Path, prompts: list[str], samples: int = 1, scorers: tuple[str, ...] = ("judge",)
+    root: Path, prompts: list[str], samples: int = 2, scorers: tuple[str, ...] = ("judge",)
 ) -> dict[str, Any]:
     """Arguments of write_report for two folders and random scores."""
     base = _folder(root / "base", 10, prompts, samples, lora=None)
@@ -56,7 +55,9 @@ def _comparison(
     ids = [pair.prompt_id for pair in pairs]
     results = [_scorer(name, rng.normal(size=len(ids)), rng.normal(0.5, size=len(ids)), ids) for name in scorers]
     keys = [{"prompt_id": p.prompt_id, "sample": p.sample, "prompt": p.prompt} for p in pairs]
-    return {"win_rates": {"scorers": results, "pairs": keys}, "base_dir": base, "aligned_dir": aligned}
+    beside = {"base": 0.9, "aligned": 0.85, "change": -0.05, "change_low": -0.08, "change_high": 0.0}
+    said = {"match": {**beside, "measured_by": f"match of {SCRIPT}"}, "diversity": None}
+    return {"win_rates": {"scorers": results, "pairs": keys, **said}, "base_dir": base, "aligned_dir": aligned}
 
 
 def _training_run(path: Path) -> Path:
@@ -118,7 +119,7 @@ def test_page_needs_no_network_and_every_file_it_names_is_there(tmp_path: Path) 
     text = index.read_text()
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", text)
     sources = [s for s in _Page(text).sources if not s.startswith(("#", "data:"))]
-    assert len(sources) == 2 * 6 + 2
+    assert len(sources) == 1 + 2 * 6 + 2
     assert all((index.parent / s).is_file() and not s.startswith("/") for s in sources)
     assert not {"script", "iframe", "object", "embed"} & set(_Page(text).tags)
 
@@ -164,23 +165,54 @@ def test_table_and_json_hold_the_numbers(tmp_path: Path) -> None:
     index = write_report(tmp_path / "report", **arguments)
     text, numbers = index.read_text(), json.loads((index.parent / "report.json").read_text())
     for scorer in arguments["win_rates"]["scorers"]:
-        assert f"{100 * scorer['win_rate']:.1f} %" in text
-        assert f"{100 * scorer['low']:.1f} \N{EN DASH} {100 * scorer['high']:.1f} %" in text
+        for key in ("share_won", "direction"):
+            assert f"{100 * scorer[key]:.1f} %" in text
+            assert f"{100 * scorer[f'{key}_low']:.1f} \N{EN DASH} {100 * scorer[f'{key}_high']:.1f} %" in text
     first, second = sorted(s["p_value"] for s in numbers["scorers"])
     assert sorted(s["p_holm"] for s in numbers["scorers"]) == pytest.approx([min(2 * first, 1), max(2 * first, second)])
-    assert len(numbers["pairs"]) == 60 and len(numbers["shown"]) == 48
+    assert len(numbers["pairs"]) == 120 and len(numbers["shown"]) == 48
     assert numbers["settings"]["aligned"]["lora"] == "runs/x/export"
     rows = re.findall(r"<tr class=\"differs\"><td>(\w+)</td>", text)
     assert rows == ["lora"], "the setting that differs is marked, the others are not"
 
 
-def test_verdict_follows_the_interval() -> None:
-    numbers = {"name": "judge", "win_rate": 0.6, "n": 10}
-    assert verdict({**numbers, "low": 0.51, "high": 0.7}) == (
-        "judge prefers the aligned model: it wins 60.0 % of 10 pairs (95 % interval 51.0 % to 70.0 %)."
-    )
-    assert "no clear difference" in verdict({**numbers, "low": 0.5, "high": 0.7})
-    assert "prefers the base model" in verdict({**numbers, "low": 0.3, "high": 0.49})
+def test_page_opens_with_the_grid_and_one_sentence(tmp_path: Path) -> None:
+    """Then prompt match beside it; a gain of a fifth of a standard deviation cannot be seen, whatever is preferred."""
+    arguments = _comparison(tmp_path, [f"p{i}" for i in range(30)])
+    scorer = arguments["win_rates"]["scorers"][0]
+    scorer |= {"gain_sd": 0.1}
+    text = write_report(tmp_path / "report", **arguments).read_text()
+    assert text.index("<h1>") < text.index('src="grid.png"') < text.index("A difference too small to see: people")
+    assert text.index("too small to see") < text.index("Prompt match") < text.index("<article")
+    assert "\N{MINUS SIGN}5.0 %" in text and "Diversity" not in text
+
+
+def test_a_scorer_that_cannot_measure_is_said_to(tmp_path: Path) -> None:
+    arguments = _comparison(tmp_path, ["a", "b"])
+    arguments["win_rates"]["scorers"][0] |= dict.fromkeys(GAIN)
+    text = write_report(tmp_path / "report", **arguments).read_text()
+    assert "judge gives all images of the base the same score" in text and "not measurable" in text
+
+
+def test_the_grid_shows_the_same_prompts_of_both_enlarged(tmp_path: Path) -> None:
+    """16 of 30 prompts, two rows of eight: 8 pixels become 192, the base's above the aligned one's; always the same."""
+    arguments = _comparison(tmp_path, [f"p{i}" for i in range(30)])
+    pairs = read_pairs(arguments["base_dir"], arguments["aligned_dir"])
+    chosen = shown(pairs)
+    assert len(chosen) == 16 == len({pair.prompt_id for pair in chosen}) and {pair.sample for pair in chosen} == {0}
+    grid = (write_report(tmp_path / "report", **arguments).parent / "grid.png").read_bytes()
+    write_report(tmp_path / "again", **arguments)
+    assert (tmp_path / "again" / "grid.png").read_bytes() == grid
+    with Image.open(tmp_path / "report" / "grid.png") as image:
+        colours = image.getcolors(image.width * image.height)
+        assert colours is not None
+        count = {colour: n for n, colour in colours}
+        top, below = (image.crop((0, y, image.width, y + 1)).getcolors(9999) for y in (100, 100 + CELL))
+    for pair in chosen:
+        for shade in (10, 200):
+            assert count[(shade, int(pair.prompt_id), 0)] == CELL * CELL
+    assert {c[0] for _, c in top or []} >= {10} and not {200} & {c[0] for _, c in top or []}
+    assert {c[0] for _, c in below or []} >= {200} and not {10} & {c[0] for _, c in below or []}
 
 
 def test_curves_draw_what_the_run_has(tmp_path: Path) -> None:
@@ -227,7 +259,10 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
 def test_win_rates_of_other_folders_are_refused(tmp_path: Path) -> None:
     arguments = _comparison(tmp_path, ["a", "b", "c"])
     arguments["win_rates"]["pairs"].pop()
-    with pytest.raises(ValueError, match="2 other pairs than the 3"):
+    with pytest.raises(ValueError, match="5 other pairs than the 6"):
+        write_report(tmp_path / "report", **arguments)
+    arguments["win_rates"]["scorers"][0].pop("people_prefer")
+    with pytest.raises(ValueError, match="earlier version"):
         write_report(tmp_path / "report", **arguments)
     assert not (tmp_path / "report").exists()
 

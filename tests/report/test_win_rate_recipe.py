@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from PIL import Image
 
 from diffalign.playground.judge import Judge
@@ -31,14 +34,16 @@ win_rate, report = _recipe("win_rate"), _recipe("report")
 PROMPTS = ("red circle on white", "blue square on black", "green triangle on pink")
 
 
-def _folder(path: Path, backgrounds: tuple[str, ...]) -> Path:
-    """Plain images of the given colours, in the layout of tools/generate.py."""
+def _folder(path: Path, backgrounds: tuple[str, ...], samples: int = 2) -> Path:
+    """Plain images of the given colours, in the layout of tools/generate.py; samples differ by a grey level each."""
     (path / "images").mkdir(parents=True)
     rows = []
     for i, (prompt, background) in enumerate(zip(PROMPTS, backgrounds, strict=True)):
-        colour = tuple(round(255 * x) for x in BACKGROUNDS[background])
-        Image.new("RGB", (32, 32), colour).save(path / "images" / f"{i}.png")
-        rows.append({"image": f"images/{i}.png", "prompt": prompt, "prompt_id": str(i), "seed": 0, "sample": 0})
+        for k in range(samples):
+            colour = tuple(abs(round(255 * x) - k) for x in BACKGROUNDS[background])
+            name = f"images/{i}_{k}.png"
+            Image.new("RGB", (32, 32), colour).save(path / name)
+            rows.append({"image": name, "prompt": prompt, "prompt_id": str(i), "seed": 0, "sample": k})
     (path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -57,15 +62,65 @@ def test_scores_are_the_judges_and_the_line_says_the_result(
 ) -> None:
     out = tmp_path / "win_rate.json"
     assert win_rate.main([*map(str, folders), "--scorer", JUDGE, "--out", str(out), "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    assert re.search(rf"^{JUDGE}: win rate \.833 \[\.\d+, 1\.000\], n 3 pairs, 3 prompts, mean difference \+", printed)
+    printed = capsys.readouterr().out.splitlines()
+    said = rf"{JUDGE}: people prefer (\.\d+) \[\.\d+, \.\d+\], n 6 pairs from independent noise, 3 prompts; gain \+1\."
+    assert (found := re.match(said, printed[0])), printed
+    assert printed[0].endswith("(direction of the shift .833)")
+    assert printed[1].startswith("prompt match: 0.083 -> 0.250, change +16.7% [") and JUDGE in printed[1]
+    assert printed[2].startswith("diversity: 0.004 -> 0.004, change ")
     result = json.loads(out.read_text())
     (scorer,) = result["scorers"]
-    assert (scorer["win_rate"], scorer["ties"], scorer["unit"]) == (pytest.approx(2.5 / 3), 1, Judge.unit)
-    assert [row["prompt_id"] for row in result["pairs"]] == ["0", "1", "2"]
-    differences = [a - b for a, b in zip(scorer["aligned_scores"], scorer["base_scores"], strict=True)]
-    assert differences[0] > 0.9 and differences[1] == 0 and differences[2] > 0.9
-    assert scorer["mean_difference"] == pytest.approx(scorer["mean_aligned"] - scorer["mean_base"])
+    assert (scorer["direction"], scorer["ties"], scorer["unit"]) == (pytest.approx(2.5 / 3, abs=0.01), 2, Judge.unit)
+    assert [(row["prompt_id"], row["sample"]) for row in result["pairs"]] == [(p, k) for p in "012" for k in (0, 1)]
+    base, aligned = (scorer[f"{side}_scores"] for side in ("base", "aligned"))
+    assert aligned[0] - base[0] > 0.9 and aligned[2] - base[2] == 0 and aligned[4] - base[4] > 0.9
+    chance = [
+        1 / (1 + math.exp((base[i] - aligned[j]) / 0.35)) for i, j in ((0, 1), (1, 0), (2, 3), (3, 2), (4, 5), (5, 4))
+    ]
+    assert scorer["people_prefer"] == pytest.approx(sum(chance) / 6) == pytest.approx(float(found[1]), abs=5e-4)
+    assert scorer["gain_sd"] == pytest.approx((sum(aligned) - sum(base)) / 6 / statistics.pstdev(base))
+    assert result["match"]["change"] == pytest.approx(1 / 6), "the background, one of four, of two prompts of three"
+    before, after = 1 / 255, result["diversity"]["aligned"]
+    assert result["diversity"]["base"] == pytest.approx(before, abs=1e-6)
+    assert result["diversity"]["change"] == pytest.approx(after / before - 1, abs=1e-5)
+
+
+class Dark:
+    """A scorer that says nothing of people's choices nor of the prompt."""
+
+    differentiable, unit = False, "darkness"
+
+    def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return 1 - images.mean((1, 2, 3))
+
+
+def test_a_scorer_without_a_choice_reports_the_share_won(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "win_rate.json"
+    words = [*map(str, folders), "--scorer", f"{__name__}:Dark", "--out", str(out), "--device", "cpu"]
+    assert win_rate.main(words) == 0
+    assert ": share won .1" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert result["match"] is None and "people_prefer" not in result["scorers"][0]
+    assert win_rate.main([*words, "--scorer", JUDGE, "--groups"]) == 2
+    assert "--groups compares groups by one measure" in capsys.readouterr().err
+
+
+def test_one_sample_a_prompt_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a scorer is loaded."""
+    folders = [str(_folder(tmp_path / name, ("black",) * 3, samples=1)) for name in ("base", "aligned")]
+    assert win_rate.main([*folders, "--scorer", "no_such", "--out", str(tmp_path / "w.json")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("win_rate: prompt_id '0' has 1 sample") and "--samples-per-prompt 2" in said
+
+
+def test_samples_that_are_all_the_same_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = _folder(tmp_path / "base", ("black", "white", "pink"))
+    for file in (base / "images").glob("*_1.png"):
+        file.write_bytes(file.with_name(file.name.replace("_1", "_0")).read_bytes())
+    assert win_rate.main([str(base)] * 2 + ["--scorer", JUDGE, "--out", str(tmp_path / "w.json")]) == 2
+    assert "all samples of each prompt of the base are the same image" in capsys.readouterr().err
 
 
 def test_report_takes_what_win_rate_wrote(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -73,8 +128,9 @@ def test_report_takes_what_win_rate_wrote(folders: tuple[Path, Path], tmp_path: 
     file, out = tmp_path / "win_rate.json", tmp_path / "report"
     assert win_rate.main([base, aligned, "--scorer", JUDGE, "--out", str(file), "--device", "cpu"]) == 0
     assert report.main(["--base", base, "--aligned", aligned, "--win-rate", str(file), "--out", str(out)]) == 0
-    assert "83.3 %" in (out / "index.html").read_text()
-    assert len(list((out / "images").iterdir())) == 6
+    text = (out / "index.html").read_text()
+    assert "No clear preference: people choose" in text and "Prompt match" in text and "Diversity" in text
+    assert len(list((out / "images").iterdir())) == 12 and (out / "grid.png").exists()
 
 
 def test_folders_that_do_not_match_are_an_error_and_not_a_result(
@@ -82,10 +138,10 @@ def test_folders_that_do_not_match_are_an_error_and_not_a_result(
 ) -> None:
     base, aligned = folders
     manifest = aligned / "manifest.jsonl"
-    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:2]))
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:5]))
     out = tmp_path / "win_rate.json"
     assert win_rate.main([str(base), str(aligned), "--scorer", JUDGE, "--out", str(out)]) == 2
-    assert "1 of 3 images of" in capsys.readouterr().err
+    assert "1 of 6 images of" in capsys.readouterr().err
     assert not out.exists()
     assert win_rate.main([*map(str, (base, base)), "--scorer", JUDGE, "--scorer", "no_such", "--out", str(out)]) == 2
     printed = capsys.readouterr()
@@ -103,9 +159,9 @@ def test_equal_images_are_counted_and_said(tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "win_rate.json"
     assert win_rate.main([*map(str, folders), "--scorer", JUDGE, "--out", str(out), "--device", "cpu"]) == 0
     said = capsys.readouterr().err
-    assert json.loads(out.read_text())["equal_images"] == same
-    assert ("2 of 3 pairs are the same image twice" in said) == (same == 2)
-    assert ("all 3 pairs are the same image twice" in said) == (same == 3)
+    assert json.loads(out.read_text())["equal_images"] == 2 * same
+    assert ("4 of 6 pairs are the same image twice" in said) == (same == 2)
+    assert ("all 6 pairs are the same image twice" in said) == (same == 3)
     assert ("same image twice" in said) == (same > 0)
     assert win_rate.main([str(folders[0])] * 2 + ["--scorer", JUDGE, "--out", str(out), "--device", "cpu"]) == 0
     assert "same image twice" not in capsys.readouterr().err, "a folder against itself is meant to be"

@@ -159,7 +159,8 @@ def test_of_files(kind: Any, files: list[Path], capsys: pytest.CaptureFixture[st
         score_files(kind(), files, PROMPTS)
     folder, name = files[0].parent, spec(kind)
     code = reward_score.main([str(folder), "--scorer", name, "--out", str(folder / "o.csv"), "--batch-size", "4"])
-    rows = [{"image": x.name, "prompt": p, "prompt_id": p, "sample": 0} for x, p in zip(files, PROMPTS, strict=True)]
+    drawn = [(PROMPTS[i // 2], i % 2) for i in range(len(files))]  # two samples a prompt
+    rows = [{"image": x.name, "prompt": p, "prompt_id": p, "sample": k} for x, (p, k) in zip(files, drawn, strict=True)]
     for k in range(2):
         (folder / f"m{k}").mkdir()
         for file in files:

@@ -16,6 +16,7 @@ from diffalign.objectives.rewards import Rewards
 from diffalign.training.hooks.samples import drawn
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
+from reward_models.images import diversity
 
 LIMITS = {
     "saturation": (1.25, "colours are {:.0%} more saturated than at the start"),
@@ -160,13 +161,12 @@ def image_statistics(pixels: Tensor) -> dict[str, Tensor]:
     """Images [2N, 3, H, W] in [0, 1], first and last N of the same prompts -> measures [2N], diversity [N]."""
     grey = pixels.mean(1, keepdim=True)
     smooth = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    one, other = pixels.chunk(2)
     return {
         "saturation": (pixels.amax(1) - pixels.amin(1)).flatten(1).mean(1),
         "contrast": grey.flatten(1).std(1),
         "high_frequency": (grey - smooth).square().flatten(1).mean(1),
         "clamped": ((pixels <= 0) | (pixels >= 1)).float().flatten(1).mean(1),
-        "diversity": (one - other).square().flatten(1).mean(1).sqrt(),
+        "diversity": diversity(torch.stack(pixels.chunk(2))),
     }
 
 

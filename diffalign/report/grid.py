@@ -1,0 +1,60 @@
+"""The before/after grid: prompts side by side, the base's image above the aligned model's from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from diffalign.report.manifest import Pair
+from reward_models.files import replacing
+from reward_models.images import read_rgb
+
+CELL, COLUMNS, ROWS = 192, 8, 2
+"""Pixels of a shown image, prompts in a row, and rows of them."""
+MARGIN, GAP, LINE = 72, 6, 26
+
+
+def shown(pairs: Sequence[Pair]) -> list[Pair]:
+    """One pair each of up to 16 prompts, drawn at random and always the same: nobody chose those that look well."""
+    first = list({pair.prompt_id: pair for pair in reversed(pairs)}.values())[::-1]
+    chosen = np.random.default_rng(0).permutation(len(first))[: COLUMNS * ROWS]
+    return [first[i] for i in sorted(chosen)]
+
+
+def write_grid(pairs: Sequence[Pair], path: Path) -> None:
+    """Write the PNG of the `shown` pairs. Small images are enlarged with hard edges: 32 pixels six times."""
+    chosen, font = shown(pairs), ImageFont.load_default(size=15)
+    columns = min(COLUMNS, len(chosen))
+    rows, height = -(-len(chosen) // columns), LINE + 2 * (CELL + GAP)
+    page = Image.new("RGB", (MARGIN + columns * (CELL + GAP), rows * (height + GAP)), "white")
+    draw = ImageDraw.Draw(page)
+    for k, pair in enumerate(chosen):
+        x, y = MARGIN + k % columns * (CELL + GAP), k // columns * (height + GAP)
+        draw.text((x, y + 5), _fitting(pair.prompt, draw, font), fill="black", font=font)
+        for i, (side, file) in enumerate((("base", pair.base), ("aligned", pair.aligned))):
+            top = y + LINE + i * (CELL + GAP)
+            page.paste(enlarged(read_rgb(file)), (x, top))
+            if k % columns == 0:
+                draw.text((8, top + CELL // 2), side, fill="black", font=font)
+    with replacing(path) as temporary:
+        page.save(temporary, "PNG")
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """At most CELL pixels wide and high: a whole number of times larger, or smaller."""
+    times = CELL // max(image.size)
+    if times:
+        return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+    image.thumbnail((CELL, CELL))
+    return image
+
+
+def _fitting(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """As much of a text in one line as fits over a cell, in characters that the font has."""
+    text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
+    while draw.textlength(text, font) > CELL:
+        text = text.removesuffix("...")[:-1] + "..."
+    return text

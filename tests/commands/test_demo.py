@@ -1,0 +1,72 @@
+"""What the demo runs, and the summary it writes of what the commands found."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffalign.commands import demo as story
+from diffalign.commands import launch
+from diffalign.report.comparison import compare
+
+IDS = ["a", "a", "b", "b"]
+BASE, ALIGNED, RANDOM = [0.0, 4.0, 0.0, 4.0], [3.0, 6.0, 2.0, 6.0], [1.0, 6.0, -1.0, 5.0]
+KEYS = ["people_prefer", "people_prefer_low", "people_prefer_high", "gain_sd", "gain_sd_low", "gain_sd_high"]
+KEYS += ["match_change", "diversity_change", "direction", "n", "seconds", "export", "grid"]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs nothing but the win rates, whose files are written; the commands in order."""
+    called: list[list[str]] = []
+
+    def call(command: list[str], environment: dict[str, str]) -> int:
+        called.append(command[3:])
+        if "win_rate" in command:
+            scores = RANDOM if Path(command[6]).name == "random" else ALIGNED
+            found = compare(BASE, scores, IDS, name="judge", choice_temperature=0.35)
+            result = {"name": "judge", **found, "base_scores": BASE, "aligned_scores": scores}
+            beside = {"match": {"change": -0.01}, "diversity": {"change": 0.02}}
+            pairs = [{"prompt_id": i} for i in IDS]
+            Path(command[-1]).write_text(json.dumps({"scorers": [result], "pairs": pairs, **beside}))
+        return 0
+
+    monkeypatch.setattr(launch, "call", call)
+    return called
+
+
+def test_the_summary_has_what_others_read(tmp_path: Path, commands: list[list[str]], capsys: Any) -> None:
+    assert story.demo(tmp_path / "demo") == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert sorted(summary) == sorted(KEYS)
+    assert (summary["gain_sd"], summary["direction"], summary["n"]) == (1.125, 1.0, 4)
+    assert (summary["match_change"], summary["diversity_change"]) == (-0.01, 0.02)
+    assert summary["grid"] == str(tmp_path / "demo" / "report" / "grid.png")
+    said = capsys.readouterr().out
+    assert f"people choose the aligned image in {100 * summary['people_prefer']:.1f} % of 4 pairs" in said
+    assert "Label effect" not in said and not any("random" in " ".join(words) for words in commands)
+
+
+def test_random_labels_give_the_label_effect(tmp_path: Path, commands: list[list[str]], capsys: Any) -> None:
+    """As by hand in test_comparison.py."""
+    assert story.demo(tmp_path / "demo", random_labels=True) == 0
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert sorted(summary) == sorted([*KEYS, "label_effect_sd"]) and summary["label_effect_sd"] == 0.75
+    assert "+0.75 standard deviations (95 % interval +0.50 to +1.00)" in capsys.readouterr().out
+    runs = [words for words in commands if words[0] == "train"]
+    assert len(runs) == 2
+    differ = [(a, b) for a, b in zip(*runs, strict=True) if a != b]
+    assert [a.partition("=")[0] for a, _ in differ] == ["run.folder", "data.path"], "the rest is equal"
+
+
+def test_images_are_drawn_without_guidance_everywhere() -> None:
+    for line in (story.STORY + story.CONTROL).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[1:3] == ["eval", "generate"]:
+            assert words[words.index("--guidance") + 1] == "1", line
+        if words[1:2] == ["train"]:
+            assert "hooks.sample_guidance=1" in words, line
