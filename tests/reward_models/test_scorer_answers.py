@@ -124,7 +124,7 @@ def test_in_training(kind: Any) -> None:
     words = f"^scorer '{spec(kind)}' .*{ {**SHAPES, **NUMBERS}[kind] }"
     held_out = load_mixture("cpu", scorers=(spec(kind),))
     rewards = Rewards(WeightedSum({spec(kind): (kind(), 1.0)}), lambda x: x, list)
-    for use in (held_out.score, held_out.parts, rewards.look, rewards.score, rewards.ascend):
+    for use in (held_out.score, held_out.parts, rewards.raw_scores, rewards.score, rewards.ascend):
         with pytest.raises((ValueError, FloatingPointError), match=words) as caught:
             use(IMAGES, PROMPTS)
         assert not {"lr", "beta"} & set(str(caught.value).replace("'", " ").split())

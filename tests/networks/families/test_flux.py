@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from chains import chain
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from diffalign.diffusion.steps import sample
 from diffalign.networks.families.flux import packed, unpacked
 from diffalign.networks.loading import load_backbone
 from diffalign.types import Cond
@@ -95,7 +95,7 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_flux: Path, gui
         for given, embedding in ((None, guidance), (torch.tensor([guidance] * 2), 9.0)):
             backbone = load_backbone(CPU, path=str(tiny_flux), guidance_embedding=embedding)
             cond, grid = backbone.encode_text(PROMPTS)._replace(guidance=given), backbone.grid(7, 32)
-            ours = sample(backbone.denoiser, backbone.schedule, cond, noise(), grid)
+            ours = chain(backbone.denoiser, backbone.schedule, cond, noise(), grid)
             assert (packed(ours) - theirs).abs().max() < 1e-4
     assert (ours - noise()).abs().max() > 0.1
 
@@ -119,7 +119,7 @@ def test_schnell_samples_without_guidance_and_without_dynamic_shift(schnell: Pat
             PROMPTS, latents=packed(noise()), guidance_scale=0.0, max_sequence_length=256, **SETTINGS
         ).images
         cond, grid = backbone.encode_text(PROMPTS), backbone.grid(7, 32)
-        ours = sample(backbone.denoiser, backbone.schedule, cond, noise(), grid)
+        ours = chain(backbone.denoiser, backbone.schedule, cond, noise(), grid)
     assert (packed(ours) - theirs).abs().max() < 1e-4
 
 

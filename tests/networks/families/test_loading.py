@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from chains import chain
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from diffalign.diffusion.schedule import Prediction
-from diffalign.diffusion.steps import sample
+from diffalign.diffusion.steps import guided
 from diffalign.networks import families
 from diffalign.networks.ema import Ema
 from diffalign.networks.loading import (
@@ -55,15 +57,9 @@ def test_pieces_agree_with_the_stock_pipeline() -> None:
         prompts, latents=noise, num_inference_steps=5, guidance_scale=2.0, height=32, width=32, output_type="pt"
     ).images
     with torch.no_grad():
-        latents = sample(
-            backbone.denoiser,
-            backbone.schedule,
-            backbone.encode_text(prompts),
-            noise,
-            backbone.schedule.grid(5, "trailing"),
-            uncond=backbone.encode_text(["", ""]),
-            guidance=2.0,
-        )
+        guide = partial(guided, backbone.denoiser, uncond=backbone.encode_text(["", ""]), scale=2.0)
+        cond, steps = backbone.encode_text(prompts), backbone.schedule.grid(5, "trailing")
+        latents = chain(guide, backbone.schedule, cond, noise, steps)
         ours = backbone.decode(latents)
     assert (ours - theirs).abs().max() < 1e-4
 

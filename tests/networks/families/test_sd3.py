@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from chains import chain
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from diffalign.diffusion.steps import sample
+from diffalign.diffusion.steps import guided
 from diffalign.networks.loading import encoder_fingerprint, load_backbone
 from diffalign.playground import FLOW
 from diffalign.types import Cond
@@ -109,7 +111,7 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_sd3: Path, tmp_
     with torch.no_grad():
         theirs = stock(path)(PROMPTS, latents=noise(), num_inference_steps=7, guidance_scale=1.0, **settings).images
         grid = backbone.grid(7, 32)
-        ours = sample(backbone.denoiser, backbone.schedule, backbone.encode_text(PROMPTS), noise(), grid)
+        ours = chain(backbone.denoiser, backbone.schedule, backbone.encode_text(PROMPTS), noise(), grid)
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - noise()).abs().max() > 0.1
 
@@ -122,9 +124,8 @@ def test_the_shipped_flow_model_draws_what_the_stock_pipeline_draws() -> None:
         theirs = pipeline(PROMPTS, latents=noise(4, 16), guidance_scale=2.0, **settings).images
         conds = [backbone.encode_text(p) for p in (PROMPTS, ["", ""])]
         steps = backbone.grid(4, 32)
-        latents = sample(
-            backbone.denoiser, backbone.schedule, conds[0], noise(4, 16), steps, uncond=conds[1], guidance=2.0
-        )
+        guide = partial(guided, backbone.denoiser, uncond=conds[1], scale=2.0)
+        latents = chain(guide, backbone.schedule, conds[0], noise(4, 16), steps)
         ours = backbone.decode(latents)
     assert (ours - theirs).abs().max() < 1e-4
 

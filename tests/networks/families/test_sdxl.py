@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from chains import chain
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from diffalign.diffusion.schedule import Prediction
-from diffalign.diffusion.steps import sample
 from diffalign.networks.loading import load_backbone
 from diffalign.types import Cond
 
@@ -71,7 +71,7 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(
     with torch.no_grad():
         theirs = stock(path, timestep_spacing="leading")(PROMPTS, latents=noise(), **settings).images
         grid = backbone.grid(5, 32)
-        ours = sample(backbone.denoiser, backbone.schedule, backbone.encode_text(PROMPTS), noise(), grid)
+        ours = chain(backbone.denoiser, backbone.schedule, backbone.encode_text(PROMPTS), noise(), grid)
     assert (ours - theirs).abs().max() < 1e-4
 
 
