@@ -25,13 +25,14 @@ HALF = [(2, "fp16"), (0, "fp16")] if CUDA else []
 OFFLINE = ("diffusion_dpo", "inpo", "rank_dpo", "kto", "mapo", "sft", "pso_offline")
 SHORT = {
     "inpo": ["inversion.steps=2"],
-    "pso_offline": ["sampler.steps=2"],
-    "pso": ["sampler.steps=2"],
-    "r0": ["sampler.steps=2"],
-    "refl": ["sampler.steps=2", "algorithm.first_step=1"],
-    "draft": ["sampler.steps=2", "algorithm.last_steps=1"],
-    "diff_instruct_star": ["algorithm.aux_rounds=1"],
-    "distill": ["sampler.steps=1", "algorithm.aux_rounds=1"],
+    "pso_offline": ["sampler.steps=2", "sampler.law=renoise"],
+    "pso": ["sampler.steps=2", "sampler.law=renoise"],
+    "pso_customize": ["sampler.steps=2", "sampler.law=renoise"],
+    "r0": ["sampler.steps=2", "sampler.law=renoise"],
+    "refl": ["sampler.steps=2", "sampler.law=deterministic", "algorithm.first_step=1"],
+    "draft": ["sampler.steps=2", "sampler.law=deterministic", "algorithm.last_steps=1"],
+    "diff_instruct_star": ["sampler.law=renoise", "algorithm.aux_rounds=1"],
+    "distill": ["sampler.steps=1", "sampler.law=renoise", "algorithm.aux_rounds=1"],
 }
 WAITS = {"pso": 3, "r0": 4, "refl": 4, "draft": 4, "diff_instruct_star": 5, "distill": 2}
 """How often the host may wait for the device in a step of each recipe that draws samples: these may only fall."""
@@ -43,6 +44,18 @@ class Dark:
         assert images.dtype == torch.float32 and not torch.is_autocast_enabled(images.device.type)
         return -images.mean((1, 2, 3))
 """
+
+
+@pytest.fixture
+def tiny(recipe: Callable, tiny_sd: Path) -> Callable[..., None]:
+    """tiny("sft", "run.folder=...") runs a recipe on a model of few layers; the pretend device is slow by operator."""
+
+    def call(name: str, *words: str) -> None:
+        paths = [f"backbone.path={tiny_sd}"]
+        paths += [f"teacher.path={tiny_sd}"] if name in ("diff_instruct_star", "distill") else []
+        recipe(name, "--config=playground", *paths, *SHORT.get(name, []), *words)
+
+    return call
 
 
 @pytest.fixture
@@ -64,12 +77,12 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.parametrize(("rank", "precision"), [*WAYS, *HALF])
 @pytest.mark.parametrize("name", OFFLINE)
 def test_a_step_on_fixed_preferences_waits_once(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, steps_seen: Callable, name: str, rank: int, precision: str
+    tmp_path: Path, pairs_file: Path, tiny: Callable, steps_seen: Callable, name: str, rank: int, precision: str
 ) -> None:
     """For the check of the loss; and sends the batch, all of it from one place."""
     settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
-    settings += [f"backbone.lora_rank={rank}", f"run.mixed_precision={precision}", *BARE, *SHORT.get(name, [])]
-    recipe(name, "--config=playground", *settings)
+    settings += [f"backbone.lora_rank={rank}", f"run.mixed_precision={precision}", *BARE]
+    tiny(name, *settings)
     assert len(losses(tmp_path)) == 3
     for step in steps_seen():
         assert step.waits.total() == 1, step.waits
@@ -79,12 +92,12 @@ def test_a_step_on_fixed_preferences_waits_once(
 @pytest.mark.parametrize(("rank", "precision"), WAYS)
 @pytest.mark.parametrize("name", WAITS)
 def test_a_step_on_own_samples(
-    tmp_path: Path, recipe: Callable, steps_seen: Callable, dark: str, name: str, rank: int, precision: str
+    tmp_path: Path, tiny: Callable, steps_seen: Callable, dark: str, name: str, rank: int, precision: str
 ) -> None:
     settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", f"backbone.lora_rank={rank}"]
-    settings += [f"run.mixed_precision={precision}", *BARE, *SHORT.get(name, [])]
+    settings += [f"run.mixed_precision={precision}", *BARE]
     settings += [] if name == "distill" else ["monitor.prompts=null", dark]
-    recipe(name, "--config=playground", *settings)
+    tiny(name, *settings)
     assert len(losses(tmp_path)) == 3 * (1 + (name in ("diff_instruct_star", "distill")))
     for step in steps_seen():
         assert step.waits.total() <= WAITS[name], step.waits
@@ -92,7 +105,7 @@ def test_a_step_on_own_samples(
 
 @pytest.mark.parametrize(("rank", "precision"), WAYS)
 def test_a_step_on_target_images(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, steps_seen: Callable, rank: int, precision: str
+    tmp_path: Path, pairs_file: Path, tiny: Callable, steps_seen: Callable, rank: int, precision: str
 ) -> None:
     """Once their counterparts are drawn, in the first step of a round."""
     targets = tmp_path / "targets"
@@ -100,9 +113,9 @@ def test_a_step_on_target_images(
     for i in range(4):
         shutil.copy(pairs_file.parent / f"chosen{i}.png", targets)
     (targets / "prompt.txt").write_text("small red circle on white")
-    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={targets}", "data.batch_size=4", *BARE, "sampler.steps=2"]
+    settings = [f"run.folder={tmp_path / 'run'}", f"data.path={targets}", "data.batch_size=4", *BARE]
     settings += [f"backbone.lora_rank={rank}", f"run.mixed_precision={precision}"]
-    recipe("pso_customize", "--config=playground", *settings)
+    tiny("pso_customize", *settings)
     assert len(losses(tmp_path / "run")) == 3
     for step in steps_seen():
         assert step.waits.total() <= 1, step.waits
@@ -122,40 +135,38 @@ def test_a_scorer_is_trained(tmp_path: Path, recipe: Callable, steps_seen: Calla
 
 @pytest.mark.parametrize("rank", [2, 0])
 def test_remembered_reference_errors_are_the_policys(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, rank: int
+    tmp_path: Path, pairs_file: Path, tiny: Callable, rank: int
 ) -> None:
     """The first loss is ln 2 and the first margin 0, in half precision too: the reference ran as the policy runs."""
     settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
     settings += [f"backbone.lora_rank={rank}", "run.mixed_precision=bf16", "data.draws_per_sample=2", *BARE]
-    recipe("diffusion_dpo", "--config=playground", *settings, "trainer.steps=1", "algorithm.beta=5000")
+    tiny("diffusion_dpo", *settings, "trainer.steps=1", "algorithm.beta=5000")
     (row,) = rows(tmp_path)
     assert row["policy/loss"] == pytest.approx(math.log(2), abs=1e-6) and row["policy/margin"] == 0
 
 
-def whole_run(recipe: Callable, folder: Path, *more: str) -> None:
+def whole_run(tiny: Callable, folder: Path, *more: str) -> None:
     """A run with every hook but the check of the export."""
     hooks = ["hooks.checkpoint_every=2", "hooks.sample_every=2", "hooks.sample_steps=2", "hooks.ema_decay=0.9"]
     hooks += ["hooks.sample_prompts=[small red circle on white, large blue square on black]"]
     settings = [f"run.folder={folder}", "run.log_every=1", "trainer.steps=4", "data.batch_size=4", "data.limit=8"]
-    recipe(*more[:1], "--config=playground", *settings, *hooks, "hooks.verify_export=false", *more[1:])
+    tiny(*more[:1], *settings, *hooks, "hooks.verify_export=false", *more[1:])
 
 
 @pytest.mark.parametrize("way", ["diffusion_dpo", "r0"])
 def test_a_killed_run_goes_on_bit_for_bit(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, dark: str, way: str
+    tmp_path: Path, pairs_file: Path, tiny: Callable, dark: str, way: str
 ) -> None:
     """4 steps = 2 + resume + 2, with moving average, monitor, sample grids and export."""
     more = [way, "backbone.lora_rank=0", "run.mixed_precision=bf16"]
     more += (
         [f"data.path={pairs_file}"] if way == "diffusion_dpo" else [dark, "monitor.every=2", "monitor.prompt_count=4"]
     )
-    if way == "r0":
-        more += ["sampler.steps=2"]
     more += ["run.deterministic=true"] if CUDA else []
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    whole_run(recipe, whole, *more)
-    whole_run(recipe, parts, *more, "trainer.steps=2")
-    whole_run(recipe, parts, *more, "run.resume=true")
+    whole_run(tiny, whole, *more)
+    whole_run(tiny, parts, *more, "trainer.steps=2")
+    whole_run(tiny, parts, *more, "run.resume=true")
     for file in ("trained_0.safetensors", "ema.safetensors"):
         ours, theirs = (load_file(f / "checkpoints/step-000004" / file) for f in (whole, parts))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
@@ -166,9 +177,9 @@ def test_a_killed_run_goes_on_bit_for_bit(
 
 @pytest.mark.skipif(CUDA, reason="a rule of the pretend device")
 @pytest.mark.parametrize("name", ["diffusion_dpo", "r0"])
-def test_a_device_without_float64(tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_device_without_float64(tmp_path: Path, tiny: Callable, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As Apple's mps."""
     monkeypatch.setattr(pretend, "refuse_float64", True)
     settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", *BARE, "trainer.steps=1"]
     settings += ["monitor.prompts=null", "reward.normalise=running"] if name == "r0" else []
-    recipe(name, "--config=playground", *settings)
+    tiny(name, *settings)
