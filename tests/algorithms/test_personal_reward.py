@@ -207,7 +207,7 @@ def test_laplace_of_one_number_by_hand() -> None:
 
 
 def test_a_linear_probe_identifies_twenty_people_by_their_embeddings() -> None:
-    """A linear probe on embeddings of 20 held-out choices has accuracy 0.8 over 20 people, near 0 for shuffled labels.
+    """A linear probe on embeddings of 20 held-out choices has accuracy 0.8 over 20 people, near chance if shuffled.
 
     (Four choices are four bits, too few to identify one of 20; the accuracy was .29.)
     """
