@@ -1,6 +1,6 @@
-"""Configuration: keyword-only constructor parameters are the schema; YAML plus `section.key=value` fill it in.
+"""Configuration from YAML files and `section.key=value` overrides; keyword-only constructor parameters are the schema.
 
-Everything that is wrong is reported in one message, before anything loads.
+All problems are reported in one message before anything loads.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from reward_models.files import read_text
 from reward_models.settings import typed, words
 
 Section = Callable[..., Any]
-"""What a section configures: a class or a function. Its attribute `check`, where it has one, takes the values of the
-section, and those of every other section whose name is one of its parameters (and the section's own name as `section`);
-it returns one line a problem."""
+"""Factory of a section: a class or a function. Its optional attribute `check` validates the values and returns one line
+per problem. `check` gets the section's dict first. Further parameters named after other sections get their dicts;
+a parameter named `section` gets the section's own name."""
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a configuration, one problem a line."""
+    """All problems of a configuration, one per line."""
 
 
 @dataclass(eq=False)
 class SweepRequest(Exception):
-    """`--sweep` was given: instead of one run, `diffalign.commands.sweep.sweep` takes these arguments."""
+    """Raised for `--sweep`: holds the arguments of `diffalign.commands.sweep.sweep`, which starts several runs."""
 
     recipe: Path
     axes: Sequence[str]
@@ -48,9 +48,9 @@ class SweepRequest(Exception):
 
 
 class Config:
-    """The resolved configuration: one dict a section, as attributes (`cfg.optimizer["lr"]`).
+    """The resolved configuration: one dict per section, accessible as attributes (`cfg.optimizer["lr"]`).
 
-    factories: what each section configures, as given to `parse`.
+    factories: the factory of each section, as passed to `parse`.
     """
 
     def __init__(self, sections: dict[str, dict[str, Any]], factories: Mapping[str, Section] | None = None):
@@ -60,7 +60,7 @@ class Config:
         return name in self.sections
 
     def make(self, name: str, *wiring: Any) -> Any:
-        """What a section configures, made of its positional `wiring` and the section's keys."""
+        """Call the factory of a section with positional `wiring` and the section's keys as keyword arguments."""
         return self.factories[name](*wiring, **self.sections[name])
 
     def __getattr__(self, name: str) -> dict[str, Any]:
@@ -70,15 +70,17 @@ class Config:
             raise AttributeError(f"no section '{name}'; sections: {', '.join(self.sections)}") from None
 
     def yaml(self) -> str:
+        """The configuration as YAML text."""
         return OmegaConf.to_yaml(OmegaConf.create(self.sections))
 
 
 def parse(argv: Sequence[str] | None, recipe: str, **sections: Section) -> Config:
-    """Command line -> configuration; exits with status 2 and one message when anything is wrong.
+    """Parse the command line into a configuration; exits with status 2 and one message for an invalid one.
 
-    Raises SweepRequest where --sweep asks for several runs.
+    recipe    `__file__` of the recipe; its docstring is the help text, its YAML files are in `configs/<its name>/`
+    sections  section name -> factory
 
-    recipe is the `__file__` of the recipe: its docstring is the help text, `configs/<its name>/` holds its YAML files.
+    Raises SweepRequest for --sweep.
     """
     file = Path(recipe)
     folder = _configs(file)
@@ -109,7 +111,7 @@ def _configs(recipe: Path) -> Path:
 
 
 def command_line(recipe: Path) -> argparse.ArgumentParser:
-    """What a recipe understands. Imports nothing of what it configures, so that help comes at once."""
+    """Argument parser of a recipe. It does not import the recipe's modules, so that --help is fast."""
     parser = argparse.ArgumentParser(
         prog=recipe.name,
         description=inspect.cleandoc(ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""),
@@ -119,15 +121,15 @@ def command_line(recipe: Path) -> argparse.ArgumentParser:
     )
     names = ", ".join(sorted(p.stem for p in _configs(recipe).glob("*.yaml")))
     parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="what to change; see the keys below")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; keys are listed below")
     parser.add_argument("--sweep", action="append", default=[], metavar="section.key=v1,v2", help="docs/sweep.md")
-    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts, which the playground has")
-    parser.add_argument("--sweep-scorer", metavar="SPEC", help="who judges their images; the playground has a judge")
+    parser.add_argument("--sweep-prompts", metavar="FILE", help="held-out prompts; needed outside the playground")
+    parser.add_argument("--sweep-scorer", metavar="SPEC", help="scorer of images; needed outside the playground")
     return parser
 
 
 def read(name: str | None, folder: Path) -> dict[str, Any]:
-    """The content of a YAML file, given by path or by the name of one in `folder`."""
+    """Content of a YAML file, given by its path or by its name in `folder`. Raises ConfigError if it is invalid."""
     if name is None:
         return {}
     path = Path(name)
@@ -146,7 +148,7 @@ def read(name: str | None, folder: Path) -> dict[str, Any]:
 
 
 def resolve(content: Any, overrides: Sequence[str], sections: Mapping[str, Section]) -> Config:
-    """Merge, fill in defaults and check. Raises ConfigError with every problem found."""
+    """Merge content and overrides, fill in defaults and validate. Raises ConfigError with all problems."""
     bad = [x for x in overrides if "=" not in x or "." not in x.split("=")[0]]
     if bad:
         raise ConfigError(f"expected section.key=value, got {', '.join(bad)}")
@@ -178,7 +180,7 @@ def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], l
     problems = [_unknown("key", f"{name}.{k}", [f"{name}.{s}" for s in schema]) for k in given if k not in schema]
     values: dict[str, Any] = {}
     for key, (hint, default) in schema.items():
-        if key not in given or given[key] == "???":  # OmegaConf's mark of a value still to be given
+        if key not in given or given[key] == "???":  # OmegaConf's marker of a missing value
             if default is inspect.Parameter.empty:
                 problems.append(f"'{name}.{key}' is missing; it must be {words(hint)}")
             values[key] = default
@@ -195,7 +197,7 @@ def _section(name: str, factory: Section, given: Any) -> tuple[dict[str, Any], l
 
 
 def _checked(name: str, factory: Section, resolved: Mapping[str, dict[str, Any]]) -> list[str]:
-    """What the section's own check says, as far as all sections that it looks at could be read."""
+    """Problems found by the section's own check; empty if a section that it needs is invalid."""
     check = getattr(factory, "check", None)
     others = list(inspect.signature(check).parameters)[1:] if check else []
     if check is None or not all(x in resolved for x in (name, *others) if x != "section"):
@@ -207,7 +209,7 @@ def _checked(name: str, factory: Section, resolved: Mapping[str, dict[str, Any]]
 
 
 def too_small(section: str, cfg: Mapping[str, Any], **least: float) -> list[str]:
-    """A line for every key whose value is below its least one; null is not."""
+    """One line for each key whose value is below its minimum; null is accepted."""
     return [
         f"'{section}.{key}' = {cfg[key]} must be {low:g} or more"
         for key, low in least.items()
@@ -216,7 +218,7 @@ def too_small(section: str, cfg: Mapping[str, Any], **least: float) -> list[str]
 
 
 def parameters(factory: Section) -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, default) of the keyword-only parameters, which are the config keys."""
+    """Config keys of a factory: name -> (type, default) of its keyword-only parameters."""
     function = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]
     hints = typing.get_type_hints(function)
     keys = [p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY]

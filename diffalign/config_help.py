@@ -1,4 +1,4 @@
-"""The keys of a recipe for `--help`, read from sources: importing what they configure would take ten seconds."""
+"""Help text of a recipe's config keys, parsed from source files. Importing the modules would take ten seconds."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 PACKAGES = Path(__file__).resolve().parent.parent
-"""Where diffalign/ and reward_models/ lie."""
+"""Folder that contains diffalign/ and reward_models/."""
 OURS = ("diffalign", "reward_models")
 Function = ast.FunctionDef
 
 
 def keys(recipe: Path, words: Any) -> str:
-    """The help text of every key of the sections that a recipe gives to `config.parse`: type, default, and what the
-    Args of the docstring say of it. words turns a type into words."""
+    """Help text of all config keys of a recipe: type, default, and the description in the docstring's Args.
+
+    The sections are the keyword arguments of `config.parse` in the recipe. `words` converts a type to text.
+    """
     tree, lines = _tree(recipe), ["keys:"]
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "config.parse")
     for section in (keyword for call in calls for keyword in call.keywords):
         file, node = _find(recipe, ast.unparse(section.value))
-        file, function, said = _constructor(file, node)
+        file, function, docstring = _constructor(file, node)
         for parameter, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
             kind = _typed(file, parameter.annotation, words)
             value = "required" if default is None else f"default {_value(file, default)}"
-            about = _about(said, parameter.arg)
+            about = _description(docstring, parameter.arg)
             lines.append(f"  {section.arg}.{parameter.arg}: {kind} ({value}){'  ' + about if about else ''}")
     return "\n".join(lines)
 
 
-def _about(said: str, name: str) -> str:
-    """The lines under Args that belong to a parameter, as one."""
-    found = re.search(rf"^( *){name}: (.*(?:\n\1 +\S.*)*)", said, re.MULTILINE)
+def _description(docstring: str, name: str) -> str:
+    """Description of a parameter in the docstring's Args, as one line."""
+    found = re.search(rf"^( *){name}: (.*(?:\n\1 +\S.*)*)", docstring, re.MULTILINE)
     return " ".join(found[2].split()) if found else ""
 
 
@@ -48,7 +50,7 @@ def _file(module: str) -> Path:
 
 
 def _find(file: Path, name: str) -> tuple[Path, Any]:
-    """Where a name of a file is defined, and how: a class, a function, or the value that it is given."""
+    """Definition of a name used in a file: the defining file, and the AST node of the class, function or value."""
     for node in ast.walk(_tree(file)):
         if isinstance(node, (ast.ClassDef, Function)) and node.name == name:
             return file, node
@@ -64,31 +66,31 @@ def _find(file: Path, name: str) -> tuple[Path, Any]:
 
 
 def _constructor(file: Path, node: Any) -> tuple[Path, Function, str]:
-    """The function whose keyword-only parameters are the keys, its file, and all docstrings that may tell of them."""
-    said = ast.get_docstring(node) or ""
+    """The function whose keyword-only parameters are the keys, its file, and the docstrings that may describe them."""
+    docstring = ast.get_docstring(node) or ""
     if isinstance(node, Function):
-        return file, node, said
+        return file, node, docstring
     own = [x for x in node.body if isinstance(x, Function) and x.name == "__init__"]
     if own:
-        return file, own[0], said
+        return file, own[0], docstring
     for where, base in _bases(file, node):
-        found, function, more = _constructor(where, base)
-        return found, function, f"{said}\n{more}"
-    return file, ast.parse("def __init__(self): ...").body[0], said  # type: ignore[return-value]
+        found, function, inherited = _constructor(where, base)
+        return found, function, f"{docstring}\n{inherited}"
+    return file, ast.parse("def __init__(self): ...").body[0], docstring  # type: ignore[return-value]
 
 
 def _bases(file: Path, node: ast.ClassDef) -> Iterator[tuple[Path, ast.ClassDef]]:
     for base in node.bases:
         try:
             where, found = _find(file, ast.unparse(base))
-        except LookupError:  # a class of somebody else's
+        except LookupError:  # a class of another package
             continue
         if isinstance(found, ast.ClassDef):
             yield where, found
 
 
 def _typed(file: Path, annotation: ast.expr | None, words: Any) -> str:
-    """An annotation in words; names of types that a file gives to others, such as a Literal, are looked up."""
+    """An annotation as text; type aliases, such as a named Literal, are looked up."""
     names: dict[str, Any] = {"Literal": Literal, "Any": Any}
     for node in ast.walk(annotation) if annotation else ():
         if isinstance(node, ast.Name) and node.id not in ("str", "int", "float", "bool", "tuple", "list", *names):
@@ -97,7 +99,7 @@ def _typed(file: Path, annotation: ast.expr | None, words: Any) -> str:
 
 
 def _value(file: Path, default: ast.expr) -> Any:
-    """A default: a constant, or one that has a name."""
+    """Value of a default: a literal, or the value of a named constant."""
     if isinstance(default, ast.Name):
         return _value(*_find(file, default.id))
     try:

@@ -1,7 +1,7 @@
-"""Randomness with a key: every draw is a pure function of (seed, stream, key).
+"""Keyed random numbers: every draw is a pure function of (seed, stream, key).
 
-Never of rank, world size or call order. So one process with 8 accumulation steps sees what 8 processes see, a resumed
-run continues bit for bit, and the error of a frozen reference on a (pair, t, eps) can be computed once and kept.
+Draws do not depend on rank, world size or call order. So one process with 8 accumulation steps gets the same draws as 8
+processes, and a resumed run continues bit for bit. The error of a frozen reference on a (pair, t, eps) can be cached.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from diffalign.types import Key
 
 
 class Draws:
-    """Keyed random numbers, drawn on the CPU in float32 so that every device sees the same ones.
+    """Keyed random numbers, drawn on the CPU in float32, so that they are the same for every device.
 
-    `stream` names what is drawn ("noise", "timestep", ...): different streams are independent for the same key.
+    `stream` names the purpose ("noise", "timestep", ...); different streams are independent for the same key.
     """
 
     def __init__(self, seed: int):
         self.seed = seed
 
     def generator(self, key: Key, stream: str) -> torch.Generator:
-        """A CPU generator whose state depends on nothing but (seed, stream, key)."""
+        """A CPU generator whose state depends only on (seed, stream, key)."""
         digest = hashlib.blake2b(repr((self.seed, stream, key)).encode(), digest_size=8).digest()
-        # torch takes seeds in [-2^63, 2^64); 63 bits stay clear of its remapping of negative seeds.
+        # torch accepts seeds in [-2^63, 2^64); 63 bits avoid its remapping of negative seeds.
         return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
     def normal(self, keys: Sequence[Key], shape: Sequence[int], *, stream: str) -> Tensor:
@@ -44,7 +44,7 @@ class Draws:
         return torch.cat([torch.randint(low, high, (1,), generator=self.generator(k, stream)) for k in keys])
 
     def permutation(self, n: int, *, key: Key, stream: str) -> Tensor:
-        """A random order of range(n), int64 [n]."""
+        """A random permutation of range(n), int64 [n]."""
         return torch.randperm(n, generator=self.generator(key, stream))
 
 
@@ -53,10 +53,10 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def seeded(seed: int, device: torch.device = CPU) -> Iterator[None]:
-    """For code that draws from torch's global generators: inside, those of the CPU and of the current device of
-    `device`'s kind begin at `seed`; afterwards they go on as if nothing had been drawn.
+    """Context manager that seeds torch's global generators and restores their state on exit.
 
-    No other device is asked or changed, which `torch.manual_seed` and a bare `torch.random.fork_rng()` do to each.
+    It covers the CPU generator and that of the current device of `device`'s type. Other devices stay untouched, unlike
+    with `torch.manual_seed` and a bare `torch.random.fork_rng()`.
     """
     module = None if device.type == "cpu" else getattr(torch, device.type)
     before = torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Signals that ask a program to end: who hears them, and how a loop sees that one came."""
+"""Handling of SIGTERM and SIGINT: temporary handlers, and a flag that a loop can check."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 
 @contextmanager
 def handled(signals: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Inside, `handler` hears the signals, but for those that this process was started to ignore (`nohup`, jobs in the
-    background of a script). Outside the main thread nothing changes: Python handles signals there alone."""
+    """Context manager that installs `handler` for signals and restores the previous handlers on exit.
+
+    Signals that the process was started to ignore stay ignored (`nohup`, background jobs of a script). Outside the main
+    thread it does nothing, because Python handles signals only in the main thread.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = {s: signal.getsignal(s) for s in signals if main and signal.getsignal(s) is not signal.SIG_IGN}
     for signum in before:
@@ -28,22 +31,23 @@ def handled(signals: Sequence[signal.Signals], handler: Callable[[int, FrameType
 
 
 class Interruption:
-    """The first SIGTERM or SIGINT that came inside `caught()`. A second one ends the process at once.
+    """Records the first SIGTERM or SIGINT that arrives inside `caught()`. A second one ends the process at once.
 
-    said  what to write to stderr when it comes; nothing when empty
+    message  text to write to stderr on arrival; nothing if empty
+    signum   number of the signal; 0 if none arrived
     """
 
-    def __init__(self, said: str = ""):
-        self.said = said
-        self.signum = 0  # of the signal; 0 as long as none came
+    def __init__(self, message: str = ""):
+        self.message = message
+        self.signum = 0
 
     def caught(self) -> AbstractContextManager[None]:
-        """Inside, the first signal is kept for whoever looks."""
+        """Context manager inside which the first signal is recorded in `signum`."""
         return handled(ENDING, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         for each in ENDING:
             signal.signal(each, signal.SIG_DFL)
-        if self.said:  # unbuffered: print() may be what was interrupted
-            os.write(2, f"\n{signal.Signals(signum).name}: {self.said}\n".encode())
+        if self.message:  # unbuffered, because the signal may have interrupted a print()
+            os.write(2, f"\n{signal.Signals(signum).name}: {self.message}\n".encode())

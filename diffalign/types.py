@@ -1,4 +1,4 @@
-"""The few types that travel between modules: text conditions, batches, metrics, encoders."""
+"""Types that several modules share: text conditions, batches, metrics, encoders."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 Key = Hashable
-"""What a random draw belongs to: (epoch, sample id) for a data set, (step, prompt id, k) for a rollout.
-Made of ints, strings and tuples of them, so that it means the same in every process."""
+"""Key of a random draw: (epoch, sample id) for a data set, (step, prompt id, k) for a rollout.
+Keys consist of ints, strings and tuples of them, so they are the same in every process."""
 
 Metrics = Mapping[str, Tensor]
 """Detached values to log: a scalar, or one value per sample [B] in which NaN means "not in this group"."""
 
 
-class Recent(NamedTuple):
-    """The metrics of a run's last steps, for the line at its end.
+class RecentMetrics(NamedTuple):
+    """Metrics averaged over the last steps of a run, for the summary line at its end.
 
-    means    name -> mean over the steps; a metric without a value in any of them is not there
-    errors   name -> standard error of that mean, by its spread from step to step; needs two steps
-    samples  of how many preferences, prompts or images the steps were, in all
+    means    name -> mean over the steps; metrics without any value are missing
+    errors   name -> standard error of that mean, from the variation between steps; needs two steps
+    samples  total number of preferences, prompts or images in these steps
     """
 
     means: Mapping[str, float]
     errors: Mapping[str, float]
     samples: int
 
-    def share(self, name: str) -> tuple[float, float] | None:
-        """A share in [0, 1] and its standard error, no less than that of so many coins. None where it is not there."""
+    def proportion(self, name: str) -> tuple[float, float] | None:
+        """Mean of a metric in [0, 1] and its standard error, at least 0.5 / sqrt(samples). None if missing."""
         if name not in self.means or not self.samples:
             return None
         return self.means[name], max(self.errors.get(name, 0.0), 0.5 / self.samples**0.5)
 
-    def about(self, name: str, form: str = ".4g") -> str:
-        """The mean with twice its standard error, as far as both are known."""
+    def formatted(self, name: str, form: str = ".4g") -> str:
+        """The mean +- two standard errors as text; "unknown" for a missing metric."""
         if name not in self.means:
             return "unknown"
         spread = f" +- {2 * self.errors[name]:.2g}" if name in self.errors else ""
@@ -44,12 +44,12 @@ class Recent(NamedTuple):
 
 
 class Cond(NamedTuple):
-    """What a denoiser is conditioned on besides x_t and t. Batch axis first in every field.
+    """Conditioning inputs of a denoiser besides x_t and t. The batch axis is first in every field.
 
-    tokens   [B, L, D]  text embedding, one vector a token
+    tokens   [B, L, D]  text embedding, one vector per token
     pooled   [B, P]     pooled text embedding (SDXL, SD3, FLUX)
     size     [B, 6]     SDXL's original size, crop and target size in pixels
-    guidance [B]        guidance scale of guidance-distilled models
+    guidance [B]        guidance scale of guidance-distilled models (FLUX.1-dev)
     user     [B, U, D]  user embedding of personalised models
     """
 
@@ -60,7 +60,7 @@ class Cond(NamedTuple):
     user: Tensor | None = None
 
     def repeat(self, n: int) -> Cond:
-        """The whole batch n times over along the batch axis: [B, ...] -> [n*B, ...]."""
+        """The batch repeated n times along the batch axis: [B, ...] -> [n*B, ...]."""
         return Cond._make(None if x is None else x.repeat(n, *[1] * (x.ndim - 1)) for x in self)
 
     def to(self, *args: object, **kwargs: object) -> Cond:
@@ -68,27 +68,27 @@ class Cond(NamedTuple):
         return Cond._make(None if x is None else x.to(*args, **kwargs) for x in self)  # type: ignore[call-overload]
 
     def at(self, index: Tensor) -> Cond:
-        """The batch entries `index` [N], in that order."""
+        """The batch entries at `index` [N], in that order."""
         return Cond._make(None if x is None else x[index] for x in self)
 
     @staticmethod
     def cat(conds: Sequence[Cond]) -> Cond:
-        """Concatenate along the batch axis. Every cond must fill the same fields."""
+        """Concatenate along the batch axis. All conds must have the same fields set."""
         return Cond._make(None if xs[0] is None else torch.cat(xs) for xs in zip(*conds, strict=True))
 
 
 Path = Sequence[tuple[Tensor, Tensor, Tensor]]
-"""The steps of an inversion: which samples [M] move, from which levels [M] and to which."""
+"""Steps of an inversion: the indices [M] of the samples that a step updates, their level [M] and next level [M]."""
 
 
 class Drawn(NamedTuple):
-    """What is random about G preferences over N images, drawn on the CPU; see Denoising.draw.
+    """Random timesteps and noise of G preferences over N images, drawn on the CPU by Denoising.draw.
 
     t          [G]               timestep of each preference
-    eps        [G or N, C, h, w] noise of each preference, or of each image; None where nothing is noised
-    x_t        [N, C, h, w]      latents noised before training (InPO), or None
-    reference  [N]               errors of the reference as they were before training, or None
-    path                         how each latent is inverted (InPO), or None
+    eps        [G or N, C, h, w] noise of each preference or image; None for inverted latents
+    x_t        [N, C, h, w]      latents inverted before training (InPO), or None
+    reference  [N]               reference errors computed before training, or None
+    path                         steps of the inversion (InPO), or None
     """
 
     t: Tensor
@@ -103,19 +103,19 @@ class Drawn(NamedTuple):
 
 
 class LatentBatch(NamedTuple):
-    """G preferences over N images, ready for a denoiser. One per pair, per ranked group, or per single image.
+    """Latents of G preferences over N images. A preference is a pair, a ranked group, or a single rated image.
 
-    Images lie first ones first: of pairs all winners, then all losers, so `x0.chunk(2)` parts them.
+    For pairs all winners come first, then all losers, so `x0.chunk(2)` splits them.
 
     x0      [N, C, h, w]  scaled latents
-    cond    batch of G    the prompt of each preference (the empty prompt where the caption was dropped)
-    group   int64 [N]     which preference an image belongs to, 0 to G-1
-    keys    G keys        (epoch, sample id) of each preference: noise and timestep are drawn from them
+    cond    batch of G    prompt of each preference (the empty prompt after caption dropout)
+    group   int64 [N]     index of the preference that an image belongs to, 0 to G-1
+    keys    G keys        (epoch, sample id) of each preference; they seed its noise and timestep
     flip    [G]           probability in [0, 0.5) that the label is wrong; 0 when unknown
-    scores  [N]           how good an image is, larger is better: the data set's own scores (NaN where it has none), a
-                          ranked group's win rates in [0, 1], or 1 for liked and 0 for disliked single images
+    scores  [N]           quality of an image, larger is better: scores of the data set (NaN if it has none), win rates
+                          in [0, 1] for ranked groups, or 1 for liked and 0 for disliked single images
     size    [N, 6]        original height and width, crop top and left, target height and width in pixels, or None
-    drawn   timesteps and noise where they came with the batch; else they are drawn from the keys when needed
+    drawn   timesteps and noise drawn in advance; None means they are drawn from the keys when needed
     """
 
     x0: Tensor
@@ -129,27 +129,27 @@ class LatentBatch(NamedTuple):
 
     @property
     def sample_cond(self) -> Cond:
-        """The condition of each image: a Cond of batch N."""
+        """The condition of each image, a Cond with batch N."""
         return self.cond.at(self.group)._replace(size=self.size)
 
     @property
     def sample_keys(self) -> list[Key]:
-        """A key for each image: (its preference's key, its number within it)."""
-        seen = [0] * len(self.keys)
+        """N keys (key of the preference, index of the image within it)."""
+        counts = [0] * len(self.keys)
         keys: list[Key] = []
         for g in self.group.tolist():
-            keys.append((self.keys[g], seen[g]))
-            seen[g] += 1
+            keys.append((self.keys[g], counts[g]))
+            counts[g] += 1
         return keys
 
 
 class GroupBatch(NamedTuple):
-    """G prompts with two or more images each, for the training of a scorer. The N images of all of them lie in a row.
+    """G prompts with two or more images each, N images in total, for training a scorer.
 
-    pixels  [N, 3, h, w]  what the scorer's network takes
+    pixels  [N, 3, h, w]  images, preprocessed for the scorer's network
     prompts N prompts     one for each image
-    group   int64 [N]     which prompt an image belongs to, 0 to G-1
-    ranks   [N, A]        order within the group by each of A aspects, lower is better; NaN where there is none
+    group   int64 [N]     index of the prompt that an image belongs to, 0 to G-1
+    ranks   [N, A]        rank within the group for each of A aspects, lower is better; NaN if unrated
     keys    G keys        (epoch, sample id)
     flip    [G]           probability in [0, 0.5) that a label is wrong; 0 when unknown
     """
@@ -163,12 +163,12 @@ class GroupBatch(NamedTuple):
 
 
 class ChoiceBatch(NamedTuple):
-    """B choices of persons as features z (reward_models.personal.tastes), each with other choices of the same person.
+    """B preference choices as features z (reward_models.personal.tastes), each with a support set of the same person.
 
-    z_w, z_l              [B, Z]      preferred and other image of a prompt
-    person                int64 [B]   number of the person among those who are trained on
-    support_w, support_l  [B, S, Z]   other choices of the same person
-    there                 bool [B, S] which of them count; their number varies
+    z_w, z_l              [B, Z]      preferred and rejected image of a prompt
+    person                int64 [B]   index of the person in the training set
+    support_w, support_l  [B, S, Z]   other choices of the same person, padded to S
+    mask                  bool [B, S] False marks padding
     keys                  B keys: (epoch, sample id)
     """
 
@@ -182,7 +182,7 @@ class ChoiceBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-    """B prompts for methods that draw their own samples.
+    """B prompts for online methods, which sample their own images.
 
     prompts  B strings
     cond     batch of B
@@ -198,7 +198,7 @@ Batch = TypeVar("Batch", LatentBatch, GroupBatch, PromptBatch, ChoiceBatch)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, without waiting for the copy."""
+    """The batch on a device; the copy is asynchronous."""
     moved: dict[str, Any] = {
         k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if isinstance(v, (Tensor, Cond, Drawn))
     }
@@ -206,10 +206,10 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class Encoder(Protocol):
-    """The frozen half of a backbone: pixels to latents and prompts to conditions.
+    """The frozen encoders of a backbone: pixels to latents, and prompts to conditions.
 
-    `fingerprint` changes whenever the weights, settings or dtypes that decide those outputs change. Where prompts are
-    cut, it also has `token_counts(prompts) -> (limit, [tokens of each])`, so that it can be said.
+    `fingerprint` is a hash of everything the outputs depend on: weights, settings, dtypes. An encoder that truncates
+    prompts also has `token_counts(prompts) -> (limit, [tokens of each])`, for a warning.
     """
 
     @property

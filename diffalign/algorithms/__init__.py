@@ -1,1 +1,1 @@
-"""One file for each alignment method."""
+"""Alignment methods, one file each."""

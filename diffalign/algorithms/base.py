@@ -1,4 +1,4 @@
-"""What an algorithm is: the networks it trains, how batches become training tuples, whose loss is stepped when."""
+"""Interface of an algorithm: trainable networks, training batches, losses, and the order of optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from diffalign.types import Key, Metrics, Recent
+from diffalign.types import Key, Metrics, RecentMetrics
 
 
 def check_inner_gradients(**sections: Mapping[str, Any]) -> list[str]:
-    """Where these sections ask for float16 although the method takes gradients inside its loss, one line each."""
+    """Problems with sections that set float16 for a method that computes gradients inside its loss, one line each."""
     return [
-        f"'{name}.{key}' = fp16: this method takes gradients inside its loss, which vanish in float16; use bf16"
+        f"'{name}.{key}' = fp16: this method takes gradients inside its loss, which underflow in float16; use bf16"
         for name, cfg in sections.items()
         for key in ("mixed_precision", "dtype")
         if cfg.get(key) == "fp16"
@@ -22,46 +22,46 @@ def check_inner_gradients(**sections: Mapping[str, Any]) -> list[str]:
 
 
 class Turn(NamedTuple):
-    """One optimizer step: whose, and the loss of a micro-batch -> (scalar, detached values to log)."""
+    """One optimizer step: the player it updates, and its loss: micro-batch -> (scalar, detached metrics)."""
 
     player: str
     loss: Callable[[Any], tuple[Tensor, Metrics]]
 
 
 class Algorithm(ABC):
-    """An alignment method. It knows no optimizer, logger, config or checkpoint.
+    """An alignment method. It does not depend on optimizer, logger, config or checkpoint format.
 
     players: the trainable networks by name, as prepared by accelerate.
     """
 
     players: Mapping[str, nn.Module]
     inner_gradients: ClassVar[bool] = False
-    """Whether the loss takes gradients itself, which the GradScaler of float16 does not scale."""
+    """Whether the loss computes gradients itself. The GradScaler of float16 does not scale these."""
     shown: Sequence[str] = ("policy/loss", "policy/accuracy")
-    """Metrics beside the progress bar: the loss, and what the method is about."""
+    """Names of the metrics in the progress bar."""
 
     def batches(self, loader: Iterator[Any]) -> Iterator[Any]:
-        """Endless training tuples from the loader's micro-batches. Online methods roll out here."""
+        """Endless training batches from the loader's micro-batches. Online methods generate their rollouts here."""
         return loader
 
     def draw(self, batch: Any) -> Any:
-        """Add what is random about a micro-batch, on the CPU, so that it travels to the device with the rest."""
+        """Draw the random values of a micro-batch on the CPU, so that they move to the device with the batch."""
         return batch
 
     def turns(self, step: int) -> Sequence[Turn]:
-        """The optimizer steps of training step `step`, in order."""
+        """The optimizer steps of training step `step`, in order. Methods with two players return several."""
         return (Turn("policy", self.loss),)
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
-        """A micro-batch -> (scalar loss, values to log: scalars or one value a sample)."""
+        """A micro-batch -> (scalar loss, metrics: scalars or one value per sample)."""
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the players' weights."""
+        """Tensors to save in a checkpoint besides the players' weights."""
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`."""
+        """Restore from `state()`."""
         assert not state
 
     def keys(self, batch: Any) -> Sequence[Key]:
@@ -69,9 +69,9 @@ class Algorithm(ABC):
         return batch.keys
 
     def describe(self) -> list[str]:
-        """Lines printed before training: what the settings mean."""
+        """Lines printed before training that explain the settings."""
         return []
 
-    def verdict(self, recent: Recent) -> str:
-        """One line printed after training, from the last tenth of the steps: no more than they can say."""
+    def verdict(self, recent: RecentMetrics) -> str:
+        """One line printed after training: the metrics of the last tenth of the steps, with their uncertainty."""
         return ""

@@ -1,4 +1,4 @@
-"""What the algorithms on fixed preferences share: one forward for all images, and a reference that is asked once."""
+"""Base class of the offline algorithms: one forward pass for all images, optionally precomputed reference errors."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm
 from diffalign.diffusion.noising import Noised, Noising, errors
 from diffalign.diffusion.steps import Network
-from diffalign.types import Drawn, Key, LatentBatch, Metrics, Recent
+from diffalign.types import Drawn, Key, LatentBatch, Metrics, RecentMetrics
 
-MOST_DRIFT = 0.1
-"""By how much of the reference's error the winners' own may rise before images fall apart."""
-BUCKETS = 4
-"""Metrics are logged for each quarter of the noise levels as well."""
+MAX_DRIFT = 0.1
+"""Largest relative increase of the winners' error over the reference's; images degrade beyond it."""
+LEVEL_BUCKETS = 4
+"""Number of noise-level intervals for which metrics are also logged separately."""
 
 
 class Denoising(Algorithm):
-    """An algorithm whose loss is a function of denoising errors.
+    """Base class of algorithms whose loss is a function of denoising errors.
 
-    Positional: the policy as prepared by accelerate, the frozen reference (None for reference-free methods), the
+    Positional: the policy as prepared by accelerate, the frozen reference (None for reference-free methods), and the
     noising of the run.
     """
 
     shares_noise: bool = True
-    """Whether all images of a preference get the same eps; their timestep they share always."""
+    """Whether all images of a preference share one eps; they always share one timestep."""
     remembers_latents: ClassVar[bool] = False
-    """Whether a noised latent costs network evaluations, and is kept with the reference's error on it."""
+    """Whether to store the noised latents with the reference errors, because they cost network evaluations (InPO)."""
     remembers_reference: ClassVar[bool] = True
-    """Whether `remember_reference` can replace the reference where the same draws return (`data.draws_per_sample`)."""
+    """Whether precomputed errors can replace the reference when draws repeat (`data.draws_per_sample`)."""
 
     def __init__(self, policy: nn.Module, reference: Network | None, noising: Noising):
         self.players = {"policy": policy}
@@ -43,7 +43,7 @@ class Denoising(Algorithm):
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]: ...
 
     def draw(self, batch: LatentBatch) -> LatentBatch:
-        """The batch with the timesteps and noise of its keys, and with what is remembered of the reference."""
+        """The batch with the timesteps and noise of its keys, and with precomputed reference errors if any."""
         t, eps, x_t, reference = self.noising.sample(batch.keys), None, None, None
         if self.remembered:
             remembered = [self.remembered[key] for key in batch.sample_keys]
@@ -54,23 +54,23 @@ class Denoising(Algorithm):
         return batch._replace(drawn=Drawn(t, eps, x_t, reference))
 
     def _drawn(self, batch: LatentBatch) -> Drawn:
-        """What came with the batch, or else is drawn now, on the batch's device."""
+        """Timesteps and noise on the batch's device, drawn now unless the batch already has them."""
         found = batch.drawn or self.draw(batch).drawn
         assert found is not None
         return found.to(batch.x0.device)
 
     def noised(self, batch: LatentBatch) -> Noised:
-        """The batch's N images, noised with the timestep and the noise of their keys."""
+        """The N latents of the batch, noised at the timesteps and with the noise of their keys."""
         drawn = self._drawn(batch)
         assert drawn.eps is not None
         eps = drawn.eps[batch.group] if self.shares_noise else drawn.eps
         return self.noising.add(batch.x0, eps, drawn.t[batch.group], batch.sample_cond)
 
     def remember_reference(self, batches: Iterable[LatentBatch], gather: Callable[[list[Any]], list[Any]]) -> None:
-        """Run the reference on every draw of every preference, once; afterwards it is not needed and is let go.
+        """Precompute the reference errors of every draw of every preference, then release the reference.
 
-        batches  this rank's share of the draws
-        gather   all ranks' lists -> one list
+        batches  the shard of the draws of this rank
+        gather   concatenates the lists of all ranks
         """
         assert self.reference is not None
         found: list[tuple[Key, tuple[float, Tensor | None]]] = []
@@ -82,7 +82,7 @@ class Denoising(Algorithm):
         self.remembered, self.reference = dict(gather(found)), None
 
     def reference_errors(self, batch: LatentBatch, noised: Noised) -> Tensor:
-        """[N], as remembered or from a forward of the reference."""
+        """Denoising errors of the reference [N], precomputed or from a forward pass."""
         if self.reference is None:
             remembered = self._drawn(batch).reference
             assert remembered is not None
@@ -90,49 +90,52 @@ class Denoising(Algorithm):
         return errors(self.reference, noised)
 
     def by_level(self, metrics: Metrics, noised: Noised) -> dict[str, Tensor]:
-        """Each metric [n] again for each quarter of the noise levels, NaN elsewhere; n is N, or G for pairs."""
+        """Each metric [n] split into quarters of the noise levels, NaN outside a quarter; n is N, or G for pairs."""
         fraction = self.noising.schedule.fraction(noised.input[1])
-        quarter = (fraction * BUCKETS).ceil().long().clamp(1, BUCKETS) - 1
+        bucket = (fraction * LEVEL_BUCKETS).ceil().long().clamp(1, LEVEL_BUCKETS) - 1
         return {
-            f"{name}@t{k * 1000 // BUCKETS:03d}": torch.where(quarter[: len(values)] == k, values, torch.nan)
+            f"{name}@t{k * 1000 // LEVEL_BUCKETS:03d}": torch.where(bucket[: len(values)] == k, values, torch.nan)
             for name, values in metrics.items()
-            for k in range(BUCKETS)
+            for k in range(LEVEL_BUCKETS)
         }
 
 
 def check_reference_free(data: Mapping[str, Any]) -> list[str]:
-    """What cannot work in the `data` section of a method without a reference, one line each."""
+    """Problems with the `data` section of a method without a reference, one line each."""
     if data["draws_per_sample"] is None:
         return []
     return ["'data.draws_per_sample' saves forwards of the reference, and this method has none; leave it out"]
 
 
-def verdict(recent: Recent) -> str:
-    """One line from the last metrics: implicit accuracy, and the drift of the preferred images' error. Says no more
-    than so many preferences can: nothing within two standard errors."""
-    return f"verdict: {ranking_of(recent)}; {_drift(recent)}"
+def verdict(recent: RecentMetrics) -> str:
+    """Summary line: implicit accuracy and the drift of the winners' error.
+
+    Effects within two standard errors are reported as inconclusive.
+    """
+    return f"verdict: {describe_accuracy(recent)}; {_describe_drift(recent)}"
 
 
-def ranking_of(recent: Recent, judge: str = "people") -> str:
-    """Whether the policy ranks images as they did, as far as the pairs can say."""
-    found = recent.share("policy/accuracy")
+def describe_accuracy(recent: RecentMetrics, judge: str = "people") -> str:
+    """Implicit accuracy with two standard errors, and whether the policy ranks images as `judge` did."""
+    found = recent.proportion("policy/accuracy")
     if found is None:
-        return "no preference of the last steps could be told apart, so nothing was learned from them"
+        return "all preferences of the last steps were ties, so nothing was learned from them"
     accuracy, error = found
-    said = f"implicit accuracy {accuracy:.2f} +- {2 * error:.2f} over the last {recent.samples} preferences"
+    text = f"implicit accuracy {accuracy:.2f} +- {2 * error:.2f} over the last {recent.samples} preferences"
     if abs(accuracy - 0.5) <= 2 * error:
-        return f"{said}, too few to say whether the policy ranks images as {judge} did"
-    return f"{said}, the policy {'ranks' if accuracy > 0.5 else 'does not rank'} images as {judge} did"
+        return f"{text}, too few to say whether the policy ranks images as {judge} did"
+    return f"{text}, the policy {'ranks' if accuracy > 0.5 else 'does not rank'} images as {judge} did"
 
 
-def _drift(recent: Recent) -> str:
+def _describe_drift(recent: RecentMetrics) -> str:
+    """Relative change of the winners' error, and a warning if it is significantly above MAX_DRIFT."""
     change, error = "policy/winner_error_change", recent.means.get("policy/reference_error")
     if not error or change not in recent.means:
         return "judge its images with eval/win_rate.py"
     drift = recent.means[change] / error
-    said = f"winner error {drift:+.1%} of the reference's"
+    text = f"winner error {drift:+.1%} of the reference's"
     if change not in recent.errors:
-        return f"{said} in the last step, one step being too few to say that it moved; judge its images"
-    if drift - 2 * recent.errors[change] / error > MOST_DRIFT:
-        return f"{said}: over {MOST_DRIFT:.0%} more, which destroys images; lower the lr or raise beta"
-    return f"{said}; judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"
+        return f"{text} in the last step; one step is too few to measure drift; judge its images"
+    if drift - 2 * recent.errors[change] / error > MAX_DRIFT:
+        return f"{text}: over {MAX_DRIFT:.0%} more, which destroys images; lower the lr or raise beta"
+    return f"{text}; judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"

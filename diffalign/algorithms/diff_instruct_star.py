@@ -1,17 +1,17 @@
-"""Diff-Instruct* (Luo et al., 2024, arXiv 2410.20898): a few-step generator against a reward and a reference's scores.
+"""Diff-Instruct* (Luo et al., 2024, arXiv 2410.20898): train a few-step generator on rewards and a score divergence.
 
     generator: -reward_weight r(x0, c) + D(aux, guided reference; x_t),   x0 = generator(z, c),  x_t = a x0 + s eps
     aux:       mean over C, h, w of (aux(a x0 + s eps, t, c) - target)^2 on the generator's samples
 
-D is one of diffalign/objectives/divergence.py. Without rewards and with distance kl it is Diff-Instruct (2305.18455),
-with rewards Diff-Instruct++ (2410.18881); with huber SIM, with sid SiD. It needs prompts and no images.
+D is a divergence of diffalign/objectives/divergence.py. Distance kl gives Diff-Instruct (2305.18455) without rewards
+and Diff-Instruct++ (2410.18881) with rewards. Distance huber gives SIM, sid gives SiD. Training needs only prompts.
 
-No code of Diff-Instruct* was released; what its text leaves open is chosen so:
-- scores are compared as predictions of the noise with equal weight on every level; c is 1e-3 of the root of the size;
-- t is uniform over the middle 96 % of levels; the aux network sees the same number of samples a turn;
-- a generator of several steps is trained at one of them, drawn for each micro-batch, on its own samples (DMD2's
-  backward simulation);
-- guidance inner puts the guided reference into D, outer adds guidance beside it, (guidance - 1) times in D's units.
+No code of Diff-Instruct* was released. Choices made here where the paper is not specific:
+- scores are compared as noise predictions with equal weight at every level; c is 1e-3 times sqrt(C h w);
+- t is uniform over the middle 96 % of levels; every aux update uses as many samples as a generator update;
+- a multi-step generator is trained at one random step per micro-batch, on its own samples (DMD2's backward simulation);
+- guidance_place inner uses the guided reference inside D; outer adds a guidance term with weight (guidance - 1), scaled
+  like the gradient of D.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ from diffalign.diffusion.steps import Network
 from diffalign.networks.lora import Adapter
 from diffalign.networks.sampler import Sampler, Transition
 from diffalign.networks.scores import ScoreNetworks
-from diffalign.objectives.divergence import Distance, NoisySample, gradient, guidance_scale_of
+from diffalign.objectives.divergence import Distance, NoisySample, divergence_gradient, guidance_factor
 from diffalign.objectives.rewards import Rewards, norm
-from diffalign.types import Cond, Metrics, PromptBatch, Recent
+from diffalign.types import Cond, Metrics, PromptBatch, RecentMetrics
 
 MIDDLE = (0.02, 0.98)
-"""Levels between which scores are compared, as fractions of the way to pure noise (DMD2)."""
+"""Range of noise levels at which scores are compared, as fractions from clean (0) to pure noise (1), as in DMD2."""
 
 
 class DiffInstructStar(Algorithm):
-    """Two players: the generator, and the aux network that learns the scores of the generator's samples.
+    """Two-player distillation: a generator, and an aux network that learns the score of the generator's samples.
 
-    Positional: generator and aux as prepared by accelerate, the score networks themselves, the generator's sampler, the
+    Positional: generator and aux as prepared by accelerate, the unwrapped score networks, the generator's sampler, the
     noising of the run, the Cond of the empty prompt, and the rewards (None for none).
 
     Args:
-        reward_weight: of the mean reward against the distance
+        reward_weight: weight of the mean reward relative to the divergence
         distance: huber (Diff-Instruct*, SIM), l2, sid, or kl (Diff-Instruct, Diff-Instruct++)
-        huber_c: smoothing of huber as a share of a latent's typical norm
-        sid_alpha: 1 is l2, 1.2 what SiD publishes; of distance sid
-        guidance: classifier-free guidance of the reference; 1 for none
-        guidance_place: inner, the guided reference inside the distance; outer, guidance as a term of its own
-        aux_rounds: turns of the aux network before each one of the generator
-        graph: vjp holds one network's graph at a time, for two more forwards; plain is one graph through all
+        huber_c: smoothing constant of huber, divided by sqrt(C h w)
+        sid_alpha: alpha of distance sid; 1 is l2, 1.2 is SiD's published value
+        guidance: classifier-free guidance scale of the reference; 1 for none
+        guidance_place: inner, the guided reference inside the divergence; outer, a separate guidance term
+        aux_rounds: optimizer steps of the aux network per step of the generator
+        graph: vjp holds one network's graph at a time and costs two more forwards; plain holds one graph through all
     """
 
     inner_gradients = True
@@ -84,12 +84,12 @@ class DiffInstructStar(Algorithm):
         self.sampler, self.noising, self.empty, self.rewards = sampler, noising, empty, rewards
         self.reward_weight, self.distance, self.aux_rounds = reward_weight, distance, aux_rounds
         self.settings: dict[str, Any] = {"huber_c": huber_c, "sid_alpha": sid_alpha, "graph": graph}
-        self.settings["using"] = (scores.using_aux, scores.using_reference)
+        self.settings["activate"] = (scores.using_aux, scores.using_reference)
         self.guidance, self.inner = guidance, guidance_place == "inner"
 
     @staticmethod
     def check(cfg: dict[str, Any], backbone: dict[str, Any], teacher: dict[str, Any], run: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with these other sections, one line each."""
+        """Problems with an `algorithm` section given these other sections, one line each."""
         problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("huber_c", "aux_rounds") if cfg[k] <= 0]
         problems += check_inner_gradients(backbone=backbone, teacher=teacher, run=run)
         names = ("reward_weight", "guidance")
@@ -109,19 +109,19 @@ class DiffInstructStar(Algorithm):
             self.rewards.load(state)
 
     def transition(self, batch: PromptBatch, *, grad: bool) -> Transition:
-        """The generator at one of its steps, whose x0 [B, C, h, w] is what it is trained on."""
-        stop = self.sampler.draw_step(batch.keys)
+        """The generator's transition at a random step; its x0 prediction [B, C, h, w] enters the loss."""
+        stop = self.sampler.random_step(batch.keys)
         return self.sampler.walk(self.generator, batch.cond, batch.keys, stop=stop, graded=(stop,) if grad else ())[-1]
 
-    def point(self, x0: Tensor, batch: PromptBatch) -> tuple[NoisySample, Tensor]:
-        """Noised samples and their timesteps [B]."""
+    def noised(self, x0: Tensor, batch: PromptBatch) -> tuple[NoisySample, Tensor]:
+        """Noised generator samples and their timesteps [B]."""
         schedule = self.noising.schedule
         t = self.noising.sample(batch.keys).clamp(*schedule.at(torch.tensor(MIDDLE))).to(x0.device)
         eps = self.noising.noise(batch.keys, x0)
         return NoisySample(schedule.add_noise(x0, eps, t), eps, *schedule.coefficients(t)), t
 
     def aux_loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
-        """B prompts -> the denoising error of the aux network on the generator's samples."""
+        """B prompts -> denoising loss of the aux network on the generator's samples."""
         with torch.no_grad():
             x0 = self.transition(batch, grad=False).x0
         _activate(self.scores.aux)
@@ -130,55 +130,59 @@ class DiffInstructStar(Algorithm):
         return error.mean(), {"error": error.detach()}
 
     def loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
-        """B prompts -> a loss whose gradient is the generator's, and per sample [B] reward, score gap and gradients."""
+        """B prompts -> the generator's surrogate loss, and metrics [B]: reward, score gap and gradient norms.
+
+        The loss has the exact gradient; its value is -reward_weight r, since the divergence shows no progress.
+        """
         transition = self.transition(batch, grad=self.settings["graph"] == "plain")
         x0 = transition.x0
-        p, t = self.point(x0.detach(), batch)
-        follows, leads = self._eps(self.scores.aux, t, batch.cond), self._guided(t, batch.cond)
-        descent, aux, ref = gradient(self.distance, follows, leads, p, **self.settings)
-        metrics: dict[str, Tensor] = {"score_gap": norm(aux - ref), "distance_gradient": norm(descent)}
+        p, t = self.noised(x0.detach(), batch)
+        aux_eps, reference_eps = self._eps(self.scores.aux, t, batch.cond), self._reference_eps(t, batch.cond)
+        gradient, aux, ref = divergence_gradient(self.distance, aux_eps, reference_eps, p, **self.settings)
+        metrics: dict[str, Tensor] = {"score_gap": norm(aux - ref), "distance_gradient": norm(gradient)}
         if not self.inner and self.guidance != 1:
-            empty = self._eps(self.scores.reference, t, self._without(batch.cond))(p.x_t)
-            scale = per_sample(guidance_scale_of(self.distance, ref, p))
-            descent = descent + (self.guidance - 1) * scale * (ref - empty)
+            eps_null = self._eps(self.scores.reference, t, self._empty_cond(batch.cond))(p.x_t)
+            scale = per_sample(guidance_factor(self.distance, ref, p))
+            gradient = gradient + (self.guidance - 1) * scale * (ref - eps_null)
         total = torch.zeros_like(t, dtype=torch.float32)
         if self.rewards is not None and self.reward_weight:
             found = self.rewards.ascend(x0, batch.prompts)
-            descent, total = descent - self.reward_weight * found.direction, found.total
+            gradient, total = gradient - self.reward_weight * found.direction, found.total
             metrics |= found.metrics
-        # Checkpointed activations are recomputed in the backward pass, with the LoRA that is active then.
+        # Gradient checkpointing recomputes activations in the backward pass, with the LoRA that is active then.
         _activate(self.generator)
-        if not x0.requires_grad:  # only now, so that no other network's graph is in memory with this one
+        if not x0.requires_grad:  # run with gradients last, so that memory never holds two networks' graphs
             out = self.sampler.predict(self.generator, transition.x_t, transition.t, batch.cond)
             x0, _ = self.sampler.schedule.split(out, transition.x_t, transition.t)
-        along = (descent * x0).flatten(1).sum(1)
-        return (along - along.detach() - self.reward_weight * total).mean(), metrics
+        surrogate = (gradient * x0).flatten(1).sum(1)
+        return (surrogate - surrogate.detach() - self.reward_weight * total).mean(), metrics
 
-    def _guided(self, t: Tensor, cond: Cond) -> Callable[[Tensor], Tensor]:
-        reference = self.scores.reference.denoiser  # which, unlike the reference, lets gradients through
+    def _reference_eps(self, t: Tensor, cond: Cond) -> Callable[[Tensor], Tensor]:
+        """The reference's noise prediction, with guidance if guidance_place is inner."""
+        reference = self.scores.reference.denoiser  # the denoiser itself: calls of the reference run under no_grad
         plain = self._eps(reference, t, cond)
         if not self.inner or self.guidance == 1:
             return plain
-        both = self._eps(reference, t.repeat(2), Cond.cat([cond, self._without(cond)]))
+        both = self._eps(reference, t.repeat(2), Cond.cat([cond, self._empty_cond(cond)]))
 
         def guided(x_t: Tensor) -> Tensor:
-            given, empty = both(x_t.repeat(2, 1, 1, 1)).chunk(2)
-            return empty + self.guidance * (given - empty)
+            eps_cond, eps_null = both(x_t.repeat(2, 1, 1, 1)).chunk(2)
+            return eps_null + self.guidance * (eps_cond - eps_null)
 
         return guided
 
     def _eps(self, network: Network, t: Tensor, cond: Cond) -> Callable[[Tensor], Tensor]:
         return lambda x_t: self.noising.schedule.split(network(x_t, t, cond), x_t, t)[1]
 
-    def _without(self, cond: Cond) -> Cond:
+    def _empty_cond(self, cond: Cond) -> Cond:
         return self.empty.repeat(len(cond.tokens))._replace(size=cond.size)
 
     def describe(self) -> list[str]:
-        return [f"distance {self.distance}, guidance {self.guidance:g}, {self.aux_rounds} aux turns a step"]
+        return [f"distance {self.distance}, guidance {self.guidance:g}, {self.aux_rounds} aux updates a step"]
 
-    def verdict(self, recent: Recent) -> str:
-        reward = f"reward {recent.about('generator/reward')}, " if "generator/reward" in recent.means else ""
-        gap = recent.about("generator/score_gap")
+    def verdict(self, recent: RecentMetrics) -> str:
+        reward = f"reward {recent.formatted('generator/reward')}, " if "generator/reward" in recent.means else ""
+        gap = recent.formatted("generator/score_gap")
         return f"verdict: {reward}score gap {gap}; judge its images with eval/win_rate.py"
 
 

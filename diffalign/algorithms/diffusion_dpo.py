@@ -2,16 +2,16 @@
 
     gain = err(reference) - err(policy);  margin = beta/2 (gain_w - gain_l);  loss = -log sigmoid(margin)
 
-with err = mean over C, h, w of (network(x_t, t, c) - target)^2, winner and loser sharing t and eps.
+with err = mean over C, h, w of (network(x_t, t, c) - target)^2; winner and loser share t and eps.
 
-Differs from the paper: the unit of beta is that of the released code (objectives/preference.py).
-Differs from the released code:
-- reference and policy errors are float32 (there the reference's are half precision: 0.3 logits an ulp at beta 5000);
-- crop, flip and caption dropout are drawn once a pair (there the flip differs between winner and loser);
-- latents are the mean of the VAE's posterior (there a sample of it);
-- v-prediction and flow matching work (there only eps); the weighting of timesteps is that of the network's own target
-  unless `noising.error_weight` says otherwise;
-- SDXL is told each image's own size and crop (there a constant; `data.size_conditions` = square is that).
+Difference from the paper: beta follows the convention of the released code (objectives/preference.py).
+Differences from the released code:
+- reference and policy errors are float32 (released: half precision for the reference, 0.3 logits an ulp at beta 5000);
+- crop, flip and caption dropout are drawn once per pair (released: the flip differs between winner and loser);
+- latents are the mean of the VAE's posterior (released: a sample);
+- v-prediction and flow matching are supported (released: eps only). Errors are those of the network's own target unless
+  `noising.error_weight` is set;
+- SDXL is conditioned on each image's own size and crop (released: a constant, as `data.size_conditions` = square).
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.steps import Network
 from diffalign.objectives.preference import PAIR_LOSSES, PairTerms, check_pair_loss, describe_beta
-from diffalign.types import LatentBatch, Metrics, Recent
+from diffalign.types import LatentBatch, Metrics, RecentMetrics
 
 
 class DiffusionDPO(Denoising):
-    """Raises the policy's implicit reward of winners over losers, relative to a frozen reference.
+    """Diffusion-DPO: increases the implicit-reward margin of winners over losers relative to a frozen reference.
 
     Positional: policy, reference, noising, and the number of values in a latent.
 
     Args:
-        beta: strength of the pull to the reference; mean-form error, factor 1/2 (5000 as released for SD1.5 and SDXL)
-        loss: which function of the margin; see diffalign/objectives/preference.py
-        label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
-        sft_weight: weight of the winners' own likelihood in the losses dpo_sft and slic, in units of the reward
-        offset_scale: loss offset demands this margin for each point between the scores that the data set gives a pair
+        beta: strength of the regularisation towards the reference; errors in mean form, factor 1/2 (5000 as released
+            for SD1.5 and SDXL)
+        loss: name of the pair loss; see diffalign/objectives/preference.py
+        label_smoothing: assumed share of wrong labels, for losses that use one and pairs without a share of their own
+        sft_weight: weight of the SFT term in the losses dpo_sft and slic, relative to the reward
+        offset_scale: required margin per point of score difference between winner and loser, for loss offset
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class DiffusionDPO(Denoising):
 
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with this `data` section, one line each."""
+        """Problems with an `algorithm` section given this `data` section, one line each."""
         problems = check_pair_loss(cfg["loss"], cfg["label_smoothing"], data["batch_size"])
         if not cfg["beta"] > 0:
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual")
@@ -74,7 +75,7 @@ class DiffusionDPO(Denoising):
         return problems
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
-        """B pairs -> mean loss, and per pair [B]: accuracy, margin, error changes, each also by noise level."""
+        """B pairs -> mean loss, and metrics [B]: accuracy, margin, error changes, each also by noise level."""
         noised = self.noised(batch)
         ref_w, ref_l = self.reference_errors(batch, noised).chunk(2)
         err_w, err_l = errors(self.policy, noised).chunk(2)
@@ -93,7 +94,7 @@ class DiffusionDPO(Denoising):
         return losses.mean(), metrics | self.by_level(metrics, noised)
 
     def betas(self, batch: LatentBatch) -> float | Tensor:
-        """beta, or one for each pair [B]."""
+        """beta, a scalar or one value per pair [B]."""
         return self.beta
 
     def _offset(self, batch: LatentBatch) -> Tensor | float:
@@ -104,12 +105,12 @@ class DiffusionDPO(Denoising):
     def describe(self) -> list[str]:
         return describe_beta(self.beta, self.dims, f"loss '{self.name}'")
 
-    def verdict(self, recent: Recent) -> str:
+    def verdict(self, recent: RecentMetrics) -> str:
         return verdict(recent)
 
 
 def score_gap(batch: LatentBatch) -> Tensor:
-    """How many points the data set scores each winner above its loser, [B]. Raises ValueError without scores."""
+    """Score of each winner minus score of its loser, [B]. Raises ValueError for pairs without scores."""
     score_w, score_l = batch.scores.chunk(2)
     gap = score_w - score_l
     if gap.isnan().any():

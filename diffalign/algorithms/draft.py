@@ -2,8 +2,8 @@
 
     loss = -r(x0(z, c), c) + reference_weight mean over the K steps of (policy - reference)^2
 
-AlignProp (Prabhudesai et al., 2023) is the same with eta 1 and a random K. The steps before run without a graph;
-rewards are differentiated first, down to x0, and their graph is gone when the sampler's is used.
+AlignProp (Prabhudesai et al., 2023) is the same with eta 1 and a random K. Earlier steps run without gradients. The
+rewards' gradient with respect to x0 is computed first, so their graph is freed before the backward pass of the sampler.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from diffalign.types import PromptBatch
 
 
 class DRaFT(RewardGradient):
-    """Positional: the policy, the frozen reference, the sampler and the rewards.
+    """DRaFT-K: reward gradients through the last K sampling steps.
+
+    Positional: the policy, the frozen reference, the sampler and the rewards.
 
     Args:
-        last_steps: K, through how many steps gradients go back; all of the sampler's for DRaFT without K
-        reference_weight: of the squared difference between policy and reference, the KL of their
-            transitions up to a factor
-        start_weight: of the squared distance of the weights from where they started
+        last_steps: K, the number of steps with gradients; all steps of the sampler for DRaFT without K
+        reference_weight: weight of the squared difference between policy and reference, proportional to the KL of
+            their transitions
+        start_weight: weight of the squared distance of the weights from their initial values
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class DRaFT(RewardGradient):
         reward: dict[str, Any],
         run: dict[str, Any],
     ) -> list[str]:
-        """What cannot work in an `algorithm` section with these other sections, one line each."""
+        """Problems with an `algorithm` section given these other sections, one line each."""
         count = len(sampler["timesteps"]) or sampler["steps"]
         problems = check_anchors(cfg) + check_inner_gradients(backbone=backbone, reward=reward, run=run)
         if not 1 <= cfg["last_steps"] <= count:

@@ -1,18 +1,19 @@
 """DDIM-InPO (Lu et al., 2025) and SmPO (Lu et al., 2025): Diffusion-DPO on the model's own trajectories.
 
     x_t = DDIM inversion of x0 to level t;  tau = (x_t - a x0) / s;  Diffusion-DPO's loss at x_t with eps := tau
-    SmPO: the margin times smoothing * tanh(gap / (2 score_range)), gap the score of the winner less the loser's
+    SmPO: the margin times smoothing * tanh(gap / (2 score_range)), gap = score of the winner - score of the loser
 
-The network is asked where its own inversion of the image passes at level t, and for the noise that this implies. SmPO's
-weight is smoothing * (2 p - 1) with p the softmax over the pair of its scores, scaled by their range over the data set.
+The loss is evaluated at x_t on the model's own inversion of the image, with the noise tau that x_t and x0 imply. SmPO's
+weight is smoothing * (2 p - 1). p is the softmax over the pair's scores, divided by their range over the data set.
 
-Differs from the released codes of both:
-- every pair has a timestep of its own at any batch size (there the first one's is used for all: one pair a device);
-- the inversion ends on the level that the loss uses (there on the next level of a grid of 10 or 5; landing = official);
-- no noise during the inversion unless asked for (InPO there: inversion.eta = 0.1);
-- at the clean end the network is asked at timestep 0 (there at -99);
-- ReNoise asks at the level where a step lands, as its paper does (there at the one it leaves; landing = official).
-Secondary notes on InPO say that the reference inverts; its code inverts with the policy, which is the default here.
+Differences from the released code of both:
+- every pair has its own timestep at any batch size (released: the first pair's timestep for the whole batch);
+- the inversion ends at the timestep of the loss (released: at the next level of a grid of 10 or 5; landing = official);
+- the inversion is deterministic by default (InPO released: inversion.eta = 0.1);
+- the first inversion step evaluates the network at timestep 0 (released: at -99);
+- ReNoise evaluates the network at the end level of a step, as in its paper (released: at the start level; landing =
+  official).
+Secondary notes on InPO say that the reference inverts. Its code inverts with the policy, which is the default here.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from diffalign.types import Cond, Drawn, LatentBatch
 
 
 class InPO(DiffusionDPO):
-    """Diffusion-DPO with inverted latents in place of noised ones.
+    """DDIM-InPO: Diffusion-DPO on DDIM-inverted latents instead of noised latents.
 
-    Positional: policy, reference, noising, the number of values in a latent, the inversion, the unwrapped denoiser that
-    trains, and the Cond of batch 1 of the empty prompt.
+    Positional: policy, reference, noising, the number of values in a latent, the inversion, the unwrapped trainable
+    denoiser, and the Cond of the empty prompt with batch 1.
 
     Args:
-        beta: strength of the pull to the reference, in the unit of Diffusion-DPO (2000 for SD1.5, 5000 for SDXL)
-        loss: which function of the margin; see diffalign/objectives/preference.py
-        label_smoothing: assumed share of wrong labels, where the loss uses one and a pair does not say its own
-        invert_by: the policy as it is, or the reference; then each inversion can be kept (data.draws_per_sample)
-        smoothing: SmPO's weight for a pair with a clear difference in scores (10 as released); 0 for plain InPO
-        score_range: largest less smallest score of the data set, SmPO's unit (0.1666 for PickScore on Pick-a-Pic v2)
+        beta: strength of the regularisation towards the reference, as in Diffusion-DPO (2000 for SD1.5, 5000 for SDXL)
+        loss: name of the pair loss; see diffalign/objectives/preference.py
+        label_smoothing: assumed share of wrong labels, for losses that use one and pairs without a share of their own
+        invert_by: network of the inversion: the current policy, or the reference, whose inversions can be cached
+            (data.draws_per_sample)
+        smoothing: SmPO's weight of a pair with a large score difference (10 as released); 0 for plain InPO
+        score_range: largest minus smallest score of the data set (0.1666 for PickScore on Pick-a-Pic v2)
     """
 
     remembers_latents = True
@@ -65,13 +67,13 @@ class InPO(DiffusionDPO):
         score_range: float = 1.0,
     ):
         super().__init__(policy, reference, noising, dims, beta=beta, loss=loss, label_smoothing=label_smoothing)
-        # Ranks invert to different depths: with DDP's wrapper around it, every forward would have to be matched.
+        # Ranks run different numbers of inversion steps, but DDP expects as many forward passes on every rank.
         self.denoiser, self.inversion, self.empty, self.invert_by = denoiser, inversion, empty, invert_by
         self.smoothing, self.score_range = smoothing, score_range
 
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with this `data` section, one line each."""
+        """Problems with an `algorithm` section given this `data` section, one line each."""
         problems = DiffusionDPO.check({**cfg, "offset_scale": 0.0, "sft_weight": 0.0}, data)
         if data["draws_per_sample"] and cfg["invert_by"] == "policy":
             problems.append(
@@ -81,11 +83,11 @@ class InPO(DiffusionDPO):
         if cfg["smoothing"] < 0 or not cfg["score_range"] > 0:
             problems.append("'algorithm.smoothing' must be 0 or more and 'algorithm.score_range' positive")
         if cfg["smoothing"] and cfg["loss"] == "clipped":
-            problems.append("'algorithm.smoothing' weights the margin, which loss 'clipped' has none of; use dpo")
+            problems.append("'algorithm.smoothing' scales the margin, but loss 'clipped' has no margin; use dpo")
         return problems
 
     def noised(self, batch: LatentBatch) -> Noised:
-        """The batch's 2B images, inverted to the timestep of their pair, with the noise this implies."""
+        """The 2B images of the batch, inverted to the timestep of their pair, with the implied noise as target."""
         schedule = self.noising.schedule
         drawn = self._drawn(batch)
         t = drawn.t[batch.group]
@@ -108,7 +110,7 @@ class InPO(DiffusionDPO):
         return self.inversion(inverter, batch.x0, t, cond, uncond, keys, batch.drawn and batch.drawn.path)
 
     def betas(self, batch: LatentBatch) -> float | Tensor:
-        """beta, times SmPO's weight [B] where it is asked for; negative where the scores contradict the label."""
+        """beta, or for SmPO beta times its weight [B]; the weight is negative if the scores contradict the label."""
         if not self.smoothing:
             return self.beta
         return self.beta * self.smoothing * torch.tanh(score_gap(batch) / (2 * self.score_range))

@@ -1,15 +1,15 @@
-"""Diffusion-KTO (Li et al., 2024, arXiv 2404.04465): from images that people liked or did not, without pairs.
+"""Diffusion-KTO (Li et al., 2024, arXiv 2404.04465): alignment on single images labelled liked or disliked.
 
     z = w (r - max(0, mean r)),  r = beta/2 gain,  w = +1 liked, -1 disliked;  loss = lambda_w (1 - U(z))
 
-gain as in Diffusion-DPO; the mean is over the batch of all processes and carries no gradient. U: kahneman_tversky
-sigmoid(z), loss_averse log sigmoid(z), risk_seeking -log sigmoid(-z).
+The gain is that of Diffusion-DPO. The mean is over the batches of all processes and carries no gradient. Utilities U:
+kahneman_tversky sigmoid(z), loss_averse log sigmoid(z), risk_seeking -log sigmoid(-z).
 
-beta is in the unit of objectives/preference.py: the 5000 of the paper and its code is 10000 here.
+beta follows the convention of objectives/preference.py: the 5000 of the paper and its code is 10000 here.
 
-Differs from the released code: the reference is another network or the adapters off (there its weights are swapped into
-the policy, which casts a full fine-tune to half precision); the mean is over all processes in every configuration.
-The paper takes that mean over unrelated images; its code, as here, over those of the batch.
+Differences from the released code: the reference is a separate network or the policy without its LoRA (released: its
+weights are swapped into the policy, which casts a full fine-tune to half precision). The mean always covers all
+processes. The paper takes the mean over unrelated images; its code and this one take it over the batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.steps import Network
 from diffalign.objectives.preference import describe_beta, gain
-from diffalign.types import LatentBatch, Metrics, Recent
+from diffalign.types import LatentBatch, Metrics, RecentMetrics
 
 UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "kahneman_tversky": torch.sigmoid,
@@ -35,14 +35,14 @@ UTILITIES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class KTO(Denoising):
-    """Raises the implicit reward of liked images over a common reference point and lowers that of disliked ones.
+    """Diffusion-KTO: raises the implicit reward of liked images above a reference point, lowers that of disliked ones.
 
-    Positional: policy, reference, noising, the number of values in a latent, and the mean over all processes of a
-    scalar (accelerator.reduce).
+    Positional: policy, reference, noising, the number of values in a latent, and a function that averages a scalar over
+    all processes (accelerator.reduce).
 
     Args:
-        beta: strength of the pull to the reference, in the unit of Diffusion-DPO
-        utility: of the reward over the reference point
+        beta: strength of the regularisation towards the reference, as in Diffusion-DPO
+        utility: function U of the reward minus the reference point
         weight_liked: lambda of liked images
         weight_disliked: lambda of disliked images
     """
@@ -66,14 +66,14 @@ class KTO(Denoising):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section."""
+        """Problems with an `algorithm` section, one line each."""
         problems = [] if cfg["beta"] > 0 else [f"'algorithm.beta' = {cfg['beta']} must be positive; 1000 to 10000"]
         if min(cfg["weight_liked"], cfg["weight_disliked"]) < 0:
             problems.append("'algorithm.weight_liked' and 'algorithm.weight_disliked' must be 0 or more")
         return problems
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
-        """B images -> mean loss, and per image [B]: accuracy, rewards, error changes, each also by noise level."""
+        """B images -> mean loss, and metrics [B]: accuracy, rewards, error changes, each also by noise level."""
         noised = self.noised(batch)
         ref, err = self.reference_errors(batch, noised), errors(self.policy, noised)
         reward = self.beta / 2 * gain(ref, err)
@@ -97,5 +97,5 @@ class KTO(Denoising):
     def describe(self) -> list[str]:
         return describe_beta(self.beta, self.dims, f"utility {self.utility}")
 
-    def verdict(self, recent: Recent) -> str:
+    def verdict(self, recent: RecentMetrics) -> str:
         return verdict(recent)

@@ -1,18 +1,18 @@
 """PPD: Personalized Preference fine-tuning of Diffusion models (Dang et al., 2025, arXiv 2501.06655).
 
     margin = beta/2 (gain_w - gain_l);  gain = err(reference(x_t, t, c)) - err(policy(x_t, t, c, u))
-    loss = -log sigmoid(margin), u the embedding of who chose
+    loss = -log sigmoid(margin), u the embedding of the user who labelled the pair
 
-The policy hears the user through decoupled cross-attention, the reference is the same network without.
+The policy is conditioned on the user through decoupled cross-attention. The reference is the same network without it.
 
-Differs from the paper:
-- Stable Cascade there, Stable Diffusion and SDXL here, whose adapters stock diffusers loads.
-- A user is embedded from a few of their choices by a personal scorer or a vision-language model; the pair that is
-  trained on may be among them only where a person has too few.
-- No dropped users: the paper zeroes some embeddings, which trains nobody's images towards the average taste. Here the
-  adapter makes the zero embedding the reference itself, by construction, so there is nothing to train.
-- A share of the pairs is told a mixture of two users, s of one and 1 - s of the other, and a share of s of them are the
-  one's pairs, so that mixing users moves images from one taste to the other (ours).
+Differences from the paper:
+- Models are Stable Diffusion and SDXL, whose adapters stock diffusers loads (paper: Stable Cascade).
+- A personal scorer or a vision-language model embeds a user from a few choices. The training pair is among these
+  choices only for users with too few others.
+- No user dropout. The paper replaces some embeddings by zero and so trains the zero embedding towards the average
+  preference. Here the zero embedding equals the reference by construction.
+- Addition of this project: some pairs are conditioned on a mixture s u + (1 - s) u' of two users. A pair with weight s
+  belongs to user u with probability s, so interpolating users interpolates their preferences.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from diffalign.types import LatentBatch
 class PPD(DiffusionDPO):
     """Diffusion-DPO conditioned on the user.
 
-    Positional: as DiffusionDPO's, then who chose each pair (sample id -> user), every user's embeddings [M, T, D] from
-    different choices of theirs, and the draws of the run.
+    Positional: those of DiffusionDPO, then the user of each pair (sample id -> user), M embeddings [M, T, D] of each
+    user from different choices, and the draws of the run.
 
     Args:
-        beta: as in Diffusion-DPO; raise it when prompts are followed less
-        user_mixing: share of the pairs told a mixture with another user
+        beta: as in Diffusion-DPO; raise it if images follow their prompts less
+        user_mixing: share of the pairs conditioned on a mixture with another user
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PPD(DiffusionDPO):
 
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section, one line each."""
+        """Problems with an `algorithm` section, one line each."""
         problems = []
         if not cfg["beta"] > 0:
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 20000 is usual")
@@ -69,19 +69,19 @@ class PPD(DiffusionDPO):
         return problems
 
     def draw(self, batch: LatentBatch) -> LatentBatch:
-        """Each pair also gets the embedding of who chose: cond.user [B, T, D]."""
+        """Also set the user embedding of each pair, cond.user [B, T, D]."""
         user = torch.stack([self._user(key) for key in batch.keys])
         return super().draw(batch._replace(cond=batch.cond._replace(user=user)))
 
     def _user(self, key: Any) -> Tensor:
-        """What a pair is told of its user [T, D], by its key."""
-        mine = self._embedding(self.users_of[key[1]], key)
+        """User embedding [T, D] that a pair is conditioned on, possibly a mixture; a pure function of the key."""
+        own = self._embedding(self.users_of[key[1]], key)
         if self.draws.uniform([key], stream="user mixing").item() < self.user_mixing:
             other = self.names[int(self.draws.integers([key], 0, len(self.names), stream="mixed user"))]
-            # Density 2s: of those who are told s of one and 1 - s of another, a share of s chose as the one does.
+            # s has density 2s, so a mixture s u + (1 - s) u' is labelled by u with probability s / (s + (1 - s)) = s.
             share = self.draws.uniform([key], stream="mixture").item() ** 0.5
-            return share * mine + (1 - share) * self._embedding(other, key)
-        return mine
+            return share * own + (1 - share) * self._embedding(other, key)
+        return own
 
     def _embedding(self, user: str, key: Any) -> Tensor:
         table = self.users[user]

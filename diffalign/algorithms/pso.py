@@ -1,19 +1,20 @@
-"""PSO, Pairwise Sample Optimization (Miao et al., 2024, arXiv 2410.03190), for distilled models with few steps.
+"""PSO, Pairwise Sample Optimization (Miao et al., 2024, arXiv 2410.03190), for distilled few-step models.
 
-    online, both trajectories drawn by the policy:
+    online, both trajectories sampled from the policy:
         loss = -log sigmoid(beta sum_n [log p(x_w,n) - log q(x_w,n)] - [log p(x_l,n) - log q(x_l,n)])
-    with p, q the Gaussian transitions of policy and reference at the model's own timesteps, n over all of them but the
-    last, which is deterministic; offline: Diffusion-DPO on noise errors at those timesteps.
 
-Differs from the released code:
-- the model's own timesteps are trained (there the DreamBooth script trains 750, 500, 250, 0 instead of 999, 749, ...);
-- `per` = trajectory sums inside the sigmoid as in the paper, step outside as released; the clamp of ratios, which the
+p and q are the Gaussian transitions of policy and reference at the model's own timesteps. n runs over all steps but the
+last, which is deterministic. Offline PSO is Diffusion-DPO on noise-prediction errors at those timesteps.
+
+Differences from the released code:
+- training uses the model's own timesteps (the released DreamBooth script: 750, 500, 250, 0 instead of 999, 749, ...);
+- `per` = trajectory sums inside the sigmoid as in the paper; step sums outside, as released. Ratio clipping, which the
   paper does not have, is an option;
-- ties weigh nothing (there a tie counts as a loss for the first);
-- every micro-batch is drawn by the policy as it then is; nothing is kept;
-- whether a pair starts from the same noise is said (there the comment and the code disagree);
-- the customisation loss has a reference, and a loser term that does not cancel (released: relu(1 + 5 err_w - 0.5 err_l)
-  + 0.5 err_l, which is plain fine-tuning on the winners: tests/algorithms/test_pso.py).
+- ties have weight 0 (released: a tie counts as a loss of the first sample);
+- every micro-batch is sampled from the current policy; there is no replay buffer;
+- `shared_noise` sets whether a pair starts from the same noise (released: comment and code disagree);
+- the customisation loss has a reference and a loser term with a gradient. The released one, relu(1 + 5 err_w -
+  0.5 err_l) + 0.5 err_l, reduces to fine-tuning on the winners (tests/algorithms/test_pso.py).
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm, Turn
-from diffalign.algorithms.denoising import ranking_of
+from diffalign.algorithms.denoising import describe_accuracy
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.steps import Network, log_prob
 from diffalign.networks.sampler import Sampler, Transition
 from diffalign.objectives.rewards import Rewards
-from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, Recent
+from diffalign.types import Cond, Key, LatentBatch, Metrics, PromptBatch, RecentMetrics
 
 
 class Rollouts(NamedTuple):
-    """B prompts, two trajectories each: all first ones, then all second ones, on the batch axis.
+    """Two trajectories for each of B prompts. On the batch axis all first samples come before all second samples.
 
-    transitions   all transitions but the last, without graphs
-    cond    batch of 2B
-    keys    B keys
-    better  [B]: 1 where the first of the pair scored higher, -1 where the second did, 0 for a tie
-    scores  [2B]
+    transitions  all transitions but the last, without gradients
+    cond         batch of 2B
+    keys         B keys
+    better       [B]: 1 if the first sample of the pair has the higher score, -1 if the second has, 0 for a tie
+    scores       [2B]
     """
 
     transitions: list[Transition]
@@ -53,17 +54,17 @@ class Rollouts(NamedTuple):
 
 
 class PSO(Algorithm):
-    """Online: two samples a prompt, the better one made likelier than the worse.
+    """Online PSO: samples two images per prompt and raises the likelihood of the better one over the worse.
 
-    Positional: the policy, the frozen reference, the sampler, and the rewards, which need no gradient.
+    Positional: the policy, the frozen reference, the sampler, and the rewards (gradients not needed).
 
     Args:
-        beta: strength of the pull to the reference (50 as released)
-        per: step, a log-sigmoid for every transition; trajectory, one for the sum over its transitions
-        clip: half width of the allowed likelihood ratios around 1, beyond which a transition
-            has no gradient; null for none
-        reduction: of a transition's log density over C, h, w: mean (as released) or sum
-        shared_noise: a pair starts from the same noise and parts on the way; false for noise of its own
+        beta: strength of the regularisation towards the reference (50 as released)
+        per: step, one log-sigmoid per transition; trajectory, one for the sum over the transitions
+        clip: half width of the clipping range of likelihood ratios around 1; clipped transitions have no gradient;
+            null for no clipping
+        reduction: reduction of a transition's log density over C, h, w: mean (as released) or sum
+        shared_noise: both samples of a pair start from the same noise; false for independent noise
     """
 
     shown = ("policy/loss", "policy/reward", "policy/accuracy")
@@ -83,9 +84,9 @@ class PSO(Algorithm):
     ):
         if sampler.law == "deterministic" or len(sampler) < 2:
             raise ValueError(
-                f"PSO compares transitions that are drawn; this sampler has {len(sampler)} steps by the law "
-                f"'{sampler.law}', of which the last is never drawn: set 'sampler.steps' to 2 or more and "
-                "'sampler.law' to ancestral or renoise"
+                f"PSO needs stochastic transitions; this sampler has {len(sampler)} steps of kind '{sampler.law}', "
+                "and the last one is always deterministic: set 'sampler.steps' to 2 or more and 'sampler.law' to "
+                "ancestral or renoise"
             )
         self.players = {"policy": policy}
         self.policy, self.reference, self.sampler, self.rewards = policy, reference, sampler, rewards
@@ -94,7 +95,7 @@ class PSO(Algorithm):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section, one line each."""
+        """Problems with an `algorithm` section, one line each."""
         problems = []
         if not cfg["beta"] > 0:
             problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive")
@@ -103,12 +104,12 @@ class PSO(Algorithm):
         return problems
 
     def batches(self, loader: Iterator[PromptBatch]) -> Iterator[Rollouts]:
-        """Rolls out and compares each micro-batch of prompts when it is asked for."""
+        """Roll out and score each micro-batch of prompts lazily."""
         return map(self.roll_out, loader)
 
     @torch.no_grad()
     def roll_out(self, batch: PromptBatch) -> Rollouts:
-        """Two trajectories a prompt, drawn by the policy as it is."""
+        """Sample two trajectories per prompt from the current policy and compare their scores."""
         keys: list[Key] = [(key, k) for k in (0, 1) for key in batch.keys]
         cond = batch.cond.repeat(2)
         x = self.sampler.start(batch.keys).repeat(2, 1, 1, 1) if self.shared_noise else None
@@ -118,7 +119,7 @@ class PSO(Algorithm):
         return Rollouts(transitions[:-1], cond, list(batch.keys), (first - second).sign(), scores)
 
     def loss(self, batch: Rollouts) -> tuple[Tensor, Metrics]:
-        """B compared pairs -> mean loss over pairs (and transitions), and per pair [B] accuracy, margin and scores."""
+        """B pairs -> mean loss over pairs (and transitions), and metrics [B]: accuracy, margin and scores."""
         count = len(batch.transitions)
         x_t, t, t_next, x_next = (
             torch.cat([getattr(transition, name) for transition in batch.transitions])
@@ -133,8 +134,8 @@ class PSO(Algorithm):
             return log_prob(x_next, mean, std, self.reduction)
 
         with torch.no_grad():
-            theirs = density(self.reference)
-        ratio = density(self.policy) - theirs
+            reference_density = density(self.reference)
+        ratio = density(self.policy) - reference_density
         if self.clip is not None:
             ratio = ratio.exp().clamp(1 - self.clip, 1 + self.clip).log()
         first, second = ratio.reshape(count, 2, -1).unbind(1)
@@ -160,28 +161,28 @@ class PSO(Algorithm):
 
     def describe(self) -> list[str]:
         trained = [round(t, 4) for t in self.sampler.timesteps.tolist()[:-1]]
-        return [f"beta {self.beta:g} per {self.per}, timesteps {trained} of the law '{self.sampler.law}'"]
+        return [f"beta {self.beta:g} per {self.per}, timesteps {trained}, sampler kind '{self.sampler.law}'"]
 
-    def verdict(self, recent: Recent) -> str:
+    def verdict(self, recent: RecentMetrics) -> str:
         return (
-            f"verdict: reward {recent.about('policy/reward')}; {ranking_of(recent, 'the scorer')}; judge its images "
-            "with another scorer: eval/win_rate.py"
+            f"verdict: reward {recent.formatted('policy/reward')}; {describe_accuracy(recent, 'the scorer')}; "
+            "judge its images with another scorer: eval/win_rate.py"
         )
 
 
 class PSOCustomization(DiffusionDPO):
-    """Offline: given images are preferred to the distilled model's own samples, which teaches a style or a subject.
+    """Offline PSO for customisation: target images win over samples of the reference. Teaches a style or a subject.
 
     Positional: policy, reference, noising over the sampler's timesteps, the number of values in a latent, the sampler,
-    and the Cond of the prompt from which losers are drawn (None for each target's own).
+    and the Cond of the prompt for the losers (None for the caption of each target).
 
     Args:
-        beta: strength of the pull to the reference; errors are those of the noise
-        redraw_every: steps after which every target gets another sample of the reference to be compared with
-        sft_weight: weight of the targets' own likelihood, in units of the reward; 0 for none
+        beta: strength of the regularisation towards the reference; errors are those of the noise prediction
+        redraw_every: number of steps after which new losers are sampled for all targets
+        sft_weight: weight of the SFT term on the targets, relative to the reward; 0 for none
     """
 
-    remembers_reference = False  # it draws the losers while the policy trains
+    remembers_reference = False  # the reference samples the losers during training
 
     def __init__(
         self,
@@ -204,7 +205,7 @@ class PSOCustomization(DiffusionDPO):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:  # type: ignore[override]
-        """What cannot work in an `algorithm` section, one line each."""
+        """Problems with an `algorithm` section, one line each."""
         problems = [f"'algorithm.{k}' = {cfg[k]} must be positive" for k in ("beta", "redraw_every") if not cfg[k] > 0]
         if cfg["sft_weight"] < 0:
             problems.append(f"'algorithm.sft_weight' = {cfg['sft_weight']} must be 0 or more")
@@ -216,15 +217,15 @@ class PSOCustomization(DiffusionDPO):
         return super().turns(step)
 
     def batches(self, loader: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
-        """G targets -> G pairs: each target, and a sample of the reference."""
+        """G targets -> G pairs of a target and a sample of the reference."""
         return map(self.paired, loader)
 
     def paired(self, batch: LatentBatch) -> LatentBatch:
-        """The targets as winners over what the reference draws for them in this round."""
+        """Pairs of targets (winners) and the reference's samples of this round (losers), sampled when missing."""
         keys: list[Key] = [(self.round, key[1]) for key in batch.keys]  # type: ignore[index]
         if missing := [i for i, key in enumerate(keys) if key not in self.drawn]:
-            where = torch.tensor(missing, device=batch.x0.device)
-            cond = batch.sample_cond.at(where)
+            index = torch.tensor(missing, device=batch.x0.device)
+            cond = batch.sample_cond.at(index)
             if self.class_cond is not None:
                 cond = self.class_cond.repeat(len(missing))._replace(size=cond.size)
             assert self.reference is not None
@@ -238,16 +239,16 @@ class PSOCustomization(DiffusionDPO):
 
 
 def check_subject(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `subject` section, one line each."""
+    """Problems with a `subject` section, one line each."""
     empty = cfg["prompt"] is not None and not cfg["prompt"].strip()
     return ["'subject.prompt' is empty; name the class (\"a photo of a dog\"), or leave it out"] if empty else []
 
 
 def subject(encode_text: Callable[[Sequence[str]], Cond], *, prompt: str | None = None) -> Cond | None:
-    """The Cond of the prompt from which samples to compare with are drawn.
+    """The Cond of the class prompt from which the losers are sampled, or None.
 
     Args:
-        prompt: of the class that a subject belongs to ("a photo of a dog"); each target's own caption when left out
+        prompt: class prompt of the subject ("a photo of a dog"); the caption of each target when left out
     """
     return None if prompt is None else encode_text([prompt])
 

@@ -2,10 +2,12 @@
 
     maximise sum_k w_k r_k(x0(z, c, eta), c) - start_weight |theta - theta_start|^2,   each gradient scaled to norm 1
 
-No code was released. What its text leaves open is chosen so: gradients are scaled for each sample in the latent; the
-reward of guidance is the constant direction a (score(x_t|c) - score(x_t)) of the frozen reference at a random level,
-scaled like the others; random eta is sampler.law=random, anew for each sample and step. R0+ rewards what the generator
-sees at one random step, which carries the only graph; R0 goes back through all steps.
+R0+ rewards the x0 prediction at one random step and back-propagates through that step only. R0 rewards the final image
+and back-propagates through all steps.
+
+No code was released. Choices made here where the paper is not specific: gradients are normalised per sample in latent
+space; the guidance reward has the constant gradient a (score(x_t|c) - score(x_t)) of the frozen reference at a random
+level, normalised like the others; random eta is sampler.law=random, drawn for each sample and step.
 """
 
 from __future__ import annotations
@@ -25,14 +27,18 @@ from diffalign.types import Cond, PromptBatch
 
 
 class R0(RewardGradient):
-    """Positional: the policy, the frozen reference, the sampler, the rewards, the noising, the empty prompt's Cond.
+    """R0 and R0+: reward gradients with weight regularisation.
+
+    Positional: the policy, the frozen reference, the sampler, the rewards, the noising, the Cond of the empty prompt.
 
     Args:
-        rewarded: final, the image, through all steps (R0); any, what is seen at a random step (R0+)
-        guidance_weight: of the reward of classifier-free guidance, whose gradient is scaled like the others; 0 for none
-        unit_gradients: scale every reward's gradient to norm 1 for each sample
-        reference_weight: of the squared difference between policy and reference
-        start_weight: of the squared distance of the weights from where they started
+        rewarded: final, the final image, with gradients through all steps (R0); any, the x0 prediction at a random
+            step (R0+)
+        guidance_weight: weight of the classifier-free guidance reward, its gradient normalised like the others; 0 for
+            none
+        unit_gradients: scale the gradient of every reward to norm 1 per sample
+        reference_weight: weight of the squared difference between policy and reference
+        start_weight: weight of the squared distance of the weights from their initial values
     """
 
     def __init__(
@@ -58,13 +64,14 @@ class R0(RewardGradient):
 
     @staticmethod
     def check(cfg: dict[str, Any], backbone: dict[str, Any], reward: dict[str, Any], run: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section with these other sections, one line each."""
+        """Problems with an `algorithm` section given these other sections, one line each."""
         problems = check_anchors(cfg) + check_inner_gradients(backbone=backbone, reward=reward, run=run)
         if cfg["guidance_weight"] < 0:
             problems.append(f"'algorithm.guidance_weight' = {cfg['guidance_weight']} must be 0 or more")
         if not cfg["reference_weight"] and not cfg["start_weight"] and not backbone["lora_rank"]:
             problems.append(
-                "R0 collapses without an anchor: give 'algorithm.start_weight' a value, or train a LoRA, which is one"
+                "R0 collapses without regularisation: set 'algorithm.start_weight' or train a LoRA "
+                "('backbone.lora_rank')"
             )
         return problems
 
@@ -72,7 +79,7 @@ class R0(RewardGradient):
         if self.final:
             transitions = self.sampler.walk(self.policy, batch.cond, batch.keys, graded=range(len(self.sampler)))
             return transitions, transitions[-1].x_next
-        stop = self.sampler.draw_step(batch.keys)
+        stop = self.sampler.random_step(batch.keys)
         transition = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
         return [transition], transition.x0
 
@@ -80,18 +87,18 @@ class R0(RewardGradient):
         found = self.rewards.ascend(x0, batch.prompts, unit=self.unit_gradients)
         if not self.guidance_weight:
             return found
-        towards = unit_length(self._guidance(x0.detach(), batch))
-        metrics = {"cosine@guidance, rewards": cosine(towards, found.direction)}
-        direction = found.direction + self.guidance_weight * towards
+        guidance = unit_length(self._guidance(x0.detach(), batch))
+        metrics = {"cosine@guidance, rewards": cosine(guidance, found.direction)}
+        direction = found.direction + self.guidance_weight * guidance
         return RewardDirection(found.total, direction, found.metrics | metrics | {"reward_gradient": norm(direction)})
 
     @torch.no_grad()
     def _guidance(self, x0: Tensor, batch: PromptBatch) -> Tensor:
-        """a / s (eps(x_t) - eps(x_t|c)): the direction of the reference's guidance in x0."""
+        """Guidance direction of the reference with respect to x0, a / s (eps(x_t) - eps(x_t|c)) up to its length."""
         schedule, n = self.noising.schedule, len(x0)
         t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
         x_t = schedule.add_noise(x0, eps, t)
         both = Cond.cat([batch.cond, self.empty.repeat(n)._replace(size=batch.cond.size)])
         out = self.reference(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)
-        given, empty = schedule.split(out, x_t.repeat(2, 1, 1, 1), t.repeat(2))[1].chunk(2)
-        return empty - given  # its length is scaled away
+        eps_cond, eps_null = schedule.split(out, x_t.repeat(2, 1, 1, 1), t.repeat(2))[1].chunk(2)
+        return eps_null - eps_cond  # the factor a / s cancels when the caller normalises

@@ -1,13 +1,13 @@
-"""RankDPO (Karthik et al., 2024, arXiv 2410.18013): DPO over all pairs of a ranked group, weighted as DCG counts them.
+"""RankDPO (Karthik et al., 2024, arXiv 2410.18013): DPO over all pairs of a ranked group with DCG weights.
 
     loss = sum over i ranked above j of Delta_ij * -log sigmoid(beta/2 (gain_i - gain_j))
     Delta_ij = |2^phi_i - 2^phi_j| * |1/ln(1 + rank_i) - 1/ln(1 + rank_j)|
 
-phi is an image's win rate over the others of its prompt (Syn-Pic: under several scorers), gain as in Diffusion-DPO.
-Every image is noised with its own eps at the group's timestep, as the paper's Algorithm 2 writes it.
+phi is the win rate of an image over the others of its prompt (Syn-Pic: averaged over several scorers). The gain is that
+of Diffusion-DPO. Every image has its own eps at the timestep of its group, as in the paper's Algorithm 2.
 
-No code was released. The text at hand lost its fraction bars: the reciprocals are those of the LambdaLoss that the
-paper builds on. Its figure ranks by the model's own gains, its algorithm by phi: `rank_source`, phi by default.
+No code was released. Fraction bars are missing in the available text; the reciprocals follow the LambdaLoss that the
+paper builds on. The paper's figure ranks by the model's gains, its algorithm by phi; `rank_source` selects one.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from diffalign.algorithms.denoising import Denoising, verdict
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.diffusion.steps import Network
 from diffalign.objectives.preference import describe_beta, gain
-from diffalign.types import LatentBatch, Metrics, Recent
+from diffalign.types import LatentBatch, Metrics, RecentMetrics
 
 
 class RankDPO(Denoising):
-    """Makes the order of the policy's implicit rewards that of a group's win rates.
+    """RankDPO: trains the policy's implicit rewards to order a group of images by their win rates.
 
     Positional: policy, reference, noising, and the number of values in a latent.
 
     Args:
-        beta: strength of the pull to the reference, in the unit of Diffusion-DPO
-        rank_source: ranks of the weights: the win rates, or the model's own gains at this step
-        shared_noise: one eps for all images of a group, as Diffusion-DPO has it for a pair
+        beta: strength of the regularisation towards the reference, as in Diffusion-DPO
+        rank_source: source of the ranks in the DCG weights: phi, the win rates; model, the current gains of the policy
+        shared_noise: one eps for all images of a group, as for a pair in Diffusion-DPO
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class RankDPO(Denoising):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `algorithm` section."""
+        """Problems with an `algorithm` section, one line each."""
         return [] if cfg["beta"] > 0 else [f"'algorithm.beta' = {cfg['beta']} must be positive; 500 to 5000 is usual"]
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
-        """G groups -> mean loss, and per group [G]: accuracy over its pairs, error changes, by noise level."""
+        """G groups -> mean loss, and metrics [G]: accuracy over pairs, error changes, each also by noise level."""
         noised = self.noised(batch)
         ref, err = self.reference_errors(batch, noised), errors(self.policy, noised)
         rewards = self.beta / 2 * gain(ref, err)
@@ -79,16 +79,18 @@ class RankDPO(Denoising):
     def describe(self) -> list[str]:
         return describe_beta(self.beta, self.dims, f"ranks from {self.rank_source}")
 
-    def verdict(self, recent: Recent) -> str:
+    def verdict(self, recent: RecentMetrics) -> str:
         return verdict(recent)
 
 
 def dcg_weights(phi: Tensor, order: Tensor | None, group: Tensor) -> Tensor:
-    """The weight Delta_ij of every pair of one group with phi_i > phi_j, and 0 elsewhere: [N, N].
+    """DCG weights Delta_ij [N, N] of the pairs within a group with phi_i > phi_j; 0 elsewhere.
 
-    phi [N], larger is better; order [N] ranks the images (phi does when None), ties by position; group int64 [N].
-    Images that tie in phi have no gain over each other and make no pair. A matrix, since a list of the pairs would make
-    the host wait for their number.
+    phi    [N], larger is better; ties form no pair
+    order  [N], the values that define the ranks, ties by position; phi if None
+    group  int64 [N]
+
+    The result is a matrix: the length of a list of pairs would force a device synchronisation.
     """
     discount = 1 / torch.log1p(_ranks(phi if order is None else order, group))
     weight = (2 ** phi[:, None] - 2**phi) * (discount[:, None] - discount).abs()
@@ -96,9 +98,10 @@ def dcg_weights(phi: Tensor, order: Tensor | None, group: Tensor) -> Tensor:
 
 
 def _ranks(values: Tensor, group: Tensor) -> Tensor:
-    """1 for the largest value of each group, 2 for the next; of equal ones the first."""
-    place = torch.arange(len(values), device=values.device)
-    above = (values[None] > values[:, None]) | ((values[None] == values[:, None]) & (place[None] < place[:, None]))
+    """Rank of each value within its group, 1 for the largest [N]; ties by position."""
+    position = torch.arange(len(values), device=values.device)
+    tied_before = (values[None] == values[:, None]) & (position[None] < position[:, None])
+    above = (values[None] > values[:, None]) | tied_before
     return 1 + (above & (group[None] == group[:, None])).sum(1).float()
 
 
@@ -108,7 +111,7 @@ def _sums(values: Tensor, group: Tensor, size: int) -> Tensor:
 
 
 def _best(batch: LatentBatch) -> Tensor:
-    """Where the image with the highest win rate of each group lies, [G]."""
+    """Index [G] of the image with the highest win rate in each group."""
     groups = torch.arange(len(batch.keys), device=batch.group.device)
     first = (batch.group == groups[:, None]) & (_ranks(batch.scores, batch.group) == 1)
     return first.int().argmax(1)

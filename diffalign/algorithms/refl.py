@@ -1,10 +1,12 @@
-"""ReFL (Xu et al., 2023, arXiv 2304.05977): reward what the model sees at one late step of its sampling.
+"""ReFL (Xu et al., 2023, arXiv 2304.05977): reward the x0 prediction at one late sampling step.
 
     loss = max(0, ceiling - r(x0_hat, c)) + reference_weight (policy - reference)^2
 
-x0_hat is the prediction of the clean image at a step drawn from the last part of the sampler's; only that step carries
-a graph. Differs from the released code: guidance is possible; the anchor is the distance to the reference on the
-model's own samples, where the paper trains on images besides; the scale of the reward is 1, for Adam undoes any.
+x0_hat is the x0 prediction at a random late step of the sampler. Only that step runs with gradients.
+
+Differences from the released code: guidance is supported; the regulariser is the distance to the reference on the
+model's own samples (paper: an additional pre-training loss on images); the reward has scale 1, since Adam is invariant
+to it.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from diffalign.types import PromptBatch
 
 
 class ReFL(RewardGradient):
-    """Positional: the policy, the frozen reference, the sampler and the rewards.
+    """ReFL: reward gradients through one random late sampling step.
+
+    Positional: the policy, the frozen reference, the sampler and the rewards.
 
     Args:
-        first_step: of the sampler's steps, counted from 0, the first that may be rewarded (30 of 40 as released)
-        ceiling: samples with a higher reward pull no more; null for none (2 for ImageReward as released)
-        reference_weight: of the squared difference between policy and reference
-        start_weight: of the squared distance of the weights from where they started
+        first_step: first sampling step that may be rewarded, counted from 0 (30 of 40 as released)
+        ceiling: samples with a higher reward get no gradient; null for none (2 for ImageReward as released)
+        reference_weight: weight of the squared difference between policy and reference
+        start_weight: weight of the squared distance of the weights from their initial values
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class ReFL(RewardGradient):
         reward: dict[str, Any],
         run: dict[str, Any],
     ) -> list[str]:
-        """What cannot work in an `algorithm` section with these other sections, one line each."""
+        """Problems with an `algorithm` section given these other sections, one line each."""
         count = len(sampler["timesteps"]) or sampler["steps"]
         problems = check_anchors(cfg) + check_inner_gradients(backbone=backbone, reward=reward, run=run)
         if not 0 <= cfg["first_step"] < count:
@@ -64,7 +68,7 @@ class ReFL(RewardGradient):
         return problems
 
     def transitions(self, batch: PromptBatch) -> tuple[list[Transition], Tensor]:
-        stop = self.sampler.draw_step(batch.keys, self.first_step)
+        stop = self.sampler.random_step(batch.keys, self.first_step)
         transition = self.sampler.walk(self.policy, batch.cond, batch.keys, stop=stop, graded=(stop,))[-1]
         return [transition], transition.x0
 

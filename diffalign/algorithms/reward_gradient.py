@@ -1,4 +1,4 @@
-"""What ReFL, DRaFT and R0 share: samples that carry a graph, the direction in which rewards rise, and anchors."""
+"""Base class of ReFL, DRaFT and R0: samples with gradients, reward gradients, and regularisers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diffalign.diffusion.noising import denoising_error
 from diffalign.networks.reference import AdapterOffReference, DistanceToStart, FrozenReference
 from diffalign.networks.sampler import Sampler, Transition
 from diffalign.objectives.rewards import RewardDirection, Rewards, reward_loss
-from diffalign.types import Metrics, PromptBatch, Recent
+from diffalign.types import Metrics, PromptBatch, RecentMetrics
 
 
 class RewardGradient(Algorithm):
-    """Climbs rewards through the sampler, the decoder and the scorers.
+    """Maximises rewards by back-propagation through the scorers, the decoder and the sampler.
 
     Positional: the policy, the frozen reference, the sampler and the rewards.
     """
@@ -44,14 +44,14 @@ class RewardGradient(Algorithm):
 
     @abstractmethod
     def transitions(self, batch: PromptBatch) -> tuple[list[Transition], Tensor]:
-        """The transitions of B samples that carry a graph, and the x0 [B, C, h, w] to be rewarded."""
+        """The transitions of B samples that run with gradients, and the x0 [B, C, h, w] to reward."""
 
     def ascend(self, x0: Tensor, batch: PromptBatch) -> RewardDirection:
-        """Where the rewards of x0 [B, C, h, w] rise."""
+        """Rewards of x0 [B, C, h, w] and their gradient."""
         return self.rewards.ascend(x0, batch.prompts)
 
     def loss(self, batch: PromptBatch) -> tuple[Tensor, Metrics]:
-        """B prompts -> minus the reward and what the anchors cost; per sample [B] rewards and their gradients."""
+        """B prompts -> loss (negative reward plus regularisers), and metrics [B]: rewards and gradient norms."""
         transitions, x0 = self.transitions(batch)
         found = self.ascend(x0, batch)
         loss, metrics = reward_loss(x0, found).mean(), dict(found.metrics)
@@ -59,14 +59,15 @@ class RewardGradient(Algorithm):
             drift = torch.stack([self._drift(transition, batch) for transition in transitions]).mean(0)
             loss, metrics["reference_error"] = loss + self.reference_weight * drift.mean(), drift.detach()
         if self.distance is not None:
-            away = self.distance()
-            loss, metrics["start_distance"] = loss + self.start_weight * away, away.detach()
+            distance = self.distance()
+            loss, metrics["start_distance"] = loss + self.start_weight * distance, distance.detach()
         return loss, metrics
 
     def _drift(self, transition: Transition, batch: PromptBatch) -> Tensor:
+        """Mean squared difference [B] between the predictions of policy and reference at one transition."""
         with torch.no_grad():
-            theirs = self.sampler.predict(self.reference, transition.x_t.detach(), transition.t, batch.cond)
-        return denoising_error(transition.out, theirs)
+            reference_out = self.sampler.predict(self.reference, transition.x_t.detach(), transition.t, batch.cond)
+        return denoising_error(transition.out, reference_out)
 
     def state(self) -> dict[str, Tensor]:
         return self.rewards.state()
@@ -74,16 +75,16 @@ class RewardGradient(Algorithm):
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.rewards.load(state)
 
-    def verdict(self, recent: Recent) -> str:
+    def verdict(self, recent: RecentMetrics) -> str:
         return (
-            f"verdict: reward {recent.about('policy/reward')} over the last {recent.samples} samples, "
-            f"{recent.about('policy/clamped', '.1%')} of the "
+            f"verdict: reward {recent.formatted('policy/reward')} over the last {recent.samples} samples, "
+            f"{recent.formatted('policy/clamped', '.1%')} of the "
             "pixels clamped (over 5 % above the start is over-saturation); judge its images with another scorer than "
             "this one: eval/win_rate.py"
         )
 
 
 def check_anchors(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work of the anchors in an `algorithm` section, one line each."""
+    """Problems with the regularisation weights of an `algorithm` section, one line each."""
     names = ("reference_weight", "start_weight")
     return [f"'algorithm.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on the winners: the baseline that every preference method has to beat.
+"""Supervised fine-tuning on the winners, the baseline of preference methods.
 
 loss = err_w = mean over C, h, w of (network(x_t, t, c) - target)^2
 """
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from diffalign.algorithms.denoising import Denoising, check_reference_free
 from diffalign.diffusion.noising import Noising, errors
-from diffalign.types import LatentBatch, Metrics, Recent
+from diffalign.types import LatentBatch, Metrics, RecentMetrics
 
 
 class SFT(Denoising):
-    """Plain diffusion training on the winners of preference pairs; losers are never looked at.
+    """Standard diffusion training on the winners of preference pairs; losers are ignored.
 
     Positional: policy and noising.
     """
@@ -27,11 +27,11 @@ class SFT(Denoising):
 
     @staticmethod
     def check(cfg: dict[str, Any], data: dict[str, Any]) -> list[str]:
-        """What cannot work in this `data` section, one line each; the method has no settings of its own."""
+        """Problems with this `data` section, one line each; the method has no settings of its own."""
         return check_reference_free(data)
 
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]:
-        """B pairs -> mean loss, and per pair [B] the winner's error, also by noise level."""
+        """B pairs -> mean loss, and the winner's error [B], also by noise level."""
         count = len(batch.keys)
         size = None if batch.size is None else batch.size[:count]
         winners = batch._replace(x0=batch.x0[:count], group=batch.group[:count], scores=batch.scores[:count], size=size)
@@ -40,6 +40,6 @@ class SFT(Denoising):
         metrics = {"winner_error": error.detach()}
         return error.mean(), metrics | self.by_level(metrics, noised)
 
-    def verdict(self, recent: Recent) -> str:
-        error = recent.about("policy/winner_error", ".4f")
+    def verdict(self, recent: RecentMetrics) -> str:
+        error = recent.formatted("policy/winner_error", ".4f")
         return f"verdict: winner error {error}; judge its images with eval/win_rate.py"

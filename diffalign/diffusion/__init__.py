@@ -1,1 +1,1 @@
-"""The mathematics of noise: schedules, sampling steps, noise levels and error weights, inversion. Loads no network."""
+"""Diffusion mathematics: noise schedules, sampling steps, timestep sampling, error weights, DDIM inversion."""

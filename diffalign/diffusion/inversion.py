@@ -1,4 +1,4 @@
-"""DDIM inversion: from each image along the model's own trajectory to its own noise level (Song et al., 2021, 4.3)."""
+"""DDIM inversion of images to given timesteps along the model's deterministic trajectory (Song et al., 2021, 4.3)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from diffalign.types import Cond, Key, Path
 
 
 class Inversion:
-    """Inverts latents of different depth in one batch: at each step only those that are not there yet are computed.
+    """DDIM inversion of a batch of latents to one timestep each. Latents that reached theirs skip further steps.
 
-    The levels are those of a sampler with `steps` steps from pure noise, as far as a latent needs them, so an image at
-    a middle level costs half of the steps. Each step asks the network at the level it leaves (at 0 for the clean end,
-    which no network knows).
+    The levels are those of a sampler with `steps` steps, up to the timestep of a latent. So inversion to a middle level
+    costs half of the steps. Each step evaluates the network at its start level, or at timestep 0 if it starts from the
+    clean level.
 
     Positional: the backbone's schedule and the run's draws.
 
     Args:
-        steps: of a full inversion, from the clean latent to pure noise
-        landing: exact ends on the level t_used for; official on the next grid level, as the released code of InPO and
-            SmPO does with diffusers 0.20 although their losses use the level t_used for (eps- and v-prediction only)
-        eta: noise added after each step, as a share of the DDPM posterior's; drawn by key, stream "inversion"
-        renoise: corrections of each step by asking the network again where the step lands (ReNoise, Garibi et al.,
-            2024, arXiv 2403.14602); with landing = official at the level it leaves, as SmPO's released code
-        renoise_average: average all estimates of a step as SmPO does; false takes the last one, which converges to
+        steps: number of steps of a full inversion, from the clean latent to pure noise
+        landing: end of the inversion: exact, at the requested timestep; official, at the next level of the grid, as the
+            released code of InPO and SmPO with diffusers 0.20, whose losses still use the requested timestep (eps- and
+            v-prediction only)
+        eta: noise added after each step, as a fraction of the DDPM posterior std; drawn by key, stream "inversion"
+        renoise: number of fixed-point corrections of each step, which evaluate the network at the end of the step
+            (ReNoise, Garibi et al., 2024, arXiv 2403.14602); with landing = official at the start level, as SmPO's
+            released code
+        renoise_average: average all estimates of a step, as SmPO does; false takes the last one, which converges to
             the exact inverse of a DDIM step
         guidance: classifier-free guidance scale; 1 for none
     """
@@ -56,7 +58,7 @@ class Inversion:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in an `inversion` section, one line each."""
+        """Problems with an `inversion` section, one line each."""
         problems = []
         if cfg["steps"] < 1:
             problems.append(f"'inversion.steps' = {cfg['steps']} must be 1 or more")
@@ -65,9 +67,9 @@ class Inversion:
         return problems
 
     def levels(self, t: Tensor) -> Tensor:
-        """[steps + 1, B]: the levels a latent passes on its way to t [B]; those that have arrived stay where they are.
+        """Levels [steps + 1, B] of an inversion to t [B]; the last level of each latent repeats.
 
-        Official grid for T = 1000 and 10 steps: clean, 1, 101, ..., 901; it ends on the first that is not below t.
+        Official grid for T = 1000 and 10 steps: clean, 1, 101, ..., 901. It ends at the first level that is >= t.
         """
         clean, k = self.schedule.t_clean, torch.arange(self.steps + 1, device=t.device)[:, None]
         if not isinstance(self.schedule, VPSchedule):
@@ -80,7 +82,7 @@ class Inversion:
         return torch.minimum(grid, landing)
 
     def path(self, t: Tensor) -> Path:
-        """The steps of latents on their way to t [B]. On the CPU nothing waits for a device."""
+        """The steps of an inversion to t [B]. Pass t on the CPU to avoid device synchronisation."""
         levels, steps = self.levels(t), []
         for now, then in itertools.pairwise(levels):
             moving = (then > now).nonzero()[:, 0]
@@ -100,9 +102,9 @@ class Inversion:
         keys: Sequence[Key],
         path: Path | None = None,
     ) -> Tensor:
-        """x0 [B, C, h, w], t [B], conds of batch B, B keys (of the eta noise) -> x_t [B, C, h, w], float32.
+        """x0 [B, C, h, w], t [B], conds of batch B, B keys (for the eta noise) -> x_t, float32 [B, C, h, w].
 
-        path  path(t), where it was made before
+        path  path(t), if already computed
         """
         x = upcast(x0)
         for k, (moving, now, then) in enumerate(self.path(t) if path is None else path):
@@ -116,7 +118,7 @@ class Inversion:
         return x
 
     def _step(self, network: Network, x: Tensor, now: Tensor, then: Tensor, cond: Cond, uncond: Cond | None) -> Tensor:
-        """One step from `now` to the noisier `then`."""
+        """One inversion step from level `now` to the noisier level `then`, both [M]."""
         a, s = map(per_sample, self.schedule.coefficients(now))
         a2, s2 = map(per_sample, self.schedule.coefficients(then))
         source = now.clamp(min=0)
@@ -126,12 +128,12 @@ class Inversion:
             out = guided(network, x_next, t_used, cond, uncond, self.guidance)
             estimates.append(self.schedule.split(out, x_next, t_used)[1])
             eps = torch.stack(estimates).mean(0) if self.renoise_average else estimates[-1]
-            # x lies at `now`, whichever level the network was given: x0 comes from x's own level.
+            # x is at level `now`, whatever timestep the network got, so x0 follows from the coefficients at `now`.
             x_next = a2 * (x - s * eps) / a + s2 * eps
             t_used = source if self.landing == "official" else then
         return x_next
 
     def _posterior_std(self, now: Tensor, then: Tensor) -> Tensor:
-        """eta times the deviation of the DDPM posterior of the step back, from `then` to `now`."""
+        """eta times the std of the DDPM posterior of the reverse step, from `then` to `now`."""
         zero = torch.zeros(len(now), 1, 1, 1, device=now.device)
         return gaussian_step(self.schedule, zero, zero, then, now, self.eta)[1]

@@ -1,4 +1,4 @@
-"""Noising for training: which levels are drawn, and how errors at them count."""
+"""Noising of training latents: timestep sampling, noise, and the weighting of denoising errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from diffalign.types import Cond, Key
 
 
 class Noised(NamedTuple):
-    """N noised latents as a network takes them, (x_t, t, cond), what it should answer, and what errors weigh [N]."""
+    """N noised latents.
+
+    input   arguments of the network: x_t [N, C, h, w], t [N], cond of batch N
+    target  training target of the network [N, C, h, w]
+    weight  weight of each squared error [N]
+    """
 
     input: tuple[Tensor, Tensor, Cond]
     target: Tensor
@@ -24,19 +29,19 @@ class Noised(NamedTuple):
 
 
 class Noising:
-    """Draws noise levels and noise by key, and measures errors.
+    """Samples timesteps and noise by key, and defines the weight of errors.
 
     Positional: the backbone's schedule and the run's draws.
 
     Args:
-        timesteps: how levels are drawn: uniform; logit_normal, which prefers the middle (SD3: Esser et al., 2024,
-            arXiv 2403.03206); or grid, uniform over `levels`, such as the few steps of a distilled model
-        mean: of the normal whose sigmoid is the level, as a fraction of the way to pure noise; above 0 noisier
-        std: of that normal
-        shift: moves the levels, u -> shift u / (1 + (shift - 1) u), as the samplers of SD3 (3.0) and FLUX do; above 1
+        timesteps: distribution of timesteps: uniform; logit_normal, which favours middle levels (SD3: Esser et al.,
+            2024, arXiv 2403.03206); or grid, uniform over `levels`, for the few timesteps of a distilled model
+        mean: mean of the normal distribution whose sigmoid is the level (0 clean, 1 pure noise); above 0 noisier
+        std: standard deviation of that normal distribution
+        shift: timestep shift u -> shift u / (1 + (shift - 1) u), as in the samplers of SD3 (3.0) and FLUX; above 1
             noisier
-        levels: timesteps of the grid, in the schedule's own units (249, 499, 749, 999 for a four-step SDXL-Turbo)
-        error_weight: errors are those of the network's own target, or turned into errors of the noise or of the latent
+        levels: timesteps of the grid, in units of the schedule (249, 499, 749, 999 for a four-step SDXL-Turbo)
+        error_weight: unit of the errors: native, the network's own target; epsilon, the noise; x0, the clean latent
     """
 
     def __init__(
@@ -60,7 +65,7 @@ class Noising:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `noising` section, one line each."""
+        """Problems with a `noising` section, one line each."""
         problems = [f"'noising.{k}' = {cfg[k]} must be positive" for k in ("std", "shift") if not cfg[k] > 0]
         if (cfg["timesteps"] == "grid") != bool(cfg["levels"]):
             problems.append("'noising.levels' and 'noising.timesteps' = grid belong together; give both or neither")
@@ -73,7 +78,7 @@ class Noising:
         return problems
 
     def sample(self, keys: Sequence[Key]) -> Tensor:
-        """A timestep for each key, [len(keys)] on the CPU; stream "timestep"."""
+        """One timestep per key, [len(keys)] on the CPU; stream "timestep"."""
         if self.timesteps == "grid":
             chosen = self.draws.integers(keys, 0, len(self.levels), stream="timestep")
             return self.schedule.timesteps(self.levels)[chosen]
@@ -86,27 +91,27 @@ class Noising:
         return self.schedule.at(self.shift * u / (1 + (self.shift - 1) * u))
 
     def noise(self, keys: Sequence[Key], like: Tensor) -> Tensor:
-        """eps for each key, [len(keys), C, h, w] on the device of `like` [N, C, h, w]; stream "noise"."""
+        """One eps per key, [len(keys), C, h, w] on the device of `like` [N, C, h, w]; stream "noise"."""
         return self.draws.normal(keys, like.shape[1:], stream="noise").to(like.device)
 
     def add(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Noised:
-        """x0, eps [N, C, h, w], t [N] and a Cond of batch N -> the inputs and targets of a network."""
+        """x0, eps [N, C, h, w], t [N] and a Cond of batch N -> noised latents with their targets."""
         return self.at(self.schedule.add_noise(x0, eps, t), x0, eps, t, cond)
 
     def at(self, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Noised:
-        """The same for a given x_t."""
+        """As `add`, for a given x_t [N, C, h, w]."""
         target = self.schedule.target(x0, eps, t)
         return Noised((x_t, t, cond), target, self.schedule.error_weight(t, self.unit))
 
 
 def denoising_error(out: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each sample over C, h, w: [N, C, h, w] twice -> float32 [N].
+    """Mean squared error over C, h, w of each sample; out, target [N, C, h, w] -> float32 [N].
 
-    Float32 even for half inputs: one float16 ulp of an error is 0.3 in the margin at beta 5000.
+    Float32 also for half-precision inputs: one float16 ulp of an error changes the margin by 0.3 at beta 5000.
     """
     return F.mse_loss(upcast(out), upcast(target), reduction="none").flatten(1).mean(1)
 
 
 def errors(network: Network, noised: Noised) -> Tensor:
-    """Weighted mean squared error over C, h, w of each latent, float32 [N]."""
+    """Weighted denoising error of each latent: mean over C, h, w, float32 [N]."""
     return noised.weight * denoising_error(network(*noised.input), noised.target)

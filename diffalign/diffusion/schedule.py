@@ -1,6 +1,6 @@
-"""Noise schedules: x_t = a(t) x0 + s(t) eps, and what the network predicts.
+"""Noise schedules x_t = a(t) x0 + s(t) eps, and prediction types.
 
-Stateless. One timestep a sample, everywhere. Arithmetic in float32 whatever the inputs (float64 stays float64).
+Schedules are stateless. Timesteps are per sample. Arithmetic is in float32 for all inputs but float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffalign.types import Key
 
 
 class Prediction(Enum):
-    """What the network's output means: eps, v = a eps - s x0 (Salimans & Ho, 2022), or the velocity eps - x0."""
+    """Prediction type of a network: eps, v = a eps - s x0 (Salimans & Ho, 2022), or the flow velocity eps - x0."""
 
     EPSILON = "epsilon"
     V = "v_prediction"
@@ -28,48 +28,48 @@ class Prediction(Enum):
 
 
 ErrorUnit = Literal["native", "epsilon", "x0"]
-"""Whose squared error is meant: of what the network predicts, of the noise, or of the clean latent."""
+"""Quantity of a squared error: the network's own target, the noise prediction, or the x0 prediction."""
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-"""The `beta_schedule` values of diffusers that a VPSchedule can be built from."""
+"""The `beta_schedule` values of diffusers that VPSchedule supports."""
 
 
 def upcast(x: Tensor) -> Tensor:
-    """float32, or float64 where x is: no arithmetic here runs in half precision."""
+    """x as float32, or unchanged if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def per_sample(x: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, 1], to meet latents [B, C, h, w]."""
+    """[B] -> [B, 1, 1, 1], for broadcasting with latents [B, C, h, w]."""
     return x[:, None, None, None]
 
 
 class Schedule(ABC):
-    """x_t = a(t) x0 + s(t) eps. t is [B], one level a sample; larger is noisier."""
+    """Noise schedule x_t = a(t) x0 + s(t) eps. t is [B], one timestep per sample; larger is noisier."""
 
     prediction: Prediction
     t_clean: ClassVar[float]
-    """The level without noise, where sampling ends and inversion starts."""
+    """Timestep of the clean latent, the end of sampling and the start of inversion."""
 
     @abstractmethod
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """t [B] -> a [B], s [B] on t's device."""
 
     def timesteps(self, levels: Sequence[float]) -> Tensor:
-        """Levels as a tensor on the CPU, of the type in which a network is asked at them."""
+        """Timesteps as a CPU tensor with the dtype of the network's timestep input."""
         return torch.tensor(levels, dtype=torch.float32)
 
     @abstractmethod
     def at(self, fraction: Tensor) -> Tensor:
-        """The timestep [B] that lies at a fraction [B] in [0, 1) of the way from clean to pure noise."""
+        """Timestep [B] at a fraction [B] in [0, 1) of the noise range (0 clean, 1 pure noise)."""
 
     @abstractmethod
     def fraction(self, t: Tensor) -> Tensor:
-        """How far from clean to pure noise t [B] lies, in [0, 1]."""
+        """Position of t [B] in the noise range, in [0, 1] (0 clean, 1 pure noise); the inverse of `at`."""
 
     @abstractmethod
     def sample_timesteps(self, draws: Draws, keys: Sequence[Key]) -> Tensor:
-        """Uniform training timesteps [B] on the CPU, a pure function of (seed, key); stream "timestep"."""
+        """Uniform training timesteps [B] on the CPU, pure functions of (seed, key); stream "timestep"."""
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x0, eps [B, C, h, w] and t [B] -> x_t [B, C, h, w]."""
@@ -77,7 +77,7 @@ class Schedule(ABC):
         return a * upcast(x0) + s * upcast(eps)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """What the network should output at x_t = a x0 + s eps: [B, C, h, w]."""
+        """Training target of the network at x_t = a x0 + s eps, [B, C, h, w]."""
         x0, eps = upcast(x0), upcast(eps)
         if self.prediction is Prediction.EPSILON:
             return eps
@@ -87,10 +87,10 @@ class Schedule(ABC):
         return a * eps - s * x0
 
     def error_weight(self, t: Tensor, unit: ErrorUnit) -> Tensor:
-        """[B]: what turns the squared error of the network's output into that of eps or of x0.
+        """Factor w [B] that converts the squared error of the network's output to an error of eps or x0.
 
-        eps-error = w * error with w = 1 (eps), a^2 (v and flow); x0-error with w = (s / a)^2 (eps), s^2 (v and flow).
-        `native` is 1: the network's own target. Not finite for x0 of an eps-prediction where a = 0.
+        eps error: w = 1 (eps-prediction), a^2 (v and flow). x0 error: w = (s / a)^2 (eps-prediction), s^2 (v and flow).
+        native: w = 1. Not finite for the x0 error of an eps-prediction at a = 0.
         """
         a, s = self.coefficients(t)
         if unit == "native" or (unit == "epsilon" and self.prediction is Prediction.EPSILON):
@@ -100,9 +100,10 @@ class Schedule(ABC):
         return (s / a) ** 2 if self.prediction is Prediction.EPSILON else s**2
 
     def split(self, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The (x0, eps) a network output implies, both [B, C, h, w]; the only place that knows prediction types.
+        """Convert a network output at (x_t, t) to the x0 and noise predictions, both [B, C, h, w].
 
-        With eps-prediction x0 is not finite where a = 0 (zero terminal SNR): noise alone says nothing about x0.
+        All conversions between prediction types happen here. With eps-prediction, x0 is not finite at a = 0 (zero
+        terminal SNR).
         """
         out, x_t = upcast(out), upcast(x_t)
         a, s = map(per_sample, self.coefficients(t))
@@ -115,11 +116,12 @@ class Schedule(ABC):
 
 @dataclass(frozen=True, eq=False)
 class VPSchedule(Schedule):
-    """Variance preserving (DDPM, Stable Diffusion): a^2 + s^2 = 1, t in [0, T - 1], and -1 for the clean end.
+    """Variance-preserving schedule (DDPM, Stable Diffusion): a^2 + s^2 = 1, t in [0, T - 1], and -1 for clean.
 
-    t is int64, or float32 for levels between two timesteps, where s / a is linear as in diffusers' Euler schedulers.
+    t is int64, or float32 for levels between two timesteps. There s / a is interpolated linearly, as in diffusers'
+    Euler schedulers.
 
-    alphas_cumprod  [T]: a^2 at each timestep
+    alphas_cumprod  a^2 at each timestep [T]
     prediction      EPSILON or V; anything else raises ValueError
     clean           a^2 at t = -1: 1, or alphas_cumprod[0] for schedulers with set_alpha_to_one = false
     """
@@ -136,16 +138,16 @@ class VPSchedule(Schedule):
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> VPSchedule:
-        """From the scheduler_config.json of a diffusers pipeline, of any scheduler class.
+        """Build the schedule from the scheduler_config.json of a diffusers pipeline, for any scheduler class.
 
-        Raises ValueError for what is no eps- or v-prediction on one of BETA_SCHEDULES (or on `trained_betas`), and for
-        eps-prediction on a schedule that ends at zero signal.
+        Raises ValueError unless it is eps- or v-prediction with one of BETA_SCHEDULES (or `trained_betas`), and for
+        eps-prediction with zero terminal SNR.
         """
         prediction = scheduler_config.get("prediction_type", Prediction.EPSILON.value)
         if prediction not in (Prediction.EPSILON.value, Prediction.V.value):
             raise ValueError(f"scheduler config: prediction_type must be epsilon or v_prediction; got '{prediction}'")
         betas, name = scheduler_config.get("beta_schedule"), scheduler_config.get("_class_name", "unknown class")
-        # Without this a flow-matching config, which has no betas, would silently get the default ones.
+        # A flow-matching config has no betas; DDIMScheduler would silently use its default ones.
         if scheduler_config.get("trained_betas") is None and betas not in BETA_SCHEDULES:
             raise ValueError(
                 f"scheduler config ({name}): beta_schedule must be one of {', '.join(BETA_SCHEDULES)}; got '{betas}'"
@@ -153,18 +155,18 @@ class VPSchedule(Schedule):
         scheduler = DDIMScheduler.from_config(dict(scheduler_config))
         if prediction == Prediction.EPSILON.value and scheduler.alphas_cumprod[-1] == 0:
             raise ValueError(
-                f"scheduler config ({name}): it ends at zero signal (rescale_betas_zero_snr), where an epsilon "
-                "prediction says nothing; use v_prediction or switch the rescaling off"
+                f"scheduler config ({name}): an epsilon prediction does not determine x0 at zero terminal SNR "
+                "(rescale_betas_zero_snr); use v_prediction or switch the rescaling off"
             )
         return cls(scheduler.alphas_cumprod.float(), Prediction(prediction), float(scheduler.final_alpha_cumprod))
 
     @property
     def num_timesteps(self) -> int:
-        """T, 1000 for Stable Diffusion."""
+        """Number of timesteps T; 1000 for Stable Diffusion."""
         return len(self.alphas_cumprod)
 
     def timesteps(self, levels: Sequence[float]) -> Tensor:
-        """int64 where all are whole numbers, else float32."""
+        """Timesteps as int64 if all are whole numbers, else float32."""
         timesteps = super().timesteps(levels)
         return timesteps.long() if all(level == int(level) for level in levels) else timesteps
 
@@ -175,18 +177,18 @@ class VPSchedule(Schedule):
         return a2.sqrt(), (1 - a2).sqrt()
 
     def _table(self, device: torch.device) -> Tensor:
-        """a^2 at 0, ..., T - 1 and, at [-1], the clean end; copied to each device once."""
+        """a^2 at t = 0, ..., T - 1, and of the clean level at [-1]; cached per device."""
         if device not in self._tables:
             clean = self.alphas_cumprod.new_tensor([self.clean])
             self._tables[device] = torch.cat([self.alphas_cumprod, clean]).to(device)
         return self._tables[device]
 
     def _between(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """a and s at float t [B]: sigma = s / a is interpolated between the timesteps on both sides."""
+        """a and s at float t [B]; sigma = s / a is interpolated linearly between the adjacent timesteps."""
         low = t.floor()
         w = t - low
         (a, s), (a2, s2) = self.coefficients(low.long()), self.coefficients(t.ceil().long())
-        # Both times a a2, for with zero terminal SNR the last sigma is infinite.
+        # Both are multiplied by a a2, since the last sigma is infinite with zero terminal SNR.
         signal, noise = a * a2, (1 - w) * s * a2 + w * s2 * a
         norm = torch.hypot(signal, noise)
         return torch.where(w == 0, a, signal / norm), torch.where(w == 0, s, noise / norm)
@@ -203,15 +205,15 @@ class VPSchedule(Schedule):
     def grid(
         self, steps: int, spacing: Literal["leading", "trailing", "linspace"] = "trailing", steps_offset: int = 0
     ) -> Tensor:
-        """Descending int64 sampling timesteps [steps], the ones DDIMScheduler of diffusers chooses.
+        """Descending int64 sampling timesteps [steps] of diffusers' DDIMScheduler.
 
-        Raises ValueError for an unknown spacing and for steps or an offset that leave [0, T - 1].
+        Raises ValueError for an unknown spacing and for timesteps outside [0, T - 1].
         """
         if not 1 <= steps <= self.num_timesteps:
             raise ValueError(f"steps must be in [1, {self.num_timesteps}], the number of timesteps; got {steps}")
         scheduler: Any = DDIMScheduler(self.num_timesteps, timestep_spacing=spacing, steps_offset=steps_offset)
         scheduler.set_timesteps(steps)
-        if len(scheduler.timesteps) != steps:  # its rounding makes one more of 61, 103, ... trailing steps
+        if len(scheduler.timesteps) != steps:  # rounding yields one step more for 61, 103, ... trailing steps
             raise ValueError(
                 f"DDIMScheduler makes {len(scheduler.timesteps)} {spacing} steps of {steps}; use another number"
             )
@@ -225,7 +227,7 @@ class VPSchedule(Schedule):
 
 @dataclass(frozen=True)
 class FlowSchedule(Schedule):
-    """Rectified flow (Liu et al., 2022; SD3, FLUX): a = 1 - t, s = t, t float in [0, 1]; the target is eps - x0."""
+    """Rectified-flow schedule (Liu et al., 2022; SD3, FLUX): a = 1 - t, s = t, float t in [0, 1], target eps - x0."""
 
     prediction: Prediction = field(default=Prediction.FLOW, init=False)
     t_clean: ClassVar[float] = 0.0
@@ -235,7 +237,7 @@ class FlowSchedule(Schedule):
         return 1 - t, t
 
     def at(self, fraction: Tensor) -> Tensor:
-        return fraction.clamp(min=torch.finfo(torch.float32).eps)  # exactly 0 is no noise at all
+        return fraction.clamp(min=torch.finfo(torch.float32).eps)  # t = 0 would add no noise
 
     def fraction(self, t: Tensor) -> Tensor:
         return t

@@ -1,7 +1,7 @@
-"""Moving in t: one Gaussian step is DDIM, DDIM inversion, DDPM, Euler-ancestral and flow Euler.
+"""Gaussian sampling steps: DDIM, DDIM inversion, DDPM, Euler-ancestral, flow Euler, LCM, and stochastic flow steps.
 
-Every step returns (mean [B, C, h, w], std [B, 1, 1, 1]) of the next latent, so samplers, PSO and policy gradients need
-nothing but these two and `log_prob`. Timesteps are per sample, [B], everywhere.
+Every step returns mean [B, C, h, w] and std [B, 1, 1, 1] of the next latent. Samplers, PSO and policy gradients need
+only these and `log_prob`. Timesteps are per sample, [B].
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ Step = tuple[Tensor, Tensor]
 
 
 def gaussian_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float = 0.0) -> Step:
-    """The transition from t to t_next given the network output `out` at (x_t, t) (DDIM: Song et al., 2021, eq. 12, 16).
+    """DDIM step from t to t_next with the network output `out` at (x_t, t) (Song et al., 2021, eq. 12, 16).
 
     mean = a2 x0 + sqrt(s2^2 - std^2) eps;  std = eta s2 sqrt(1 - (a s2 / (a2 s))^2), and 0 where t_next >= t.
-    eta 0 is DDIM, and Euler for flows; t_next above t is inversion; eta 1 is the DDPM posterior and Euler-ancestral.
+    eta 0 is deterministic DDIM, and Euler for flows; with t_next > t it is DDIM inversion. eta 1 is the DDPM posterior
+    and Euler-ancestral.
     """
     x0, eps = schedule.split(out, x_t, t)
     a, s = map(per_sample, schedule.coefficients(t))
@@ -41,10 +42,10 @@ def gaussian_step(schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_nex
 def renoise_step(
     schedule: Schedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, eta: float | Tensor = 1.0
 ) -> Step:
-    """Predict x0 and noise it again, by a part eta afresh: N(a2 x0 + s2 sqrt(1 - eta^2) eps, eta^2 s2^2).
+    """Step that predicts x0 and adds noise again: N(a2 x0 + s2 sqrt(1 - eta^2) eps, eta^2 s2^2).
 
-    eta 1 is how LCM, DMD2 and one-step generators sample, 0 is DDIM; a tensor [B, 1, 1, 1] of random ones is R0's.
-    LCM's boundary scaling (x0 <- c_out x0 + c_skip x_t, c_skip <= 7e-6 for t >= 19) is left out.
+    eta is the share of new noise: 1 for LCM, DMD2 and one-step generators, 0 for DDIM, a random tensor [B, 1, 1, 1] for
+    R0. LCM's boundary scaling (x0 <- c_out x0 + c_skip x_t, c_skip <= 7e-6 for t >= 19) is omitted.
     """
     x0, eps = schedule.split(out, x_t, t)
     a2, s2 = map(per_sample, schedule.coefficients(t_next))
@@ -61,7 +62,7 @@ def flow_sde_step(
 
     dt = t_next - t < 0;  sigma = noise_level sqrt(t / (1 - t));
     mean = x_t + (v + sigma^2 / (2 t) eps) dt;  std = sigma sqrt(-dt).
-    At t = 1, where sigma diverges, 1 - t_next takes the place of 1 - t, as in the released code.
+    sigma diverges at t = 1; there 1 - t_next replaces 1 - t, as in the released code.
     """
     x0, eps = schedule.split(out, x_t, t)
     a, s = map(per_sample, schedule.coefficients(t))
@@ -74,13 +75,13 @@ def flow_sde_step(
 def log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Log density of N(mean, std^2) at x, averaged (or summed) over C, h, w: float32 [B].
 
-    x, mean [B, C, h, w] and std [B, 1, 1, 1]. A deterministic step (eta 0, or the last one, to the clean end) has no
-    density: with std 0 on the CPU this raises ValueError; on an accelerator, where looking would make the host wait
-    for it, the result is not finite.
+    x, mean [B, C, h, w] and std [B, 1, 1, 1]. Deterministic steps (eta 0, or the last step) have std 0 and no density.
+    On the CPU they raise ValueError. On an accelerator the result is not finite instead: a check would force a
+    synchronisation.
     """
     if std.device.type == "cpu" and not (std > 0).all():
         raise ValueError(
-            f"log_prob needs std > 0, got {std.flatten().tolist()}; use eta > 0 and leave out the step to the clean end"
+            f"log_prob needs std > 0, got {std.flatten().tolist()}; use eta > 0 and leave out the last sampling step"
         )
     x, mean, std = upcast(x), upcast(mean), upcast(std)
     terms = -0.5 * ((x - mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
@@ -88,9 +89,9 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "s
 
 
 def guided(denoiser: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
-    """Classifier-free guidance, uncond + scale (cond - uncond), in one forward of the doubled batch.
+    """Prediction with classifier-free guidance, uncond + scale (cond - uncond), in one forward of the doubled batch.
 
-    scale 1, or no uncond, is one plain forward. Ho & Salimans, 2022.
+    With scale 1 or without uncond it is one conditional forward. Ho & Salimans, 2022.
     """
     if uncond is None or scale == 1:
         return denoiser(x_t, t, cond)

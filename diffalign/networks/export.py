@@ -1,4 +1,4 @@
-"""The result of a run in diffusers layout."""
+"""Export of trained weights in diffusers format."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ LOADED_BY = {
 
 
 def export(backbone: Backbone, folder: Path) -> str:
-    """Write the denoiser's present weights to `folder`, replacing it as a whole, and say how to load them."""
+    """Write the denoiser's current weights to `folder`, replaced as a whole; returns how to load them."""
     with replacing_folder(folder) as temporary:
         save(backbone, temporary)
     return f"exported; load it with {LOADED_BY[kind_of(backbone)].format(folder)}"
 
 
 def kind_of(backbone: Backbone) -> str:
-    """What of a backbone is exported."""
+    """Kind of export: "user adapter", "LoRA" or "whole pipeline"."""
     network = backbone.denoiser.network
     return "user adapter" if has_user_adapter(network) else "LoRA" if lora_layers(network) else "whole pipeline"
 
 
 def save(backbone: Backbone, folder: Path) -> None:
-    """Write what trained in diffusers layout: a user adapter, a LoRA, or the whole pipeline."""
+    """Write the trained weights in diffusers format: a user adapter, a LoRA, or the whole pipeline."""
     network, kind = backbone.denoiser.network, kind_of(backbone)
     if kind == "user adapter":
         save_adapter(network, folder)
@@ -44,19 +44,19 @@ def save(backbone: Backbone, folder: Path) -> None:
         _save_whole(backbone, folder)
     else:
         layers = {f"{backbone.network_name}_lora_layers": get_peft_model_state_dict(network, trained_state(network))}
-        # Without the metadata a loader takes the rank for alpha.
+        # Without the metadata a loader would set alpha to the rank.
         metadata = _collate_lora_metadata({backbone.network_name: network})
         backbone.pipeline_class.save_lora_weights(folder, **layers, **metadata)
 
 
 def kept_parts(backbone: Backbone) -> list[str]:
-    """The names of the parts that training leaves as they are."""
+    """Names of the pipeline parts that training does not change."""
     own = {backbone.network_name, "scheduler", *backbone.left_out}
     return [k for k, v in backbone.index.items() if isinstance(v, list) and v[0] is not None and k not in own]
 
 
 def _save_whole(backbone: Backbone, folder: Path) -> None:
-    """Write the network and the scheduler, and the files of all other parts as they are: nothing else is loaded."""
+    """Write the network and the scheduler, and copy the files of all other parts without loading them."""
     backbone.denoiser.network.save_pretrained(folder / backbone.network_name)
     scheduler = backbone.scheduler()
     scheduler.save_pretrained(folder / "scheduler")

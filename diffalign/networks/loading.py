@@ -1,4 +1,4 @@
-"""Model families. `load_backbone` picks the family from the pipeline folder's `model_index.json`."""
+"""Load pretrained pipelines. `load_backbone` selects the model family from the folder's `model_index.json`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from reward_models.files import missing, reachable, read_json
 __all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-MOST_T5_TOKENS = 512
-"""What the pipelines of SD3 and FLUX accept at most."""
+MAX_T5_TOKENS = 512
+"""Maximum sequence length of the SD3 and FLUX pipelines."""
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The same names in every family. What SD3 and FLUX have for the prompt alone (add_q_proj, ...) gets no LoRA."""
+"""Default LoRA targets, the same in all families. Text projections of SD3 and FLUX (add_q_proj, ...) get no LoRA."""
 
 
 def load_backbone(
@@ -44,21 +44,21 @@ def load_backbone(
     guidance_embedding: float = 1.0,
     seed: int = 0,
 ) -> Backbone:
-    """Load a pretrained pipeline for training, on a device, or as a run places its networks (`run.placement`).
+    """Load a pretrained pipeline for training on a device, or with the Placement of a run (`run.placement`).
 
     Args:
         path: pipeline folder, hub id, or `playground`, `playground_flow` for the shipped small models
         lora_rank: train a LoRA of this rank; 0 trains the whole network
-        lora_alpha: LoRA scale times rank; the rank when left out
+        lora_alpha: LoRA alpha (scale times rank); the rank when left out
         lora_targets: names of the linear layers that get a LoRA
-        dtype: of the weights that do not train; what trains is always float32
-        attention: implementation of attention
+        dtype: dtype of frozen weights; trainable weights are always float32
+        attention: attention implementation
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
-        max_sequence_length: tokens of a prompt in T5 (SD3 and FLUX; the others have none)
-        guidance_embedding: guidance scale that a guidance-distilled network (FLUX.1-dev) is told in training
-        seed: of the LoRA's initial weights
+        max_sequence_length: T5 tokens per prompt (SD3 and FLUX; other families have no T5)
+        guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
+        seed: seed of the LoRA's initial weights
 
-    Raises FileNotFoundError when there is no pipeline at `path`, ValueError when its family is not supported.
+    Raises FileNotFoundError if there is no pipeline at `path`, ValueError if its family is not supported.
     """
     folder = find_pipeline(path)
     family, supported = family_of(folder), supported_families()
@@ -76,7 +76,7 @@ def load_backbone(
 
 
 def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
-    """What cannot work in the section of a backbone, one line each."""
+    """Problems with the section of a backbone, one line each."""
     problems = []
     if cfg["attention"] == "xformers" and not has_xformers():
         problems.append(
@@ -95,9 +95,9 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
         problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
     if cfg["guidance_embedding"] < 0:
         problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
-    if not 1 <= cfg["max_sequence_length"] <= MOST_T5_TOKENS:
+    if not 1 <= cfg["max_sequence_length"] <= MAX_T5_TOKENS:
         problems.append(
-            f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MOST_T5_TOKENS}]"
+            f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MAX_T5_TOKENS}]"
         )
     return problems
 
@@ -107,9 +107,9 @@ load_backbone.check = check_backbone  # type: ignore[attr-defined]
 
 @cache
 def supported_families() -> dict[str, type[Backbone]]:
-    """Name of a pipeline class -> its family: every backbone in the files of families/ that has a `pipeline_class`.
+    """Pipeline class name -> family: all Backbone classes in families/ that define `pipeline_class`.
 
-    Raises ValueError where two have the same.
+    Raises ValueError if two families define the same one.
     """
     found: dict[str, type[Backbone]] = {}
     for file in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
@@ -125,7 +125,7 @@ def supported_families() -> dict[str, type[Backbone]]:
 
 
 def family_of(folder: Path) -> str:
-    """The class of the pipeline in a folder. Raises ValueError where its model_index.json does not say."""
+    """Pipeline class name of a folder. Raises ValueError if its model_index.json has none."""
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise ValueError(f"'{folder / 'model_index.json'}' names no pipeline; expected an object with _class_name")
@@ -133,10 +133,10 @@ def family_of(folder: Path) -> str:
 
 
 def find_pipeline(path: str) -> Path:
-    """The folder of a pipeline: itself, the shipped playground, or a hub id's files (downloaded when missing).
+    """Folder of a pipeline, from a folder, a shipped model's name, or a hub id (downloaded when missing).
 
-    Raises FileNotFoundError where there is none, ValueError for a single file and where only a variant of the weights
-    lies there.
+    Raises FileNotFoundError if there is none, ValueError for a single file and for a folder that holds only a variant
+    of the weights.
     """
     if path in SHIPPED:
         return SHIPPED[path]
@@ -158,12 +158,12 @@ def find_pipeline(path: str) -> Path:
 
 
 def _from_hub(path: str) -> Path:
-    """The files of a hub id. Raises FileNotFoundError in one line, for it may be a misspelt folder as well."""
+    """Folder with the files of a hub id. Raises FileNotFoundError with one line: the path may be a misspelt folder."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         raise FileNotFoundError(f"there is no folder '{path}', and it is no hub id such as 'owner/model'")
     reachable()
     before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it would say is in the error
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the error below covers its warnings
     try:
         return Path(DiffusionPipeline.download(path))
     except (OSError, ValueError) as error:
@@ -173,7 +173,7 @@ def _from_hub(path: str) -> Path:
 
 
 def _no_weights(part: Path) -> str:
-    """Why the network in a folder cannot be loaded, or nothing."""
+    """Reason why the weights in a folder cannot be loaded; empty if they can."""
     files = [x.name for x in part.iterdir() if x.suffix in (".safetensors", ".bin")]
     if any(re.fullmatch(r"[a-z_]+(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in files):
         return ""
@@ -187,14 +187,14 @@ def _no_weights(part: Path) -> str:
 
 
 def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
-    """A hash of what decides latents and text embeddings, so that a cache never outlives its encoder.
+    """Hash of the inputs of encoding, so that caches become invalid when an encoder changes.
 
-    That is the files of every encoder and tokenizer that the pipeline uses, and how many tokens T5 reads.
+    It covers the files of all encoders and tokenizers that the pipeline uses, and the number of T5 tokens.
     """
     digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
     index = read_json(folder / "model_index.json")
     for part in ENCODERS:
-        if index.get(part, [None])[0] is None:  # left out of the pipeline, even where its files lie there
+        if index.get(part, [None])[0] is None:  # omitted from the pipeline, even if its files exist
             continue
         for file in sorted((folder / part).glob("*")):
             if file.suffix in (".safetensors", ".json", ".txt", ".bin", ".model"):

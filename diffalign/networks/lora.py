@@ -1,4 +1,4 @@
-"""LoRA by peft on diffusers models: attach, switch off or to another one for a while."""
+"""LoRA adapters (peft) on diffusers models: add, disable temporarily, switch between several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffalign.draws import seeded
 from diffalign.networks.placement import trainable
 
 GENERATOR = "default"
-"""peft's name of the first adapter, the one that is exported."""
+"""Name of the first peft adapter, which is the one exported."""
 
 
 def add_lora(
@@ -22,8 +22,8 @@ def add_lora(
 ) -> None:
     """Freeze a diffusers model and add a trainable float32 LoRA to the layers whose names end in one of `targets`.
 
-    alpha defaults to rank. A is Gaussian and keyed by `seed`, B is zero, so the model does not change at first
-    (Hu et al., 2021). A second LoRA needs another name, and an Adapter for each. ValueError when no layer matches.
+    alpha defaults to rank. A is Gaussian, seeded by `seed`, and B is zero, so the initial output is unchanged (Hu et
+    al., 2021). A second LoRA needs another name, and each needs an Adapter. Raises ValueError if no layer matches.
     """
     network.requires_grad_(False)
     with seeded(seed):
@@ -36,17 +36,17 @@ def add_lora(
         network.add_adapter(config, adapter_name=name)
     for layer in lora_layers(network):
         for parameters in (layer.lora_A, layer.lora_B):
-            trainable(parameters)  # of every adapter: adding one freezes those before it
+            trainable(parameters)  # of all adapters: peft freezes the others when it adds one
 
 
 def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
-    """Every layer of the model that carries an adapter; empty for a model without LoRA."""
+    """All layers of the model that have a LoRA; empty for a model without."""
     return [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
 
 
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
-    """Run the model as it was before LoRA. Adapters are on again afterwards, whatever happens inside."""
+    """Context manager that disables all LoRAs of the model and enables them again on exit, also after an error."""
     layers = lora_layers(network)
     trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
     try:
@@ -56,42 +56,42 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
-        for parameter in trained:  # peft unfreezes only those of the adapter that is active
+        for parameter in trained:  # peft unfreezes only the active adapter
             parameter.requires_grad_(True)
 
 
 class Adapter(nn.Module):
-    """One of several LoRAs on a shared denoiser as a network of its own: its parameters are those of that LoRA.
+    """One of several LoRAs on a shared denoiser, wrapped as a module of its own. Its parameters are that LoRA's.
 
-    A backward pass recomputes checkpointed activations with the LoRA that is active then: differentiate inside `using`,
-    or call `activate` before a loss is left to others to differentiate.
+    With gradient checkpointing the backward pass recomputes activations with the LoRA that is active then. So run the
+    backward pass inside `using`, or call `activate` before returning a loss.
     """
 
     def __init__(self, denoiser: Any, name: str):
         super().__init__()
         self.denoiser, self.name = denoiser, name
-        # DistributedDataParallel waits for the gradients of all others otherwise.
+        # Otherwise DistributedDataParallel waits for gradients of parameters that this adapter does not use.
         everything = [n for n, _ in super().named_parameters()]
-        self._ddp_params_and_buffers_to_ignore = [n for n in everything if not self._mine(n)]
+        self._ddp_params_and_buffers_to_ignore = [n for n in everything if not self._owns(n)]
 
     @property
     def network(self) -> Any:
         """The diffusers model."""
         return self.denoiser.network
 
-    def _mine(self, parameter: str) -> bool:
+    def _owns(self, parameter: str) -> bool:
         return f".{self.name}." in parameter
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((n, p) for n, p in super().named_parameters(*args, **kwargs) if self._mine(n))
+        return ((n, p) for n, p in super().named_parameters(*args, **kwargs) if self._owns(n))
 
     def activate(self) -> str:
-        """Switch the denoiser to this LoRA, leaving every one trainable; returns the name of the one before."""
+        """Make this LoRA the active one. All LoRAs stay trainable. Returns the name of the previously active one."""
         return _switch(self.denoiser, self.name)
 
     @contextmanager
     def using(self) -> Iterator[None]:
-        """Inside, the denoiser has this LoRA; afterwards the one before."""
+        """Context manager that activates this LoRA and restores the previous one on exit."""
         before = self.activate()
         try:
             yield
@@ -99,7 +99,7 @@ class Adapter(nn.Module):
             _switch(self.denoiser, before)
 
     def forward(self, *inputs: Any) -> Any:
-        """As the denoiser's, with this LoRA."""
+        """Forward pass of the denoiser with this LoRA."""
         with self.using():
             return self.denoiser(*inputs)
 
@@ -110,7 +110,7 @@ def _switch(network: nn.Module, name: str) -> str:
         before = layer.active_adapters[0]
         if before != name:
             trained = [p for p in layer.parameters() if p.requires_grad]
-            layer.set_adapter(name)  # which freezes the others
+            layer.set_adapter(name)  # peft freezes the other adapters here
             for parameter in trained:
                 parameter.requires_grad_(True)
     return before

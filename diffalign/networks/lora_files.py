@@ -1,4 +1,4 @@
-"""A LoRA file in the layout of diffusers, kohya or peft, into a stock pipeline; one that changes nothing is told."""
+"""Load LoRA files of diffusers, kohya or peft into a stock pipeline, with a warning if they have no effect."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import nn
 from reward_models.files import read_json
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""Names under which diffusers and peft write a LoRA."""
+"""Default file names of LoRAs written by diffusers and peft."""
 PEFT = "base_model.model."
-"""What peft's own `save_pretrained` puts before the name of every layer."""
+"""Prefix of the layer names in files of peft's `save_pretrained`."""
 
 
 def load_lora(pipe: Any, path: Path) -> None:
-    """Load the LoRA of a file or folder into the pipeline, and make sure that it changes the model.
+    """Load the LoRA of a file or folder into the pipeline, and check that it changes the model.
 
-    Raises FileNotFoundError where there are no weights, ValueError where no layer takes one or where they do not fit.
-    Where all that is taken is 0, it says so on stderr.
+    Raises FileNotFoundError if there are no weights, ValueError if they fit no layer or have other shapes. Warns on
+    stderr if the LoRA is 0 in all layers.
     """
     file = lora_file(path)
     try:
@@ -36,7 +36,7 @@ def load_lora(pipe: Any, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"'--lora {path}' is no readable safetensors file: {error}") from error
     before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # what it would say is said below
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below cover its warnings
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -52,7 +52,7 @@ def load_lora(pipe: Any, path: Path) -> None:
 
 
 def lora_file(path: Path) -> Path:
-    """The one file of weights. Raises FileNotFoundError where there is none, ValueError where there are several."""
+    """The weight file at a path. Raises FileNotFoundError if there is none, ValueError if there are several."""
     if path.is_file():
         return path
     if not path.exists():
@@ -71,7 +71,7 @@ def _parts(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _load_peft(pipe: Any, file: Path) -> None:
-    """What peft's `save_pretrained` wrote, into the network or the text encoder whose layers it names."""
+    """Load a LoRA written by peft's `save_pretrained` into the network or text encoder that has its layers."""
     settings = file.with_name("adapter_config.json")
     if not settings.exists():
         raise ValueError(f"it has peft's layout, and '{settings.name}' with its rank and alpha is not beside it")
@@ -83,7 +83,7 @@ def _load_peft(pipe: Any, file: Path) -> None:
         return
     if fit[name] < len(layers):
         raise ValueError(f"{len(layers) - fit[name]} of the {len(layers)} layers it changes are not in the {name}")
-    known = LoraConfig.__dataclass_fields__  # a newer peft writes keys that this one does not know
+    known = LoraConfig.__dataclass_fields__  # newer versions of peft write additional keys
     config = LoraConfig(**{k: v for k, v in read_json(settings).items() if k in known})
     part: Any = _parts(pipe)[name]
     part.add_adapter(config)
@@ -92,8 +92,10 @@ def _load_peft(pipe: Any, file: Path) -> None:
 
 
 def _check(pipe: Any, path: Path, keys: list[str]) -> None:
-    """Raise ValueError unless some layer took weights. Say on stderr when they change nothing (a run with lr 0 leaves
-    such a LoRA), and when some have found no layer."""
+    """Raise ValueError if no layer got weights. Warn on stderr if some did not, or if all of them are 0.
+
+    A run with learning rate 0 exports a LoRA of zeros.
+    """
     layers = [m for part in _parts(pipe).values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
     if not layers:
         raise ValueError(f"no layer of the model took a weight of '--lora {path}'")

@@ -1,9 +1,9 @@
-"""Where networks run and what they compute in: device, dtypes, autocast, memory format, attention, checkpointing, DDP.
+"""Device and precision of networks: dtypes, autocast, memory format, attention, gradient checkpointing, DDP.
 
-No other file of diffalign decides these; torch.compile and sharding belong here too. Weights that train are float32,
-and their matrix products are computed in `compute_dtype`. Weights that never train are kept in `frozen_dtype`. A
-network carries its precision with it, whoever calls it. Losses, errors and log densities are not computed under
-autocast; they are float32. Scorers are placed by `reward_models.placement`.
+No other file of diffalign decides these; torch.compile and sharding belong here too. Trainable weights are float32, and
+their matrix products are computed in `compute_dtype`. Frozen weights are stored in `frozen_dtype`. Each network carries
+its own autocast, so callers need none. Losses, errors and log densities are float32, outside autocast.
+`reward_models.placement` places scorers.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
-"""Layers whose weights autocast casts at each use."""
+"""Layers whose weights autocast casts at every forward pass."""
 Role = Literal["policy", "reference", "encoder", "decoder"]
 
 
 class Placement(NamedTuple):
-    """Where networks run and how. A run says the first two (`run.placement`), the section of a backbone the rest.
+    """Device and precision settings. The run sets the first two (`run.placement`), the backbone section the others.
 
-    device         of every network
-    compute_dtype  of the matrix products of what trains and of its reference; None for that of the weights
-    frozen_dtype   of the weights that never train
-    lora           whether only a LoRA trains, so that the weights of the network itself never do
-    attention      implementation of attention
+    device         device of all networks
+    compute_dtype  dtype of the matrix products of policy and reference; None for the dtype of the weights
+    frozen_dtype   dtype of frozen weights
+    lora           whether only a LoRA trains, so that the base weights are frozen
+    attention      attention implementation
     gradient_checkpointing  recompute activations in the backward pass
     """
 
@@ -44,23 +44,23 @@ class Placement(NamedTuple):
     gradient_checkpointing: bool = False
 
     def dtype(self, role: Role, *, overflows: bool = False) -> torch.dtype:
-        """Of the weights of a network in this role. overflows: float16 has not the range for it, so it gets float32."""
+        """Weight dtype of a network in this role. overflows: it overflows in float16, so it gets float32 instead."""
         trains = role == "policy" and not self.lora
         return torch.float32 if trains or (overflows and self.frozen_dtype == torch.float16) else self.frozen_dtype
 
 
 def placement_of(accelerator: Any) -> Placement:
-    """The device and the mixed precision of accelerate."""
+    """The Placement that follows an accelerator's device and mixed precision."""
     return Placement(accelerator.device, DTYPES.get(accelerator.mixed_precision))
 
 
 def place(network: Any, role: Role, where: Placement | None = None) -> Any:
-    """The network in its place; returns what callers call.
+    """Move a network to its device, set dtype and precision for its role, and return the module to call.
 
-    policy     a denoiser, before it gets a LoRA; the aux network of two players is placed so too
-    reference  a frozen copy of a denoiser that is placed already, which computes the same bits; needs no `where`
-    encoder    a text encoder, frozen
-    decoder    an autoencoder, frozen; gradients may pass through it
+    policy     a trainable denoiser (also the aux network), before it gets a LoRA
+    reference  returns a frozen copy of a placed denoiser with bit-identical outputs; needs no `where`
+    encoder    a frozen text encoder
+    decoder    a frozen autoencoder; gradients can flow through it
     """
     if role == "reference":
         return _frozen_copy(network)
@@ -81,19 +81,19 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
 
 
 def prepare(module: nn.Module, accelerator: Any) -> nn.Module:
-    """A network that trains, as accelerate wraps it: DDP on several processes, and its autocast, a scorer's only one.
+    """A trainable network wrapped by accelerate: DDP for several processes, and accelerate's autocast.
 
-    Call it after the reference is copied and before the optimizer is made. torch.compile and `fully_shard` go here.
+    Scorers in training have no other autocast. Call it after copying the reference and before building the optimizer.
+    torch.compile and `fully_shard` go here.
     """
     return accelerator.prepare_model(module)
 
 
 @contextmanager
 def precision(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """The autocast of a placed denoiser: matrices in its `compute_dtype`, norms and softmax in float32.
+    """Autocast of a placed denoiser: matrix products in its `compute_dtype`, norms and softmax in float32.
 
-    Weights that were cast are not kept: before torch 2.11 a copy made under no_grad served later calls that need a
-    gradient.
+    The weight cache is disabled: before torch 2.11 a cast made under no_grad was reused by calls that need gradients.
     """
     dtype: Any = getattr(network, "compute_dtype", None)
     if dtype is None:
@@ -104,13 +104,13 @@ def precision(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def as_input(network: Any, *tensors: Tensor) -> list[Tensor]:
-    """Tensors in the dtype of a diffusers model's weights, which is what it takes."""
+    """Tensors cast to the weight dtype of a diffusers model."""
     dtype = network.dtype
     return [x.to(dtype) for x in tensors]
 
 
 def _frozen_copy(module: nn.Module) -> nn.Module:
-    """Matrices are kept in `compute_dtype`, as autocast would cast them: half the memory, and no cast at each call."""
+    """Frozen copy with matrices stored in `compute_dtype`, as autocast would cast them: half the memory, no casts."""
     copied = copy.deepcopy(module).eval().requires_grad_(False)
     dtype: Any = getattr(module, "compute_dtype", None)
     for layer in copied.modules() if dtype is not None else ():
@@ -120,8 +120,8 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
 
 
 def on_cpu(network: nn.Module) -> nn.Module:
-    """The network in float32 on the CPU: its tensors moved one by one, and shared where they are so already."""
-    memo: dict[int, Any] = {}  # deepcopy takes from it what it would copy
+    """Copy of the network in float32 on the CPU; tensors that already are float32 there are shared."""
+    memo: dict[int, Any] = {}  # deepcopy uses these tensors instead of copying
     for x in (*network.parameters(), *network.buffers()):
         moved = x.detach().to("cpu", torch.float32 if x.is_floating_point() else x.dtype)
         memo[id(x)] = nn.Parameter(moved, requires_grad=False) if isinstance(x, nn.Parameter) else moved
@@ -129,32 +129,32 @@ def on_cpu(network: nn.Module) -> nn.Module:
 
 
 def freeze(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let nothing of a module train, and keep it in a dtype."""
+    """Freeze a module and cast it to a dtype."""
     module.requires_grad_(False).to(dtype)
 
 
 def trainable(module: nn.Module) -> None:
-    """Let a module train, in float32."""
+    """Make a module trainable and cast it to float32."""
     module.requires_grad_(True).float()
 
 
-# The state that trains. Checkpoints, the moving average, the export of adapters and the optimizer read and write it
-# through these functions. With sharding, `whole` gathers a tensor and `fill` scatters one; the export of a whole
-# network reads its `state_dict`, which a hook set by `prepare` can gather in the same way.
+# Access to the trainable state. Checkpoints, the EMA, the export of adapters and the optimizer use these functions. For
+# sharding, `whole` will gather a tensor and `fill` will scatter one. The export of a whole network reads its
+# `state_dict`, which a hook set by `prepare` can gather in the same way.
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a network that train, wrapped for several processes or not."""
+    """Trainable parameters of a network, with or without a DDP wrapper."""
     return [*_trained(module).values()]
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """Their values by name, as files take them."""
+    """Trainable parameters by name, as full tensors for a file."""
     return {name: whole(p) for name, p in _trained(module).items()}
 
 
 def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Set them. Raises ValueError where the state is of other parameters than train now."""
+    """Load the trainable parameters by name. Raises ValueError if the names differ."""
     here = _trained(module)
     if state.keys() != here.keys():
         raise ValueError(f"other weights than this run trains: {sorted(state.keys() ^ here.keys())[:3]}")
@@ -168,32 +168,32 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(x: Tensor) -> Tensor:
-    """A tensor of a network or an optimizer as files take it."""
+    """The full, contiguous, detached tensor of a parameter or optimizer state, for a file."""
     return x.detach().contiguous()
 
 
 @torch.no_grad()
 def fill(x: Tensor, value: Tensor) -> None:
-    """Set a tensor of a network or an optimizer to what a file holds."""
+    """Copy a tensor from a file into a parameter or optimizer state."""
     x.copy_(value)
 
 
 def has_xformers() -> bool:
-    """Whether `attention` may be xformers here."""
+    """Whether attention = xformers works: the package is installed and CUDA is available."""
     return importlib.util.find_spec("xformers") is not None and torch.cuda.is_available()
 
 
 def free_memory(device: torch.device) -> None:
-    """Give what networks that were dropped have left back to the device."""
+    """Release cached memory of deleted networks to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def deterministic_only() -> None:
-    """Use algorithms that give the same bits each time, and no others: what has none raises RuntimeError and is named.
+    """Restrict torch to deterministic algorithms. An operation without one raises RuntimeError with its name.
 
-    Call it before the device is first used.
+    Call it before the first use of the device.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives other bits with other workspaces
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with a fixed workspace only
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""The frozen model that alignment must not stray from: a copy, or the same weights with the adapters off."""
+"""Frozen reference model of the policy: a copy, or the same weights with the LoRA disabled."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffalign.types import Cond
 
 
 class FrozenReference:
-    """A frozen copy of a denoiser as it is now: eval mode, no gradients, the same precision."""
+    """Frozen copy of the policy's current weights: eval mode, no gradients, the same precision."""
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser = place(denoiser, "reference")
@@ -24,15 +24,15 @@ class FrozenReference:
         return self.denoiser(x_t, t, cond)
 
     def using(self) -> AbstractContextManager[None]:
-        """Nothing has to change for `denoiser` to be the reference."""
+        """A context manager that does nothing: `denoiser` always is the reference."""
         return nullcontext()
 
 
 class AdapterOffReference:
-    """The denoiser itself with its LoRA off: no second network in memory.
+    """The policy with its LoRA disabled, as the frozen reference. Needs no second network in memory.
 
-    Call it before the policy's forward or after it, but never between a forward and the recomputation of gradient
-    checkpointing; every call leaves the adapters on.
+    Call it before or after the policy's forward and backward, never between a forward and the recomputation of gradient
+    checkpointing. The LoRA is enabled again after every call.
     """
 
     def __init__(self, denoiser: nn.Module):
@@ -45,20 +45,20 @@ class AdapterOffReference:
             return self.denoiser(x_t, t, cond)
 
     def using(self) -> AbstractContextManager[None]:
-        """Inside, `denoiser` is the reference, for gradients in its input as well."""
+        """A context manager that disables the LoRA, so that `denoiser` is the reference; inputs may need gradients."""
         return adapters_off(self.denoiser)
 
 
 def reference_for(denoiser: nn.Module) -> FrozenReference | AdapterOffReference:
-    """Adapters off where the denoiser has a LoRA, else a frozen copy of it as it is now."""
+    """The reference of a denoiser: AdapterOffReference if it has a LoRA, else a frozen copy."""
     return AdapterOffReference(denoiser) if lora_layers(denoiser) else FrozenReference(denoiser)
 
 
 class DistanceToStart:
-    """|theta - theta_start|^2 of the weights that train, differentiable.
+    """Differentiable squared distance of the trainable weights from their initial values, |theta - theta_start|^2.
 
-    Of a LoRA it is that of the change it makes, (alpha / rank)^2 |B A|^2, exactly, from r x r matrices; decay of A and
-    B themselves is not the same. Of a whole network it needs a copy of the weights as they are now.
+    For a LoRA it is the exact norm of the weight change, (alpha / rank)^2 |B A|^2, computed from r x r matrices. Weight
+    decay on A and B is not equivalent. For a whole network it keeps a copy of the initial weights.
     """
 
     def __init__(self, module: nn.Module):
@@ -67,7 +67,7 @@ class DistanceToStart:
         self.start = [p.detach().clone() for p in self.parameters]
 
     def __call__(self) -> Tensor:
-        """A scalar."""
+        """The squared distance, a scalar."""
         if not self.layers:
             return torch.stack(
                 [(p - p0).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]

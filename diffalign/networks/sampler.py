@@ -1,7 +1,7 @@
-"""How a model walks from noise to an image while it trains: which timesteps, and the law of each transition.
+"""Sampling trajectories during training: the timesteps, and the distribution of each transition.
 
-A distilled model has few steps and a law of its own, which its scheduler's config names; training by rewards or on
-samples of its own must use both, for at other timesteps it was never meant to be asked.
+The scheduler config of a distilled model defines its few timesteps and its kind of step. Training on rewards or on own
+samples must use both: the model was not distilled for other timesteps.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ SCHEDULERS: dict[str, tuple[StepKind, dict[str, Any]]] = {
     "LCMScheduler": ("renoise", {"clip_sample": False, "thresholding": False}),
     "FlowMatchEulerDiscreteScheduler": ("deterministic", {"invert_sigmas": False}),
 }
-"""Scheduler class -> the law of its steps, and the settings without which it has another one.
+"""Scheduler class -> its kind of step, and the settings that this kind requires.
 
-Flow matching with `stochastic_sampling` renoises. Solvers that remember outputs (PNDM, DPM-Solver, UniPC) or that ask
-twice a step (Heun) have no law.
+Flow matching with `stochastic_sampling` is of kind renoise. Multistep solvers (PNDM, DPM-Solver, UniPC) and solvers
+with two evaluations per step (Heun) are not supported: their steps are no Gaussian transitions.
 """
 SUBSTITUTE = {
     "deterministic": "DDIMScheduler",
@@ -53,14 +53,17 @@ SUBSTITUTE = {
     "renoise": "LCMScheduler",
     "random": "LCMScheduler",
 }
-"""Kind of step -> the scheduler class that gives timesteps and end where the model's own has another kind or none."""
+"""Kind of step -> scheduler class that replaces the model's own when that one is of another kind or unsupported."""
 
 
 class Transition(NamedTuple):
-    """One step of B samples: the network answers `out` at (x_t, t), by which it sees x0; x_next at t_next is drawn from
-    N(mean, std^2).
+    """One sampling step of B samples: x_next ~ N(mean, std^2) at t_next, given x_t at t.
 
-    x_t, out, x0, mean, x_next [B, C, h, w]; t, t_next [B]; std [B, 1, 1, 1]
+    x_t, x_next  latents before and after the step [B, C, h, w]
+    t, t_next    their timesteps [B]
+    out          network output at (x_t, t), with guidance [B, C, h, w]
+    x0           the x0 prediction that `out` implies [B, C, h, w]
+    mean, std    [B, C, h, w] and [B, 1, 1, 1]
     """
 
     x_t: Tensor
@@ -74,21 +77,21 @@ class Transition(NamedTuple):
 
 
 class Sampler:
-    """The sampling of a backbone as stock diffusers does it with the same noise: a pure function of each sample's key.
+    """Sampler of a backbone. It reproduces stock diffusers for equal noise; samples are pure functions of their keys.
 
-    Positional: the backbone, the draws of the run, and the images' width and height in pixels. The noise of a key is
-    that of its generators: stream "latents" at the start, "sampler" on the way, as in tools/generate.py.
+    Positional: the backbone, the draws of the run, and the width (= height) of images in pixels. The initial noise of a
+    key comes from stream "latents", the noise of later steps from stream "sampler", as in tools/generate.py.
 
-    Timesteps, noise levels, the scale of the first noise and the last step are those of the model's own scheduler, or,
-    where its law is another, of DDIM, DDPM or LCM made from the same scheduler config. Raises ValueError where `law` is
-    scheduler and no law steps as the model's own does, and for timesteps that the model does not have.
+    Timesteps, noise levels, initial noise scale and last step follow the model's own scheduler. If `law` is of another
+    kind, they follow DDIM, DDPM or LCM built from the same scheduler config. Raises ValueError if `law` is scheduler
+    and the model's scheduler is not supported, and for timesteps outside the model's range.
 
     Args:
-        steps: how many; the timesteps are those of the scheduler
-        timesteps: these instead, descending, as the model was distilled for (999, 749, 499, 249 or 399 for DMD2)
-        law: of a step; scheduler is the model's own. deterministic (DDIM, Euler), ancestral (DDPM, Turbo), renoise
-            (LCM, DMD2: predict x0, noise it afresh), or random, which renoises by a random part that each sample and
-            step draws anew (R0)
+        steps: number of steps; the scheduler sets the timesteps
+        timesteps: explicit descending timesteps instead, those of the distillation (999, 749, 499, 249; 399 for DMD2)
+        law: kind of step: scheduler (the model's own), deterministic (DDIM, Euler), ancestral (DDPM, Turbo), renoise
+            (LCM, DMD2: predict x0, then add new noise), or random (R0: the share of new noise is random for each
+            sample and step)
         guidance: classifier-free guidance scale; 1 for distilled models
     """
 
@@ -117,13 +120,13 @@ class Sampler:
             self.timesteps = own_timesteps(self.schedule, scheduler, steps)
         levels = self.timesteps.tolist()
         check_levels(self.schedule, levels)
-        landings = [*levels[1:], self.schedule.t_clean]
+        next_levels = [*levels[1:], self.schedule.t_clean]
         if ddim and not timesteps:
-            # diffusers' DDIM goes down by T // steps, which linspace and uneven trailing grids do not.
+            # diffusers' DDIM steps down by T // steps, also on linspace and uneven trailing grids.
             stride = len(scheduler.alphas_cumprod) // steps
-            landings = [max(level - stride, self.schedule.t_clean) for level in levels]
-        self.spans = list(zip(levels, landings, strict=True))
-        # In sigma space diffusers starts from the largest sigma of the grid, which is s(t) of unit noise here.
+            next_levels = [max(level - stride, self.schedule.t_clean) for level in levels]
+        self.level_pairs = list(zip(levels, next_levels, strict=True))
+        # Euler schedulers in diffusers start from noise times the largest sigma, which corresponds to s(t) here.
         sigmas = isinstance(scheduler, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler)
         scaled = sigmas and scheduler.config["timestep_spacing"] != "leading"
         self.scale = self.schedule.coefficients(self.timesteps[:1])[1].item() if scaled else 1.0
@@ -131,7 +134,7 @@ class Sampler:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `sampler` section, one line each."""
+        """Problems with a `sampler` section, one line each."""
         problems = []
         if cfg["steps"] < 1:
             problems.append(f"'sampler.steps' = {cfg['steps']} must be 1 or more")
@@ -145,7 +148,7 @@ class Sampler:
         return len(self.timesteps)
 
     def start(self, keys: Sequence[Key]) -> Tensor:
-        """The latents [len(keys), C, h, w] where sampling begins."""
+        """Initial latents [len(keys), C, h, w]."""
         return self.scale * self.draws.normal(keys, self.shape, stream="latents").to(self.device)
 
     def walk(
@@ -158,24 +161,24 @@ class Sampler:
         graded: Collection[int] = (),
         stop: int | None = None,
     ) -> list[Transition]:
-        """The transitions 0, 1, ... of B samples, through transition `stop` if given, else to the clean end.
+        """Roll out B samples; returns the transitions 0, 1, ... up to and including `stop`, or all of them.
 
-        cond     batch of B
-        keys     B keys; the noise on the way is drawn from them
-        x        where to start [B, C, h, w]; `start(keys)` when left out
-        graded   numbers of the transitions that carry gradients; the others run without
+        cond     conditions, batch of B
+        keys     B keys; they seed the noise of the steps
+        x        initial latents [B, C, h, w]; `start(keys)` by default
+        graded   indices of the transitions that run with gradients
         """
         x = self.start(keys) if x is None else x
         generators = [self.draws.generator(key, "sampler") for key in keys]
         transitions: list[Transition] = []
         last = len(self) - 1 if stop is None else stop
         for k in range(last + 1):
-            t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.spans[k])
+            t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.level_pairs[k])
             with torch.set_grad_enabled(torch.is_grad_enabled() and k in graded):
                 out = self.predict(network, x, t, cond)
-                mean, std = self.step(out, x, t, t_next, [(key, self.spans[k][0]) for key in keys])
+                mean, std = self.step(out, x, t, t_next, [(key, self.level_pairs[k][0]) for key in keys])
                 x_next = mean
-                if self.law != "deterministic" and k + 1 < len(self):  # the last step adds no noise by any law
+                if self.law != "deterministic" and k + 1 < len(self):  # the last step never adds noise
                     noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
                     x_next = mean + std * noise.to(x.device)
                 x0, _ = self.schedule.split(out, x, t)
@@ -184,18 +187,18 @@ class Sampler:
         return transitions
 
     def predict(self, network: Network, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The network's answer [B, C, h, w] with the sampler's guidance."""
+        """Network output [B, C, h, w] with the sampler's classifier-free guidance."""
         uncond = None if self.empty is None else self.empty.repeat(len(x_t))._replace(size=cond.size)
         return guided(network, x_t, t, cond, uncond, self.guidance)
 
-    def draw_step(self, keys: Sequence[Key], first: int = 0) -> int:
-        """A transition from `first` on, the same for the whole micro-batch; stream "stop"."""
+    def random_step(self, keys: Sequence[Key], first: int = 0) -> int:
+        """Random step index in [first, len(self)), one for the whole micro-batch; stream "stop"."""
         return int(self.draws.integers([keys[0]], first, len(self), stream="stop"))
 
     def step(self, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, keys: Sequence[Key]) -> Step:
-        """The law of the transition from t to t_next, all [B]: mean [B, C, h, w] and std [B, 1, 1, 1].
+        """Mean [B, C, h, w] and std [B, 1, 1, 1] of the transition from t [B] to t_next [B].
 
-        keys     B times the key of the sample and its timestep, by which the random part is drawn; stream "eta"
+        keys     B keys (key of the sample, timestep); kind random draws its eta from them, stream "eta"
         """
         if self.law == "deterministic":
             return gaussian_step(self.schedule, out, x_t, t, t_next)
@@ -207,7 +210,7 @@ class Sampler:
         return renoise_step(self.schedule, out, x_t, t, t_next, per_sample(eta).to(x_t.device))
 
     def noising(self) -> Noising:
-        """Training at the sampler's own timesteps and no others, with errors of the noise."""
+        """Noising for training at the timesteps of this sampler only, with errors of the noise prediction."""
         levels = tuple(self.timesteps.tolist())
         return Noising(self.schedule, self.draws, timesteps="grid", levels=levels, error_weight="epsilon")
 
@@ -220,11 +223,11 @@ class Sampler:
 def kind_and_scheduler(
     config: dict[str, Any], law: StepKind | Literal["scheduler"], discrete: bool
 ) -> tuple[StepKind, Any]:
-    """The law of a walk, and the diffusers scheduler that has it: the one with this config, or its stand-in.
+    """The kind of step, and a diffusers scheduler of that kind: the one of this config, or its substitute.
 
-    discrete  whether timesteps are numbered (U-Nets), or levels of a flow
+    discrete  whether timesteps are integers (U-Nets) or noise levels of a flow
 
-    Raises ValueError where `law` is scheduler and the scheduler has no law, with the setting that keeps it from one.
+    Raises ValueError if `law` is scheduler and the scheduler is not supported; the message names the setting.
     """
     name = config["_class_name"]
     own, needed = SCHEDULERS.get(name, (None, {}))
@@ -237,24 +240,24 @@ def kind_and_scheduler(
         name = " with ".join([name, *other[:1]])
     if law == "scheduler":
         raise ValueError(
-            f"'sampler.law' = scheduler: no law steps as {name} does; set 'sampler.law' to deterministic (DDIM), "
-            "ancestral (DDPM) or renoise (LCM)"
+            f"'sampler.law' = scheduler: the steps of {name} are not supported; set 'sampler.law' to deterministic "
+            "(DDIM), ancestral (DDPM) or renoise (LCM)"
         )
-    stand_in = SUBSTITUTE[law] if discrete else "FlowMatchEulerDiscreteScheduler"
-    return law, getattr(diffusers, stand_in).from_config(config)
+    substitute = SUBSTITUTE[law] if discrete else "FlowMatchEulerDiscreteScheduler"
+    return law, getattr(diffusers, substitute).from_config(config)
 
 
 def own_schedule(schedule: Schedule, scheduler: Any) -> Schedule:
-    """A backbone's schedule with the noise levels and the clean end of a diffusers scheduler; a flow's as it is."""
+    """A backbone's schedule with the noise levels and final alpha of a diffusers scheduler (U-Nets only)."""
     if not isinstance(schedule, VPSchedule):
         return schedule
-    # All but DDIM end at x0 itself, whatever set_alpha_to_one says.
+    # All schedulers but DDIM end at x0 itself and ignore set_alpha_to_one.
     clean = float(scheduler.final_alpha_cumprod) if isinstance(scheduler, DDIMScheduler) else 1.0
     return replace(schedule, alphas_cumprod=scheduler.alphas_cumprod.float(), clean=clean)
 
 
 def own_timesteps(schedule: Schedule, scheduler: Any, steps: int) -> Tensor:
-    """The descending timesteps [steps] that a diffusers scheduler chooses. ValueError where it cannot."""
+    """The descending timesteps [steps] of a diffusers scheduler. Raises ValueError for an unsupported number."""
     try:
         scheduler.set_timesteps(steps)
     except ValueError as error:
@@ -268,7 +271,7 @@ def own_timesteps(schedule: Schedule, scheduler: Any, steps: int) -> Tensor:
 
 
 def check_levels(schedule: Schedule, levels: Sequence[float]) -> None:
-    """ValueError for timesteps that do not descend to above the clean end, or that the model does not have."""
+    """Raise ValueError unless timesteps descend, end above the clean level, and lie in the model's range."""
     if any(then >= now for now, then in itertools.pairwise([*levels, schedule.t_clean])):
         raise ValueError(f"'sampler.timesteps' must descend and end above {schedule.t_clean}; got {levels}")
     if isinstance(schedule, VPSchedule) and levels[0] > (last := schedule.num_timesteps - 1):
@@ -276,7 +279,7 @@ def check_levels(schedule: Schedule, levels: Sequence[float]) -> None:
 
 
 def few_step_scheduler(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler config of a model distilled from the one with this config: LCM's, or a flow's that renoises."""
+    """Scheduler config of a few-step model distilled from a model with this config: LCM, or a stochastic flow."""
     if config["_class_name"].startswith("FlowMatch"):
         return {**config, "stochastic_sampling": True}
     return {**diffusers.LCMScheduler.from_config(config).config, "_class_name": "LCMScheduler"}

@@ -1,4 +1,4 @@
-"""The two score networks beside a few-step generator: the frozen reference, and the aux network that starts as it."""
+"""The score networks of two-player distillation: the frozen teacher, and the aux network (fake score) that trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ AUX = "aux"
 
 
 class ScoreNetworks(NamedTuple):
-    """aux to be trained, and reference, both denoisers; `using_*` makes the network be that one while it lasts."""
+    """The trainable aux network and the frozen reference, both denoisers with the same weights at first.
+
+    using_aux, using_reference  context managers; they activate the LoRA of that network where weights are shared, and
+                                do nothing where both are separate networks
+    """
 
     aux: nn.Module
     reference: AdapterOffReference | FrozenReference
@@ -26,9 +30,14 @@ class ScoreNetworks(NamedTuple):
 
 
 def score_networks(backbone: Backbone, placement: Placement, start: str, **teacher: Any) -> ScoreNetworks:
-    """From the backbone that generates, the path it started from, and the teacher's settings for `load_backbone`.
+    """Build the aux and reference networks of a generator.
 
-    Where both are LoRAs on the same weights, these are in memory once: the backbone's denoiser becomes an Adapter.
+    backbone  the generator
+    start     the pipeline path that the generator was loaded from
+    teacher   settings of the teacher, as keyword arguments of `load_backbone`
+
+    If generator and aux are LoRAs on the same weights, memory holds these weights once. The backbone's denoiser then
+    becomes an Adapter.
     """
     shared, rank = backbone.denoiser, teacher["lora_rank"]
     if teacher["path"] == start and rank and lora_layers(shared):

@@ -1,10 +1,10 @@
-"""A U-Net that listens to a user: decoupled cross-attention as in IP-Adapter, which stock diffusers loads.
+"""User conditioning of a U-Net by decoupled cross-attention, in the IP-Adapter format of stock diffusers.
 
     Z = softmax(Q K' / sqrt(d)) V + softmax(Q K_u' / sqrt(d)) V_u,   K_u = tokens W_k,   V_u = tokens W_v
 
-Ye et al., 2023 (arXiv 2308.06721), with a user's embedding instead of an image's, as PPD has it (Dang et al., 2025).
-The layers are diffusers' own; here is how they begin, how they train, and how they are written as its file. Families:
-those with a UNet2DConditionModel (Stable Diffusion, SDXL).
+IP-Adapter (Ye et al., 2023, arXiv 2308.06721) with a user embedding instead of an image embedding, as in PPD (Dang et
+al., 2025). The layers are those of diffusers. This module initialises, trains and saves them. Supported families: those
+with a UNet2DConditionModel (Stable Diffusion, SDXL).
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from diffalign.draws import seeded
 from diffalign.networks.placement import freeze, trainable, whole
 
 FILE = "user_adapter.safetensors"
-"""What the export of a run holds; `pipe.load_ip_adapter(export, subfolder="", weight_name=FILE, ...)` reads it."""
+"""Weight file in the export of a run; load with `pipe.load_ip_adapter(export, subfolder="", weight_name=FILE, ...)`."""
 TOKENS = 4
-"""Attention tokens that diffusers' linear image projection makes of one vector; its loader knows no other number."""
+"""Number of attention tokens per embedding vector. diffusers' loader of linear image projections supports only this."""
 
 
 def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int = 0, seed: int = 0) -> None:
     """Freeze a UNet2DConditionModel in a dtype and add a trainable float32 user adapter for embeddings [T, width].
 
-    Keys begin as those of the text, values as zero, so the model does not change at first. (Never the keys as zero:
-    then nothing would have a gradient.) The projection of users has no biases, so zero, which stands for nobody in
-    particular, has the value zero in every layer, and nobody gets the model as it was, however long it is trained.
+    Key matrices are initialised from the text keys and value matrices with zeros, so the initial output is unchanged.
+    (Zero keys and zero values together would have no gradient.) The user projection has no biases. So the zero
+    embedding, which means "no user", adds zero in every layer: without a user the output always is that of the base
+    model.
 
     Args:
-        rank: of what is learned of every key and value matrix; 0 trains them whole
-        seed: of the initial weights
+        rank: rank of the trained change of each key and value matrix; 0 trains the full matrices
+        seed: seed of the initial weights
     """
     freeze(network, dtype)
     dim = network.config.cross_attention_dim
     keys: dict[str, Tensor] = {}
-    number = 1  # diffusers numbers all attention layers; every second one reads the text
+    number = 1  # diffusers numbers all attention layers; every second one is cross-attention
     for name in network.attn_processors:
         if name.endswith("attn2.processor"):
             weight = network.get_submodule(name.removesuffix(".processor")).to_k.weight.detach().float()
@@ -65,7 +66,7 @@ def add_user_adapter(network: Any, width: int, dtype: torch.dtype, *, rank: int 
 
 
 class LowRank(nn.Module):
-    """A weight [m, n] plus B A, B [m, rank] zero at first."""
+    """Parametrization of a weight [m, n] as weight + B A; B [m, rank] is zero at first."""
 
     def __init__(self, weight: Tensor, rank: int):
         super().__init__()
@@ -77,7 +78,7 @@ class LowRank(nn.Module):
 
 
 def has_user_adapter(network: nn.Module) -> bool:
-    """Whether the network listens to a user."""
+    """Whether the network has a user adapter."""
     return bool(_processors(network))
 
 
@@ -87,12 +88,12 @@ def _processors(network: Any) -> list[Any]:
 
 
 def user_width(network: Any) -> int:
-    """D of the users [B, T, D] that a network with an adapter takes."""
+    """Embedding dimension D of the users [B, T, D] that a network with a user adapter accepts."""
     return network.encoder_hid_proj.image_projection_layers[0].image_embeds.in_features
 
 
 class UserOffReference:
-    """The denoiser without its user, as the frozen reference: no second network in memory."""
+    """The policy without a user, as the frozen reference. Needs no second network in memory."""
 
     def __init__(self, denoiser: nn.Module):
         self.denoiser = denoiser
@@ -104,10 +105,13 @@ class UserOffReference:
 
 
 def call_with_user(network: Any, user: Tensor | None, *inputs: Tensor, **added: Tensor) -> Tensor:
-    """The output of a U-Net for its inputs and SDXL's added conditions, and a user [B, T, D] where it has an adapter.
+    """Output of a U-Net, conditioned on a user [B, T, D] or None.
 
-    Without a user it answers as it did before the adapter, bit for bit. Raises ValueError for a user where there is no
-    adapter.
+    inputs  positional arguments of the U-Net
+    added   SDXL's added conditions
+
+    Without a user the output equals that of the U-Net before the adapter, bit for bit. Raises ValueError for a user
+    without an adapter.
     """
     if not has_user_adapter(network):
         if user is not None:
@@ -122,7 +126,7 @@ def call_with_user(network: Any, user: Tensor | None, *inputs: Tensor, **added: 
 
 
 def adapter_state(network: Any) -> dict[str, Tensor]:
-    """The adapter in the names of IP-Adapter's files, low rank multiplied out, float32 on the CPU."""
+    """Weights of the adapter with the names of IP-Adapter files, low-rank changes merged, float32 on the CPU."""
     state = {}
     for name, value in network.encoder_hid_proj.image_projection_layers[0].state_dict().items():
         state[f"image_proj.{name.replace('image_embeds', 'proj')}"] = value
@@ -133,13 +137,13 @@ def adapter_state(network: Any) -> dict[str, Tensor]:
 
 
 def save_adapter(network: Any, folder: Path) -> None:
-    """Write FILE into a folder."""
+    """Save the adapter as FILE in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_state(network), folder / FILE)
 
 
 def adapter_arguments(folder: str | Path) -> dict[str, Any]:
-    """What `pipe.load_ip_adapter` must be called with to load an export."""
+    """Keyword arguments of `pipe.load_ip_adapter` that load an export."""
     return {
         "pretrained_model_name_or_path_or_dict": str(folder),
         "subfolder": "",
@@ -151,10 +155,10 @@ def adapter_arguments(folder: str | Path) -> dict[str, Any]:
 def user_embeds(user: Tensor, *, guidance: float, unconditional: str = "null") -> list[Tensor]:
     """One user's embedding [1, T, D] as the `ip_adapter_image_embeds` of a stock pipeline call.
 
-    unconditional  what the other half of guidance hears: `null` is nobody, that is the base model, so that guidance
-                   amplifies the taste too; `same` is the user again
+    unconditional  user of the unconditional half of classifier-free guidance: `null` is no user, so that guidance
+                   amplifies the user's preference too; `same` is the same user
 
-    Raises ValueError for several users: diffusers would show every prompt of the call all of their tokens.
+    Raises ValueError for several users: diffusers would condition every prompt of the call on all of them.
     """
     if user.ndim != 3 or len(user) != 1:
         raise ValueError(

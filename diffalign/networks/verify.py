@@ -1,4 +1,4 @@
-"""An export, held against the run: what stock diffusers finds in it in a fresh process."""
+"""Verification of an export: load it with stock diffusers in a fresh process and compare it with the run's weights."""
 
 from __future__ import annotations
 
@@ -29,88 +29,88 @@ from reward_models.files import write_whole
 VERIFY_STEPS = 4
 VERIFY_PIXELS = 256
 VERIFY_SECONDS = 1800
-DRAWN = 4_000_000_000
-"""Parameters up to which an image is drawn as well: 16 GB of memory. A larger network is compared tensor by tensor."""
+MAX_PARAMETERS_TO_SAMPLE = 4_000_000_000
+"""Largest network (16 GB in float32) for which a sample image is compared too. For larger ones only tensors are."""
 TOLERANCE = 1e-4
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment of a launcher, which the fresh process must not inherit."""
+"""Environment variables of a launcher that the fresh process must not inherit."""
 
 FRESH = '''
-"""Run by a process in which diffalign cannot be imported. Text encoders are not loaded: embeddings are given."""
+"""Script of the fresh process. It cannot import diffalign, and loads no text encoders: embeddings are given."""
 import hashlib, json, sys
 from pathlib import Path
 sys.modules["diffalign"] = None
 try:
-    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this process ends and not the run
+    Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, the system ends this process, not the run
 except OSError:
     pass
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-asked = json.loads(sys.argv[1])
-dtypes = {name: getattr(torch, dtype) for name, dtype in asked["dtypes"].items()}
-pipeline = DiffusionPipeline.from_pretrained(asked["base"], torch_dtype=dtypes, **dict.fromkeys(asked["left_out"]))
-if asked["draws"]:
+request = json.loads(sys.argv[1])
+dtypes = {name: getattr(torch, dtype) for name, dtype in request["dtypes"].items()}
+pipeline = DiffusionPipeline.from_pretrained(request["base"], torch_dtype=dtypes, **dict.fromkeys(request["left_out"]))
+if request["draws"]:
     pipeline = pipeline.to(torch.float32)
-if asked["kind"] == "LoRA":
+if request["kind"] == "LoRA":
     weights = {"weight_name": "pytorch_lora_weights.safetensors", "adapter_name": "default"}
-    pipeline.load_lora_weights(asked["folder"], **weights)
-if asked["kind"] == "user adapter":
+    pipeline.load_lora_weights(request["folder"], **weights)
+if request["kind"] == "user adapter":
     adapter = {"subfolder": "", "weight_name": "user_adapter.safetensors", "image_encoder_folder": None}
-    pipeline.load_ip_adapter(asked["folder"], **adapter)
-network = getattr(pipeline, asked["network"])
+    pipeline.load_ip_adapter(request["folder"], **adapter)
+network = getattr(pipeline, request["network"])
 tensors = {}
 for name, value in network.state_dict().items():
     data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     tensors[name] = [str(value.dtype).removeprefix("torch."), hashlib.blake2b(data, digest_size=16).hexdigest()]
 layers = {name: module for name, module in network.named_modules() if "default" in getattr(module, "lora_A", ())}
 scales = {name: layer.scaling["default"] for name, layer in layers.items()}
-Path(asked["found"]).write_text(json.dumps({"tensors": tensors, "scales": scales}))
-if asked["draws"]:
-    given = load_file(asked["given"])
+Path(request["found"]).write_text(json.dumps({"tensors": tensors, "scales": scales}))
+if request["draws"]:
+    given = load_file(request["given"])
     if "user" in given:
         given["ip_adapter_image_embeds"] = [given.pop("user")]
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
     fixed = torch.Generator().manual_seed(0)
-    images = pipeline(**given, **asked["settings"], generator=fixed, output_type="pt").images
-    save_file({"images": images.contiguous()}, asked["images"])
+    images = pipeline(**given, **request["settings"], generator=fixed, output_type="pt").images
+    save_file({"images": images.contiguous()}, request["images"])
 '''
 
 
 def verify(backbone: Backbone, folder: Path, resolution: int) -> str:
-    """Compare an export with the denoiser's present weights, write the outcome to verify.json in it, and say it.
+    """Compare an export with the denoiser's current weights, write verify.json into it, and return a summary line.
 
-    Every tensor must be the same, and where the network is not too large an image of at most 256 pixels as well. Never
-    raises: the run is done and its export is written, whatever goes wrong here.
+    All tensors must be equal. For networks that are not too large a sample image (up to 256 pixels) must match too.
+    Never raises: the run is finished and its export stays valid if the verification itself fails.
     """
     found: dict[str, Any] = {"verified": False}
     try:
         found |= compare(backbone, folder, resolution)
         found["verified"] = not found["differs"]
-        said = "; ".join(found["differs"])
-    except Exception as error:  # out of memory, a full disk, a process that was killed, a library that cannot load it
-        said = found["error"] = f"{type(error).__name__}: {error}"
+        problem = "; ".join(found["differs"])
+    except Exception as error:  # out of memory, disk full, killed process, loading error of a library
+        problem = found["error"] = f"{type(error).__name__}: {error}"
     try:
         write_whole(folder / "verify.json", json.dumps(found, indent=2) + "\n")
     except OSError as error:
-        said += f"; '{folder / 'verify.json'}' cannot be written: {error}"
+        problem += f"; '{folder / 'verify.json'}' cannot be written: {error}"
     if not found["verified"]:
-        return f"WARNING: the export '{folder}' is kept, but it could NOT be verified: {said}"
+        return f"WARNING: the export '{folder}' is kept, but it could NOT be verified: {problem}"
     gap = found["largest_difference"]
     image = "" if gap is None else f" and draws the same image (largest difference {gap:.1e})"
-    return f"verified in a fresh process: stock diffusers finds the same {found['tensors']} tensors{image}" + said
+    return f"verified in a fresh process: stock diffusers finds the same {found['tensors']} tensors{image}" + problem
 
 
 def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]:
-    """What of an export differs from the run, in words; how many tensors there are, and the image's largest difference
-    (None without one) and width.
+    """Differences between an export and the run.
 
-    Tensors are compared by digests, one at a time, in the dtype in which the fresh process has them. Both images are
-    drawn on the CPU in float32. Raises RuntimeError where the fresh process fails.
+    Returns the content of verify.json: `differs` (descriptions), `tensors` (their number), `largest_difference` of the
+    sample images and their width `pixels` (both None without images). Tensors are compared by hashes in the dtype of
+    the fresh process. Both images are sampled on the CPU in float32. Raises RuntimeError if the fresh process fails.
     """
     network = backbone.denoiser.network
-    draws = sum(p.numel() for p in network.parameters()) <= DRAWN
+    draws = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE
     size = min(resolution, VERIFY_PIXELS // backbone.smallest * backbone.smallest)
     given = inputs_of(backbone, size) if draws else {}
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": size, "width": size}
@@ -138,7 +138,7 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
 
 
 def inputs_of(backbone: Backbone, size: int) -> dict[str, Tensor]:
-    """Latents, the embedding of a prompt and, where there is one, a user's, all random, for the stock pipeline."""
+    """Random inputs of the stock pipeline: latents, prompt embeddings and, with a user adapter, a user embedding."""
     g = torch.Generator().manual_seed(0)
     width, pooled = backbone.prompt_widths
     inputs = {"latents": backbone.pipeline_latents(torch.randn(1, *backbone.latent_shape(size), generator=g))}
@@ -153,12 +153,12 @@ def inputs_of(backbone: Backbone, size: int) -> dict[str, Tensor]:
 def fresh_process(
     backbone: Backbone, folder: Path, given: Mapping[str, Tensor], settings: Mapping[str, Any], scratch: Path
 ) -> tuple[dict[str, Any], Tensor | None]:
-    """The digests that stock diffusers finds elsewhere, and the images that it draws where inputs are given."""
+    """Tensor hashes from stock diffusers in a fresh process, and its images if inputs are given."""
     whole_pipeline = kind_of(backbone) == "whole pipeline"
-    dtypes = backbone.dtypes | ({"default": "float32"} if whole_pipeline else {})  # as the run rounds
+    dtypes = backbone.dtypes | ({"default": "float32"} if whole_pipeline else {})  # the dtypes of the run
     files = {name: str(scratch / name) for name in ("given", "found", "images")}
     save_file(dict(given), files["given"])
-    asked = {
+    request = {
         "kind": kind_of(backbone),
         "base": str(folder if whole_pipeline else backbone.path),
         "folder": str(folder),
@@ -170,7 +170,7 @@ def fresh_process(
         **files,
     }
     environment = {k: v for k, v in os.environ.items() if k not in DISTRIBUTED} | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", FRESH, json.dumps(asked)]
+    command = [sys.executable, "-c", FRESH, json.dumps(request)]
     fresh = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=VERIFY_SECONDS, check=False
     )
@@ -183,12 +183,12 @@ def fresh_process(
 
 
 def other_tensors(network: nn.Module, theirs: Mapping[str, tuple[str, str]]) -> Iterator[str]:
-    """What of the network's tensors is not as found, in words. theirs: name -> (dtype, digest)."""
+    """Descriptions of tensors that differ between the network and the fresh process. theirs: name -> (dtype, hash)."""
     wrong = []
     for name, (dtype, digest) in theirs.items():
         place, _, leaf = name.rpartition(".")
         try:
-            ours = getattr(network.get_submodule(place), leaf)  # which multiplies a parametrized weight out
+            ours = getattr(network.get_submodule(place), leaf)  # merges the low-rank change of a parametrized weight
         except AttributeError:
             wrong.append(name)
             continue
@@ -204,7 +204,7 @@ def other_tensors(network: nn.Module, theirs: Mapping[str, tuple[str, str]]) -> 
 
 
 def other_files(backbone: Backbone, folder: Path) -> Iterator[str]:
-    """Files of a whole pipeline's other parts that are not those of the pipeline where the run began."""
+    """Descriptions of files of untrained parts that differ from the original pipeline's (whole pipelines only)."""
     for part in kept_parts(backbone) if kind_of(backbone) == "whole pipeline" else ():
         for file in sorted(p for p in (backbone.path / part).rglob("*") if p.is_file()):
             name = file.relative_to(backbone.path)
@@ -213,14 +213,14 @@ def other_files(backbone: Backbone, folder: Path) -> Iterator[str]:
 
 
 def own_images(backbone: Backbone, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
-    """What the present weights draw from `inputs_of` in the stock pipeline, on the CPU in float32."""
+    """Images of the stock pipeline with the current weights for `inputs_of`, on the CPU in float32."""
     inputs: dict[str, Any] = dict(given)
     if "user" in inputs:
         inputs["ip_adapter_image_embeds"] = [inputs.pop("user")]
     try:
         pipeline = backbone.pipeline(on_cpu(backbone.denoiser.network), text=False).to("cpu").to(torch.float32)
-        fixed = torch.Generator().manual_seed(0)  # of few-step samplers, which add noise on the way
-        with seeded(0):  # the flow pipelines do not pass theirs on
+        fixed = torch.Generator().manual_seed(0)  # few-step samplers add noise during sampling
+        with seeded(0):  # flow pipelines do not pass the generator to the scheduler
             return pipeline(**inputs, **settings, generator=fixed, output_type="pt").images
     finally:
         backbone.release()  # its autoencoder was moved with the pipeline

@@ -1,1 +1,1 @@
-"""What is minimised: preference losses, divergences, rewards of scorers."""
+"""Objectives: preference losses, score divergences, and rewards from scorers."""

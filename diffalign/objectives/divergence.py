@@ -1,14 +1,16 @@
-"""How far a generator's samples, noised, lie from the reference's, by two score networks: its gradient in the sample.
+"""Score-matching divergences between a generator and a reference model, and their gradients with respect to x0.
 
-With R = eps of the reference (guided or not), S = eps of the aux network that follows the generator, and scores -eps/s:
+R is the reference's noise prediction (with or without guidance). S is the noise prediction of the aux network, which
+learns the generator's score ("fake score"). The score function is -eps/s.
 
     huber  -<S - R, S - eps> / sqrt(|S - R|^2 + c^2)      pseudo-Huber score matching (SIM, Diff-Instruct*)
     l2     -2 <S - R, S - eps>                            squared score matching
     sid    s/a <S - R, (eps - R) - alpha (S - R)> / mean|eps - R|      SiD; alpha 1 is l2 up to a factor
     kl     <sg[(R - S) / mean|eps - R|], x0>              Diff-Instruct, scaled as in DMD2; no gradient in R and S
 
-The first three are differentiated through both networks in x_t = a x0 + s eps, whose law is held fixed. Their value is
-0 in expectation when the aux network is exact, so it shows no progress (Luo et al., 2024, arXiv 2410.20898).
+The first three are differentiated through both networks at x_t = a x0 + s eps; the sampling distribution of x_t counts
+as constant. Their expected value is 0 when the aux network is exact. So the value is no measure of progress
+(Luo et al., 2024, arXiv 2410.20898).
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ from torch import Tensor
 from diffalign.diffusion.schedule import per_sample
 
 Distance = Literal["huber", "l2", "sid", "kl"]
-Using = Callable[[], AbstractContextManager[Any]]
-Eps = Callable[[Tensor], Tensor]
-"""x_t [B, C, h, w] -> the noise that a network sees in it, float32 [B, C, h, w]."""
+ActivateNetwork = Callable[[], AbstractContextManager[Any]]
+"""Returns a context manager that activates one network's LoRA on shared weights."""
+NoisePrediction = Callable[[Tensor], Tensor]
+"""x_t [B, C, h, w] -> a network's noise prediction, float32 [B, C, h, w]."""
 
 
 class NoisySample(NamedTuple):
-    """Where scores are compared: the noise eps in x_t = a x0 + s eps, with a and s [B]."""
+    """Noised samples x_t = a x0 + s eps [B, C, h, w], their noise eps, and the coefficients a, s [B]."""
 
     x_t: Tensor
     eps: Tensor
@@ -38,44 +41,47 @@ class NoisySample(NamedTuple):
 
 
 def distance(kind: Distance, aux: Tensor, ref: Tensor, p: NoisySample, *, huber_c: float, sid_alpha: float) -> Tensor:
-    """The table's terms but kl, [B], from S, R [B, C, h, w]. huber_c is c over the root of a latent's size."""
+    """The divergence of each sample [B] (huber, l2 or sid) from S = aux and R = ref, both [B, C, h, w].
+
+    huber_c is c divided by the square root of C h w.
+    """
     y = aux - ref
     if kind == "huber":
         c = huber_c * y[0].numel() ** 0.5
         return -dot(y, aux - p.eps) / (dot(y, y) + c**2).sqrt()
     if kind == "l2":
         return -2 * dot(y, aux - p.eps)
-    return p.s / p.a * dot(y, (p.eps - ref) - sid_alpha * y) / spread(ref, p)
+    return p.s / p.a * dot(y, (p.eps - ref) - sid_alpha * y) / reference_error(ref, p)
 
 
-def spread(ref: Tensor, p: NoisySample) -> Tensor:
-    """mean|eps - R| [B], held fixed: how far off the reference is, by which SiD and DMD2 scale."""
+def reference_error(ref: Tensor, p: NoisySample) -> Tensor:
+    """mean|eps - R| [B], detached: the absolute error of the reference. SiD and DMD2 divide by it."""
     return (p.eps - ref).detach().abs().flatten(1).mean(1).clamp(min=1e-6)
 
 
-def guidance_scale_of(kind: Distance, ref: Tensor, p: NoisySample) -> Tensor:
-    """What (eps_cond - eps_null) weighs [B] so that guidance outside the distance is in the distance's own units."""
-    return {"huber": p.a, "l2": p.a * p.s}[kind] if kind in ("huber", "l2") else 1 / spread(ref, p)
+def guidance_factor(kind: Distance, ref: Tensor, p: NoisySample) -> Tensor:
+    """Factor [B] of (eps_cond - eps_null) that gives the guidance term the scale of the divergence's gradient."""
+    return {"huber": p.a, "l2": p.a * p.s}[kind] if kind in ("huber", "l2") else 1 / reference_error(ref, p)
 
 
-def gradient(
+def divergence_gradient(
     kind: Distance,
-    aux: Eps,
-    ref: Eps,
+    aux: NoisePrediction,
+    ref: NoisePrediction,
     p: NoisySample,
     *,
     huber_c: float,
     sid_alpha: float,
     graph: Literal["vjp", "plain"],
-    using: tuple[Using, Using] = (nullcontext, nullcontext),
+    activate: tuple[ActivateNetwork, ActivateNetwork] = (nullcontext, nullcontext),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The distance's gradient in x0 [B, C, h, w], and S and R.
+    """The gradient of the divergence with respect to x0, and the predictions S and R; all [B, C, h, w].
 
-    vjp keeps one network's graph at a time, for one more forward of aux; plain differentiates one graph through both.
-    Where both are one network with two LoRAs, `using` switches them: with vjp around the recomputation of checkpointed
-    activations too, which plain cannot.
+    graph     vjp holds the graph of one network at a time and runs aux once more; plain holds one graph through both
+    activate  context managers for aux and ref where both are LoRAs on shared weights. With vjp they also cover the
+              recomputation of checkpointed activations; with plain they do not.
     """
-    using_aux, using_ref = using
+    using_aux, using_ref = activate
     x_t = p.x_t.detach()
     if kind == "kl":
         with torch.no_grad():
@@ -83,7 +89,7 @@ def gradient(
                 s = aux(x_t)
             with using_ref():
                 r = ref(x_t)
-        return (r - s) / per_sample(spread(r, p)), s, r
+        return (r - s) / per_sample(reference_error(r, p)), s, r
     settings = {"huber_c": huber_c, "sid_alpha": sid_alpha}
     x_t.requires_grad_()
     with torch.enable_grad():
@@ -92,18 +98,18 @@ def gradient(
                 s = aux(x_t)
             with using_ref():
                 r = ref(x_t)
-            (through,) = torch.autograd.grad(distance(kind, s, r, p, **settings).sum(), x_t)
-            return per_sample(p.a) * through, s.detach(), r.detach()
+            (grad,) = torch.autograd.grad(distance(kind, s, r, p, **settings).sum(), x_t)
+            return per_sample(p.a) * grad, s.detach(), r.detach()
         with using_aux(), torch.no_grad():
             s = aux(x_t)
         with using_ref():
             r = ref(x_t)
-            ends = [s.detach().requires_grad_(), r.detach().requires_grad_()]
-            to_aux, to_ref = torch.autograd.grad(distance(kind, ends[0], ends[1], p, **settings).sum(), ends)
-            (through,) = torch.autograd.grad(r, x_t, to_ref)
+            leaves = [s.detach().requires_grad_(), r.detach().requires_grad_()]
+            grad_s, grad_r = torch.autograd.grad(distance(kind, leaves[0], leaves[1], p, **settings).sum(), leaves)
+            (through_ref,) = torch.autograd.grad(r, x_t, grad_r)
         with using_aux():
-            (more,) = torch.autograd.grad(aux(x_t), x_t, to_aux)
-    return per_sample(p.a) * (through + more), s, r.detach()
+            (through_aux,) = torch.autograd.grad(aux(x_t), x_t, grad_s)
+    return per_sample(p.a) * (through_ref + through_aux), s, r.detach()
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

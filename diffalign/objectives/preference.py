@@ -1,10 +1,10 @@
-"""Losses of preference optimization as pure functions of denoising errors.
+"""Preference losses as pure functions of denoising errors.
 
-    gain = err(reference) - err(policy);  reward r = beta/2 gain;  margin m = r_w - r_l
+    gain = err(reference) - err(policy);  implicit reward r = beta/2 gain;  margin m = r_w - r_l
 
-What beta means, everywhere in this project: errors are means over C, h, w, never sums, and beta carries the factor 1/2,
-as in the released Diffusion-DPO. A larger beta holds the policy closer to the reference. Other code writes the same
-setting as another number: `beta_in_other_units`.
+Convention for beta in this project, as in the released Diffusion-DPO code: errors are means over C, h, w, never sums,
+and beta carries the factor 1/2. A larger beta keeps the policy closer to the reference. `beta_in_other_units` converts
+beta to the conventions of other code.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from torch import Tensor
 
 
 def gain(err_ref: Tensor, err_policy: Tensor) -> Tensor:
-    """How much better than the reference the policy explains an image, [N]. The implicit reward is beta/2 of it."""
+    """Reduction [N] of the denoising error relative to the reference. The implicit reward is beta/2 times this."""
     return err_ref - err_policy
 
 
 def margin(gain_w: Tensor, gain_l: Tensor, beta: float | Tensor) -> Tensor:
-    """beta/2 (gain_w - gain_l), [B]: positive where the policy ranks the pair as labelled (Wallace et al., 2023)."""
+    """Implicit-reward margin beta/2 (gain_w - gain_l), [B]; positive if the policy prefers the labelled winner.
+
+    Wallace et al., 2023.
+    """
     return beta / 2 * (gain_w - gain_l)
 
 
 def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
-    """The same setting as other code writes it; dims = C h w of the latents (16384 for SD1.5 at 512 pixels)."""
+    """beta converted to the conventions of other code; dims = C h w of the latents (16384 for SD1.5 at 512 pixels)."""
     return {
         "mean form, no factor 1/2 (diffusers SD LoRA script, Diffusion-KTO)": beta / 2,
         "sum form, factor 1/2 (SimpleTuner Flow-DPO)": beta / dims,
@@ -39,21 +42,21 @@ def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
 
 
 def describe_beta(beta: float, dims: int, setting: str) -> list[str]:
-    """What a run says at its start: beta with another setting of the method, and the same beta in other units."""
+    """Lines printed at the start of a run: beta, one more setting of the method, and beta in other conventions."""
     others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(beta, dims).items()]
     return [f"beta {beta:g} (mean-form error, factor 1/2), {setting}; the same elsewhere:", *others]
 
 
 class PairTerms(NamedTuple):
-    """What a pair loss may look at; every tensor [B].
+    """Inputs of a pair loss; every tensor [B].
 
     err_w, err_l  the policy's errors on winner and loser
     ref_w, ref_l  the reference's errors on the same inputs
     beta          one number, or one for each pair
-    flip          probability e that the label is wrong, in [0, 0.5): conservative, robust, exo, aot
-    offset        reward difference, in units of the margin, that the margin should exceed: offset
-    sft_weight    weight of the winner's own likelihood, in units of its reward: dpo_sft, slic
-    clip          half width of the allowed likelihood ratios around 1: clipped
+    flip          probability e in [0, 0.5) that the label is wrong; used by conservative, robust, exo, aot
+    offset        minimum margin required of a pair; used by offset
+    sft_weight    weight of the winner's negative log-likelihood, relative to its reward; used by dpo_sft, slic
+    clip          half width of the clipping range of likelihood ratios around 1; used by clipped
     """
 
     err_w: Tensor
@@ -83,7 +86,7 @@ class PairTerms(NamedTuple):
 
     @property
     def sft(self) -> Tensor:
-        """sft_weight beta/2 err_w. In units of beta, so that its share of the gradient does not change with beta."""
+        """SFT term sft_weight beta/2 err_w. It scales with beta so that its share of the gradient stays constant."""
         return self.sft_weight * self.beta / 2 * self.err_w
 
 
@@ -106,7 +109,7 @@ def robust(p: PairTerms) -> Tensor:
 
 
 def ipo(p: PairTerms) -> Tensor:
-    """(m - 1/2)^2: the identity loss times beta^2 (Azar et al., 2023), which is 1e-8 at beta 5000 unscaled."""
+    """(m - 1/2)^2: IPO's loss times beta^2 (Azar et al., 2023). Without the factor it is about 1e-8 at beta 5000."""
     return (p.margin - 0.5) ** 2
 
 
@@ -118,13 +121,13 @@ def hinge(p: PairTerms) -> Tensor:
 def slic(p: PairTerms) -> Tensor:
     """Reference-free max(0, 1 - beta/2 (err_l - err_w)) + sft_weight beta/2 err_w (SLiC-HF, Zhao et al., 2023).
 
-    Another hinge width than 1 is the same loss at another beta.
+    A hinge width other than 1 is equivalent to another beta.
     """
     return (1 - p.beta / 2 * (p.err_l - p.err_w)).clamp(min=0) + p.sft
 
 
 def dpo_sft(p: PairTerms) -> Tensor:
-    """-log sigmoid(m) + sft_weight beta/2 err_w (RPO, Liu et al., 2024): keeps the winner's likelihood from falling."""
+    """-log sigmoid(m) + sft_weight beta/2 err_w (RPO, Liu et al., 2024); stops the winner's likelihood from falling."""
     return dpo(p) + p.sft
 
 
@@ -167,9 +170,9 @@ def exo(p: PairTerms) -> Tensor:
 
 
 def aot(p: PairTerms) -> Tensor:
-    """cDPO on sorted winners' minus sorted losers' rewards: stochastic dominance (Melnyk et al., 2024). Needs B > 1.
+    """AOT: cDPO on sorted rewards of winners minus sorted rewards of losers (Melnyk et al., 2024). Needs B > 1.
 
-    One loss for each rank, not for each pair; so e is the mean of the pairs'.
+    It enforces stochastic dominance. There is one loss per rank, not per pair, so e is the mean over the pairs.
     """
     m = p.reward_w.sort().values - p.reward_l.sort().values
     return -F.logsigmoid(m) + p.flip.mean() * m
@@ -178,18 +181,18 @@ def aot(p: PairTerms) -> Tensor:
 def discopop(p: PairTerms) -> Tensor:
     """-(1 - g) log sigmoid(m) + g exp(-m), g = sigmoid(m / 0.05) (Lu et al., 2024).
 
-    As published it rises from m = -0.12 to 0.07, with slope +0.78 at m = 0: pairs start in a local minimum's basin.
+    The published loss rises from m = -0.12 to 0.07, with slope +0.78 at m = 0. So training starts near a local minimum.
     """
     m = p.margin
-    # g exp(-m) in one exponential: for m far below 0 it is 0, as a product it would be 0 * inf.
+    # g exp(-m) as one exponential: for m far below 0 it is 0, while the product would be 0 * inf.
     return torch.sigmoid(-m / 0.05) * dpo(p) + torch.exp(F.logsigmoid(m / 0.05) - m)
 
 
 def clipped(p: PairTerms) -> Tensor:
     """-log sigmoid(beta (log clip rho_w - log clip rho_l)), rho = exp(r / beta) clipped to 1 -+ clip.
 
-    PPO's ratio clamp inside DPO, as in PSO (Miao et al., 2024); no gradient outside. rho is a ratio of likelihoods
-    where err = -2 log p.
+    PPO's ratio clipping inside DPO, as in PSO (Miao et al., 2024). Clipped ratios have no gradient. rho is a likelihood
+    ratio if err = -2 log p.
     """
     low, high = math.log(1 - p.clip), math.log(1 + p.clip)
     ratio_w = (p.reward_w / p.beta).clamp(low, high)
@@ -199,7 +202,7 @@ def clipped(p: PairTerms) -> Tensor:
 
 PAIR_LOSSES: dict[str, Callable[[PairTerms], Tensor]] = {
     "dpo": dpo,
-    "ln_dpo": dpo,  # length-normalised DPO (Lambert et al., 2024): mean-form errors already are
+    "ln_dpo": dpo,  # length-normalised DPO (Lambert et al., 2024): errors in mean form are already normalised
     "conservative": conservative,
     "robust": robust,
     "ipo": ipo,
@@ -217,20 +220,24 @@ PAIR_LOSSES: dict[str, Callable[[PairTerms], Tensor]] = {
     "discopop": discopop,
     "clipped": clipped,
 }
-"""Loss by name: PairTerms -> [B], not reduced. Finite for margins and rewards up to 1e4 in size."""
+"""Pair losses by name: PairTerms -> unreduced loss [B]. Finite for margins and rewards up to 1e4 in absolute value."""
 
 
 def ranking(scores: Tensor, ranks: Tensor, group: Tensor, flip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Bradley-Terry over every ordered pair of a group: mean over pairs of -(1-e) log sigmoid(d) - e log sigmoid(-d).
+    """Bradley-Terry loss of each group: mean over its pairs of -(1-e) log sigmoid(d) - e log sigmoid(-d).
 
-    d = s_i - s_j for all i, j of the same group with rank_i < rank_j. With two images a group it is the pair loss of
-    HPSv2 (Wu et al., 2023) and ImageReward (Xu et al., 2023); ties make no pair.
+    d = s_i - s_j for all i, j of one group with rank_i < rank_j. Ties in rank form no pair. With two images per group
+    this is the pair loss of HPSv2 (Wu et al., 2023) and ImageReward (Xu et al., 2023).
 
-    scores [N, A], larger is better; ranks [N, A], lower is better, NaN where unknown; group int64 [N], 0 to G-1;
-    flip [G], the probability e that a label is wrong. Returns three [G, A]: the loss, 0 where a group has no pair; the
-    share of pairs that the scores put right, a tie being wrong; and how many pairs there are.
+    scores  [N, A], larger is better
+    ranks   [N, A], lower is better, NaN where unknown
+    group   int64 [N], 0 to G-1
+    flip    [G], the probability e that a label is wrong
+
+    Returns three tensors [G, A]: the loss (0 for a group without pairs), the accuracy over pairs (equal scores count as
+    wrong), and the number of pairs.
     """
-    # Matrices, since a list of the pairs would make the host wait for their number.
+    # N x N matrices: the length of a list of pairs would force a device synchronisation.
     ordered = ((group[:, None] == group)[..., None] & (ranks[:, None] < ranks)).float()
     d = (scores[:, None] - scores).float()
     e = flip[group, None, None]
@@ -243,7 +250,7 @@ USE_LABEL_SMOOTHING = ("conservative", "robust", "exo", "aot")
 
 
 def check_pair_loss(loss: str, label_smoothing: float, batch_size: int) -> list[str]:
-    """What cannot work in a config with these settings, one line each; batch_size is the number of pairs a forward."""
+    """Problems with these settings, one line each; batch_size is the number of pairs in a forward pass."""
     if loss not in PAIR_LOSSES:
         near = difflib.get_close_matches(loss, PAIR_LOSSES, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(PAIR_LOSSES)}"

@@ -1,4 +1,4 @@
-"""Rewards of latents: decoded, scored, and differentiated with no more than one graph in memory."""
+"""Rewards of latents: decode, score, and differentiate with at most one scorer's graph in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffalign.diffusion.schedule import per_sample
 
 
 class Mixture(Protocol):
-    """Several scorers as one: reward_models.WeightedSum."""
+    """A weighted sum of scorers; implemented by reward_models.WeightedSum."""
 
     differentiable: bool
     normalise: str
@@ -30,7 +30,7 @@ class Mixture(Protocol):
 
 
 class RewardDirection(NamedTuple):
-    """Where rewards rise: total [B], the direction in x0 [B, C, h, w], and what to log."""
+    """Total rewards [B], their gradient with respect to x0 [B, C, h, w], and metrics to log."""
 
     total: Tensor
     direction: Tensor
@@ -38,28 +38,28 @@ class RewardDirection(NamedTuple):
 
 
 class Rewards:
-    """The scores of latents, and the direction in which they rise.
+    """Scores of latents and their gradients.
 
-    mixture  the scorers; those of `ascend` must be differentiable
+    mixture  the scorers; `ascend` needs differentiable ones
     decode   latents [B, C, h, w] -> images [B, 3, H, W] in [0, 1]
-    gather   all ranks' lists -> one list; running statistics are of all ranks' scores
+    gather   concatenates the lists of all ranks; running statistics cover the scores of all ranks
     """
 
     def __init__(self, mixture: Mixture, decode: Callable[[Tensor], Tensor], gather: Callable[[list[Any]], list[Any]]):
         self.mixture, self.decode, self.gather = mixture, decode, gather
 
     def state(self) -> dict[str, Tensor]:
-        """The running statistics, where there are any."""
+        """Running statistics of the scores for a checkpoint; empty if scores are not normalised."""
         names = ("count", "mean", "squares", "gains") if self.mixture.learns else ()
         return {name: getattr(self.mixture, name).clone() for name in names}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from `state()`."""
+        """Restore the running statistics from `state()`."""
         for name, value in state.items():
             getattr(self.mixture, name).copy_(value)
 
     def require_gradient(self, who: str) -> None:
-        """Raises ValueError where the scorers give none."""
+        """Raise ValueError if a scorer is not differentiable. `who` is the method that needs the gradient."""
         if not self.mixture.differentiable:
             names = ", ".join(f"'{k}'" for k, s in self.mixture.scorers.items() if not s.differentiable)
             raise ValueError(
@@ -68,13 +68,13 @@ class Rewards:
 
     @torch.no_grad()
     def raw_scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """images [B, 3, H, W] in [0, 1] and B prompts -> the sum of scores times weights, not normalised, [B]."""
+        """Weighted sum of unnormalised scores [B] of images [B, 3, H, W] in [0, 1] and B prompts."""
         parts = self.mixture.parts(images, prompts)
         return sum_of(self.mixture.weights[k] * v for k, v in parts.items())
 
     @torch.no_grad()
     def score(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
-        """x0 [B, C, h, w] and B prompts -> the weighted sum of scores, float32 [B]."""
+        """Weighted sum of scores, float32 [B], of latents x0 [B, C, h, w] and B prompts."""
         parts = self.mixture.parts(self.decode(x0), prompts)
         self._update(parts)
         return self.mixture.combine(parts)
@@ -82,17 +82,17 @@ class Rewards:
     def ascend(
         self, x0: Tensor, prompts: Sequence[str], *, unit: bool = False, ceiling: float | None = None
     ) -> RewardDirection:
-        """Scores and their gradients at x0 [B, C, h, w], which is taken as a constant.
+        """Scores and their gradients at x0 [B, C, h, w]; x0 is detached.
 
-        unit     every scorer's gradient is scaled to norm 1 for each sample before the weights (R0)
-        ceiling  samples whose total is above it pull no more (ReFL's margin)
+        unit     scale each scorer's gradient to norm 1 per sample before weighting (R0)
+        ceiling  samples with a larger total reward get no gradient (ReFL's margin)
         """
         with torch.enable_grad():
             leaf = x0.detach().requires_grad_()
             images = self.decode(leaf)
             parts: dict[str, Tensor] = {}
-            slopes: dict[str, Tensor] = {}  # of each score in the pixels
-            for name in self.mixture.scorers:  # no two scorers' graphs at a time
+            slopes: dict[str, Tensor] = {}  # gradient of each score with respect to the pixels
+            for name in self.mixture.scorers:  # one scorer's graph at a time saves memory
                 pixels = images.detach().requires_grad_()
                 score = self.mixture.part(name, pixels, prompts)
                 (slopes[name],) = torch.autograd.grad(score.sum(), pixels)
@@ -100,9 +100,9 @@ class Rewards:
                     raise FloatingPointError(f"the gradient of scorer '{name}' is not finite, though its scores are")
                 parts[name] = score.detach()
             self._update(parts)
-            ends = {name: score.requires_grad_() for name, score in parts.items()}
-            total = self.mixture.combine(ends)
-            shares = dict(zip(ends, torch.autograd.grad(total.sum(), [*ends.values()]), strict=True))
+            leaves = {name: score.requires_grad_() for name, score in parts.items()}
+            total = self.mixture.combine(leaves)
+            weights_of = dict(zip(leaves, torch.autograd.grad(total.sum(), [*leaves.values()]), strict=True))
             gradients: dict[str, Tensor] = {}
             if unit:
                 for name, slope in slopes.items():
@@ -110,8 +110,8 @@ class Rewards:
                 weights = self.mixture.present_weights()
                 direction = sum_of(weights[k] * unit_length(g) for k, g in gradients.items())
             else:
-                of_pixels = sum_of(per_sample(shares[k]) * slope for k, slope in slopes.items())
-                (direction,) = torch.autograd.grad(images, leaf, of_pixels)
+                pixel_gradient = sum_of(per_sample(weights_of[k]) * slope for k, slope in slopes.items())
+                (direction,) = torch.autograd.grad(images, leaf, pixel_gradient)
         if ceiling is not None:
             direction = direction * per_sample((total < ceiling).float())
         clamped = ((images <= 0) | (images >= 1)).flatten(1).float().mean(1)
@@ -137,21 +137,21 @@ def norm(x: Tensor) -> Tensor:
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Each sample scaled to norm 1; one without direction stays 0."""
+    """Each sample scaled to norm 1; zeros stay zeros."""
     return x / (per_sample(norm(x)) + 1e-8)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
-    """Of the angle between each two samples, [B]."""
+    """Cosine similarity of each sample of x with that of y, [B]."""
     return torch.cosine_similarity(x.flatten(1), y.flatten(1))
 
 
 def sum_of(terms: Any) -> Tensor:
-    """The sum of at least one tensor."""
+    """The sum of one or more tensors."""
     return torch.stack(list(terms)).sum(0)
 
 
 def reward_loss(x0: Tensor, found: RewardDirection) -> Tensor:
-    """A loss [B] whose gradient in x0 is minus the direction, and whose value is minus the reward."""
+    """Loss [B] with value -reward and gradient -direction with respect to x0."""
     along = (found.direction * x0).flatten(1).sum(1)
     return along.detach() - along - found.total

@@ -26,7 +26,7 @@ from diffalign.data.loader import KeyedDataset
 from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
-from diffalign.types import Recent
+from diffalign.types import RecentMetrics
 from reward_models.files import read_lines, write_lines, write_whole, writing
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
@@ -243,12 +243,12 @@ class Run:
             file.write("\n".join(lines) + "\n")
         self._pending.clear()
 
-    def recent(self, n: int, samples: int) -> Recent:
+    def recent(self, n: int, samples: int) -> RecentMetrics:
         """Every metric over the last n steps written, each of so many samples."""
         lines = read_lines(self.metrics)[-n:]
         values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
         errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
-        return Recent({k: statistics.fmean(v) for k, v in values.items()}, errors, len(lines) * samples)
+        return RecentMetrics({k: statistics.fmean(v) for k, v in values.items()}, errors, len(lines) * samples)
 
 
 def _check_size(encoder: Any, resolution: int) -> None:

@@ -57,7 +57,10 @@ def noising_of(schedule_of: Callable[..., Schedule]) -> Callable[..., Noising]:
 
 @pytest.fixture(scope="session")
 def batch_of() -> Callable[..., LatentBatch]:
-    """batch_of([2, 2, 2]): groups of so many images, first ones first; tiny_sd's text embeddings."""
+    """batch_of([2, 2, 2]): groups with these numbers of images, with tiny_sd's text embeddings.
+
+    All first images come before all second ones.
+    """
 
     def make(sizes: list[int], scores: list[float] | None = None, shape: tuple[int, ...] = (4, 8, 8)) -> LatentBatch:
         g = torch.Generator().manual_seed(1)
@@ -76,7 +79,7 @@ def batch_of() -> Callable[..., LatentBatch]:
 
 
 class Brightness:
-    """A scorer that likes bright images: the mean of the pixels, times `scale`."""
+    """A scorer of brightness: the mean of the pixels times `scale`."""
 
     differentiable, unit = True, "raw"
 
@@ -89,7 +92,7 @@ class Brightness:
 
 @pytest.fixture(scope="session")
 def rewards_of() -> Callable[..., Rewards]:
-    """rewards_of(backbone.decode, 2.0): Brightness of that scale."""
+    """rewards_of(backbone.decode, 2.0): Brightness with scale 2."""
 
     def make(decode, scale: float = 1.0) -> Rewards:
         return Rewards(WeightedSum({"brightness": (Brightness(scale), 1.0)}), decode, lambda values: values)
@@ -99,7 +102,7 @@ def rewards_of() -> Callable[..., Rewards]:
 
 @pytest.fixture
 def prompts_of() -> Callable[..., PromptBatch]:
-    """prompts_of(backbone, 3): a batch of so many prompts."""
+    """prompts_of(backbone, 3): a batch of three prompts."""
 
     def make(backbone, n: int = 2, epoch: int = 0) -> PromptBatch:
         prompts = captions(n, held_out=False)

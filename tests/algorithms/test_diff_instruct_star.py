@@ -1,4 +1,4 @@
-"""Diff-Instruct* on tiny networks: what is zero at first, whose gradients flow, which settings are the same thing."""
+"""Diff-Instruct* on tiny networks: initial gradients, which player each loss updates, equivalent settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Made:
-    """An algorithm on tiny_sd, and its parts."""
+    """An algorithm on tiny_sd, with its parts."""
 
     def __init__(self, backbone_of: Callable[..., Backbone], shared: bool, rewards: Any = None, **settings: Any):
         checkpointing = settings.pop("gradient_checkpointing", False)
@@ -58,7 +58,7 @@ class Made:
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("distance", ["huber", "l2", "sid", "kl"])
-def test_without_reward_and_guidance_nothing_moves_at_first(
+def test_initial_gradient_is_zero_without_reward_and_guidance(
     backbone_of: Callable, prompts_of: Callable, distance: str, shared: bool
 ) -> None:
     """C9: aux and reference agree exactly, so the gradient is exactly zero."""
@@ -71,10 +71,10 @@ def test_without_reward_and_guidance_nothing_moves_at_first(
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_products_one_after_the_other_are_the_gradient_of_the_whole_graph(
+def test_graph_vjp_gives_the_gradient_of_graph_plain(
     backbone_of: Callable, prompts_of: Callable, shared: bool, checkpointing: bool
 ) -> None:
-    """C5: the vjp order, with checkpointing too, against one plain graph through two networks without."""
+    """C5: vjp, with and without gradient checkpointing, against one plain graph through both networks."""
     settings: dict[str, Any] = {"guidance": 2.0, "steps": 2}
     plain = Made(backbone_of, False, graph="plain", **settings).stir()
     batch = prompts_of(plain.backbone, 3)
@@ -84,20 +84,20 @@ def test_products_one_after_the_other_are_the_gradient_of_the_whole_graph(
     torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-4)
 
 
-def test_guidance_inside_kl_is_guidance_beside_it(backbone_of: Callable, prompts_of: Callable) -> None:
-    """C6: distilling a guided teacher is a KL and the reward of guidance, weight omega - 1."""
+def test_inner_and_outer_guidance_agree_for_kl(backbone_of: Callable, prompts_of: Callable) -> None:
+    """C6: distilling a guided teacher is the KL plus a guidance reward with weight omega - 1."""
     inner = Made(backbone_of, True, distance="kl", guidance=3.0).stir()
     outer = Made(backbone_of, True, distance="kl", guidance=3.0, guidance_place="outer").stir()
     batch = prompts_of(inner.backbone, 3)
     a, b = inner.gradient(batch), outer.gradient(batch)
-    # Both are scaled by the distance of x0 to what the reference sees, which inside is the guided one.
+    # Both are scaled by the error of the reference; with inner guidance it is the guided reference.
     assert torch.cosine_similarity(a, b, dim=0) > 0.99
     plain = Made(backbone_of, True, distance="kl").stir().gradient(batch)
     assert (b - plain).abs().max() > 1e-4
 
 
-def test_each_turn_moves_its_own_player(backbone_of: Callable, prompts_of: Callable, rewards_of: Callable) -> None:
-    """C8; and the reward alone transitions the generator."""
+def test_each_turn_updates_only_its_player(backbone_of: Callable, prompts_of: Callable, rewards_of: Callable) -> None:
+    """C8. The reward alone also updates the generator."""
     made = Made(backbone_of, True, rewards_of, aux_rounds=3)
     batch = prompts_of(made.backbone)
     turns = made.algorithm.turns(0)
@@ -122,7 +122,7 @@ def test_reward_and_distance_add_up(backbone_of: Callable, prompts_of: Callable,
     torch.testing.assert_close(both.gradient(batch), distance + 5 * (once - distance), atol=1e-5, rtol=1e-3)
 
 
-def test_a_generator_of_several_steps_is_trained_at_one_of_them(backbone_of: Callable, prompts_of: Callable) -> None:
+def test_a_multi_step_generator_is_trained_at_one_random_step(backbone_of: Callable, prompts_of: Callable) -> None:
     made = Made(backbone_of, True, steps=4)
     stops = set()
     for epoch in range(20):

@@ -1,4 +1,4 @@
-"""Diffusion-DPO: golden loss, gradient direction, shared draws, and what a step must not change."""
+"""Diffusion-DPO: golden loss, gradient direction, shared draws, invariants of a training step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.objectives.preference import PAIR_LOSSES
-from diffalign.types import LatentBatch, Recent
+from diffalign.types import LatentBatch, RecentMetrics
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_step_zero_is_ln_2(tiny_sd: Path, batch_of, rank: int, loss: str) -> Non
 def test_golden_loss(constant, noising_of, batch_of) -> None:
     """eps-prediction, policy 0 and reference c everywhere, eps shared: err(0) = mean eps^2, err(c) = mean (eps - c)^2.
 
-    Winner and loser see the same eps and constants, so the margin is 0 whatever c. Give the loser's target another
+    Winner and loser share eps and constants, so the margin is 0 for every c. Give the loser's target another
     noise by hand instead: gains g = err(c) - err(0) = c^2 - 2 c mean(eps); margin beta/2 (g_w - g_l) = 0.
     """
     policy, reference = constant(0.0), constant(0.3)
@@ -81,7 +81,7 @@ def test_a_step_lowers_the_winner_error_and_raises_the_loser_error(tiny_sd: Path
     assert algorithm.loss(swapped)[0] > math.log(2)
 
 
-def test_flips_reach_the_loss(constant, noising_of, batch_of) -> None:
+def test_label_flip_probabilities_enter_the_loss(constant, noising_of, batch_of) -> None:
     batch = batch_of([2] * 3)
 
     def loss(batch: LatentBatch, **settings) -> torch.Tensor:
@@ -123,25 +123,31 @@ def test_impossible_settings_are_listed() -> None:
 STEADY = {"policy/accuracy": 0.001, "policy/winner_error_change": 0.0001}
 
 
-def test_description_and_verdict_are_plain(constant, noising_of) -> None:
+def test_description_and_verdict_text(constant, noising_of) -> None:
     algorithm = DiffusionDPO(constant(0.0), constant(0.0), noising_of(), 16384, beta=5000.0)
     assert any("0.152588 sum form" in line for line in algorithm.describe())
     good = {"policy/accuracy": 0.7, "policy/winner_error_change": -0.001, "policy/reference_error": 0.1}
-    assert "the policy ranks images as people did" in algorithm.verdict(Recent(good, STEADY, 400))
-    worse = Recent(good | {"policy/winner_error_change": 0.02}, STEADY, 400)
+    assert "the policy ranks images as people did" in algorithm.verdict(RecentMetrics(good, STEADY, 400))
+    worse = RecentMetrics(good | {"policy/winner_error_change": 0.02}, STEADY, 400)
     assert "destroys" in algorithm.verdict(worse)
-    assert "the policy does not rank" in algorithm.verdict(Recent(good | {"policy/accuracy": 0.3}, STEADY, 400))
+    assert "the policy does not rank" in algorithm.verdict(RecentMetrics(good | {"policy/accuracy": 0.3}, STEADY, 400))
     known = (good, {**STEADY, "policy/accuracy": 0.2}, 400)
-    for few in (Recent(good, STEADY, 16), Recent(good, {}, 2), Recent(*known), Recent(good, {}, 0), Recent({}, {}, 9)):
+    for few in (
+        RecentMetrics(good, STEADY, 16),
+        RecentMetrics(good, {}, 2),
+        RecentMetrics(*known),
+        RecentMetrics(good, {}, 0),
+        RecentMetrics({}, {}, 9),
+    ):
         said = algorithm.verdict(few)
         assert ", the policy ranks" not in said and "does not rank" not in said and "destroys" not in said, said
-    assert "one step being too few" in algorithm.verdict(worse._replace(errors={}))
+    assert "one step is too few" in algorithm.verdict(worse._replace(errors={}))
     assert "destroys" not in algorithm.verdict(worse._replace(errors={"policy/winner_error_change": 0.01}))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_remembered_reference_gives_the_loss_of_the_reference_itself(tiny_sd: Path, batch_of, rank: int) -> None:
-    """After some steps, so that policy and reference differ; the reference is let go."""
+def test_precomputed_reference_errors_give_the_same_loss(tiny_sd: Path, batch_of, rank: int) -> None:
+    """After some steps, so that policy and reference differ; the reference is released."""
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=rank)
     wiring = (Noising(backbone.schedule, Draws(0)), 256)
     algorithm = DiffusionDPO(backbone.denoiser, reference_for(backbone.denoiser), *wiring)

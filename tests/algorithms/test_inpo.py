@@ -1,4 +1,4 @@
-"""InPO and SmPO: every pair its own depth, the noise that an inversion implies, and weights from scores."""
+"""InPO and SmPO: a timestep per pair, the noise implied by an inversion, and weights from scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inpo_of(policy, reference, noising, inverter=None, steps=4, **settings) -> I
 
 
 def one(batch, i):
-    """Pair i of a batch alone."""
+    """Pair i of a batch as a batch of one."""
     n = len(batch.keys)
     return batch._replace(
         x0=batch.x0[[i, n + i]],
@@ -70,8 +70,8 @@ def test_a_batch_of_eight_pairs_equals_eight_batches_of_one(tiny_sd: Path, batch
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
-def test_with_forward_noise_it_is_diffusion_dpo(constant, noising_of, batch_of, prediction: Prediction) -> None:
-    """x_t forced to a x0 + s eps: the implied noise is eps, the loss Diffusion-DPO's."""
+def test_with_noised_latents_inpo_equals_diffusion_dpo(constant, noising_of, batch_of, prediction: Prediction) -> None:
+    """With x_t = a x0 + s eps the implied noise is eps and the loss is that of Diffusion-DPO."""
     noising, batch = noising_of(prediction, error_weight="epsilon"), batch_of([2] * 4)
     networks = constant(0.1), constant(0.3)
     theirs = DiffusionDPO(*networks, noising, 256, beta=50.0)
@@ -82,7 +82,7 @@ def test_with_forward_noise_it_is_diffusion_dpo(constant, noising_of, batch_of, 
 
 
 def test_the_implied_noise_of_a_constant_predictor_is_its_prediction(constant, noising_of, batch_of) -> None:
-    """A network that always says eps = 0.3 inverts x0 to a x0 + 0.3 s, so tau = 0.3 and its own error is 0."""
+    """A network that always predicts eps = 0.3 inverts x0 to a x0 + 0.3 s, so tau = 0.3 and its error is 0."""
     network = constant(0.3)
     algorithm = inpo_of(network, constant(0.0), noising_of())
     noised = algorithm.noised(batch_of([2] * 6))
@@ -91,7 +91,7 @@ def test_the_implied_noise_of_a_constant_predictor_is_its_prediction(constant, n
 
 def test_smpo_weights_the_margin_by_the_score_gap(constant, noising_of, batch_of) -> None:
     """PickScore gaps 0.02, 0.05 and 0 over a range of 0.1666: 10 (2p - 1) = 10 tanh(gap / 0.3331) = 0.60, 1.49 and 0;
-    at most 10 (2 e/(1+e) - 1) = 4.6212 where the gap is the whole range. A gap against the label turns the pair round.
+    at most 10 (2 e/(1+e) - 1) = 4.6212 where the gap is the whole range. A gap against the label reverses the pair.
     """
     scale = 0.28201571106910706 - 0.11543526500463486
     scores = [0.22, 0.25, 0.2, 0.1 + scale, 0.2, 0.2, 0.2, 0.2, 0.1, 0.25]
@@ -108,14 +108,14 @@ def test_smpo_weights_the_margin_by_the_score_gap(constant, noising_of, batch_of
         smpo.loss(batch_of([2] * 5))
 
 
-def test_remembered_inversions_give_the_same_loss(tiny_sd: Path, batch_of) -> None:
+def test_cached_inversions_give_the_same_loss(tiny_sd: Path, batch_of) -> None:
     backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd), lora_rank=2)
     noising, batch = Noising(backbone.schedule, Draws(0)), batch_of([2] * 3)
     reference = reference_for(backbone.denoiser)
     fresh = inpo_of(backbone.denoiser, reference, noising, invert_by="reference")
     kept = inpo_of(backbone.denoiser, reference, noising, invert_by="reference")
     kept.remember_reference([batch], gather=lambda found: found)
-    assert reference not in vars(kept).values()  # let go
+    assert reference not in vars(kept).values()  # released
     optimizer = torch.optim.SGD([p for p in backbone.denoiser.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         fresh.loss(batch)[0].backward()
@@ -133,4 +133,4 @@ def test_impossible_settings_are_listed() -> None:
     assert "but the policy inverts" in InPO.check(cfg, data | {"draws_per_sample": 2})[0]
     assert InPO.check(cfg | {"invert_by": "reference"}, data | {"draws_per_sample": 2}) == []
     assert "positive" in InPO.check(cfg | {"score_range": 0.0}, data)[0]
-    assert "has none of" in InPO.check(cfg | {"smoothing": 1.0, "loss": "clipped"}, data)[0]
+    assert "has no margin" in InPO.check(cfg | {"smoothing": 1.0, "loss": "clipped"}, data)[0]

@@ -1,4 +1,4 @@
-"""Diffusion-KTO: utilities, the reference point, and which way each image is pulled."""
+"""Diffusion-KTO: utilities, the reference point, and the gradient direction for each image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_loss_at_step_zero(constant, noising_of, batch_of, utility: Any, expecte
     assert torch.equal(metrics["accuracy"], torch.full((4,), 0.5))
 
 
-def test_fixture_of_the_paper_s_units(constant, noising_of, batch_of, monkeypatch) -> None:
+def test_beta_in_the_papers_convention(constant, noising_of, batch_of, monkeypatch) -> None:
     """beta 5000 without the factor 1/2 is 10000 here. Gains as given: KL = mean = 1.75e-4, loss 0.202999."""
     algorithm = kto_of(constant(0.0), constant(0.0), noising_of(), beta=10000.0)
     given = iter([torch.tensor(GAINS), torch.zeros(4)])
@@ -46,7 +46,7 @@ def test_fixture_of_the_paper_s_units(constant, noising_of, batch_of, monkeypatc
 
 
 def test_the_reference_point_is_never_negative_and_has_no_gradient(constant, noising_of, batch_of) -> None:
-    """The mean over all processes is asked for a detached tensor; below zero it counts as zero."""
+    """The mean over all processes gets a detached tensor; a negative mean counts as zero."""
     seen = []
 
     def mean(value: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_the_reference_point_is_never_negative_and_has_no_gradient(constant, noi
 
 
 @pytest.mark.parametrize("utility", UTILITIES)
-def test_liked_images_are_pulled_closer_and_disliked_ones_pushed_away(
+def test_gradient_lowers_errors_of_liked_images_and_raises_those_of_disliked_ones(
     constant, noising_of, batch_of, utility: Any
 ) -> None:
     """d loss / d err = + for liked, - for disliked; for Kahneman-Tversky beta/2 / 4 / B at step 0."""
@@ -73,7 +73,7 @@ def test_liked_images_are_pulled_closer_and_disliked_ones_pushed_away(
         assert policy.value.grad.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_classes_have_their_weights(constant, noising_of, batch_of) -> None:
+def test_liked_and_disliked_images_have_separate_weights(constant, noising_of, batch_of) -> None:
     network = constant(0.2)
     algorithm = kto_of(network, network, noising_of(), weight_liked=3.0, weight_disliked=1.0)
     assert algorithm.loss(batch_of([1] * 4, LIKED))[0].item() == pytest.approx(0.5 * 2, abs=1e-6)
@@ -82,7 +82,7 @@ def test_classes_have_their_weights(constant, noising_of, batch_of) -> None:
     assert len(KTO.check(cfg | {"beta": 0.0, "weight_liked": -1.0})) == 2
 
 
-class Nine:
+class NineImages:
     """Nine images, three of them liked."""
 
     batch_size, num_workers, draws_per_sample = 4, 0, None
@@ -99,14 +99,14 @@ class Nine:
         return key, index
 
 
-def test_balanced_sampling_has_its_share_and_is_a_function_of_the_place() -> None:
-    balanced = Balanced(Nine(), Draws(0), positive_ratio=0.8)  # type: ignore[arg-type]
+def test_balanced_sampling_has_the_given_ratio_and_is_deterministic() -> None:
+    balanced = Balanced(NineImages(), Draws(0), positive_ratio=0.8)  # type: ignore[arg-type]
     drawn = [balanced[epoch, slot] for epoch in range(200) for slot in range(9)]
-    share = sum(index in Nine.liked for _, index in drawn) / len(drawn)  # type: ignore[misc]
+    share = sum(index in NineImages.liked for _, index in drawn) / len(drawn)  # type: ignore[misc]
     assert abs(share - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 1800)
     assert {index for _, index in drawn} == set(range(9))  # type: ignore[misc]
     assert len({key for key, _ in drawn}) == 1800  # type: ignore[misc]
     assert balanced[3, 5] == balanced[3, 5]
-    assert Balanced(Nine(), Draws(0), positive_ratio=None)[2, 3] == ("plain", (2, 3))  # type: ignore[arg-type]
+    assert Balanced(NineImages(), Draws(0), positive_ratio=None)[2, 3] == ("plain", (2, 3))  # type: ignore[arg-type]
     assert Balanced.check({"positive_ratio": None}) == []
     assert "between 0 and 1" in Balanced.check({"positive_ratio": 1.0})[0]

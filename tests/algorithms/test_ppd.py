@@ -1,4 +1,4 @@
-"""PPD: what a pair is told of its user, ln 2 at first, two opposed users, beta."""
+"""PPD: user embeddings of pairs, initial loss ln 2, two users with opposite preferences, beta."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def ppd_of(path: Path, **settings) -> PPD:
     return PPD(denoiser, UserOffReference(denoiser), noising, 256, users_of, USERS, Draws(0), **settings)
 
 
-def told(algorithm: PPD, batch: LatentBatch, epoch: int = 0) -> LatentBatch:
+def with_users(algorithm: PPD, batch: LatentBatch, epoch: int = 0) -> LatentBatch:
     keys = [(epoch, str(i)) for i in range(len(NAMES))]
     return algorithm.draw(batch._replace(keys=keys))
 
 
-def test_pairs_are_told_their_user_and_step_zero_is_ln_2(tiny_sd: Path, batch_of) -> None:
+def test_pairs_get_their_users_embedding_and_step_zero_is_ln_2(tiny_sd: Path, batch_of) -> None:
     algorithm = ppd_of(tiny_sd)
-    batch = told(algorithm, batch_of([2] * 4))
+    batch = with_users(algorithm, batch_of([2] * 4))
     assert batch.cond.user is not None
     assert batch.cond.user[:, 0, 0].tolist() == [1, -1, 1, -1]
     loss, _ = algorithm.loss(batch)
@@ -45,23 +45,23 @@ def test_pairs_are_told_their_user_and_step_zero_is_ln_2(tiny_sd: Path, batch_of
 
 def test_mixed_users_are_drawn_by_key(tiny_sd: Path, batch_of) -> None:
     algorithm = ppd_of(tiny_sd, user_mixing=0.3)
-    values = [told(algorithm, batch_of([2] * 4), epoch).cond.user[:, 0, 0] for epoch in range(200)]
-    again = [told(algorithm, batch_of([2] * 4), epoch).cond.user[:, 0, 0] for epoch in range(200)]
+    values = [with_users(algorithm, batch_of([2] * 4), epoch).cond.user[:, 0, 0] for epoch in range(200)]
+    again = [with_users(algorithm, batch_of([2] * 4), epoch).cond.user[:, 0, 0] for epoch in range(200)]
     assert torch.equal(torch.stack(values), torch.stack(again))
-    found = torch.stack(values) * torch.tensor([1, -1, 1, -1])  # 1: told the user who chose
+    found = torch.stack(values) * torch.tensor([1, -1, 1, -1])  # 1: the embedding of the pair's own user
     mixed = found[found != 1]
     assert 0.1 < len(mixed) / found.numel() < 0.2, "half of the mixtures are with oneself"
-    # 2s - 1 with density 2s on [0, 1]: 1/3 on average, and negative, more of the other, in one of four.
+    # 2s - 1 with density 2s on [0, 1]: mean 1/3, and negative (the other user has more weight) in one of four.
     assert abs(mixed.mean() - 1 / 3) < 0.1 and 0.15 < (mixed < 0).float().mean() < 0.35
 
 
 def conflict(algorithm: PPD, batch: LatentBatch, steps: int) -> tuple[LatentBatch, torch.Tensor]:
-    """Train on pairs that Ann and Bob see the opposite way; the pairs, and the last margins [4]."""
+    """Train on pairs that Ann and Bob label oppositely; returns the pairs and the last margins [4]."""
     w, l_ = batch.x0.chunk(2)
     w[2:], l_[2:] = w[:2], l_[:2]  # pairs 2 and 3 are 0 and 1 again
-    w[1], l_[1] = l_[0].clone(), w[0].clone()  # Bob turns Ann's pair round
+    w[1], l_[1] = l_[0].clone(), w[0].clone()  # Bob reverses Ann's label
     w[3], l_[3] = l_[2].clone(), w[2].clone()
-    batch = told(algorithm, batch._replace(x0=torch.cat([w, l_])))
+    batch = with_users(algorithm, batch._replace(x0=torch.cat([w, l_])))
     optimizer = torch.optim.Adam([p for p in algorithm.policy.parameters() if p.requires_grad], 3e-2)
     margin = torch.zeros(4)
     for _ in range(steps):
@@ -73,14 +73,13 @@ def conflict(algorithm: PPD, batch: LatentBatch, steps: int) -> tuple[LatentBatc
     return batch, margin
 
 
-def test_two_users_of_opposite_mind_are_told_apart(tiny_sd: Path, batch_of) -> None:
-    """Ann likes what Bob dislikes, of the same pairs: without users nothing could be learned, with them all margins
-    rise."""
+def test_two_users_with_opposite_preferences_are_learned(tiny_sd: Path, batch_of) -> None:
+    """Ann and Bob label the same pairs oppositely. Only user conditioning can raise all margins."""
     _, margin = conflict(ppd_of(tiny_sd, beta=2000.0), batch_of([2] * 4), 60)
     assert (margin > 0.1).all(), margin
 
 
-def test_a_larger_beta_moves_less(tiny_sd: Path, batch_of) -> None:
+def test_a_larger_beta_changes_the_policy_less(tiny_sd: Path, batch_of) -> None:
     moved = []
     for beta in (20.0, 200.0, 2000.0):
         algorithm = ppd_of(tiny_sd, beta=beta)

@@ -1,4 +1,4 @@
-"""PSO: ln 2 at first, stored densities, direction, clamp, trained timesteps, ties, the released loss that cancels."""
+"""PSO: initial loss ln 2, densities of the rollout, gradient direction, clipping, timesteps, ties, released loss."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def made(backbone_of: Callable, rewards_of: Callable) -> Callable[..., tuple[Bac
 def test_the_first_loss_is_ln_2_and_densities_are_those_of_the_rollout(
     made: Callable, prompts_of: Callable, law: str, per: str
 ) -> None:
-    """3.8 a, b, e, g: unchanged weights give ratio 1; the trained timesteps are the sampler's own but the last."""
+    """3.8 a, b, e, g: unchanged weights give ratio 1; trained timesteps are all of the sampler's but the last."""
     backbone, algorithm = made(law=law, per=per)
     rollouts = algorithm.roll_out(prompts_of(backbone))
     loss, metrics = algorithm.loss(rollouts)
@@ -69,7 +69,7 @@ def test_running_statistics_of_rewards_are_part_of_a_checkpoint(made: Callable, 
     assert other.rewards.mixture.count.item() == 4
 
 
-def test_noise_of_a_pair_is_shared_only_when_asked(made: Callable, prompts_of: Callable) -> None:
+def test_initial_noise_of_a_pair_is_shared_only_with_shared_noise(made: Callable, prompts_of: Callable) -> None:
     for shared in (True, False):
         backbone, algorithm = made(shared_noise=shared)
         first, second = algorithm.roll_out(prompts_of(backbone)).transitions[0].x_t.chunk(2)
@@ -83,14 +83,14 @@ def one_ratio(algorithm: PSO, better: float, ratio: Tensor) -> Tensor:
     x, t = torch.zeros(2, 4, 8, 8), torch.full((2,), 999)
     transition = Transition(x, t, t - 250, x, x, x, torch.ones(2, 1, 1, 1), x)
     rollouts = Rollouts([transition], Cond(torch.zeros(2, 12, 16)), [(0, "a")], torch.tensor([better]), torch.zeros(2))
-    densities = iter((torch.zeros(2), ratio))  # the reference is asked first
+    densities = iter((torch.zeros(2), ratio))  # the reference runs first
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pso, "log_prob", lambda *arguments: next(densities))
         return algorithm.loss(rollouts)[0]
 
 
-def test_direction_and_clamp(made: Callable) -> None:
-    """3.8 d: d loss / d (better's ratio) = -beta sigmoid(-margin) inside the clamp, 0 outside it."""
+def test_gradient_direction_and_clipping(made: Callable) -> None:
+    """3.8 d: d loss / d (better's ratio) = -beta sigmoid(-margin) inside the clipping range, 0 outside."""
     _, algorithm = made(beta=50.0, clip=0.1)
     ratio = torch.tensor([0.01, -0.02], requires_grad=True)
     loss = one_ratio(algorithm, 1.0, ratio)
@@ -110,8 +110,8 @@ def test_direction_and_clamp(made: Callable) -> None:
     assert one_ratio(algorithm, 0.0, ratio.detach()).item() == 0  # a tie
 
 
-def test_it_makes_the_better_sample_likelier(made: Callable, prompts_of: Callable) -> None:
-    """A few steps on one batch of rollouts: the margin grows, and with the pair turned round it falls."""
+def test_training_raises_the_likelihood_of_the_better_sample(made: Callable, prompts_of: Callable) -> None:
+    """A few steps on one batch of rollouts increase the margin; with reversed labels they decrease it."""
     margins = []
     for sign in (1, -1):
         backbone, algorithm = made(beta=50.0)
@@ -128,7 +128,7 @@ def test_it_makes_the_better_sample_likelier(made: Callable, prompts_of: Callabl
 
 def test_a_deterministic_sampler_is_refused(backbone_of: Callable, rewards_of: Callable) -> None:
     backbone = backbone_of(lora_rank=2)
-    with pytest.raises(ValueError, match=r"law 'deterministic'.*set 'sampler\.steps' to 2 or more"):
+    with pytest.raises(ValueError, match=r"kind 'deterministic'.*set 'sampler\.steps' to 2 or more"):
         pso_of(backbone, rewards_of(backbone.decode), law="deterministic")
     assert len(PSO.check({"beta": 0, "clip": 1.5})) == 2
 
@@ -141,7 +141,7 @@ def customization(backbone: Backbone, **settings: Any) -> PSOCustomization:
     return PSOCustomization(backbone.denoiser, reference, noising, 256, sampler, None, **settings)
 
 
-def test_targets_are_preferred_to_samples_that_are_drawn_anew(backbone_of: Callable, batch_of: Callable) -> None:
+def test_targets_win_over_samples_that_are_redrawn(backbone_of: Callable, batch_of: Callable) -> None:
     backbone = backbone_of(lora_rank=2)
     algorithm = customization(backbone, redraw_every=10)
     batch = batch_of([1, 1, 1])
@@ -175,8 +175,8 @@ def released(err_w: Tensor, err_l: Tensor, defactor: float, beta: float, prior: 
     return torch.relu(1 + beta * (err_w - defactor * err_l)) + prior * err_l
 
 
-def test_the_released_customisation_loss_cancels_its_losers() -> None:
-    """3.8 f: with (0.1, 5, 0.5), as all 30 scripts have it, the loser's gradient is exactly 0; ours never is."""
+def test_the_released_customisation_loss_has_no_loser_gradient() -> None:
+    """3.8 f: with (0.1, 5, 0.5), as in all 30 scripts, the loser's gradient is exactly 0; ours is not."""
     err_w, err_l = torch.tensor(0.3), torch.tensor(0.4, requires_grad=True)
     (slope,) = torch.autograd.grad(released(err_w, err_l, 0.1, 5.0, 0.5), err_l)
     assert slope.item() == 0

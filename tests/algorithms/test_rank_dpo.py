@@ -1,4 +1,4 @@
-"""RankDPO: the weights of the paper, and what it is for two images."""
+"""RankDPO: the weights of the paper, and the special case of two images."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def test_weights_of_four_images() -> None:
 
 
 def test_ranks_of_the_model_change_the_discounts_only() -> None:
-    """The model ranks the images the other way round: |1/D(4) - 1/D(3)| takes the place of |1/D(1) - 1/D(2)|."""
+    """The model ranks the images in reverse order: |1/D(4) - 1/D(3)| replaces |1/D(1) - 1/D(2)|."""
     group, phi = torch.zeros(4, dtype=torch.long), torch.tensor(PHI)
     first = dcg_weights(phi, -phi, group)[0, 1].item()
     assert first == pytest.approx((2 - 2 ** (2 / 3)) * (1 / math.log(4) - 1 / math.log(5)), abs=1e-6)
 
 
 def test_the_first_loss_is_ln_2_times_the_weights(constant, noising_of, batch_of) -> None:
-    """ln 2 * 1.83246 = 1.270165; a group whose images tie has none."""
+    """ln 2 * 1.83246 = 1.270165; a group of tied images has loss 0."""
     network = constant(0.2)
     algorithm = RankDPO(network, network, noising_of(), 256)
     assert algorithm.loss(batch_of([4], PHI))[0].item() == pytest.approx(1.270165, abs=1e-5)
@@ -52,10 +52,10 @@ def test_two_images_with_one_noise_are_a_weighted_diffusion_dpo(constant, noisin
 
 
 def test_the_order_of_a_groups_images_does_not_matter(constant, noising_of, batch_of) -> None:
-    """With shared noise; and gradients of the gains sum to zero within a group, as every pair has two ends."""
+    """With shared noise. Gradients of the gains sum to zero within a group: each pair contributes two opposite ones."""
     batch = batch_of([4, 3], [1.0, 1.0, 2 / 3, 0.5, 1 / 3, 0.0, 0.0])
     algorithm = RankDPO(constant(0.1), constant(0.3), noising_of(Prediction.V), 256, beta=40.0, shared_noise=True)
-    order = torch.tensor([4, 1, 6, 3, 0, 5, 2])  # the first group's images in another order, the second's as they were
+    order = torch.tensor([4, 1, 6, 3, 0, 5, 2])  # permutes the first group's images only
     other = batch._replace(x0=batch.x0[order], group=batch.group[order], scores=batch.scores[order])
     assert torch.allclose(algorithm.loss(other)[1]["loss"], algorithm.loss(batch)[1]["loss"], atol=1e-6)
     rewards = torch.randn(7, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -74,7 +74,7 @@ def test_every_image_has_its_own_noise_by_default(constant, noising_of, batch_of
 
 
 def test_win_rates_of_a_ranking() -> None:
-    """Best of three beats both others; two that tie beat nobody but the last."""
+    """The best of three beats both others; two tied images beat only the last."""
     assert win_rates_of_ranks((1, 2, 3)) == (1.0, 0.5, 0.0)
     assert win_rates_of_ranks((1, 1, 2)) == (0.5, 0.5, 0.0)
     assert "must be positive" in RankDPO.check({"beta": 0.0})[0]

@@ -1,4 +1,4 @@
-"""ReFL, DRaFT and R0: gradients against finite differences, what carries a graph, anchors."""
+"""ReFL, DRaFT and R0: gradients against finite differences, steps with gradients, regularisers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from diffalign.types import Cond, PromptBatch
 KEYS = [(0, "a"), (0, "b")]
 
 
-class Two(torch.nn.Module):
-    """A denoiser of two weights, in float64."""
+class TwoWeights(torch.nn.Module):
+    """A denoiser with two weights, in float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,10 +36,10 @@ class Two(torch.nn.Module):
 
 
 class Toy:
-    """Its algorithm, with a loss that is a plain function of the weights for finite differences."""
+    """An algorithm on TwoWeights whose loss is a function of the weights, for finite differences."""
 
     def __init__(self, backbone: Backbone, rewards_of: Callable, kind: Any, sampler: dict[str, Any], **settings: Any):
-        self.policy = Two()
+        self.policy = TwoWeights()
         sampled = Sampler(backbone, Draws(0), 32, **sampler)
         start = sampled.start
         sampled.start = lambda keys: start(keys).double()  # type: ignore[method-assign]
@@ -78,15 +78,15 @@ def backbone(tiny_sd: Path) -> Backbone:
 def test_draft_through_all_steps_is_the_finite_difference(
     backbone: Backbone, rewards_of: Callable, anchor: float
 ) -> None:
-    """T8; with the anchor to the reference and the weights' start, of weights that have moved."""
+    """T8; with both regularisers, and weights different from the initial ones."""
     toy = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=3, start_weight=anchor)
     with torch.no_grad():
         toy.policy.w += 0.1
     torch.testing.assert_close(toy.slope(), toy.finite(), rtol=1e-3, atol=1e-6)
 
 
-def test_draft_k_leaves_the_first_steps_out(backbone: Backbone, rewards_of: Callable) -> None:
-    """The truncated gradient is another one, and the transitions before the last K carry no graph."""
+def test_draft_k_truncates_the_gradient_to_the_last_steps(backbone: Backbone, rewards_of: Callable) -> None:
+    """The truncated gradient differs from the full one, and transitions before the last K have no graph."""
     last = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=1)
     whole = Toy(backbone, rewards_of, DRaFT, {"steps": 3, "law": "deterministic"}, last_steps=3)
     assert (last.slope() - whole.slope()).abs().max() > 1e-4
@@ -96,8 +96,8 @@ def test_draft_k_leaves_the_first_steps_out(backbone: Backbone, rewards_of: Call
 
 
 def test_refl_is_one_late_step_and_stops_at_its_ceiling(backbone: Backbone, rewards_of: Callable) -> None:
-    """With one step left it is DRaFT-1; samples above the ceiling pull no more."""
-    walk = {"steps": 3, "law": "renoise"}  # which ends at x0 itself
+    """At the last step it equals DRaFT-1; samples above the ceiling get no gradient."""
+    walk = {"steps": 3, "law": "renoise"}  # its last step ends at x0
     refl = Toy(backbone, rewards_of, ReFL, walk, first_step=2)
     draft = Toy(backbone, rewards_of, DRaFT, walk, last_steps=1)
     torch.testing.assert_close(refl.slope(), draft.slope())
@@ -114,16 +114,16 @@ def test_r0_plus_at_the_last_step_is_draft_1(backbone: Backbone, rewards_of: Cal
     walk = {"steps": 2, "law": "random"}
     plus = Toy(backbone, rewards_of, R0, walk, rewarded="any", **settings)
     draft = Toy(backbone, rewards_of, DRaFT, walk, last_steps=1)
-    plus.algorithm.sampler.draw_step = lambda keys, first=0: 1  # type: ignore[method-assign]
+    plus.algorithm.sampler.random_step = lambda keys, first=0: 1  # type: ignore[method-assign]
     torch.testing.assert_close(plus.slope(), draft.slope())
     whole = Toy(backbone, rewards_of, R0, walk, rewarded="final", **settings)
     torch.testing.assert_close(whole.slope(), Toy(backbone, rewards_of, DRaFT, walk, last_steps=2).slope())
 
 
-def test_r0_knows_no_scale_of_rewards_and_adds_guidance(
+def test_r0_is_invariant_to_reward_scale_and_adds_guidance(
     backbone_of: Callable, rewards_of: Callable, prompts_of: Callable
 ) -> None:
-    """R2 through the whole algorithm; guidance has length 1 beside the rewards' own 1."""
+    """R2 for the whole algorithm; the gradients of guidance and rewards both have norm 1."""
 
     def made(scale: float, **settings: Any) -> tuple[Tensor, dict[str, Tensor]]:
         backbone = backbone_of(lora_rank=2)
@@ -147,8 +147,8 @@ def test_r0_knows_no_scale_of_rewards_and_adds_guidance(
     assert "cosine@guidance, rewards" not in plain
 
 
-def test_a_strong_anchor_returns_to_the_start(backbone: Backbone, rewards_of: Callable) -> None:
-    """R5: as its weight grows, training ends where it began."""
+def test_a_large_start_weight_keeps_the_initial_weights(backbone: Backbone, rewards_of: Callable) -> None:
+    """R5: with increasing start_weight the trained weights approach the initial ones."""
     ends = []
     for weight in (0.0, 1e4):
         toy = Toy(backbone, rewards_of, DRaFT, {"steps": 2, "law": "deterministic"}, last_steps=2, start_weight=weight)
@@ -162,7 +162,9 @@ def test_a_strong_anchor_returns_to_the_start(backbone: Backbone, rewards_of: Ca
     assert ends[0] > 0.05 and ends[1] < 1e-3
 
 
-def test_the_anchor_to_the_reference_is_zero_at_first_and_pulls_back(backbone: Backbone, rewards_of: Callable) -> None:
+def test_the_reference_regulariser_is_zero_at_first_and_pulls_towards_the_reference(
+    backbone: Backbone, rewards_of: Callable
+) -> None:
     toy = Toy(backbone, rewards_of, DRaFT, {"steps": 2, "law": "deterministic"}, last_steps=2, reference_weight=1e3)
     _, metrics = toy.algorithm.loss(toy.batch)
     assert (metrics["reference_error"] == 0).all()
@@ -172,7 +174,7 @@ def test_the_anchor_to_the_reference_is_zero_at_first_and_pulls_back(backbone: B
 
 
 def test_checkpointing_changes_no_gradient(backbone_of: Callable, rewards_of: Callable, prompts_of: Callable) -> None:
-    """Of the network and of the autoencoder, through two steps."""
+    """For checkpointing in the network and in the autoencoder, through two sampling steps."""
 
     def gradient(checkpointing: bool) -> Tensor:
         backbone = backbone_of(lora_rank=2, gradient_checkpointing=checkpointing)
@@ -199,7 +201,7 @@ def test_impossible_settings_are_listed() -> None:
     rest = (lora, reward, run)
     assert "last_steps' = 5 must be in [1, 4]" in DRaFT.check({**anchors, "last_steps": 5}, sampler, *rest)[0]
     assert "first_step' = 4 must be in [0, 3]" in ReFL.check({**anchors, "first_step": 4}, sampler, *rest)[0]
-    assert "R0 collapses without an anchor" in R0.check(anchors, {**lora, "lora_rank": 0}, reward, run)[0]
+    assert "R0 collapses without regularisation" in R0.check(anchors, {**lora, "lora_rank": 0}, reward, run)[0]
     assert not R0.check(anchors, *rest)
     assert "'algorithm.start_weight' = -1 must be 0 or more" in R0.check({**anchors, "start_weight": -1}, *rest)[0]
     for sections in (({**lora, "dtype": "fp16"}, reward, run), (lora, {"dtype": "fp16"}, run)):

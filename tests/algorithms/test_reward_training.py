@@ -22,7 +22,7 @@ def _batch(ranks: Tensor, sizes: list[int], flip: float = 0.0) -> GroupBatch:
     return GroupBatch(torch.rand(n, 3, 2, 2), ["p"] * n, group, ranks, keys, torch.full((g,), flip))
 
 
-class Given(nn.Module):
+class LogitTable(nn.Module):
     """A scorer whose logits are its parameter."""
 
     def __init__(self, logits: Tensor, dropout: float = 0.0):
@@ -36,7 +36,7 @@ class Given(nn.Module):
 def test_pairs_give_the_loss_of_hpsv2() -> None:
     """Logits (20, 21) with the second preferred and (22, 20.5) with the first: softplus(-1) + softplus(-1.5) =
     0.3132617 + 0.2014133 = 0.5146750, summed over the batch; the mean is half of it. Both pairs are right."""
-    scorer = Given(torch.tensor([20.0, 21.0, 22.0, 20.5]))
+    scorer = LogitTable(torch.tensor([20.0, 21.0, 22.0, 20.5]))
     batch = _batch(torch.tensor([[2.0], [1.0], [1.0], [2.0]]), [2, 2])
     loss, metrics = RewardTraining(scorer, Draws(0), reduction="sum").loss(batch)
     assert loss.item() == pytest.approx(0.5146749655, abs=1e-6)
@@ -56,8 +56,8 @@ def test_rankings_count_every_ordered_pair_once_and_no_tie() -> None:
     assert right.item() == pytest.approx(0.6) and pairs.item() == 5
 
 
-def test_groups_of_other_prompts_are_never_compared_and_weigh_the_same() -> None:
-    """A group of 4 and one of 2: the mean over pairs first. Alone each gives what it gives together."""
+def test_groups_are_never_compared_and_have_equal_weight() -> None:
+    """A group of 4 and one of 2: the loss is averaged over pairs first, and equals the mean of each group alone."""
     torch.manual_seed(0)
     scores, ranks = torch.randn(6, 1), torch.tensor([[1.0], [2.0], [3.0], [4.0], [2.0], [1.0]])
     group = torch.tensor([0, 0, 0, 0, 1, 1])
@@ -69,7 +69,7 @@ def test_groups_of_other_prompts_are_never_compared_and_weigh_the_same() -> None
     torch.testing.assert_close(shifted, both, atol=1e-4, rtol=0)
 
 
-def test_swapping_labels_mirrors_the_loss_and_half_a_label_is_indifferent() -> None:
+def test_swapping_labels_and_the_minimum_with_label_smoothing() -> None:
     """L(d) and L(-d) differ by d. With e = 1/4: -3/4 log sigmoid(d) - 1/4 log sigmoid(-d), minimal at d = log 3."""
     d = torch.tensor([[math.log(3.0)], [0.0]], requires_grad=True)
     group, up = torch.zeros(2, dtype=torch.long), torch.tensor([[1.0], [2.0]])
@@ -81,10 +81,12 @@ def test_swapping_labels_mirrors_the_loss_and_half_a_label_is_indifferent() -> N
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-6, rtol=0)
 
 
-def test_aspects_have_their_own_order_and_may_be_missing() -> None:
-    """Aspect 0 prefers the first image, aspect 1 the second, aspect 2 ties: the loss is the mean of the two that say
-    something, and its gradient moves the columns apart."""
-    scorer = Given(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+def test_aspects_have_their_own_ranking_and_may_be_missing() -> None:
+    """Aspect 0 prefers the first image, aspect 1 the second, aspect 2 ties. The loss is the mean over aspects 0 and 1.
+
+    Its gradient has opposite signs in their columns.
+    """
+    scorer = LogitTable(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
     batch = _batch(torch.tensor([[1.0, 2.0, 1.0], [2.0, 1.0, 1.0]]), [2])
     loss, metrics = RewardTraining(scorer, Draws(0), ("a", "b", "c")).loss(batch)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-1)) + math.log1p(math.exp(1))) / 2, abs=1e-6)
@@ -95,7 +97,7 @@ def test_aspects_have_their_own_order_and_may_be_missing() -> None:
 
 
 def test_reduction_and_label_smoothing() -> None:
-    scorer = Given(torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    scorer = LogitTable(torch.tensor([1.0, 0.0, 1.0, 0.0]))
     ranks = torch.tensor([[1.0], [2.0], [1.0], [2.0]])
     one = math.log1p(math.exp(-1))
     loss, _ = RewardTraining(scorer, Draws(0), reduction="sum").loss(_batch(ranks, [2, 2]))
@@ -103,12 +105,12 @@ def test_reduction_and_label_smoothing() -> None:
     smooth, _ = RewardTraining(scorer, Draws(0), label_smoothing=0.1).loss(_batch(ranks, [2, 2]))
     assert smooth.item() == pytest.approx(one + 0.1, abs=1e-6)  # e d with d = 1
     known, _ = RewardTraining(scorer, Draws(0), label_smoothing=0.1).loss(_batch(ranks, [2, 2], flip=0.2))
-    assert known.item() == pytest.approx(one + 0.2, abs=1e-6)  # what the record says goes first
+    assert known.item() == pytest.approx(one + 0.2, abs=1e-6)  # the record's own value takes precedence
     assert RewardTraining.check({"label_smoothing": 0.5}) and not RewardTraining.check({"label_smoothing": 0.4})
 
 
 def test_dropout_is_drawn_by_key_and_leaves_the_global_generator_alone() -> None:
-    scorer = Given(torch.linspace(1, 2, 64), dropout=0.5)
+    scorer = LogitTable(torch.linspace(1, 2, 64), dropout=0.5)
     ranks = torch.tensor([[1.0], [2.0]]).repeat(32, 1)
     batch = _batch(ranks, [2] * 32)
     algorithm = RewardTraining(scorer, Draws(0), dropout=True)

@@ -1,4 +1,4 @@
-"""SFT: the winners' own error, and nothing of the losers."""
+"""SFT: the loss is the winners' error and ignores losers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffalign.algorithms.sft import SFT
 
 
 def test_only_winners_count(constant, noising_of, batch_of) -> None:
-    """A network that says 0 errs by mean eps^2, whatever the losers are."""
+    """A network that predicts 0 has error mean eps^2, independent of the losers."""
     batch, algorithm = batch_of([2] * 3), SFT(constant(0.0), noising_of())
     loss, metrics = algorithm.loss(batch)
     expected = algorithm.noising.noise(batch.keys, batch.x0).square().mean((1, 2, 3))

@@ -1,5 +1,4 @@
-"""Tests of this folder run on the accelerator that DIFFALIGN_TEST_DEVICE names; when left out on a GPU, else on the
-pretend one."""
+"""Device of the tests in this folder: DIFFALIGN_TEST_DEVICE, by default a CUDA GPU if available, else `pretend`."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ NAME = os.environ.get("DIFFALIGN_TEST_DEVICE") or ("cuda" if torch.cuda.is_avail
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Accelerate trains on this device while the test runs."""
+    """The device that accelerate uses during the test."""
     if NAME == pretend.NAME and not pretend.AVAILABLE:
         pytest.skip("this torch cannot register a device whose kernels are Python")
     monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", NAME)
@@ -31,9 +30,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 @pytest.fixture
 def steps_seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[pretend.Seen]]]:
-    """steps_seen() -> what the host waited for and sent between the metrics of steps k and k + 1, k = 1, 2, ...
+    """steps_seen() -> synchronisations and copies of the host between the metrics of steps k and k + 1, k = 1, 2, ...
 
-    Only the pretend device can tell; on others there are no steps.
+    Only the pretend device records them; on others the list is empty.
     """
     log, moments = Run.log, list[tuple[int, Counter[str], Counter[str]]]()
     with pretend.watched() as seen:

@@ -29,7 +29,7 @@ def run(name: str, *arguments: object) -> int:
 
 
 @pytest.mark.parametrize("name", ["playground_hps", "playground_vp_score"])
-def test_scorers_score_alike_everywhere(device: torch.device, name: str) -> None:
+def test_scores_are_the_same_on_every_device(device: torch.device, name: str) -> None:
     here, there = (load_scorer(name, where).score(renders().to(where), PROMPTS) for where in (device, "cpu"))
     assert here.device.type == device.type and torch.allclose(here.cpu(), there, atol=1e-3)
 
@@ -43,7 +43,7 @@ def test_reward_score_takes_the_device(tmp_path: Path, device: torch.device) -> 
     assert len(out.read_text().splitlines()) == 1 + len(PROMPTS)
 
 
-def test_generate_draws_what_it_draws_on_the_cpu(tmp_path: Path, device: torch.device) -> None:
+def test_generate_gives_the_same_images_as_on_the_cpu(tmp_path: Path, device: torch.device) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
     for where in ("auto", "cpu"):
         settings = ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--guidance", 2, "--device", where]
@@ -54,13 +54,13 @@ def test_generate_draws_what_it_draws_on_the_cpu(tmp_path: Path, device: torch.d
         assert [f.read_bytes() for f in ours] == [f.read_bytes() for f in theirs]
 
 
-def test_the_judge_scores_alike_everywhere(device: torch.device) -> None:
+def test_the_judges_scores_are_the_same_on_every_device(device: torch.device) -> None:
     judge, images = Judge(), renders()
     assert torch.allclose(judge.score(images.to(device), PROMPTS).cpu(), judge.score(images, PROMPTS), atol=1e-5)
 
 
 def test_one_user_is_fitted(tmp_path: Path, device: torch.device, recipe) -> None:
-    """From choices of many persons to the embedding of one, the whole way on the device."""
+    """From choices of many persons to the embedding of one user, all on the device."""
     from diffalign.commands.cli import main as diffalign
 
     assert diffalign(["playground", "people", "--people=8", "--prompts=60", "--opinions=2", f"--out={tmp_path}"]) == 0

@@ -1,4 +1,4 @@
-"""The pretend device has the rules of CUDA: what it refuses, what it casts, what it counts."""
+"""The pretend device follows the rules of CUDA: device mismatches, autocast, counting of synchronisations."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_two_devices_in_one_operator_are_refused(name: str) -> None:
 
 
 def test_what_cuda_allows_is_allowed() -> None:
-    """Numbers of the host without dimensions in arithmetic, and indices of the host."""
+    """Zero-dimensional CPU tensors in arithmetic, and CPU indices."""
     x = torch.arange(3.0, device=HERE)
     assert (x * torch.tensor(2.0)).tolist() == [0, 2, 4] and x[torch.tensor([2])].tolist() == [2]
     with pytest.raises(TypeError, match=r"use Tensor\.cpu|Use Tensor\.cpu"):
         x.numpy()
 
 
-def test_autocast_casts_matrices_and_spares_norms() -> None:
+def test_autocast_casts_matrix_products_but_not_norms() -> None:
     x, weight = torch.randn(2, 4, device=HERE), torch.randn(3, 4, device=HERE, requires_grad=True)
     with torch.autocast(HERE, dtype=torch.bfloat16):
         out = F.linear(x, weight)
@@ -70,7 +70,7 @@ def test_waits_and_uploads_are_counted() -> None:
     assert not seen.waits and seen.uploads.total() == 1
 
 
-def test_the_device_has_a_random_stream_of_its_own() -> None:
+def test_the_device_has_its_own_random_generator() -> None:
     torch.manual_seed(1)
     host = torch.randn(2)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""Every recipe on an accelerator: three steps, what the host waits for in one, and whole runs with all hooks."""
+"""Every recipe on an accelerator: three steps, the number of device synchronisations, and whole runs with all hooks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHORT = {
     "distill": ["sampler.steps=1", "sampler.law=renoise", "algorithm.aux_rounds=1"],
 }
 WAITS = {"pso": 3, "r0": 4, "refl": 4, "draft": 4, "diff_instruct_star": 5, "distill": 2}
-"""How often the host may wait for the device in a step of each recipe that draws samples: these may only fall."""
+"""Maximum number of device synchronisations per step of each recipe that samples. Never raise these numbers."""
 DARK = """
 import torch
 class Dark:
@@ -60,7 +60,7 @@ def tiny(recipe: Callable, tiny_sd: Path) -> Callable[..., None]:
 
 @pytest.fixture
 def dark(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A scorer of the user's own, which likes dark images and refuses to be asked in half precision."""
+    """A user-defined scorer of darkness that refuses half-precision inputs."""
     (tmp_path / "device_dark.py").write_text(DARK.format(device=device))
     monkeypatch.syspath_prepend(tmp_path)
     return "reward.scorers=['device_dark:Dark']"
@@ -79,7 +79,7 @@ def losses(folder: Path) -> list[float]:
 def test_a_step_on_fixed_preferences_waits_once(
     tmp_path: Path, pairs_file: Path, tiny: Callable, steps_seen: Callable, name: str, rank: int, precision: str
 ) -> None:
-    """For the check of the loss; and sends the batch, all of it from one place."""
+    """The check of the loss is the only wait; one line of code copies the whole batch."""
     settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
     settings += [f"backbone.lora_rank={rank}", f"run.mixed_precision={precision}", *BARE]
     tiny(name, *settings)
@@ -107,7 +107,7 @@ def test_a_step_on_own_samples(
 def test_a_step_on_target_images(
     tmp_path: Path, pairs_file: Path, tiny: Callable, steps_seen: Callable, rank: int, precision: str
 ) -> None:
-    """Once their counterparts are drawn, in the first step of a round."""
+    """After the first step of a round, in which the losers are sampled."""
     targets = tmp_path / "targets"
     targets.mkdir()
     for i in range(4):
@@ -128,16 +128,16 @@ def test_a_scorer_is_trained(tmp_path: Path, recipe: Callable, steps_seen: Calla
     settings += ["data.validation_share=0.3", "trainer.steps=3", "hooks.checkpoint_every=0", "hooks.validate_every=3"]
     recipe(name, "--config=playground", f"run.folder={tmp_path / 'run'}", f"run.mixed_precision={precision}", *settings)
     assert len(losses(tmp_path / "run")) == 3
-    waits = 1 if name == "hps" else 2  # transformers looks into BERT's attention mask
+    waits = 1 if name == "hps" else 2  # transformers reads BERT's attention mask on the host
     for step in steps_seen()[:1]:  # the next one validates
         assert step.waits.total() <= waits, step.waits
 
 
 @pytest.mark.parametrize("rank", [2, 0])
-def test_remembered_reference_errors_are_the_policys(
+def test_precomputed_reference_errors_equal_the_policys(
     tmp_path: Path, pairs_file: Path, tiny: Callable, rank: int
 ) -> None:
-    """The first loss is ln 2 and the first margin 0, in half precision too: the reference ran as the policy runs."""
+    """The first loss is ln 2 and the first margin 0, in half precision too: reference and policy run alike."""
     settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
     settings += [f"backbone.lora_rank={rank}", "run.mixed_precision=bf16", "data.draws_per_sample=2", *BARE]
     tiny("diffusion_dpo", *settings, "trainer.steps=1", "algorithm.beta=5000")
@@ -145,8 +145,8 @@ def test_remembered_reference_errors_are_the_policys(
     assert row["policy/loss"] == pytest.approx(math.log(2), abs=1e-6) and row["policy/margin"] == 0
 
 
-def whole_run(tiny: Callable, folder: Path, *more: str) -> None:
-    """A run with every hook but the check of the export."""
+def whole_run(recipe: Callable, folder: Path, *more: str) -> None:
+    """A run with every hook but the verification of the export."""
     hooks = ["hooks.checkpoint_every=2", "hooks.sample_every=2", "hooks.sample_steps=2", "hooks.ema_decay=0.9"]
     hooks += ["hooks.sample_prompts=[small red circle on white, large blue square on black]"]
     settings = [f"run.folder={folder}", "run.log_every=1", "trainer.steps=4", "data.batch_size=4", "data.limit=8"]
@@ -154,10 +154,10 @@ def whole_run(tiny: Callable, folder: Path, *more: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["diffusion_dpo", "r0"])
-def test_a_killed_run_goes_on_bit_for_bit(
-    tmp_path: Path, pairs_file: Path, tiny: Callable, dark: str, way: str
+def test_a_killed_run_resumes_bit_for_bit(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, dark: str, way: str
 ) -> None:
-    """4 steps = 2 + resume + 2, with moving average, monitor, sample grids and export."""
+    """4 steps = 2 + resume + 2, with EMA, monitor, sample grids and export."""
     more = [way, "backbone.lora_rank=0", "run.mixed_precision=bf16"]
     more += (
         [f"data.path={pairs_file}"] if way == "diffusion_dpo" else [dark, "monitor.every=2", "monitor.prompt_count=4"]

@@ -1,4 +1,4 @@
-"""DDIM inversion: exact where it can be, its grids, its landings, and the way back."""
+"""DDIM inversion: exact cases, level grids, end levels, and reconstruction by sampling."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OFFICIAL = {
     950: 901,
     999: 901,
 }
-"""Where the released code lands for a timestep (spec 2.3)."""
+"""End level of the released code for a timestep (spec 2.3)."""
 
 
 def normal(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -52,7 +52,7 @@ FIELD = normal(1, 7, torch.float64)
 
 
 def always_field(schedule: Schedule) -> Any:
-    """A network that means eps = FIELD whatever it predicts."""
+    """A network whose noise prediction is FIELD for every prediction type."""
 
     def network(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         a, s = (c[:, None, None, None] for c in schedule.coefficients(t))
@@ -61,16 +61,16 @@ def always_field(schedule: Schedule) -> Any:
     return network
 
 
-def recording(asked: list[list[int]]) -> Any:
+def recording(timesteps: list[list[int]]) -> Any:
     def network(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        asked.append(t.tolist())
+        timesteps.append(t.tolist())
         return x_t
 
     return network
 
 
 def test_a_constant_flow_is_inverted_exactly() -> None:
-    """x_t = x0 + t v, and sampling along any grid returns."""
+    """x_t = x0 + t v, and sampling along any grid returns x0."""
     x0, t = normal(3, 0, torch.float64), torch.tensor([1.0, 0.5, 0.01], dtype=torch.float64)
     x_t = invert(lambda x, t, cond: FIELD.expand_as(x), FlowSchedule(), x0, t, steps=7)
     assert torch.allclose(x_t, x0 + t[:, None, None, None] * FIELD, atol=1e-12)
@@ -82,14 +82,14 @@ def test_a_constant_flow_is_inverted_exactly() -> None:
 @pytest.mark.parametrize("prediction", [Prediction.EPSILON, Prediction.V])
 @pytest.mark.parametrize("renoise", [0, 2])
 def test_constant_noise_is_inverted_exactly(prediction: Prediction, renoise: int) -> None:
-    """Where a network always means eps = e0, x_t = a x0 + s e0 at every t, so the implied noise is e0."""
+    """If the noise prediction is always e0, then x_t = a x0 + s e0 at every t, so the implied noise is e0."""
     schedule = VPSchedule(VPSchedule.from_config(SD).alphas_cumprod.double(), prediction)
     x0, t = normal(5, 0, torch.float64), torch.tensor([0, 3, 101, 437, 999])
     x_t = invert(always_field(schedule), schedule, x0, t, renoise=renoise)
     assert torch.allclose(x_t, schedule.add_noise(x0, FIELD.expand_as(x0), t), atol=1e-10)
 
 
-def test_the_released_start_level_leaves_what_the_algebra_says() -> None:
+def test_error_of_the_released_start_level() -> None:
     """Starting at abar_0 in place of 1 (set_alpha_to_one = false): x_t = sqrt(abar_t / abar_0) x0 + (s_t -
     s_0 sqrt(abar_t / abar_0)) e0.
     """
@@ -119,18 +119,19 @@ def test_a_batch_equals_each_alone(schedule: Schedule, settings: dict) -> None:
         torch.testing.assert_close(together[one], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_each_image_passes_the_samplers_levels_as_far_as_it_needs_them() -> None:
-    """4 steps of T = 1000: -1, 249, 499, 749, 999, each asked where it leaves, the clean end at 0. To t = 300 two steps
-    are enough, to 10 one: 7 images' forwards in place of 12.
+def test_inversion_visits_the_samplers_levels_up_to_each_timestep() -> None:
+    """4 steps of T = 1000: -1, 249, 499, 749, 999. The network runs at the start level of each step, at 0 for -1.
+
+    t = 300 needs two steps and t = 10 one: 7 forwards of an image instead of 12.
     """
-    asked: list[list[int]] = []
-    invert(recording(asked), VPSchedule.from_config(SD), normal(3, 0), torch.tensor([300, 999, 10]), steps=4)
-    assert asked == [[0, 0, 0], [249, 249], [499], [749]]
+    timesteps: list[list[int]] = []
+    invert(recording(timesteps), VPSchedule.from_config(SD), normal(3, 0), torch.tensor([300, 999, 10]), steps=4)
+    assert timesteps == [[0, 0, 0], [249, 249], [499], [749]]
     levels = Inversion(FlowSchedule(), Draws(0), steps=4).levels(torch.tensor([0.6, 1.0]))
     assert torch.allclose(levels.T, torch.tensor([[0, 0.25, 0.5, 0.6, 0.6], [0, 0.25, 0.5, 0.75, 1.0]]))
 
 
-def test_exact_lands_on_t_and_official_on_the_released_grid() -> None:
+def test_landing_exact_ends_at_t_and_official_on_the_released_grid() -> None:
     t = torch.tensor(list(OFFICIAL))
     schedule = VPSchedule.from_config(SD)
     assert torch.equal(Inversion(schedule, Draws(0)).levels(t)[-1], t)
@@ -138,21 +139,21 @@ def test_exact_lands_on_t_and_official_on_the_released_grid() -> None:
     assert levels[-1].tolist() == list(OFFICIAL.values())
     assert set(levels.unique().tolist()) == {-1, *range(1, 902, 100)}
     moves = Inversion(schedule, Draws(0), landing="official").levels(torch.arange(1000)).diff(dim=0) > 0
-    assert round(moves.sum(0).float().mean().item(), 2) == 6.38  # the spec's forwards a latent
+    assert round(moves.sum(0).float().mean().item(), 2) == 6.38  # number of forwards per latent in the spec
 
 
-def test_official_asks_where_the_released_code_asks() -> None:
-    """Leaving g = -99 (asked at 0 here: no network knows -99), 1, 101, ... while g < t; ReNoise at the same levels."""
-    asked: list[list[int]] = []
-    invert(recording(asked), VPSchedule.from_config(SD), normal(1, 0), torch.tensor([250]), landing="official")
-    assert asked == [[0], [1], [101], [201]]
-    asked.clear()
+def test_official_evaluates_the_network_at_the_released_timesteps() -> None:
+    """Start levels g = -99 (0 here, since -99 is no timestep), 1, 101, ... while g < t; ReNoise at the same levels."""
+    timesteps: list[list[int]] = []
+    invert(recording(timesteps), VPSchedule.from_config(SD), normal(1, 0), torch.tensor([250]), landing="official")
+    assert timesteps == [[0], [1], [101], [201]]
+    timesteps.clear()
     settings: dict[str, Any] = {"landing": "official", "renoise": 1, "steps": 5}
-    invert(recording(asked), VPSchedule.from_config(SD), normal(1, 0), torch.tensor([250]), **settings)
-    assert asked == [[0], [0], [1], [1], [201], [201]]
-    asked.clear()
-    invert(recording(asked), VPSchedule.from_config(SD), normal(1, 0), torch.tensor([250]), steps=5, renoise=1)
-    assert asked == [[0], [199], [199], [250]]
+    invert(recording(timesteps), VPSchedule.from_config(SD), normal(1, 0), torch.tensor([250]), **settings)
+    assert timesteps == [[0], [0], [1], [1], [201], [201]]
+    timesteps.clear()
+    invert(recording(timesteps), VPSchedule.from_config(SD), normal(1, 0), torch.tensor([250]), steps=5, renoise=1)
+    assert timesteps == [[0], [199], [199], [250]]
 
 
 def test_eta_adds_the_posteriors_noise_by_key() -> None:
@@ -199,11 +200,12 @@ def test_inversion_converges_with_the_number_of_steps() -> None:
 
 
 @pytest.mark.parametrize("learning", [False, pytest.param(True, marks=pytest.mark.learning)])
-def test_playground_latents_come_back(learning: bool) -> None:
-    """Invert two of the base's own images to pure noise and sample with the same steps and eta 0. Plain inversion is
-    first order: 4e-2 at 50 steps. An inversion step corrected until it settles is the inverse of a DDIM step, which
-    takes many corrections at the clean end: 1.9e-3 with 20, 8e-4 with 40 (docs/algorithms.md has the table). The
-    last takes a minute and is a learning test.
+def test_playground_latents_are_reconstructed(learning: bool) -> None:
+    """Invert two images of the base model to pure noise, then sample with the same steps and eta 0.
+
+    Plain inversion is a first-order method: error 4e-2 at 50 steps. With ReNoise corrections a step converges to the
+    inverse of a DDIM step. Near the clean level this takes many: 1.9e-3 with 20, 8e-4 with 40 (table in
+    docs/algorithms.md). The last takes a minute and is a learning test.
     """
     backbone = load_backbone(torch.device("cpu"), path="playground")
     prompts = ["large red circle on white", "small blue square left on black"]
@@ -236,6 +238,6 @@ def test_impossible_settings_are_listed(changes: dict, words: str) -> None:
     assert words in Inversion.check({"steps": 10, "eta": 0.0, "renoise": 0, "guidance": 1.0} | changes)[0]
 
 
-def test_official_landing_has_no_meaning_for_flows() -> None:
+def test_official_landing_is_refused_for_flows() -> None:
     with pytest.raises(ValueError, match="exists for eps- and v-prediction models only; use exact"):
         Inversion(FlowSchedule(), Draws(0), landing="official")

@@ -1,4 +1,4 @@
-"""Which noise levels are drawn, and what errors at them weigh."""
+"""Distributions of training timesteps, and weights of errors."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_levels_follow_their_distribution(prediction: Prediction) -> None:
     assert torch.allclose(middle, torch.tensor([0.3375, 0.6625]), atol=0.03)
 
 
-def test_a_grid_has_its_levels_only_each_as_often() -> None:
+def test_a_grid_is_uniform_over_its_levels() -> None:
     turbo = drawn(schedule_of(Prediction.EPSILON), timesteps="grid", levels=(249.0, 499.0, 749.0, 999.0))
     values, counts = turbo.unique(return_counts=True)
     assert values.tolist() == [249, 499, 749, 999] and turbo.dtype == torch.int64
@@ -77,7 +77,7 @@ def test_a_grid_has_its_levels_only_each_as_often() -> None:
     assert drawn(FlowSchedule(), timesteps="grid", levels=(0.25, 1.0)).unique().tolist() == [0.25, 1.0]
 
 
-def test_draws_belong_to_their_keys() -> None:
+def test_draws_depend_only_on_their_keys() -> None:
     noising = Noising(FlowSchedule(), Draws(0), timesteps="logit_normal")
     assert torch.equal(noising.sample(KEYS[:5]).flip(0), noising.sample(KEYS[:5][::-1]))
     assert not torch.equal(noising.sample(KEYS[:5]), Noising(FlowSchedule(), Draws(1)).sample(KEYS[:5]))

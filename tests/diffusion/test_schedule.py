@@ -81,8 +81,8 @@ def test_golden_zero_terminal_snr() -> None:
     assert torch.allclose(got_eps, eps, atol=1e-6)
 
 
-def test_minus_one_is_the_clean_end() -> None:
-    """x_t = x0 where set_alpha_to_one, else the level of t = 0."""
+def test_minus_one_is_the_clean_level() -> None:
+    """x_t = x0 with set_alpha_to_one, else the noise level of t = 0."""
     x0, eps = latents(2)
     clean, zero = torch.tensor([-1, -1]), torch.tensor([0, 0])
     assert torch.equal(vp().add_noise(x0, eps, clean), x0)
@@ -179,7 +179,7 @@ def test_other_schedulers_are_refused(config: dict, message: str) -> None:
     ],
 )
 def test_an_epsilon_prediction_of_pure_noise_is_refused(config: dict) -> None:
-    with pytest.raises(ValueError, match=r"ends at zero signal .* use v_prediction or switch the rescaling off"):
+    with pytest.raises(ValueError, match=r"at zero terminal SNR .* use v_prediction or switch the rescaling off"):
         VPSchedule.from_config(config)
     assert VPSchedule.from_config(config | {"prediction_type": "v_prediction"}).coefficients(torch.tensor([-2]))[0] == 0
 
@@ -197,7 +197,7 @@ def test_levels_between_timesteps_are_those_of_diffusers(kind: Any, betas: dict)
         torch.testing.assert_close(a**2 + s**2, torch.ones(steps))
 
 
-def test_whole_levels_are_the_table_whatever_their_type() -> None:
+def test_whole_timesteps_use_the_table_for_every_dtype() -> None:
     whole = torch.tensor([-1, 0, 1, 437, 998, 999])
     zero_snr = VPSchedule.from_config(SD | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"})
     for schedule in (vp(), vp(clean=0.9), zero_snr):
@@ -244,7 +244,7 @@ def test_impossible_grids_are_refused() -> None:
 
 
 @pytest.mark.parametrize("schedule", [vp(), FlowSchedule()])
-def test_timesteps_belong_to_their_key(schedule: Schedule) -> None:
+def test_timesteps_depend_only_on_their_key(schedule: Schedule) -> None:
     keys = [(0, f"sample {i}") for i in range(8)]
     together = schedule.sample_timesteps(Draws(3), keys)
     alone = torch.cat([schedule.sample_timesteps(Draws(3), [key]) for key in reversed(keys)]).flip(0)
@@ -287,7 +287,7 @@ def test_half_precision_inputs_are_computed_in_float32(schedule: Schedule, dtype
 
 
 @pytest.mark.parametrize(("schedule", "t"), CASES)
-def test_tensors_may_live_on_another_device_than_the_table(schedule: Schedule, t: torch.Tensor) -> None:
+def test_tensors_may_be_on_another_device_than_the_table(schedule: Schedule, t: torch.Tensor) -> None:
     x0, eps = (x.to("meta") for x in latents(len(t)))
     x_t = schedule.add_noise(x0, eps, t.to("meta"))
     assert x_t.device.type == "meta"

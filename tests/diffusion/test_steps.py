@@ -1,7 +1,7 @@
-"""Moving in t: parity with diffusers' schedulers at every timestep of several grids, densities, guidance.
+"""Sampling steps: parity with diffusers' schedulers on several timestep grids, densities, guidance.
 
-A whole grid is one batch here: ours takes it in one call with one timestep a sample, diffusers in a loop. Latents and
-network outputs are random, so the deviation allowed is 1e-5 relative where x0 = (x - s out)/a is large.
+Each test evaluates a whole grid as one batch with one timestep per sample; diffusers runs in a loop. Latents and
+network outputs are random. The tolerance is relative, 1e-5, where x0 = (x - s out)/a is large.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def normal(n: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def per_step(n: int, step: Callable[[int, torch.Generator], Any]) -> tuple[Tensor, Tensor]:
-    """diffusers' next latents at n grid positions, and the noise that a generator in the same state gives."""
+    """diffusers' next latents at n grid positions, and the noise from a generator in the same state."""
 
     def seeded(i: int) -> Tensor:
-        torch.manual_seed(i)  # before diffusers 0.36 the flow scheduler takes no notice of its generator
+        torch.manual_seed(i)  # before diffusers 0.36 the flow scheduler ignores its generator
         return step(i, torch.Generator().manual_seed(i)).prev_sample
 
     theirs = torch.cat([seeded(i) for i in range(n)])
@@ -57,16 +57,16 @@ def per_step(n: int, step: Callable[[int, torch.Generator], Any]) -> tuple[Tenso
 
 
 def before(grid: Tensor, steps: int) -> Tensor:
-    """Where diffusers' DDIM steps to, T // steps below t or the clean end.
+    """Next timestep of diffusers' DDIM: T // steps below t, or the clean level.
 
-    With linspace spacing, or where steps does not divide T, that is not the next timestep of the grid, the one its
-    network is asked at next. `sample` goes to the next; here the transition that diffusers documents is compared.
+    With linspace spacing, or if steps does not divide T, it differs from the next timestep of the grid, at which
+    the network runs next. `chain` steps to the next one; this test compares the step that diffusers documents.
     """
     return (grid - 1000 // steps).clamp(min=-1)
 
 
 def after(grid: Tensor) -> Tensor:
-    """The next timestep of the grid, and the clean end after the last."""
+    """The next timestep of the grid, and the clean level after the last."""
     return torch.cat([grid[1:], torch.tensor([-1])])
 
 
@@ -102,7 +102,7 @@ def test_ddim(prediction: dict, alpha_to_one: bool, eta: float, spacing: Any) ->
 @pytest.mark.parametrize("alpha_to_one", [True, False])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddim_inverse(prediction: dict, alpha_to_one: bool, spacing: str) -> None:
-    """diffusers lands on `timestep` and leaves from T // steps below it, or from the clean end."""
+    """diffusers steps to `timestep` from T // steps below it, or from the clean level."""
     config = SD | prediction | {"set_alpha_to_one": alpha_to_one, "clip_sample": False, "timestep_spacing": spacing}
     schedule = VPSchedule.from_config(config)
     for steps in STEPS:
@@ -138,8 +138,8 @@ def test_ddpm(prediction: dict, spacing: str) -> None:
 def test_euler_ancestral(prediction: dict, spacing: str) -> None:
     """eta 1. diffusers works in variance-exploding coordinates: x / a = x0 + sigma eps with sigma = s / a.
 
-    Zero terminal SNR is left out: there sigma is infinite and diffusers replaces abar = 0 by 2^-24. So is linspace with
-    50 steps, whose timesteps are no integers.
+    Zero terminal SNR is excluded: sigma is infinite and diffusers replaces abar = 0 by 2^-24. So is linspace with
+    50 steps, whose timesteps are not integers.
     """
     config = SD | prediction | {"timestep_spacing": spacing, "steps_offset": 1}
     schedule = VPSchedule.from_config(config)
@@ -164,7 +164,7 @@ def test_euler_ancestral(prediction: dict, spacing: str) -> None:
 
 @PREDICTIONS
 def test_lcm(prediction: dict) -> None:
-    """LCM mixes c_skip = .25 / ((10 t)^2 + .25) of x_t into x0, which we leave out.
+    """LCM mixes c_skip = .25 / ((10 t)^2 + .25) of x_t into x0, which renoise_step omits.
 
     Up to 10 steps t >= 99 and that is below 1e-5. At 50 steps t = 19 is in the grid (c_skip 7e-6), so there the
     documented scaling is applied by hand.
@@ -252,7 +252,7 @@ def test_a_ddim_step_is_a_flow_euler_step() -> None:
 
 
 def test_zero_terminal_snr_starts_from_pure_noise() -> None:
-    """At a = 0 a v-network says x0 = -v; DDIM to t_next keeps the input as the noise."""
+    """At a = 0 a v-prediction implies x0 = -v; DDIM to t_next keeps the input as the noise."""
     schedule = VPSchedule.from_config(SD | ZERO_SNR)
     t, t_next = torch.tensor([999]), torch.tensor([500])
     x, v = normal(1, 0), normal(1, 1)
@@ -316,7 +316,7 @@ def test_a_deterministic_step_has_no_density() -> None:
 
 
 class Affine:
-    """A network of three numbers: out = x/2 + t/1000 + prompt. Remembers the batch sizes it was asked with."""
+    """A network of three numbers: out = x/2 + t/1000 + prompt. Records the batch sizes of its calls."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -339,7 +339,7 @@ def test_guidance_is_one_forward_of_the_doubled_batch() -> None:
 
 
 @pytest.mark.parametrize(("uncond", "scale"), [(None, 7.5), (prompts(0, 0), 1.0)])
-def test_without_guidance_one_plain_forward(uncond: Cond | None, scale: float) -> None:
+def test_without_guidance_one_conditional_forward(uncond: Cond | None, scale: float) -> None:
     network, x, t = Affine(), normal(2, 0), torch.tensor([10, 900])
     out = guided(network, x, t, prompts(1, 2), uncond, scale)
     assert network.asked == [2]

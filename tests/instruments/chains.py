@@ -1,4 +1,4 @@
-"""A chain of Gaussian steps down a grid, written out: what samplers and inversions are compared with."""
+"""Reference implementation of a chain of Gaussian steps, for comparison with samplers and inversions."""
 
 from __future__ import annotations
 

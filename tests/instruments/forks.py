@@ -1,4 +1,4 @@
-"""A process that has imported the project and forks: what a test starts in processes of its own costs no imports.
+"""A server process that has imported the project and forks jobs, so that subprocess tests need no imports.
 
 server = Server()
 done = server.run("import os; print(os.getpid())", "an argument", processes=2)   # as `python -c code an argument`
@@ -20,7 +20,7 @@ IMPORTS = "diffusers, transformers, peft, diffalign.training.hooks.standard, rew
 
 
 class Server:
-    """Forks one job at a time. Its processes are Linux's and have no accelerator."""
+    """Forks one job at a time. Linux only, without accelerator."""
 
     def __init__(self) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -30,9 +30,9 @@ class Server:
         )
 
     def run(self, code: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-        """Python code with sys.argv[1:] in forked processes, ranks of one gloo group where there are several.
+        """Run Python code with sys.argv[1:] in forked processes; several processes form a gloo group.
 
-        Returns the first code that is not 0 (negative for a signal), and what all processes printed.
+        Returns the first nonzero exit code (negative for a signal) and the output of all processes.
         """
         environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
         if processes > 1:
@@ -83,7 +83,7 @@ def _serve() -> None:
     for name in sys.argv[1].split(","):
         __import__(name.strip())
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the imports and the children print is no answer
+    os.dup2(2, 1)  # output of imports and children must not mix with answers
     for line in sys.stdin:
         job = json.loads(line)
         children = []

@@ -1,16 +1,16 @@
-"""An accelerator for machines without one: the device `pretend`, whose kernels run on the CPU under the rules of CUDA.
+"""A simulated accelerator: the torch device `pretend`, whose kernels run on the CPU under the rules of CUDA.
 
-    ACCELERATE_TORCH_DEVICE=pretend      # what accelerate then trains on
-    with pretend.watched() as seen: ...  # what the host waited for and sent meanwhile
+    ACCELERATE_TORCH_DEVICE=pretend      # accelerate trains on the device
+    with pretend.watched() as seen: ...  # synchronisations and copies of the host inside
 
-A tensor on it is a wrapper around a CPU tensor. Every operator runs on the wrapped tensors, and refuses what CUDA does:
-CPU tensors of one or more dimensions beside tensors on the device, any CPU tensor in `cat`, `stack`, `gather` and the
-like, CPU generators, `numpy()`. `torch.autocast("pretend")` casts what CUDA's autocast casts. The device has a random
-stream of its own.
+A tensor on it is a wrapper around a CPU tensor. Operators run on the wrapped tensors and refuse what CUDA refuses: CPU
+tensors of one or more dimensions together with device tensors, any CPU tensor in `cat`, `stack`, `gather` and similar
+operators, CPU generators, `numpy()`. `torch.autocast("pretend")` casts as CUDA's autocast. The device has its own
+random generator.
 
-What it cannot see: kernels that exist for one device only or give other numbers there, memory, streams and races of
-copies that are not waited for, several devices, float16 with accelerate's GradScaler (accelerate refuses unknown
-devices), autocast's cache of cast weights.
+Not simulated: kernels that are missing on a device or give other numbers there, memory, streams and races of
+asynchronous copies, several devices, float16 with accelerate's GradScaler (accelerate refuses unknown devices), and
+autocast's cache of cast weights.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
-"""Whether this torch can register a device whose kernels are Python."""
+"""Whether this version of torch can register a device with Python kernels."""
 
 MIXES = {"_local_scalar_dense", "_to_copy", "copy_", "index", "index_put_", "_index_put_impl_"}
-"""Operators that take CPU tensors beside tensors on a device. The index operators take CPU indices only."""
+"""Operators that accept CPU tensors together with device tensors. Index operators accept only CPU indices."""
 STRICT = {"cat", "stack", "index_select", "gather", "scatter", "mm", "addmm", "bmm", "baddbmm", "where_index"}
-"""Operators that refuse even CPU tensors without dimensions."""
+"""Operators that refuse even zero-dimensional CPU tensors."""
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
-"""Operators whose result the host must have before it goes on."""
+"""Operators whose result the host must wait for."""
 
 HALVED = [
     "linear",
@@ -120,18 +120,18 @@ WIDEST = [
     "tensordot",
     "scatter_add",
 ]
-"""What CUDA's autocast runs in half precision, in float32, and in the widest type among its inputs."""
+"""Operators that CUDA's autocast runs in half precision, in float32, and in the widest dtype of their inputs."""
 
 
 class Seen(NamedTuple):
-    """What the host did, each by the line of the project that caused it: waits for the device, and copies to it."""
+    """Device synchronisations and copies to the device, each with the project's line that caused it."""
 
     waits: Counter[str]
     uploads: Counter[str]
 
 
 _watchers: list[Seen] = []
-_random: list[Tensor] = []  # state of the device's random stream
+_random: list[Tensor] = []  # state of the device's random generator
 refuse_float64 = False
 """As Apple's mps does."""
 
@@ -215,7 +215,7 @@ class Pretend(Tensor):
 
     __array__ = numpy
 
-    def untyped_storage(self) -> Any:  # safetensors asks where a tensor lies before it copies it to the CPU
+    def untyped_storage(self) -> Any:  # safetensors reads the storage before it copies a tensor to the CPU
         return self.raw.untyped_storage()
 
     def data_ptr(self) -> int:
@@ -229,7 +229,7 @@ class Pretend(Tensor):
         if id(self) not in memo:
             memo[id(self)] = copied = Pretend(self.raw.detach().clone(), self.requires_grad)
             if isinstance(self, torch.nn.Parameter):
-                copied._is_param = True  # how torch knows parameters that are a subclass of Tensor
+                copied._is_param = True  # marks parameters that are subclasses of Tensor
         return memo[id(self)]
 
     def __format__(self, spec: str) -> str:
@@ -241,7 +241,7 @@ class Pretend(Tensor):
 
 @contextlib.contextmanager
 def watched() -> Iterator[Seen]:
-    """Collects what the host waits for and sends while it lasts."""
+    """Context manager that records synchronisations and copies of the host."""
     seen = Seen(Counter(), Counter())
     _watchers.append(seen)
     try:
@@ -258,7 +258,7 @@ def _note(kind: str) -> None:
 
 
 def _caller() -> str:
-    """file:line of the innermost frame that is the project's, or any library's if none is."""
+    """file:line of the innermost frame of the project, or of any library if there is none."""
     frame: Any = sys._getframe(2)
     while frame is not None:
         file = frame.f_code.co_filename
@@ -275,7 +275,7 @@ def _on_device(device: Any) -> bool:
 
 
 def _refuse_mixtures(name: str, args: Any, kwargs: Any) -> None:
-    """Raise where CUDA would: tensors of two devices in one operator."""
+    """Raise as CUDA does for tensors of two devices in one operator."""
     leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     ours = [x for x in leaves if isinstance(x, Pretend)]
     others = [x for x in leaves if not isinstance(x, Pretend)]
@@ -311,7 +311,7 @@ def _count(func: Any, name: str, args: Any, out_here: bool) -> None:
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    """An operator on the wrapped tensors, its results on the device where CUDA's would be."""
+    """Run an operator on the wrapped tensors; results are on the device as with CUDA."""
     name = func._schema.name.removeprefix("aten::")
     _refuse_mixtures(name, args, kwargs)
     ours = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Pretend)]
@@ -353,7 +353,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def _own_stream() -> Iterator[None]:
-    """CPU kernels draw from the device's random stream."""
+    """CPU kernels use the device's random generator."""
     host = torch.get_rng_state()
     torch.set_rng_state(_random[0])
     try:
@@ -391,7 +391,7 @@ _libraries: list[Any] = []
 
 
 def register() -> None:
-    """Make the device known to torch; once a process, for good. Needs AVAILABLE."""
+    """Register the device with torch, once per process. Needs AVAILABLE."""
     if _libraries:
         return
     _random.append(torch.Generator().manual_seed(0).get_state())

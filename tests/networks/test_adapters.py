@@ -1,4 +1,4 @@
-"""Several LoRAs on one network: each is a network of its own, none leaks into another, and their distance is exact."""
+"""Several LoRAs on one network: independent outputs and gradients, and the exact distance of a LoRA."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shared(tiny_sd: Path, **settings: bool) -> tuple[Backbone, ScoreNetworks]:
 
 
 def stir(module: torch.nn.Module, seed: int) -> None:
-    """Give a LoRA an effect."""
+    """Randomise a LoRA so that it has an effect."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in trained_parameters(module):
@@ -54,7 +54,7 @@ def test_two_loras_share_one_network_and_start_as_the_reference(tiny_sd: Path) -
     assert all(p.requires_grad for m in (generator, aux) for p in m.parameters())
 
 
-def test_each_loss_moves_its_own_lora(tiny_sd: Path) -> None:
+def test_each_loss_updates_only_its_lora(tiny_sd: Path) -> None:
     """C8."""
     backbone, scores = shared(tiny_sd)
     for one, other in ((backbone.denoiser, scores.aux), (scores.aux, backbone.denoiser)):
@@ -83,7 +83,7 @@ def test_recomputing_under_another_lora_is_wrong_and_activate_prevents_it(tiny_s
 
     right = gradient("generator", False)
     torch.testing.assert_close(gradient("generator", True), right)
-    assert (gradient("aux", True) - right).abs().max() > 1e-4  # silently, where the LoRAs have the same rank
+    assert (gradient("aux", True) - right).abs().max() > 1e-4  # no error is raised if the LoRAs have equal rank
 
 
 def test_adapters_off_leaves_every_lora_trainable(tiny_sd: Path) -> None:
@@ -93,7 +93,7 @@ def test_adapters_off_leaves_every_lora_trainable(tiny_sd: Path) -> None:
     assert all(p.requires_grad for m in (backbone.denoiser, scores.aux) for p in m.parameters())
 
 
-def test_other_weights_make_another_network(tiny_sd: Path, tmp_path: Path) -> None:
+def test_other_weights_need_a_separate_network(tiny_sd: Path, tmp_path: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
     teacher = {"path": str(tiny_sd), "lora_rank": 0}
     full = score_networks(backbone, CPU, str(tiny_sd), **teacher)
@@ -102,7 +102,7 @@ def test_other_weights_make_another_network(tiny_sd: Path, tmp_path: Path) -> No
     assert all(p.requires_grad for p in full.aux.parameters())
 
 
-def test_distance_of_a_lora_is_that_of_the_change_it_makes(tiny_sd: Path) -> None:
+def test_distance_of_a_lora_is_the_norm_of_its_weight_change(tiny_sd: Path) -> None:
     """|alpha / rank B A|^2 from r x r matrices; 0 with zero gradient in the product at first."""
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, lora_alpha=6)
     distance = DistanceToStart(backbone.denoiser)

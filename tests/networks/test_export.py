@@ -1,4 +1,4 @@
-"""What a run leaves behind: stock diffusers loads it in a process that cannot import diffalign."""
+"""Exports: stock diffusers loads them in a process that cannot import diffalign."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 
 def trained(path: Path, **settings: Any) -> Backbone:
-    """A backbone whose trainable weights are not those it began with."""
+    """A backbone with changed trainable weights."""
     backbone = load_backbone(CPU, path=str(path), **settings)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def trained(path: Path, **settings: Any) -> Backbone:
 
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script of the fresh process runs in this one, which spares its imports; other tests start it as it is."""
+    """Run the script of the fresh process in this process to save its imports; other tests start a real one."""
 
     def run(command: list[str], **given: Any) -> SimpleNamespace:
         argv, package = sys.argv, sys.modules["diffalign"]
@@ -61,7 +61,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def checked(backbone: Backbone, folder: Path, resolution: int = 32) -> tuple[str, dict]:
-    """Exported and verified: what is said, and what is recorded."""
+    """Export and verify; returns the summary line and the content of verify.json."""
     export(backbone, folder)
     said = verify(backbone, folder, resolution)
     return said, json.loads((folder / "verify.json").read_text())
@@ -70,7 +70,7 @@ def checked(backbone: Backbone, folder: Path, resolution: int = 32) -> tuple[str
 def test_lora_export_keeps_alpha_and_gives_the_same_images(
     tiny_sd: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Rank 2 with alpha 6 scales by 3: a loader that lost alpha would scale by 1 and draw other images."""
+    """Rank 2 with alpha 6 scales by 3: a loader that lost alpha would scale by 1 and sample other images."""
     backbone = trained(tiny_sd, lora_rank=2, lora_alpha=6.0)
     assert "load_lora_weights" in export(backbone, tmp_path / "export")
     assert "verified in a fresh process" in verify(backbone, tmp_path / "export", 32)
@@ -105,8 +105,10 @@ def test_every_family_is_verified_without_its_text_encoders(
     monkeypatch: pytest.MonkeyPatch,
     same_process: None,
 ) -> None:
-    """Parts that a folder leaves out, autoencoders kept in float32, frozen weights in half precision; T5 never loads,
-    and no tensor of the network is copied where it is. An image has no more than 256 pixels a side."""
+    """With omitted parts, float32 autoencoders, half-precision frozen weights. Images have at most 256 pixels a side.
+
+    Text encoders are never loaded, and no tensor of the network is copied on its device.
+    """
     backbone = trained(request.getfixturevalue(family), **settings)
     monkeypatch.setattr(type(backbone), "text_encoder", lambda self, name: pytest.fail(f"{name} was loaded"))
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: pytest.fail("a copy on the same device"))
@@ -116,8 +118,8 @@ def test_every_family_is_verified_without_its_text_encoders(
     assert found["pixels"] == min(resolution, 256) and found["tensors"] > 20
 
 
-def test_a_copy_for_the_cpu_takes_no_memory_where_the_weights_are_there_in_float32(tiny_sd: Path) -> None:
-    """Else it takes that of one float32 network in the main memory, tensor by tensor."""
+def test_on_cpu_shares_float32_cpu_tensors(tiny_sd: Path) -> None:
+    """Otherwise it needs main memory for one float32 network, moved tensor by tensor."""
     whole = load_backbone(CPU, path=str(tiny_sd)).denoiser.network
     copied = dict(on_cpu(whole).named_parameters())
     assert all(copied[name].data_ptr() == p.data_ptr() for name, p in whole.named_parameters())
@@ -132,8 +134,8 @@ def test_a_copy_for_the_cpu_takes_no_memory_where_the_weights_are_there_in_float
 def test_a_large_network_is_compared_by_tensors_alone(
     tiny_flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_process: None
 ) -> None:
-    """Nothing of it is copied or drawn, and one wrong tensor of it is found."""
-    monkeypatch.setattr("diffalign.networks.verify.DRAWN", 1000)
+    """It is neither copied nor sampled, and one wrong tensor is found."""
+    monkeypatch.setattr("diffalign.networks.verify.MAX_PARAMETERS_TO_SAMPLE", 1000)
     monkeypatch.setattr("diffalign.networks.verify.own_images", lambda *given: pytest.fail("drawn"))
     backbone = trained(tiny_flux, lora_rank=2, dtype="bf16")
     said, found = checked(backbone, tmp_path / "export")
@@ -165,7 +167,7 @@ def other_text_encoder(folder: Path, backbone: Backbone) -> None:
         (other_text_encoder, "'text_encoder/model.safetensors' is not the file that the run began with"),
     ],
 )
-def test_an_export_that_is_not_the_run_is_named_and_kept(
+def test_a_wrong_export_is_reported_and_kept(
     tiny_sd: Path, tmp_path: Path, damage: Callable, words: str, same_process: None
 ) -> None:
     backbone = trained(tiny_sd)
@@ -184,7 +186,7 @@ def test_an_export_that_is_not_the_run_is_named_and_kept(
 def test_no_failure_of_the_fresh_process_fails_a_finished_run(
     tmp_path: Path, pairs_file: Path, recipe: Callable, fault: str, monkeypatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Killed, out of memory, too slow: the run ends as it would have, says so loudly, and keeps record and export."""
+    """Killed, out of memory, timeout: the run ends normally with a warning and keeps verify.json and export."""
     monkeypatch.setattr("diffalign.networks.verify.FRESH", fault)
     monkeypatch.setattr("diffalign.networks.verify.VERIFY_SECONDS", 5)
     settings = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "trainer.steps=1", "hooks.sample_every=0"]
@@ -196,18 +198,18 @@ def test_no_failure_of_the_fresh_process_fails_a_finished_run(
 
 
 def test_the_other_processes_do_not_wait_for_the_verification(tmp_path: Path) -> None:
-    """It comes after the last barrier of all hooks, in ppd after the package as well."""
+    """Verification runs after the last barrier of all hooks, in ppd also after the user package."""
     run: Any = SimpleNamespace(folder=tmp_path, main=False, accelerator=MagicMock(), draws=Draws(0))
     backbone = load_backbone(CPU, path="playground")
     package = UserPackage(run, backbone, {})
     hooks = standard_hooks(run, backbone, 32, own=[package])
     assert [type(hook).__name__ for hook in hooks] == ["Restore", "Export", "UserPackage", "Checkpoint", "Verify"]
     run.accelerator.reset_mock()
-    hooks[-1].end(MagicMock())  # of another process than the main one
+    hooks[-1].end(MagicMock())  # on a rank other than 0
     assert run.accelerator.mock_calls == []
 
 
-def test_export_replaces_the_one_before_as_a_whole(tiny_sd: Path, tmp_path: Path) -> None:
+def test_export_replaces_the_previous_one_as_a_whole(tiny_sd: Path, tmp_path: Path) -> None:
     backbone = trained(tiny_sd, lora_rank=2)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").write_text("")

@@ -1,4 +1,4 @@
-"""Precision: frozen copies compute what the policy computes, and what no half precision can do is refused."""
+"""Precision: frozen copies are bit-identical to the policy, and unsupported half precision is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_frozen_reference_computes_the_policys_bits(family: str, request: pytest.FixtureRequest) -> None:
-    """In bf16 as autocast runs the policy, with every matrix kept in bf16 and every norm in float32."""
+    """In bf16 autocast, with matrices stored in bf16 and norms in float32."""
     placement = Placement(torch.device("cpu"), torch.bfloat16)
     backbone = load_backbone(placement, path=str(request.getfixturevalue(family)), max_sequence_length=8)
     reference = FrozenReference(backbone.denoiser)
@@ -36,7 +36,7 @@ def test_a_frozen_reference_computes_the_policys_bits(family: str, request: pyte
     assert held < 0.6 * sum(p.numel() * p.element_size() for p in backbone.denoiser.parameters())
 
 
-def test_a_frozen_copy_stays_as_it_was() -> None:
+def test_a_frozen_copy_does_not_change_with_the_original() -> None:
     layer = nn.Linear(3, 3)
     copied = place(layer, "reference")
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_a_frozen_copy_stays_as_it_was() -> None:
 
 
 def test_dtypes_of_the_roles() -> None:
-    """What trains is float32; what does not is as asked, and wider where float16 overflows."""
+    """Trainable weights are float32; frozen ones have frozen_dtype, or float32 if float16 overflows."""
     half, brain, single = torch.float16, torch.bfloat16, torch.float32
     for frozen in (half, brain, single):
         where = Placement(torch.device("cpu"), brain, frozen)
@@ -55,7 +55,7 @@ def test_dtypes_of_the_roles() -> None:
         assert where.dtype("decoder", overflows=True) == (single if frozen == half else frozen)
 
 
-def test_encoder_and_decoder_are_frozen_and_recompute_as_asked(tiny_sd: Path) -> None:
+def test_encoder_and_decoder_are_frozen_and_checkpointing_follows_the_setting(tiny_sd: Path) -> None:
     backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd), gradient_checkpointing=True)
     for part in (backbone.vae, backbone.text_encoder("text_encoder")):
         assert not part.training and not any(p.requires_grad for p in part.parameters())
@@ -65,8 +65,8 @@ def test_encoder_and_decoder_are_frozen_and_recompute_as_asked(tiny_sd: Path) ->
     assert backbone.vae.is_gradient_checkpointing and backbone.denoiser.network.is_gradient_checkpointing
 
 
-def test_the_state_that_trains_is_read_and_written_by_name(tiny_sd: Path) -> None:
-    """Of a LoRA it is that of the LoRA alone; a state of other parameters changes nothing."""
+def test_trainable_state_is_saved_and_loaded_by_name(tiny_sd: Path) -> None:
+    """For a LoRA it contains only the LoRA; loading a state of other parameters changes nothing."""
     one, other = (load_backbone(torch.device("cpu"), path=str(tiny_sd), lora_rank=2, seed=k).denoiser for k in (0, 1))
     state = {name: value.clone() for name, value in trained_state(one).items()}
     assert state and all(".lora_" in name for name in state)
@@ -81,11 +81,11 @@ def test_the_state_that_trains_is_read_and_written_by_name(tiny_sd: Path) -> Non
     assert trained_state(whole).keys() == dict(whole.named_parameters()).keys()
 
 
-def test_half_copies_of_weights_do_not_outlive_a_call(tiny_sd: Path) -> None:
+def test_autocast_weight_casts_are_not_cached(tiny_sd: Path) -> None:
     """A call without gradients, then one with them: every weight gets one. Before torch 2.11 autocast kept copies."""
     backbone = load_backbone(Placement(torch.device("cpu"), torch.bfloat16), path=str(tiny_sd))
     x_t, t, cond = torch.randn(1, *backbone.latent_shape(32)), torch.tensor([500]), backbone.encode_text(["red"])
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # whoever calls
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # autocast of the caller
         with torch.no_grad():
             backbone.denoiser(x_t, t, cond)
         backbone.denoiser(x_t, t, cond).square().mean().backward()
@@ -96,7 +96,7 @@ def test_half_copies_of_weights_do_not_outlive_a_call(tiny_sd: Path) -> None:
 def test_gradients_inside_a_loss_refuse_float16(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whoever asks for it: here the environment of `accelerate launch`. On the CPU accelerate itself has no float16."""
+    """Also if set by the environment of `accelerate launch`. On the CPU accelerate has no float16."""
     from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
@@ -108,7 +108,7 @@ def test_gradients_inside_a_loss_refuse_float16(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_deterministic_is_torchs_switch(tmp_path: Path, recipe: Callable, pairs_file: Path) -> None:
+def test_deterministic_sets_torchs_switch(tmp_path: Path, recipe: Callable, pairs_file: Path) -> None:
     settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.limit=2", "data.batch_size=2"]
     settings += ["trainer.steps=1", "hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
     try:

@@ -1,4 +1,4 @@
-"""Walks with a model's own sampler: parity with stock pipelines and their noise, timesteps, densities, random eta."""
+"""Trajectories of the sampler: parity with stock pipelines for equal noise, timesteps, densities, random eta."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ V, ZERO_SNR = (
     {"prediction_type": "v_prediction"},
     {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
 )
-SDXL = {  # what the folders of SDXL say of their EulerDiscreteScheduler, which never asks set_alpha_to_one
+SDXL = {  # EulerDiscreteScheduler settings in SDXL folders; set_alpha_to_one has no effect on them
     **LEADING,
     "interpolation_type": "linear",
     "prediction_type": "epsilon",
@@ -130,7 +130,13 @@ def walks(
         ("DDIM", "sd", V | {"set_alpha_to_one": False}, {"steps": 3}, "deterministic"),  # SD2
         ("DDIM", "sd", TRAILING | ZERO_SNR, {"steps": 4}, "deterministic"),
         ("DDIM", "sd", TRAILING | {"set_alpha_to_one": False}, {"steps": 3, "guidance": 3.0}, "deterministic"),
-        ("DDIM", "sd", LINSPACE | V, {"steps": 4}, "deterministic"),  # goes to 749 from 999 and asks at 666
+        (
+            "DDIM",
+            "sd",
+            LINSPACE | V,
+            {"steps": 4},
+            "deterministic",
+        ),  # steps from 999 to 749, but the next timestep is 666
         ("DDIM", "sdxl", LEADING | {"steps_offset": 0, "clip_sample": False}, {"steps": 5}, "deterministic"),
         ("EulerDiscrete", "sdxl", SDXL, {"steps": 5}, "deterministic"),
         ("EulerDiscrete", "sdxl", SDXL, {"steps": 3, "guidance": 5.0}, "deterministic"),
@@ -164,7 +170,7 @@ def walks(
         ),
     ],
 )
-def test_a_walk_is_what_the_stock_pipeline_draws(
+def test_trajectories_equal_the_stock_pipelines(
     with_scheduler: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -190,7 +196,7 @@ def test_a_walk_is_what_the_stock_pipeline_draws(
 @pytest.mark.parametrize(
     ("law", "stand_in"), [("deterministic", DDIMScheduler), ("ancestral", DDPMScheduler), ("renoise", LCMScheduler)]
 )
-def test_a_law_by_name_draws_as_the_scheduler_that_has_it(
+def test_an_explicit_kind_samples_as_its_diffusers_scheduler(
     with_scheduler: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -199,7 +205,7 @@ def test_a_law_by_name_draws_as_the_scheduler_that_has_it(
     law: Any,
     stand_in: Any,
 ) -> None:
-    """Also what the sample grid is drawn by, law = deterministic, on every scheduler."""
+    """Includes the sampler of the sample grid, law = deterministic, on every scheduler."""
     ours, theirs, sampler = walks(with_scheduler(name, family, config), monkeypatch, stand_in, law=law, steps=3)
     assert sampler.law == law
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
@@ -229,12 +235,12 @@ def test_a_law_by_name_draws_as_the_scheduler_that_has_it(
         ("FlowMatchEulerDiscrete", {"invert_sigmas": True}, "with invert_sigmas = True"),
     ],
 )
-def test_a_scheduler_without_a_law_is_refused_by_name(name: str, config: dict[str, Any], what: str) -> None:
-    """Until a law is named, which brings the scheduler that has it."""
+def test_an_unsupported_scheduler_is_refused_by_name(name: str, config: dict[str, Any], what: str) -> None:
+    """An explicit `law` works instead, with the diffusers scheduler of that kind."""
     discrete = not name.startswith("FlowMatch")
     config = {"_class_name": f"{name}Scheduler", **(SD if discrete else {}), **config}
     with pytest.raises(
-        ValueError, match=f"'sampler.law' = scheduler: no law steps as .*{what} does; set 'sampler.law'"
+        ValueError, match=f"'sampler.law' = scheduler: the steps of .*{what} are not supported; set 'sampler.law'"
     ):
         kind_and_scheduler(config, "scheduler", discrete)
     kinds = [type(kind_and_scheduler(config, law, discrete)[1]).__name__ for law in SUBSTITUTE]
@@ -242,8 +248,10 @@ def test_a_scheduler_without_a_law_is_refused_by_name(name: str, config: dict[st
 
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "EulerAncestralDiscrete"])
-def test_fractional_timesteps_are_trained_as_they_are_drawn(with_scheduler: Callable[..., Path], name: str) -> None:
-    """Five of linspace, 249.75 apart: network, steps and training noise all know them and their noise levels."""
+def test_fractional_timesteps_are_the_same_in_training_and_sampling(
+    with_scheduler: Callable[..., Path], name: str
+) -> None:
+    """Five linspace timesteps, 249.75 apart: network, steps and training noise all use their exact noise levels."""
     backbone = load_backbone(torch.device("cpu"), path=str(with_scheduler(name)))
     sampler = Sampler(backbone, Draws(0), 32, steps=5)
     assert sampler.timesteps.tolist() == [999, 749.25, 499.5, 249.75, 0]
@@ -269,8 +277,8 @@ def test_fractional_timesteps_are_trained_as_they_are_drawn(with_scheduler: Call
 
 @pytest.mark.parametrize("law", ["deterministic", "ancestral", "renoise", "random"])
 @pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_a_walk_never_waits_for_the_device(tiny_sd: Path, tiny_sd3: Path, family: str, law: Any) -> None:
-    """Tensors on the meta device have no values to look at: looking raises."""
+def test_sampling_never_synchronises_with_the_device(tiny_sd: Path, tiny_sd3: Path, family: str, law: Any) -> None:
+    """Tensors on the meta device have no values; reading one raises."""
     backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd if family == "sd" else tiny_sd3))
     sampler, cond = Sampler(backbone, Draws(0), 32, steps=3, law=law), backbone.encode_text(PROMPTS)
     sampler.device = torch.device("meta")
@@ -287,12 +295,12 @@ PUBLISHED = {
     "???": {"_class_name": "EulerDiscreteScheduler", **SD, **SDXL},  # a DMD2 student in the folder of SDXL
     **{name: json.loads((path / "scheduler/scheduler_config.json").read_text()) for name, path in SHIPPED.items()},
 }
-"""The scheduler_config.json of the models that configs name."""
+"""The scheduler_config.json of the models named in configs."""
 CONFIGS = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if "\nsampler:" in p.read_text()]
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_configs_name_a_law_where_their_model_has_none(file: Path) -> None:
+def test_configs_set_a_kind_if_their_scheduler_is_unsupported(file: Path) -> None:
     cfg: Any = OmegaConf.load(file)
     config = PUBLISHED[OmegaConf.to_container(cfg)["backbone"]["path"]]
     law, _ = kind_and_scheduler(config, cfg.sampler.get("law", "scheduler"), discrete=True)
@@ -300,7 +308,7 @@ def test_configs_name_a_law_where_their_model_has_none(file: Path) -> None:
 
 
 def test_impossible_numbers_of_steps_are_refused(with_scheduler: Callable[..., Path]) -> None:
-    """61 of trailing spacing are 62 by diffusers' rounding, the last at -1; LCM has 50 timesteps."""
+    """61 trailing steps become 62 by diffusers' rounding, the last at -1; LCM has 50 timesteps."""
     backbone = load_backbone(torch.device("cpu"), path=str(with_scheduler("EulerDiscrete", "sd", TRAILING)))
     for settings, message in (
         ({"steps": 61}, "EulerDiscreteScheduler makes 62 steps of 'sampler.steps' = 61"),
@@ -339,7 +347,7 @@ def test_the_timesteps_are_those_of_the_models_own_scheduler(with_scheduler: Cal
 
 
 def test_standard_deviations_and_expected_densities_of_turbo_and_dmd2() -> None:
-    """Turbo's are in its own coordinates, x sqrt(1 + sigma^2). E log p = -1/2 - ln std - ln sqrt(2 pi)."""
+    """Turbo's are in variance-exploding coordinates, x sqrt(1 + sigma^2). E log p = -1/2 - ln std - ln sqrt(2 pi)."""
     schedule = turbo()
     t, t_next = torch.tensor(GRID[:3]), torch.tensor(GRID[1:])
     x, out = torch.zeros(3, 4, 64, 64), torch.zeros(3, 4, 64, 64)
@@ -360,7 +368,7 @@ def test_standard_deviations_and_expected_densities_of_turbo_and_dmd2() -> None:
 
 
 def test_eta_of_renoising() -> None:
-    """0 is DDIM, 1 uses no eps, between them the variance of fresh noise is eta^2 s^2."""
+    """eta 0 is DDIM, 1 ignores eps; in general the variance of new noise is eta^2 s^2."""
     schedule, g = turbo(), torch.Generator().manual_seed(0)
     x, out = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 4, 8, 8, generator=g)
     t, t_next = torch.tensor([999, 499]), torch.tensor([749, 249])
@@ -394,7 +402,7 @@ def test_variance_of_renoised_samples_on_a_gaussian(eta: float, variance: float)
     assert spread == pytest.approx(variance, rel=0.02)
 
 
-def test_draws_depend_on_keys_alone_and_only_graded_moves_have_a_graph(tiny_sd: Path) -> None:
+def test_draws_depend_on_keys_only_and_only_graded_steps_have_a_graph(tiny_sd: Path) -> None:
     backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd))
     cond = backbone.encode_text(PROMPTS)
     sampler = Sampler(backbone, Draws(0), 32, steps=3, law="random")
@@ -402,11 +410,11 @@ def test_draws_depend_on_keys_alone_and_only_graded_moves_have_a_graph(tiny_sd: 
     alone = sampler.walk(backbone.denoiser, cond.at(torch.tensor([1])), KEYS[1:])
     torch.testing.assert_close(both[-1].x_next[1:], alone[-1].x_next, atol=1e-5, rtol=1e-5)
     assert [move.out.requires_grad for move in both] == [False, True, False]
-    assert both[0].std[0] != both[0].std[1]  # an eta for each sample
+    assert both[0].std[0] != both[0].std[1]  # one eta per sample
     assert (both[-1].std == 0).all()
     torch.testing.assert_close(both[-1].x_next, both[-1].x0)
     assert len(sampler.walk(backbone.denoiser, cond, KEYS, stop=0)) == 1
-    assert {sampler.draw_step([(k, "x")], 1) for k in range(50)} == {1, 2}
+    assert {sampler.random_step([(k, "x")], 1) for k in range(50)} == {1, 2}
 
 
 def test_guidance_keeps_the_size_of_the_image(tiny_sdxl: Path) -> None:

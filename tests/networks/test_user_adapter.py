@@ -1,4 +1,4 @@
-"""The user adapter: identity at first, the base model without a user, its file in stock diffusers, one user a call."""
+"""User adapter: identity at initialisation, base model without a user, export for stock diffusers, one user a call."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def backbone_with_adapter(path: Path, rank: int = 0) -> Backbone:
 
 
 def stir(backbone: Backbone) -> None:
-    """Another adapter than that of the start, as training would leave it."""
+    """Randomise the adapter, as a substitute for training."""
     torch.manual_seed(0)
     for parameter in backbone.denoiser.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
 
 
-def ask(backbone: Backbone, user: torch.Tensor | None, n: int = 2) -> torch.Tensor:
+def predict(backbone: Backbone, user: torch.Tensor | None, n: int = 2) -> torch.Tensor:
     torch.manual_seed(1)
     cond = backbone.encode_text(["a"] * n)._replace(user=user)
     return backbone.denoiser(torch.randn(n, 4, 8, 8), torch.full((n,), 500), cond)
@@ -39,20 +39,20 @@ def ask(backbone: Backbone, user: torch.Tensor | None, n: int = 2) -> torch.Tens
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("rank", [0, 2])
-def test_nothing_changes_at_first_and_nothing_ever_without_a_user(
+def test_output_is_unchanged_at_initialisation_and_always_without_a_user(
     request: pytest.FixtureRequest, family: str, rank: int
 ) -> None:
     path = request.getfixturevalue(family)
-    base = ask(load_backbone(torch.device("cpu"), path=str(path)), None)
+    base = predict(load_backbone(torch.device("cpu"), path=str(path)), None)
     backbone = backbone_with_adapter(path, rank)
     torch.manual_seed(2)
     user = torch.randn(2, 1, 5)
-    assert torch.equal(ask(backbone, user), base)
+    assert torch.equal(predict(backbone, user), base)
     stir(backbone)
-    assert torch.equal(ask(backbone, None), base), "bit for bit"
-    heard = ask(backbone, user)
+    assert torch.equal(predict(backbone, None), base), "bit for bit"
+    heard = predict(backbone, user)
     assert (heard - base).abs().max() > 1e-3
-    # Users of a batch do not mix: each row alone gives the same.
+    # Users of a batch do not interact: each row alone gives the same output.
     for k in range(2):
         torch.manual_seed(1)
         x_t = torch.randn(2, 4, 8, 8)[k : k + 1]
@@ -61,14 +61,14 @@ def test_nothing_changes_at_first_and_nothing_ever_without_a_user(
 
 
 def test_keys_have_no_gradient_in_the_first_step_only(tiny_sd: Path) -> None:
-    """Values are 0 at first, so only they move; then everything does. The base model never."""
+    """Values are 0 at first, so only they get gradients; later all adapter weights do, the base model never."""
     backbone = backbone_with_adapter(tiny_sd)
     network = backbone.denoiser.network
     user = torch.ones(2, 1, 5)
 
     def gradients() -> dict[str, float]:
         backbone.denoiser.zero_grad()
-        ask(backbone, user).square().mean().backward()
+        predict(backbone, user).square().mean().backward()
         named = network.named_parameters()
         return {n: 0.0 if p.grad is None else p.grad.abs().max().item() for n, p in named if p.requires_grad}
 
@@ -85,7 +85,7 @@ def test_keys_have_no_gradient_in_the_first_step_only(tiny_sd: Path) -> None:
 def test_export_gives_the_same_images_in_a_fresh_process(
     request: pytest.FixtureRequest, tmp_path: Path, family: str, rank: int
 ) -> None:
-    """Of low rank in training, dense in the file; a process that cannot import diffalign draws the same to 1e-4."""
+    """Low rank in training, dense in the file; a process without diffalign samples the same images to 1e-4."""
     backbone = backbone_with_adapter(request.getfixturevalue(family), rank)
     stir(backbone)
     assert "load_ip_adapter" in export(backbone, tmp_path / "export")
@@ -94,15 +94,15 @@ def test_export_gives_the_same_images_in_a_fresh_process(
     assert found["differs"] == [] and found["largest_difference"] < 1e-4
 
 
-def test_order_and_repetition_of_a_users_vectors_say_nothing(tiny_sd: Path) -> None:
+def test_order_and_repetition_of_a_users_vectors_have_no_effect(tiny_sd: Path) -> None:
     """Several vectors of one user are a set: attention over their tokens."""
     backbone = backbone_with_adapter(tiny_sd)
     stir(backbone)
     torch.manual_seed(3)
     user = torch.randn(1, 3, 5)
-    once = ask(backbone, user, 1)
-    assert torch.allclose(ask(backbone, user.flip(1), 1), once, atol=1e-5)
-    assert torch.allclose(ask(backbone, user.repeat(1, 2, 1), 1), once, atol=1e-5)
+    once = predict(backbone, user, 1)
+    assert torch.allclose(predict(backbone, user.flip(1), 1), once, atol=1e-5)
+    assert torch.allclose(predict(backbone, user.repeat(1, 2, 1), 1), once, atol=1e-5)
 
 
 def test_guidance_and_scale_in_the_stock_pipeline(tiny_sd: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_guidance_and_scale_in_the_stock_pipeline(tiny_sd: Path, tmp_path: Path)
     assert torch.equal(images(ip_adapter_image_embeds=user_embeds(user, guidance=3.0)), base)
 
 
-def test_one_user_a_call_and_mixtures_on_purpose() -> None:
+def test_one_user_per_call_and_explicit_mixtures() -> None:
     a, b = torch.zeros(1, 1, 5), torch.ones(1, 1, 5)
     with pytest.raises(ValueError, match="one user a pipeline call"):
         user_embeds(torch.cat([a, b]), guidance=7.5)
@@ -145,7 +145,7 @@ def test_one_user_a_call_and_mixtures_on_purpose() -> None:
 def test_wrong_users_are_refused(tiny_sd: Path) -> None:
     backbone = backbone_with_adapter(tiny_sd)
     with pytest.raises(ValueError, match=r"cond.user must be \[2, T, 5\]; got \[2, 1, 4\]"):
-        ask(backbone, torch.zeros(2, 1, 4))
+        predict(backbone, torch.zeros(2, 1, 4))
     with pytest.raises(ValueError, match="the network has no user adapter"):
         plain = load_backbone(torch.device("cpu"), path=str(tiny_sd))
         plain.denoiser(

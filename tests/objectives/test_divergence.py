@@ -1,8 +1,9 @@
-"""Distances between generator and reference, on Gaussians whose gradients are known in closed form.
+"""Score divergences between generator and reference, on Gaussians with closed-form gradients.
 
 Reference N(.3, 1.4); generator x0 = m + sqrt(v) z with m = 1.1, v = .5; x_t = .8 x0 + .6 eps; the aux network is exact.
-V = a^2 v + s^2, U = a^2 1.4 + s^2. Expectations are Gauss-Hermite sums over (z, eps), exact for polynomials. Ours are
-in units of the noise: a distance between scores is 1/s^2 (l2) or 1/s (huber, c_noise = s c_score) of them.
+V = a^2 v + s^2, U = a^2 1.4 + s^2. Expectations are Gauss-Hermite sums over (z, eps), exact for polynomials.
+Divergences compare noise predictions. Those of scores have an additional factor 1/s^2 (l2) or 1/s (huber, c_noise =
+s c_score).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffalign.objectives.divergence import NoisySample, distance, gradient, guidance_scale_of, spread
+from diffalign.objectives.divergence import NoisySample, distance, divergence_gradient, guidance_factor, reference_error
 
 A, S, MU, U0, M, V0 = 0.8, 0.6, 0.3, 1.4, 1.1, 0.5
 DRAWN = {"huber_c": 1e-3, "sid_alpha": 1.0, "graph": "vjp"}
@@ -24,7 +25,7 @@ IKL = (0.4076433, -0.2158112)
 
 
 def scores(m: float, v: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """eps of the generator's and of the reference's exact scores, -s times the score."""
+    """Noise predictions of the exact scores of generator and reference, -s times the score."""
     V, U = A**2 * v + S**2, A**2 * U0 + S**2
     return (lambda x: S * (x - A * m) / V), (lambda x: S * (x - A * MU) / U)
 
@@ -39,13 +40,13 @@ def nodes(n: int) -> tuple[Tensor, Tensor, Tensor]:
 def in_mean_and_variance(
     kind: Any, m: float = M, v: float = V0, n: int = 8, scale: Any = None, **changes: Any
 ) -> list[float]:
-    """d/dm and d/dv of the distance by `gradient`, each sample's scaled by `scale(point, ref)`."""
+    """d/dm and d/dv of the divergence by `divergence_gradient`, samples scaled by `scale(point, ref)`."""
     z, eps, weight = nodes(n)
     x0 = (m + v**0.5 * z)[:, None, None, None]
     p = NoisySample(
         A * x0 + S * eps[:, None, None, None], eps[:, None, None, None], torch.full_like(z, A), torch.full_like(z, S)
     )
-    found, _, ref = gradient(kind, *scores(m, v), p, **{**DRAWN, **changes})
+    found, _, ref = divergence_gradient(kind, *scores(m, v), p, **{**DRAWN, **changes})
     each = found.flatten() * (1 if scale is None else scale(p, ref))
     return [(weight * each).sum().item(), (weight * each * z / (2 * v**0.5)).sum().item()]
 
@@ -63,20 +64,22 @@ def test_huber_is_the_frozen_divergence() -> None:
 
 
 def test_kl_is_diff_instruct() -> None:
-    """C2: the gradient of the integral KL, once DMD2's scale for each sample is taken out."""
-    found = in_mean_and_variance("kl", scale=lambda p, ref: spread(ref, p) * A / S)
+    """C2: the gradient of the integral KL after removing DMD2's per-sample scale."""
+    found = in_mean_and_variance("kl", scale=lambda p, ref: reference_error(ref, p) * A / S)
     assert found == pytest.approx(IKL, rel=1e-6)
 
 
 @pytest.mark.parametrize(("alpha", "expected"), [(1.0, FROZEN), (0.5, TOTAL)])
 def test_sid_is_l2_or_the_true_fisher_divergence(alpha: float, expected: tuple[float, float]) -> None:
-    """C3, C4: up to 2 a^2 / s^4 and SiD's own scale for each sample."""
-    found = in_mean_and_variance("sid", sid_alpha=alpha, scale=lambda p, ref: spread(ref, p) * S / A * 2 * A**2 / S**4)
+    """C3, C4: up to 2 a^2 / s^4 and SiD's per-sample scale."""
+    found = in_mean_and_variance(
+        "sid", sid_alpha=alpha, scale=lambda p, ref: reference_error(ref, p) * S / A * 2 * A**2 / S**4
+    )
     assert found == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_detached_first_factor_halves_the_gradient_of_the_variance() -> None:
-    """F2: why both factors carry their graph."""
+    """F2: both factors need gradients."""
     z, eps, weight = nodes(8)
     x_t = (A * (M + V0**0.5 * z) + S * eps).requires_grad_()
     aux, ref = (f(x_t) for f in scores(M, V0))
@@ -87,7 +90,7 @@ def test_a_detached_first_factor_halves_the_gradient_of_the_variance() -> None:
 
 
 def test_the_value_is_zero_in_expectation() -> None:
-    """C7, F3: it shows no progress."""
+    """C7, F3: the value does not measure progress."""
     z, eps, weight = nodes(8)
     x_t = (A * (M + V0**0.5 * z) + S * eps)[:, None, None, None]
     p = NoisySample(x_t, eps[:, None, None, None], torch.full_like(z, A), torch.full_like(z, S))
@@ -101,10 +104,10 @@ def test_the_value_is_zero_in_expectation() -> None:
     ("kind", "mean", "variance", "scale"),
     [
         ("l2", 0.6086963, (1.1305763 - S**2) / A**2, lambda p, ref: 1 / S**2),
-        ("kl", 0.7791741, (0.9019749 - S**2) / A**2, lambda p, ref: spread(ref, p) * A / S),
+        ("kl", 0.7791741, (0.9019749 - S**2) / A**2, lambda p, ref: reference_error(ref, p) * A / S),
     ],
 )
-def test_reward_and_distance_balance_where_they_should(
+def test_reward_and_distance_balance_at_the_analytic_optimum(
     kind: str, mean: float, variance: float, scale: Callable[..., Any]
 ) -> None:
     """r(x) = -(x - 2)^2 / 2 with weight .2: dE[r]/dm = 2 - m, dE[r]/dv = -1/2. Scores keep more variance than KL."""
@@ -113,16 +116,16 @@ def test_reward_and_distance_balance_where_they_should(
     assert dv == pytest.approx(-0.2 / 2, abs=1e-6)
 
 
-def test_a_guided_teacher_is_kl_and_the_reward_of_guidance() -> None:
-    """C6, T5: D(omega) = D + (omega - 1) times guidance, exactly, once each sample's own scale is taken out."""
+def test_a_guided_teacher_equals_kl_plus_guidance_reward() -> None:
+    """C6, T5: D(omega) = D + (omega - 1) times guidance, exactly, after removing the per-sample scale."""
     g = torch.Generator().manual_seed(0)
     x_t, eps, s, cond, empty = (torch.randn(3, 2, 2, 2, generator=g, dtype=torch.float64) for _ in range(5))
     p = NoisySample(x_t, eps, torch.full((3,), A, dtype=torch.float64), torch.full((3,), S, dtype=torch.float64))
     guided = empty + 3.0 * (cond - empty)
-    inner, _, _ = gradient("kl", lambda x: s, lambda x: guided, p, **DRAWN)
-    plain, _, _ = gradient("kl", lambda x: s, lambda x: cond, p, **DRAWN)
-    beside = 2.0 * guidance_scale_of("kl", cond, p)[:, None, None, None] * (cond - empty)
-    scale = [spread(ref, p)[:, None, None, None] for ref in (guided, cond)]
+    inner, _, _ = divergence_gradient("kl", lambda x: s, lambda x: guided, p, **DRAWN)
+    plain, _, _ = divergence_gradient("kl", lambda x: s, lambda x: cond, p, **DRAWN)
+    beside = 2.0 * guidance_factor("kl", cond, p)[:, None, None, None] * (cond - empty)
+    scale = [reference_error(ref, p)[:, None, None, None] for ref in (guided, cond)]
     torch.testing.assert_close(inner * scale[0], (plain + beside) * scale[1], rtol=0, atol=1e-12)
 
 

@@ -73,7 +73,7 @@ def random_terms(seed: int = 0, n: int = 6, beta: float = 50.0) -> PairTerms:
     )
 
 
-def test_the_table_is_complete() -> None:
+def test_every_pair_loss_is_tested() -> None:
     assert set(AT_ZERO) == set(PAIR_LOSSES)
 
 
@@ -83,7 +83,7 @@ def test_policy_equal_to_reference(name: str) -> None:
     squares, (ln 2 + 1)/2 = 0.846574 for DiscoPOP, KL((1/2, 1/2) || (.9, .1)) = -1/2 ln(4 * .9 * .1) for EXO.
     """
     errors = torch.tensor([0.1003, 0.2, 0.05])  # float32, as in training
-    slack = torch.zeros(3) if name == "slic" else torch.tensor([0.3, 0.0, -0.1])  # slic has no reference to equal
+    slack = torch.zeros(3) if name == "slic" else torch.tensor([0.3, 0.0, -0.1])  # slic has no reference
     p = PairTerms(errors, errors + slack, errors, errors + slack, 5000.0, torch.full((3,), SMOOTHING), sft_weight=0.0)
     assert torch.equal(p.margin, torch.zeros(3))
     losses = PAIR_LOSSES[name](p)
@@ -260,14 +260,14 @@ def test_gradients_of_ipo_and_hinge() -> None:
     assert gradient_in_m("hinge", 0, 0.9, 1.1).tolist() == [-1, -1, 0]
 
 
-def test_discopop_falls_off_both_sides_of_zero() -> None:
+def test_discopop_slope_at_zero_is_positive() -> None:
     """Slope at 0: g = 1/2, g' = 5, so 5 (1 - ln 2) - 1/4 - 1/2 = .784264: from step 0 it lowers the margin."""
     at, far = gradient_in_m("discopop", 0, 0.5).tolist()
     assert at == pytest.approx(5 * (1 - LN2) - 0.75)
     assert far < 0
 
 
-def test_flip_is_the_pairs_own() -> None:
+def test_flip_is_per_pair() -> None:
     p = margins(1.0, 1.0)._replace(flip=torch.tensor([0.0, 0.3], dtype=torch.float64))
     clean, noisy = PAIR_LOSSES["conservative"](p).tolist()
     assert noisy - clean == pytest.approx(0.3)
@@ -282,8 +282,8 @@ def test_clipped_rewards_get_no_gradient() -> None:
     assert grad(loser).item() == 0
 
 
-def test_slic_looks_at_raw_errors_only() -> None:
-    """1 - beta/2 (.3 - .1) with beta 4 is .6, plus .5 * 2 * .1 = .1; the reference plays no part."""
+def test_slic_uses_raw_errors_only() -> None:
+    """1 - beta/2 (.3 - .1) with beta 4 is .6, plus .5 * 2 * .1 = .1; the reference does not enter."""
     one = torch.ones(1)
     terms = PairTerms(0.1 * one, 0.3 * one, 7 * one, 9 * one, 4.0, 0 * one, sft_weight=0.5)
     assert PAIR_LOSSES["slic"](terms).item() == pytest.approx(0.7)
@@ -297,8 +297,8 @@ def test_aot_compares_sorted_rewards() -> None:
     assert PAIR_LOSSES["aot"](mixed).tolist() == pytest.approx([0.4132617] * 2, abs=1e-6)
 
 
-def test_the_winners_own_term_keeps_its_share_when_beta_changes() -> None:
-    """At step 0 the pair term pulls err_w with beta/4 and the own term with sft_weight beta/2: ratio 2 sft_weight."""
+def test_the_sft_term_keeps_its_gradient_share_when_beta_changes() -> None:
+    """At step 0 the gradient in err_w is beta/4 (pair term) and sft_weight beta/2 (SFT term): ratio 2 sft_weight."""
     for beta in (500.0, 5000.0):
         e = torch.full((1,), 0.1, dtype=torch.float64)
         winner = e.clone().requires_grad_()
@@ -336,7 +336,7 @@ def test_denoising_error_is_a_float32_mean_per_sample() -> None:
     assert fine.item() == pytest.approx(float(torch.tensor(0.37, dtype=torch.float16)) ** 2, rel=1e-6)
 
 
-def test_settings_that_can_work_pass() -> None:
+def test_valid_settings_pass() -> None:
     for name in PAIR_LOSSES:
         uses = name in ("conservative", "robust", "exo", "aot")
         assert check_pair_loss(name, 0.1 if uses else 0.0, 2) == []
@@ -354,7 +354,7 @@ def test_settings_that_can_work_pass() -> None:
         ("dpo", 0.1, 2, "does nothing to loss 'dpo'; only to conservative, robust"),
     ],
 )
-def test_settings_that_cannot_work_are_said(loss: str, smoothing: float, batch: int, message: str) -> None:
+def test_invalid_settings_are_reported(loss: str, smoothing: float, batch: int, message: str) -> None:
     (problem,) = check_pair_loss(loss, smoothing, batch)
     assert message in problem
     assert "\n" not in problem

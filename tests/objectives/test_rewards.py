@@ -11,7 +11,7 @@ from reward_models import WeightedSum, load_mixture
 
 
 class Brightness(torch.nn.Module):
-    """scale times the mean of the pixels squared."""
+    """scale times the mean of the squared pixels."""
 
     differentiable, unit = True, "raw"
 
@@ -41,8 +41,8 @@ X0 = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0)) * 0.3
 PROMPTS = ["a", "b", "c"]
 
 
-def test_unit_gradients_have_length_one_and_know_no_scale() -> None:
-    """R1, R2, R3: norm 1 for each sample; a scorer times 1000 changes nothing; one without gradient adds 0."""
+def test_unit_gradients_have_norm_one_and_ignore_reward_scale() -> None:
+    """R1, R2, R3: norm 1 per sample; scaling a scorer by 1000 changes nothing; a zero gradient stays 0."""
     found = rewards().ascend(X0, PROMPTS, unit=True)
     bright = Rewards(WeightedSum({"bright": (Brightness(), 1.0)}), decode, list).ascend(X0, PROMPTS, unit=True)
     torch.testing.assert_close(norm(bright.direction), torch.ones(3), atol=1e-4, rtol=0)
@@ -70,7 +70,7 @@ def test_the_direction_is_the_gradient_of_the_sum() -> None:
     torch.testing.assert_close(slope, -expected)
 
 
-def test_ceiling_clamped_pixels_and_no_gradient_outside() -> None:
+def test_ceiling_clamped_pixels_and_no_gradient_through_them() -> None:
     values = rewards().ascend(X0, PROMPTS).total
     capped = rewards().ascend(X0, PROMPTS, ceiling=values.median().item() + 1e-6)
     assert (norm(capped.direction) > 0).tolist() == (values <= values.median()).tolist()
@@ -79,9 +79,9 @@ def test_ceiling_clamped_pixels_and_no_gradient_outside() -> None:
     assert (outside.direction == 0).all()
 
 
-def test_running_statistics_are_of_all_ranks_and_survive() -> None:
+def test_running_statistics_cover_all_ranks_and_are_restored() -> None:
     one = rewards(normalise="running")
-    one.gather = lambda values: values * 2  # two ranks that saw the same
+    one.gather = lambda values: values * 2  # two ranks with equal scores
     one.ascend(X0, PROMPTS)
     assert one.mixture.count.item() == 6
     other = rewards(normalise="running")
@@ -91,7 +91,7 @@ def test_running_statistics_are_of_all_ranks_and_survive() -> None:
     assert rewards().state() == {}
 
 
-def test_what_cannot_be_climbed_is_named() -> None:
+def test_scorers_without_gradient_are_named() -> None:
     judge = load_mixture("cpu", scorers=("diffalign.playground:Judge",))
     with pytest.raises(ValueError, match=r"'diffalign\.playground:Judge' gives no gradient; R0 needs one that does"):
         Rewards(judge, decode, list).require_gradient("R0")

@@ -25,7 +25,7 @@ from diffalign.algorithms.rank_dpo import RankDPO
 from diffalign.algorithms.refl import ReFL
 from diffalign.algorithms.reward_training import RewardTraining
 from diffalign.algorithms.sft import SFT
-from diffalign.types import Recent
+from diffalign.types import RecentMetrics
 
 RANKING = (DiffusionDPO, InPO, KTO, PPD, PSO, PSOCustomization, RankDPO)
 OTHERS = (DiffInstructStar, DRaFT, MaPO, PersonalReward, R0, ReFL, RewardTraining, SFT)
@@ -47,13 +47,13 @@ def test_nothing_is_claimed_that_was_not_seen(kind: Any) -> None:
     it: Any = SimpleNamespace(aspects=("overall",))
     names = ("policy/reward", "policy/accuracy", "policy/winner_error_change", "policy/reference_error")
     for recent in (
-        Recent({}, {}, 8),
-        *(Recent({name: 0.8}, {}, 8) for name in names),
-        Recent(dict.fromkeys(names, 0.6), {}, 8),
+        RecentMetrics({}, {}, 8),
+        *(RecentMetrics({name: 0.8}, {}, 8) for name in names),
+        RecentMetrics(dict.fromkeys(names, 0.6), {}, 8),
     ):
         said = kind.verdict(it, recent)
         assert "\n" not in said and ", the policy ranks" not in said and "destroys" not in said
-    many = Recent({"policy/accuracy": 0.6, "policy/reward": 1.0}, {"policy/accuracy": 0.01}, 1000)
+    many = RecentMetrics({"policy/accuracy": 0.6, "policy/reward": 1.0}, {"policy/accuracy": 0.01}, 1000)
     assert (", the policy ranks images as " in kind.verdict(it, many)) == (kind in RANKING)
 
 
@@ -62,7 +62,7 @@ def test_three_steps_are_too_few(tmp_path: Path, pairs_file: Path, recipe: Calla
     recipe("diffusion_dpo", "--config=playground", *settings, *SHORT, "data.draws_per_sample=null")
     said = capsys.readouterr()
     assert "too few to say whether the policy ranks images as people did" in said.out
-    assert "one step being too few to say that it moved" in said.out
+    assert "one step is too few to measure drift" in said.out
     assert re.search(r"train: 100%.*loss 0\.\d+, accuracy [\d.]+", said.err), "the bar shows loss and accuracy"
 
 
@@ -71,5 +71,5 @@ def test_a_scorer_that_likes_everything_the_same(tmp_path: Path, recipe: Callabl
     settings = [f"run.folder={tmp_path / 'run'}", f"reward.scorers=['{__name__}:Constant']", "monitor.prompts=null"]
     recipe("pso", "--config=playground", *settings, *SHORT, "trainer.steps=2", "data.batch_size=2")
     said = capsys.readouterr()
-    assert "no preference of the last steps could be told apart" in said.out and (tmp_path / "run" / "export").exists()
+    assert "all preferences of the last steps were ties" in said.out and (tmp_path / "run" / "export").exists()
     assert re.search(r"train: 100%.*loss .*reward 0\.5", said.err)

@@ -1,4 +1,4 @@
-"""What every model family looks like from outside: one trainable denoiser, everything else frozen."""
+"""Interface of a model family: one trainable denoiser, frozen text encoders and autoencoder."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from diffalign.types import Cond
 from reward_models.files import read_json
 
 DECODED_PIXELS = 4 * 512 * 512
-"""How many the autoencoder decodes at a time where no gradient is wanted."""
+"""Maximum number of pixels that the autoencoder decodes at once without gradients."""
 
 
 class Denoiser(nn.Module, ABC):
-    """The trainable network in one common shape. `network` is the diffusers model it wraps."""
+    """The trainable network with one call signature for all families. `network` is the wrapped diffusers model."""
 
     network: Any
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """[B, C, h, w], t [B], cond of batch B -> the network's prediction [B, C, h, w], float32."""
+        """x_t [B, C, h, w], t [B], cond of batch B -> the network's prediction, float32 [B, C, h, w]."""
         with precision(self, x_t.device):
             return self.predict(x_t, t, cond).float()
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """As forward, in any precision."""
+        """Same as forward, with output in any dtype."""
 
 
 def tokenizer_of(text_encoder: str) -> str:
-    """The name in the pipeline of a text encoder's tokenizer."""
+    """Name of a text encoder's tokenizer in the pipeline."""
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
 class Source(NamedTuple):
-    """What a backbone is made from.
+    """Constructor arguments of a backbone.
 
     path                 the diffusers folder
-    fingerprint          of its encoders' files and settings
-    placement            of its networks
-    max_sequence_length  tokens of a prompt in T5, where the family has one
-    guidance_embedding   what a guidance-distilled network is told where a Cond has no guidance
+    fingerprint          hash of the encoders' files and settings
+    placement            device and dtypes of the networks
+    max_sequence_length  T5 tokens per prompt, for families with T5
+    guidance_embedding   guidance scale of a guidance-distilled network when Cond.guidance is None
     """
 
     path: Path
@@ -59,18 +59,22 @@ class Source(NamedTuple):
 
 
 class Backbone(ABC):
-    """A pretrained text-to-image pipeline taken apart. Encoders and decoder load when first used, `release` drops them.
+    """The parts of a pretrained text-to-image pipeline. Encoders and decoder load lazily; `release` frees them.
 
     denoiser     the trainable network
     schedule     its noise schedule
-    path         the diffusers folder it came from
-    dtype        of the weights that never train
-    index        model_index.json: which parts there are
-    scheduler_config  of the stock pipeline's scheduler; change it and what is exported samples by another one
+    path         the diffusers folder
+    dtype        of the frozen weights
+    index        content of model_index.json, the list of parts
+    scheduler_config  config of the pipeline's scheduler; changes to it end up in the export
 
-    A family says what its parts are: the class of the pipeline (`load_backbone` finds the family by its name) and of
-    the network, the network's name in the pipeline, each text encoder's name with its class and its tokenizer's, and
-    what makes `pipeline` leave a part out.
+    A family defines these class attributes:
+
+    pipeline_class  class of the diffusers pipeline; `load_backbone` selects the family by its name
+    network_class   class of the trainable network
+    network_name    name of the trainable network in the pipeline
+    text_classes    name of each text encoder -> (its class, the class of its tokenizer)
+    left_out        pipeline arguments that disable optional parts, such as the safety checker
     """
 
     pipeline_class: ClassVar[Any]
@@ -88,7 +92,7 @@ class Backbone(ABC):
         self.vae_config = self._json("vae/config.json")
         self.scheduler_config = self._json("scheduler/scheduler_config.json")
         self.index = self._json("model_index.json")
-        # A folder may leave an encoder out: its entry is then null, even where its files lie there.
+        # A pipeline may omit an encoder: its entry is null, even if the files exist.
         self._tokenizers = {
             name: tokenizer.from_pretrained(self.path, subfolder=tokenizer_of(name))
             for name, (_, tokenizer) in self.text_classes.items()
@@ -98,12 +102,12 @@ class Backbone(ABC):
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the weights, the settings and the dtypes that decide latents and text embeddings."""
+        """Hash of everything that latents and text embeddings depend on: weights, settings and dtypes."""
         return "-".join([self.source.fingerprint, self.dtypes["vae"], self.dtypes["default"]])
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """What the frozen parts are kept in, by name, as `from_pretrained` takes it: float32, float16 or bfloat16."""
+        """Dtypes of the frozen parts by name, in the format of `from_pretrained`: float32, float16 or bfloat16."""
         found = {"default": self.dtype, "vae": self._dtype("decoder")}
         return {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
 
@@ -112,7 +116,7 @@ class Backbone(ABC):
 
     @property
     def vae_overflows(self) -> bool:
-        """Whether the autoencoder needs a wider range than float16 has."""
+        """Whether the autoencoder overflows in float16."""
         return False
 
     def _json(self, name: str) -> Any:
@@ -123,9 +127,9 @@ class Backbone(ABC):
         return self.network_class.from_pretrained(self.path, subfolder=self.network_name, torch_dtype=dtype)
 
     def _part(self, name: str, kind: Any, role: Role) -> Any:
-        """A frozen part of the pipeline. Cast while it loads, so that what T5 needs in float32 stays in it.
+        """A frozen part of the pipeline, loaded on first use. Loading casts it, so T5's float32 layers stay float32.
 
-        Raises ValueError where weights are missing: transformers 4 fills in random ones for names that 5 gave.
+        Raises ValueError for missing weights: transformers 4 would initialise weights renamed by 5 at random.
         """
         if name not in self._parts:
             how = {"torch_dtype": self._dtype(role), "output_loading_info": True}
@@ -140,25 +144,25 @@ class Backbone(ABC):
 
     @property
     def vae(self) -> AutoencoderKL:
-        """The autoencoder, loaded when first used."""
+        """The autoencoder, loaded on first use."""
         return self._part("vae", AutoencoderKL, "decoder")
 
     def text_encoder(self, name: str) -> Any:
-        """A text encoder by its name in the pipeline, loaded when first used."""
+        """A text encoder by its name in the pipeline, loaded on first use."""
         return self._part(name, self.text_classes[name][0], "encoder")
 
     def release(self) -> None:
-        """Free the autoencoder and the text encoders; they load again when used."""
+        """Free the memory of autoencoder and text encoders; they load again on next use."""
         self._parts.clear()
         free_memory(self.device)
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        """B prompts -> a Cond with batch axis B, without size. Prompts are cut at the text encoders' length."""
+        """B prompts -> a Cond of batch B, without size. Prompts are truncated to the text encoders' maximum length."""
 
     @torch.no_grad()
-    def _read(self, name: str, prompts: Sequence[str], length: int | None = None, **options: Any) -> Any:
-        """What a text encoder gives for B prompts of `length` tokens, the tokenizer's own length when left out."""
+    def _encode(self, name: str, prompts: Sequence[str], length: int | None = None, **options: Any) -> Any:
+        """Output of a text encoder for B prompts, padded or truncated to `length` tokens (default: the tokenizer's)."""
         tokenizer = self._tokenizers[name]
         ids = tokenizer(
             list(prompts),
@@ -170,7 +174,7 @@ class Backbone(ABC):
         return self.text_encoder(name)(ids.to(self.device), **options)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """The most tokens of a prompt that a text encoder reads, and how many each prompt has."""
+        """Maximum number of tokens per prompt, and the number of tokens of each prompt."""
         t5 = {name for name, (kind, _) in self.text_classes.items() if "T5" in kind.__name__}
         limits = {
             name: self.source.max_sequence_length if name in t5 else tokenizer.model_max_length
@@ -180,14 +184,15 @@ class Backbone(ABC):
         ids = self._tokenizers[name](list(prompts), verbose=False).input_ids if prompts else []
         return limits[name], [len(x) for x in ids]
 
-    def _read_clip_pair(self, prompts: Sequence[str]) -> tuple[Tensor, list[Any]]:
-        """Two CLIP encoders: their last but one hidden states side by side [B, L, D1 + D2], and both outputs."""
-        outputs = [self._read(name, prompts, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")]
+    def _encode_clip_pair(self, prompts: Sequence[str]) -> tuple[Tensor, list[Any]]:
+        """Penultimate hidden states of two CLIP encoders, concatenated [B, L, D1 + D2], and both outputs."""
+        names = ("text_encoder", "text_encoder_2")
+        outputs = [self._encode(name, prompts, output_hidden_states=True) for name in names]
         return torch.cat([out.hidden_states[-2].float() for out in outputs], dim=-1), outputs
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the mean of the posterior."""
+        """Pixels [B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the mean of the VAE's posterior."""
         (pixels,) = as_input(self.vae, pixels.to(self.device))
         mean = self.vae.encode(pixels * 2 - 1).latent_dist.mode().float()
         return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
@@ -195,7 +200,7 @@ class Backbone(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1], differentiable.
 
-        Without gradients a few are decoded at a time: an image of 1024 pixels takes some 3 GB while it is decoded.
+        Without gradients it decodes in chunks: an image of 1024 pixels takes about 3 GB during decoding.
         """
         size = len(latents)
         if not torch.is_grad_enabled():
@@ -206,47 +211,47 @@ class Backbone(ABC):
 
     @property
     def factor(self) -> int:
-        """How many pixels wide a latent is."""
+        """Downsampling factor of the autoencoder: pixels per latent along one side."""
         return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def patch(self) -> int:
-        """How many latents wide the smallest piece is that the network can take."""
+        """Patch size of the network in latents; 1 for U-Nets."""
         return 1
 
     @property
     def smallest(self) -> int:
-        """How many pixels wide the smallest piece of an image is that the model draws."""
+        """Image sizes must be multiples of this number of pixels."""
         return self.factor * self.patch
 
     @property
     @abstractmethod
     def prompt_widths(self) -> tuple[int, int | None]:
-        """Numbers in the embedding of a token that the network reads, and in the pooled one, None without."""
+        """Dimensions of the network's token embeddings and pooled text embedding (None without one)."""
 
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a square image of `resolution` pixels. ValueError where it does not divide."""
-        step = max(8, self.smallest)  # the stock pipelines take no other sizes than multiples of 8
+        """Shape (C, h, w) of the latents of a square image. Raises ValueError for a resolution that is no multiple."""
+        step = max(8, self.smallest)  # the stock pipelines accept only multiples of 8
         if resolution % step:
             raise ValueError(f"'data.resolution' = {resolution} is not a multiple of {step}, as this model needs it")
         return self.vae_config["latent_channels"], resolution // self.factor, resolution // self.factor
 
     @abstractmethod
     def grid(self, steps: int, resolution: int) -> Tensor:
-        """Descending timesteps [steps] in the schedule's t, for square images of `resolution` pixels.
+        """Descending sampling timesteps [steps] for square images of `resolution` pixels.
 
-        Those of DDIM or flow Euler, with the spacing, offset and shift of the pipeline's scheduler.
+        Timesteps of DDIM or flow Euler, with the spacing, offset and shift of the pipeline's scheduler.
         """
 
     @property
     def text_parts(self) -> list[str]:
-        """The names in the pipeline of its text encoders and their tokenizers."""
+        """Names of the text encoders and tokenizers in the pipeline."""
         return [part for name in self.text_classes for part in (name, tokenizer_of(name))]
 
     def pipeline(self, network: Any, *, text: bool = True) -> Any:
-        """The stock diffusers pipeline around `network`, sharing the other parts of this backbone.
+        """The stock diffusers pipeline with `network`; it shares the other parts with this backbone.
 
-        Without `text` no text encoder is loaded, and calls take `prompt_embeds`.
+        With text=False no text encoder is loaded, and calls need `prompt_embeds`.
         """
         parts: dict[str, Any] = dict.fromkeys(self.text_parts) | {self.network_name: network, "vae": self.vae}
         for name, tokenizer in self._tokenizers.items() if text else ():
@@ -257,9 +262,9 @@ class Backbone(ABC):
         return pipeline
 
     def scheduler(self) -> Any:
-        """The stock pipeline's, by `scheduler_config`."""
+        """A new scheduler of the stock pipeline, built from `scheduler_config`."""
         return getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] as the `latents` argument of the stock pipeline takes them."""
+        """Latents [B, C, h, w] in the format of the stock pipeline's `latents` argument."""
         return latents

@@ -1,4 +1,4 @@
-"""What SD3 and FLUX share."""
+"""Base class of the rectified-flow families SD3 and FLUX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffalign.networks.families.base import Backbone, Source
 
 
 class FlowBackbone(Backbone):
-    """A transformer over patches that predicts the velocity of a rectified flow."""
+    """A backbone with a transformer over patches that predicts the velocity of a rectified flow."""
 
     network_name = "transformer"
     schedule: FlowSchedule
@@ -23,9 +23,9 @@ class FlowBackbone(Backbone):
         self.schedule = FlowSchedule()
 
     def _levels(self, steps: int, resolution: int, sigmas: list[float] | None = None) -> Tensor:
-        """Noise levels [steps] of the pipeline's scheduler, with the shift that it gives images of this size.
+        """Noise levels [steps] of the pipeline's scheduler, shifted for images of this resolution.
 
-        sigmas are the levels before the shift, the scheduler's own when left out.
+        sigmas are the levels before the shift, by default the scheduler's.
         """
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
         config, mu = scheduler.config, None

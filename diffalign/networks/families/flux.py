@@ -1,6 +1,7 @@
 """FLUX.1 (`FluxPipeline`): a transformer over packed latents, CLIP's pooled embedding and T5's tokens.
 
-Black Forest Labs, 2024. FLUX.1-dev is distilled for guidance and is told its scale; FLUX.1-schnell is not.
+Black Forest Labs, 2024. FLUX.1-dev is guidance-distilled and takes the guidance scale as an input; FLUX.1-schnell does
+not.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from diffalign.types import Cond
 
 
 def packed(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, h/2 * w/2, 4 C]: each token holds 2 x 2 latents."""
+    """Latents [B, C, h, w] -> tokens [B, h/2 * w/2, 4 C] of 2 x 2 latents each."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[B, h/2 * w/2, 4 C] -> [B, C, h, w] of `height` x `width` latents."""
+    """Tokens [B, h/2 * w/2, 4 C] -> latents [B, C, h, w] with h = height, w = width."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 class FluxDenoiser(Denoiser):
-    """A FluxTransformer2DModel that reads `cond.tokens`, `cond.pooled` and, where it is distilled, `cond.guidance`.
+    """A FluxTransformer2DModel conditioned on `cond.tokens`, `cond.pooled` and, if distilled, `cond.guidance`.
 
-    Positional: the network, and the guidance scale it is told where a cond has none.
+    Positional: the network, and the guidance scale to use when `cond.guidance` is None.
     """
 
     def __init__(self, network: FluxTransformer2DModel, guidance_embedding: float):
@@ -52,7 +53,7 @@ class FluxDenoiser(Denoiser):
         if self.network.config.guidance_embeds:
             guidance = torch.full_like(t, self.guidance_embedding) if cond.guidance is None else cond.guidance
         rows, columns = torch.arange(height // 2, device=x_t.device), torch.arange(width // 2, device=x_t.device)
-        places = torch.cartesian_prod(rows, columns).float()
+        positions = torch.cartesian_prod(rows, columns).float()
         hidden, tokens, pooled = as_input(self.network, packed(x_t), cond.tokens, cond.pooled)
         out = self.network(
             hidden_states=hidden,
@@ -60,15 +61,15 @@ class FluxDenoiser(Denoiser):
             pooled_projections=pooled,
             timestep=t,  # the network multiplies t and guidance by 1000 itself
             guidance=guidance,
-            img_ids=F.pad(places, (1, 0)),
-            txt_ids=places.new_zeros(cond.tokens.shape[1], 3),
+            img_ids=F.pad(positions, (1, 0)),
+            txt_ids=positions.new_zeros(cond.tokens.shape[1], 3),
             return_dict=False,
         )
         return unpacked(out[0], height, width).float()
 
 
 class FluxBackbone(FlowBackbone):
-    """A FluxPipeline folder taken apart. Its latents travel unpacked, [B, C, h, w]; the denoiser packs them."""
+    """Backbone of a FluxPipeline folder. Latents are [B, C, h, w] everywhere; only the denoiser packs them."""
 
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
@@ -87,8 +88,8 @@ class FluxBackbone(FlowBackbone):
         return config.joint_attention_dim, config.pooled_projection_dim
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        tokens = self._read("text_encoder_2", prompts, self.source.max_sequence_length)[0]
-        return Cond(tokens.float(), self._read("text_encoder", prompts).pooler_output.float())
+        tokens = self._encode("text_encoder_2", prompts, self.source.max_sequence_length)[0]
+        return Cond(tokens.float(), self._encode("text_encoder", prompts).pooler_output.float())
 
     @property
     def patch(self) -> int:

@@ -17,7 +17,7 @@ from diffalign.types import Cond
 
 
 class SDDenoiser(Denoiser):
-    """A UNet2DConditionModel that reads its text embedding from `cond.tokens`."""
+    """A UNet2DConditionModel conditioned on `cond.tokens`."""
 
     def __init__(self, network: UNet2DConditionModel):
         super().__init__()
@@ -30,7 +30,7 @@ class SDDenoiser(Denoiser):
 
 
 class SDBackbone(UNetBackbone):
-    """A StableDiffusionPipeline folder taken apart."""
+    """Backbone of a StableDiffusionPipeline folder."""
 
     pipeline_class = StableDiffusionPipeline
     network_class = UNet2DConditionModel
@@ -39,7 +39,7 @@ class SDBackbone(UNetBackbone):
 
     def __init__(self, source: Source):
         super().__init__(source)
-        # The stock pipeline does so to whatever scheduler it is made with.
+        # The stock pipeline overrides these settings of any scheduler in the same way.
         self.scheduler_config |= {"steps_offset": 1, "clip_sample": False}
         self.denoiser = SDDenoiser(self._network())
 
@@ -48,4 +48,4 @@ class SDBackbone(UNetBackbone):
         return self.denoiser.network.config.cross_attention_dim, None
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        return Cond(self._read("text_encoder", prompts)[0].float())
+        return Cond(self._encode("text_encoder", prompts)[0].float())

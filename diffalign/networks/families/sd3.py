@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 (`StableDiffusion3Pipeline`): a multimodal transformer, two CLIP text encoders and T5.
 
-Esser et al., 2024. T5 may be left out (null in model_index.json): its tokens are then zeros, as in the stock pipeline.
+Esser et al., 2024. T5 is optional (null in model_index.json); without it its tokens are 0, as in the stock pipeline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffalign.types import Cond
 
 
 class SD3Denoiser(Denoiser):
-    """An SD3Transformer2DModel that reads `cond.tokens` and `cond.pooled`."""
+    """An SD3Transformer2DModel conditioned on `cond.tokens` and `cond.pooled`."""
 
     def __init__(self, network: SD3Transformer2DModel):
         super().__init__()
@@ -46,7 +46,7 @@ class SD3Denoiser(Denoiser):
 
 
 class SD3Backbone(FlowBackbone):
-    """A StableDiffusion3Pipeline folder taken apart. A prompt is CLIP's tokens, then `max_sequence_length` of T5."""
+    """Backbone of a StableDiffusion3Pipeline folder. Tokens are those of CLIP, then `max_sequence_length` of T5."""
 
     pipeline_class = StableDiffusion3Pipeline
     network_class = SD3Transformer2DModel
@@ -66,14 +66,14 @@ class SD3Backbone(FlowBackbone):
         return config.joint_attention_dim, config.pooled_projection_dim
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        tokens, outputs = self._read_clip_pair(prompts)
+        tokens, outputs = self._encode_clip_pair(prompts)
         length, width = self.source.max_sequence_length, self.denoiser.network.config.joint_attention_dim
         if "text_encoder_3" in self._tokenizers:
-            long = self._read("text_encoder_3", prompts, length)[0].float()
+            t5 = self._encode("text_encoder_3", prompts, length)[0].float()
         else:
-            long = tokens.new_zeros(len(prompts), length, width)
+            t5 = tokens.new_zeros(len(prompts), length, width)
         tokens = F.pad(tokens, (0, width - tokens.shape[-1]))
-        return Cond(torch.cat([tokens, long], dim=1), torch.cat([out.text_embeds.float() for out in outputs], dim=-1))
+        return Cond(torch.cat([tokens, t5], dim=1), torch.cat([out.text_embeds.float() for out in outputs], dim=-1))
 
     @property
     def patch(self) -> int:

@@ -1,8 +1,8 @@
-"""Stable Diffusion XL (`StableDiffusionXLPipeline`): U-Net, two CLIP text encoders, conditions on size and crop.
+"""Stable Diffusion XL (`StableDiffusionXLPipeline`): U-Net, two CLIP text encoders, size and crop conditioning.
 
-Podell et al., 2023. The empty prompt is text like any other here: dropped captions and the unconditional half of
-guidance are the embedding of "", as in the released Diffusion-DPO code. The stock pipeline does the same for
-`negative_prompt=""`; for no negative prompt at all it takes zeros where its `force_zeros_for_empty_prompt` is set.
+Podell et al., 2023. Caption dropout and the unconditional half of guidance use the embedding of the prompt "", as in
+the released Diffusion-DPO code. The stock pipeline does the same for `negative_prompt=""`. Without a negative prompt it
+uses zeros if `force_zeros_for_empty_prompt` is set.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from diffalign.types import Cond
 
 
 class SDXLDenoiser(Denoiser):
-    """A UNet2DConditionModel that reads `cond.tokens`, `cond.pooled` and `cond.size`.
+    """A UNet2DConditionModel conditioned on `cond.tokens`, `cond.pooled` and `cond.size`.
 
-    Positional: the network, and how many pixels wide a latent is. Without sizes, every image is taken for a full one:
-    as large as x_t in pixels, uncropped.
+    Positional: the network, and the downsampling factor of the autoencoder. Without `cond.size`, original and target
+    size are those of x_t in pixels, and the crop is (0, 0).
     """
 
     def __init__(self, network: UNet2DConditionModel, factor: int):
@@ -45,12 +45,12 @@ class SDXLDenoiser(Denoiser):
         if size is None:
             size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device).expand(len(x_t), 6)
         x_t, tokens, pooled = as_input(self.network, x_t, cond.tokens, cond.pooled)
-        # Pixels stay float32: bfloat16 would round 1023 to 1024.
+        # Sizes stay float32: bfloat16 would round 1023 to 1024.
         return call_with_user(self.network, cond.user, x_t, t, tokens, text_embeds=pooled, time_ids=size.float())
 
 
 class SDXLBackbone(UNetBackbone):
-    """A StableDiffusionXLPipeline folder taken apart."""
+    """Backbone of a StableDiffusionXLPipeline folder."""
 
     pipeline_class = StableDiffusionXLPipeline
     network_class = UNet2DConditionModel
@@ -65,16 +65,18 @@ class SDXLBackbone(UNetBackbone):
 
     @property
     def vae_overflows(self) -> bool:
-        """The released autoencoder does in float16 (its images come out black), which its force_upcast says; the
-        repaired one (sdxl-vae-fp16-fix) says false."""
+        """Whether the autoencoder overflows in float16, from its force_upcast setting.
+
+        The released one does (images become black); sdxl-vae-fp16-fix does not.
+        """
         return self.vae_config.get("force_upcast", True)
 
     @property
     def prompt_widths(self) -> tuple[int, int | None]:
-        config = self.denoiser.network.config  # the rest of the added embedding are six sizes
+        config = self.denoiser.network.config  # the added embedding is the pooled one and six sizes
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         return config.cross_attention_dim, pooled
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        tokens, outputs = self._read_clip_pair(prompts)
+        tokens, outputs = self._encode_clip_pair(prompts)
         return Cond(tokens, pooled=outputs[1].text_embeds.float())

@@ -1,4 +1,4 @@
-"""What Stable Diffusion and SDXL share."""
+"""Base class of the U-Net families Stable Diffusion and SDXL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffalign.networks.families.base import Backbone, Source
 
 
 class UNetBackbone(Backbone):
-    """A U-Net that predicts eps or v on a variance-preserving schedule."""
+    """A backbone with a U-Net that predicts eps or v on a variance-preserving schedule."""
 
     network_name = "unet"
     schedule: VPSchedule

@@ -1,4 +1,4 @@
-"""What holds for every family: latents, LoRA and whole pipelines that stock diffusers loads, what trains, memory."""
+"""Tests of every family: latents, LoRA and whole-pipeline exports in stock diffusers, trainable weights, memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load(path: Path) -> Load:
 
 
 def stock(path: Path) -> Any:
-    """As a user loads it; diffusers wants to be told of the parts that a folder leaves out."""
+    """Loaded by stock diffusers, which needs the omitted parts of a folder as arguments."""
     left_out = {k: None for k, v in json.loads((path / "model_index.json").read_text()).items() if v == [None, None]}
     pipeline = DiffusionPipeline.from_pretrained(path, **left_out)
     pipeline.set_progress_bar_config(disable=True)
@@ -50,7 +50,7 @@ def images(pipeline: Any, latents: torch.Tensor, output: str = "pt") -> torch.Te
 
 
 def moved(backbone: Backbone) -> Backbone:
-    """Every weight that trains moved a little, the same way every time."""
+    """Change all trainable weights a little, deterministically."""
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in backbone.denoiser.parameters():
@@ -78,7 +78,7 @@ def test_pixels_become_latents_and_back_as_in_the_stock_pipeline(path: Path, loa
         torch.testing.assert_close(backbone.decode(packed), drawn, atol=1e-5, rtol=0)
 
 
-def test_decode_carries_a_gradient_and_half_precision_stays_inside(load: Load) -> None:
+def test_decode_is_differentiable_and_returns_float32(load: Load) -> None:
     backbone = load(dtype="bf16", lora_rank=2)
     latents = noise(backbone).requires_grad_()
     backbone.decode(latents).square().sum().backward()
@@ -99,7 +99,7 @@ def test_a_network_that_trains_whole_is_float32_whatever_the_dtype(load: Load) -
 
 
 def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Load, tmp_path: Path) -> None:
-    """Rank 2 and alpha 6: a loader that took the rank for alpha would scale it by 1 instead of 3."""
+    """Rank 2 and alpha 6: a loader that set alpha to the rank would scale it by 1 instead of 3."""
     backbone = moved(load(lora_rank=2, lora_alpha=6.0))
     save(backbone, tmp_path)
     latents = backbone.pipeline_latents(noise(backbone))
@@ -126,14 +126,14 @@ def test_a_whole_pipeline_loads_in_stock_diffusers(path: Path, load: Load, tmp_p
         assert torch.equal(again.denoiser(x, t, cond), backbone.denoiser(x, t, cond))
 
 
-def test_lora_goes_to_the_attention_of_the_image_alone(load: Load) -> None:
+def test_lora_targets_image_attention_only(load: Load) -> None:
     backbone = load(lora_rank=2)
     names = {n.split(".lora_")[0] for n, p in backbone.denoiser.named_parameters() if p.requires_grad}
     assert {n.split(".")[-1] if n[-2:] != ".0" else "to_out.0" for n in names} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert len(names) == len(lora_layers(backbone.denoiser))
 
 
-def test_text_pooled_embedding_and_time_all_reach_the_prediction(load: Load) -> None:
+def test_the_prediction_depends_on_text_pooled_embedding_and_timestep(load: Load) -> None:
     backbone = load()
     x, t = noise(backbone), backbone.grid(4, 32)
     red, blue = backbone.encode_text([PROMPT]), backbone.encode_text(["large blue cross on pink"])
@@ -147,7 +147,7 @@ def test_text_pooled_embedding_and_time_all_reach_the_prediction(load: Load) -> 
 
 
 def test_a_batch_is_its_samples_one_by_one(load: Load) -> None:
-    """A timestep and a prompt a sample."""
+    """Each sample has its own timestep and prompt."""
     backbone = load()
     x = torch.cat([noise(backbone), -noise(backbone)])
     t, cond = backbone.grid(4, 32)[1:3], backbone.encode_text([PROMPT, ""])
@@ -174,7 +174,7 @@ def test_training_lowers_the_error(load: Load) -> None:
     assert errors[-1] < errors[0]
 
 
-def test_frozen_parts_load_when_used_and_leave_when_released(load: Load) -> None:
+def test_frozen_parts_load_lazily_and_are_released(load: Load) -> None:
     backbone = load()
     assert not backbone._parts
     before = backbone.encode_text([PROMPT])
@@ -186,7 +186,7 @@ def test_frozen_parts_load_when_used_and_leave_when_released(load: Load) -> None
 
 
 def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_path: Path) -> None:
-    """What one dtype encoded is not read by another: each has its own entries, and the second run encodes its own."""
+    """Each dtype has its own cache entries, so a run with another dtype encodes again."""
     from PIL import Image
 
     from diffalign.data import ImageRef, LatentCache
@@ -207,8 +207,8 @@ def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_p
     assert names < {p.name for p in (tmp_path / "cache").iterdir()}
 
 
-def test_many_latents_are_decoded_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in memory at a time is bounded in pixels, whoever decodes; with gradients nothing is cut."""
+def test_many_latents_are_decoded_in_chunks(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of pixels decoded at once is bounded for every caller; with gradients there are no chunks."""
     backbone = load()
     latents = torch.randn(5, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
     sizes: list[int] = []
@@ -226,8 +226,8 @@ def test_many_latents_are_decoded_a_few_at_a_time(load: Load, monkeypatch: pytes
     assert latents.grad is not None
 
 
-def test_samples_are_drawn_a_few_at_a_time(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sample grid and the monitor: the same images, however many at a time."""
+def test_images_are_sampled_in_chunks(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sample grid and monitor: the images do not depend on the chunk size."""
     from diffalign.draws import Draws
     from diffalign.networks.sampler import Sampler
     from diffalign.training.hooks.samples import drawn

@@ -31,7 +31,7 @@ def noise(height: int = 8, width: int = 8) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def schnell(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_flux as FLUX.1-schnell: not distilled for guidance, no shift."""
+    """tiny_flux as FLUX.1-schnell: not guidance-distilled, no shift."""
     path = tmp_path_factory.mktemp("schnell") / "pipeline"
     shutil.copytree(tiny_flux, path)
     torch.manual_seed(0)
@@ -42,8 +42,8 @@ def schnell(tiny_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("length", [4, 20])
-def test_text_is_what_the_stock_pipeline_makes_of_it(tiny_flux: Path, length: int) -> None:
-    """4 tokens cut the first prompt, 20 pad it."""
+def test_text_embeddings_equal_the_stock_pipelines(tiny_flux: Path, length: int) -> None:
+    """4 tokens truncate the first prompt, 20 pad it."""
     cond = load_backbone(CPU, path=str(tiny_flux), max_sequence_length=length).encode_text(PROMPTS)
     with torch.no_grad():
         tokens, pooled, _ = stock(tiny_flux).encode_prompt(PROMPTS, max_sequence_length=length)
@@ -53,7 +53,7 @@ def test_text_is_what_the_stock_pipeline_makes_of_it(tiny_flux: Path, length: in
     assert not torch.allclose(cond.tokens[0], cond.tokens[1], atol=1e-2)
 
 
-def test_t5_in_float16_keeps_in_float32_what_would_overflow(tiny_flux: Path) -> None:
+def test_t5_in_float16_keeps_overflowing_layers_in_float32(tiny_flux: Path) -> None:
     """transformers keeps the layers `wo` in float32 while it loads; a cast afterwards would not."""
     backbone = load_backbone(CPU, path=str(tiny_flux), dtype="fp16")
     dtypes = {n.split(".")[-2]: p.dtype for n, p in backbone.text_encoder("text_encoder_2").named_parameters()}
@@ -70,8 +70,8 @@ def test_packing_is_the_stock_pipeline_s(tiny_flux: Path) -> None:
     assert torch.equal(ours, theirs) and ours.is_contiguous()
 
 
-def test_places_of_an_oblong_image_are_the_stock_pipeline_s(tiny_flux: Path) -> None:
-    """Seen through the network's rotary embedding; the stock pipeline hands t / 1000 to the network."""
+def test_position_ids_of_a_non_square_image_equal_the_stock_pipelines(tiny_flux: Path) -> None:
+    """Compared through the network's rotary embedding; the stock pipeline passes t / 1000 to the network."""
     backbone, pipeline = load_backbone(CPU, path=str(tiny_flux)), stock(tiny_flux)
     x, cond, seen = noise(4, 6), backbone.encode_text(PROMPTS), {}
 
@@ -87,7 +87,7 @@ def test_places_of_an_oblong_image_are_the_stock_pipeline_s(tiny_flux: Path) -> 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_flux: Path, guidance: float) -> None:
-    """With the guidance embedding of the backbone where the cond has none, and that of the cond where it has one."""
+    """With the guidance scale of the backbone if the cond has none, else with that of the cond."""
     with torch.no_grad():
         theirs = stock(tiny_flux)(
             PROMPTS, latents=packed(noise()), guidance_scale=guidance, max_sequence_length=256, **SETTINGS
@@ -100,7 +100,7 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_flux: Path, gui
     assert (ours - noise()).abs().max() > 0.1
 
 
-def test_the_guidance_embedding_is_1_unless_said_otherwise(tiny_flux: Path) -> None:
+def test_the_guidance_embedding_defaults_to_1(tiny_flux: Path) -> None:
     x, t = noise(), torch.tensor([0.3, 0.9])
     out = []
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_grid_shifts_more_the_larger_the_image(tiny_flux: Path) -> None:
     torch.testing.assert_close(backbone.grid(2, 512), torch.tensor([1.0, 0.759511]))
 
 
-def test_the_smallest_piece_is_two_latents_wide(tiny_flux: Path) -> None:
+def test_resolution_must_be_a_multiple_of_the_patch_size(tiny_flux: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_flux))
     assert backbone.latent_shape(32) == (16, 8, 8)
     with pytest.raises(ValueError, match="36 is not a multiple of 8"):

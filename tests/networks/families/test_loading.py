@@ -1,4 +1,4 @@
-"""Backbones, LoRA, reference, moving average: on real tiny Stable Diffusion pipelines."""
+"""Backbones, LoRA, reference and EMA on real tiny Stable Diffusion pipelines."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def test_family_and_prediction_come_from_the_files(tiny_sd: Path) -> None:
     assert load_backbone(CPU, path="playground").schedule.prediction is Prediction.V
 
 
-def test_pieces_agree_with_the_stock_pipeline() -> None:
+def test_encode_sample_decode_agree_with_the_stock_pipeline() -> None:
     """Our encode, sample, decode against StableDiffusionPipeline with DDIM, trailing spacing and guidance 2.
 
-    5 divides 1000: where the steps do not, diffusers steps to t - 1000 // steps, which is not the next grid point.
+    5 steps divide 1000. Otherwise diffusers steps to t - 1000 // steps, not to the next grid point.
     """
     backbone = load_backbone(CPU, path="playground")
     pipeline = StableDiffusionPipeline.from_pretrained(BASE).to(torch.float32)
@@ -75,7 +75,7 @@ def test_latents_have_the_scale_the_network_expects() -> None:
         backbone.latent_shape(33)
 
 
-def test_encoders_load_when_used_and_leave_when_released() -> None:
+def test_encoders_load_lazily_and_are_released() -> None:
     backbone = load_backbone(CPU, path="playground")
     assert not backbone._parts
     backbone.encode_text(["red circle on white"])
@@ -99,7 +99,7 @@ def test_lora_starts_as_the_base_and_switches_off_exactly(tiny_sd: Path) -> None
     assert all("lora" in n for n in trained)
 
 
-def test_adapters_are_on_again_after_an_error(tiny_sd: Path) -> None:
+def test_adapters_are_enabled_again_after_an_error(tiny_sd: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
     trained = sum(p.requires_grad for p in backbone.denoiser.parameters())
     with pytest.raises(RuntimeError, match="boom"), adapters_off(backbone.denoiser):
@@ -109,7 +109,7 @@ def test_adapters_are_on_again_after_an_error(tiny_sd: Path) -> None:
 
 
 def test_gradient_checkpointing_with_a_lora_reference_gives_the_same_gradients(tiny_sd: Path) -> None:
-    """The recomputation in the backward pass must not run with the adapters off."""
+    """The recomputation in the backward pass must not run with the LoRA disabled."""
     gradients = []
     for checkpointing in (False, True):
         backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, gradient_checkpointing=checkpointing)
@@ -125,7 +125,7 @@ def test_gradient_checkpointing_with_a_lora_reference_gives_the_same_gradients(t
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_frozen_reference_stays_when_the_policy_moves(tiny_sd: Path) -> None:
+def test_frozen_reference_is_unchanged_by_training(tiny_sd: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_sd))
     reference = reference_for(backbone.denoiser)
     assert isinstance(reference, FrozenReference)
@@ -165,7 +165,7 @@ def test_lora_keeps_frozen_weights_in_their_dtype_and_trains_in_float32(tiny_sd:
     out.square().mean().backward()
 
 
-def test_fingerprint_follows_the_encoders(tiny_sd: Path, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_encoders(tiny_sd: Path, tmp_path: Path) -> None:
     import shutil
 
     copy = tmp_path / "copy"
@@ -211,7 +211,7 @@ def test_a_file_in_families_is_a_family(tmp_path: Path, tiny_sd: Path, monkeypat
             sys.modules.pop(f"{families.__name__}.{name}", None)
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+def test_loading_errors_name_the_problem(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no diffusers pipeline at .*model_index\.json"):
         find_pipeline(str(tmp_path))
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
@@ -231,7 +231,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
 
 def test_a_text_encoder_without_its_weights_is_refused(tiny_sd: Path, tmp_path: Path) -> None:
-    """transformers would draw them at random and say so in a warning."""
+    """transformers would initialise them at random with only a warning."""
     folder = shutil.copytree(tiny_sd, tmp_path / "pipeline")
     (file,) = (folder / "text_encoder").glob("*.safetensors")
     weights = load_file(file)

@@ -22,7 +22,7 @@ PROMPTS = ["small red circle left on white", ""]
 
 
 def stock(path: Path) -> StableDiffusion3Pipeline:
-    """As a user loads it; diffusers wants to be told of a T5 that the folder leaves out."""
+    """Loaded by stock diffusers, which needs an omitted T5 as an argument."""
     index = json.loads((path / "model_index.json").read_text())
     left_out = {} if index["text_encoder_3"][0] else {"text_encoder_3": None, "tokenizer_3": None}
     pipeline = StableDiffusion3Pipeline.from_pretrained(path, **left_out).to(torch.float32)
@@ -65,14 +65,14 @@ def test_text_without_t5_ends_in_zeros(tiny_sd3: Path) -> None:
     assert not cond.tokens[:, 12:].any()
 
 
-def test_text_with_t5_has_as_many_of_its_tokens_as_asked_for(with_t5: Path) -> None:
-    """4 tokens cut the first prompt, 20 pad it."""
+def test_text_with_t5_has_max_sequence_length_t5_tokens(with_t5: Path) -> None:
+    """4 tokens truncate the first prompt, 20 pad it."""
     short, long = check_text(with_t5, 4), check_text(with_t5, 20)
     assert (short.tokens.shape[1], long.tokens.shape[1]) == (12 + 4, 12 + 20)
     assert long.tokens[:, 12:].any(dim=-1).all()
 
 
-def test_t5_null_in_the_index_is_left_out_though_its_files_lie_there(with_t5: Path, tmp_path: Path) -> None:
+def test_t5_null_in_the_index_is_omitted_even_if_its_files_exist(with_t5: Path, tmp_path: Path) -> None:
     path = tmp_path / "pipeline"
     shutil.copytree(with_t5, path)
     index = json.loads((path / "model_index.json").read_text())
@@ -82,7 +82,7 @@ def test_t5_null_in_the_index_is_left_out_though_its_files_lie_there(with_t5: Pa
     assert encoder_fingerprint(path, 7) != encoder_fingerprint(with_t5, 7)
 
 
-def test_fingerprint_follows_t5_its_tokenizer_and_its_length(with_t5: Path, tmp_path: Path) -> None:
+def test_fingerprint_changes_with_t5_its_tokenizer_and_its_length(with_t5: Path, tmp_path: Path) -> None:
     path = tmp_path / "pipeline"
     shutil.copytree(with_t5, path)
     before = load_backbone(CPU, path=str(path), max_sequence_length=7).fingerprint
@@ -116,7 +116,7 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_sd3: Path, tmp_
     assert (ours - noise()).abs().max() > 0.1
 
 
-def test_the_shipped_flow_model_draws_what_the_stock_pipeline_draws() -> None:
+def test_the_shipped_flow_model_samples_as_the_stock_pipeline() -> None:
     """A trained model, with T5 and guidance 2: from noise to pixels."""
     backbone, pipeline = load_backbone(CPU, path=str(FLOW), max_sequence_length=8), stock(FLOW)
     settings = {"num_inference_steps": 4, "max_sequence_length": 8, "height": 32, "width": 32, "output_type": "pt"}

@@ -1,4 +1,4 @@
-"""SDXL against the stock pipeline: text, sampling, size conditions, and the autoencoder that float16 breaks."""
+"""SDXL against the stock pipeline: text, sampling, size conditions, and float16 overflow of the autoencoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def noise(height: int = 8, width: int = 8) -> torch.Tensor:
     return torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(0))
 
 
-def test_text_is_what_the_stock_pipeline_makes_of_it(tiny_sdxl: Path) -> None:
+def test_text_embeddings_equal_the_stock_pipelines(tiny_sdxl: Path) -> None:
     cond = load_backbone(CPU, path=str(tiny_sdxl)).encode_text(PROMPTS)
     with torch.no_grad():
         tokens, _, pooled, _ = stock(tiny_sdxl).encode_prompt(PROMPTS, do_classifier_free_guidance=False)
@@ -42,8 +42,8 @@ def test_text_is_what_the_stock_pipeline_makes_of_it(tiny_sdxl: Path) -> None:
     assert not torch.allclose(cond.tokens[0], cond.tokens[1], atol=1e-2)
 
 
-def test_the_empty_prompt_is_text_as_with_an_empty_negative_prompt(tiny_sdxl: Path) -> None:
-    """Not the zeros that the stock pipeline takes when there is no negative prompt at all."""
+def test_the_empty_prompt_is_encoded_as_an_empty_negative_prompt(tiny_sdxl: Path) -> None:
+    """It is not replaced by the zeros that the stock pipeline uses without a negative prompt."""
     pipeline, empty = stock(tiny_sdxl), load_backbone(CPU, path=str(tiny_sdxl)).encode_text([""])
     with torch.no_grad():
         _, written, _, written_pooled = pipeline.encode_prompt("red", negative_prompt="")
@@ -57,7 +57,7 @@ def test_the_empty_prompt_is_text_as_with_an_empty_negative_prompt(tiny_sdxl: Pa
 def test_sampling_ends_at_the_latents_of_the_stock_pipeline(
     tiny_sdxl: Path, tmp_path: Path, prediction: Prediction
 ) -> None:
-    """Both prediction types; no size in the cond stands for the stock pipeline's default, which is a full image."""
+    """Both prediction types; a cond without size means the stock pipeline's default, a full image."""
     path = tmp_path / "pipeline"
     shutil.copytree(tiny_sdxl, path)
     file = path / "scheduler" / "scheduler_config.json"
@@ -117,7 +117,7 @@ def test_sizes_reach_a_bfloat16_network_unrounded(tiny_sdxl: Path) -> None:
         ("bf16", False, torch.bfloat16),
     ],
 )
-def test_only_the_repaired_autoencoder_runs_in_float16(
+def test_only_the_fp16_fix_autoencoder_runs_in_float16(
     tiny_sdxl: Path, tmp_path: Path, dtype: str, upcast: bool, expected: torch.dtype
 ) -> None:
     path = tmp_path / "pipeline"
