@@ -145,7 +145,7 @@ def test_precomputed_reference_errors_equal_the_policys(
     assert row["policy/loss"] == pytest.approx(math.log(2), abs=1e-6) and row["policy/margin"] == 0
 
 
-def whole_run(recipe: Callable, folder: Path, *more: str) -> None:
+def whole_run(tiny: Callable, folder: Path, *more: str) -> None:
     """A run with every hook but the verification of the export."""
     hooks = ["hooks.checkpoint_every=2", "hooks.sample_every=2", "hooks.sample_steps=2", "hooks.ema_decay=0.9"]
     hooks += ["hooks.sample_prompts=[small red circle on white, large blue square on black]"]
@@ -155,7 +155,7 @@ def whole_run(recipe: Callable, folder: Path, *more: str) -> None:
 
 @pytest.mark.parametrize("way", ["diffusion_dpo", "r0"])
 def test_a_killed_run_resumes_bit_for_bit(
-    tmp_path: Path, pairs_file: Path, recipe: Callable, dark: str, way: str
+    tmp_path: Path, pairs_file: Path, tiny: Callable, dark: str, way: str
 ) -> None:
     """4 steps = 2 + resume + 2, with EMA, monitor, sample grids and export."""
     more = [way, "backbone.lora_rank=0", "run.mixed_precision=bf16"]
