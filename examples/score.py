@@ -3,7 +3,7 @@
     python examples/score.py photos "large red circle on white"
 
 `playground_hps` ships with the package and is trained on the captions of the playground. Replace it with `hps_v2.1`,
-`pickscore`, `clip` or your own scorer folder. `reward-score` does the same for a million images and resumes after a kill.
+`pickscore`, `clip` or your own scorer folder. `reward-score` does the same for a million images and can resume.
 """
 
 from __future__ import annotations
