@@ -1,15 +1,15 @@
-"""Everything that needs a GPU, most important first, in one command of at most nine minutes.
+"""GPU benchmarks and device tests, most important first, in one command of at most nine minutes.
 
     python benchmarks/gpu.py                             # on an H100 or H200
     python benchmarks/gpu.py --only sdxl-lora-2 scoring  # some of the cases
     python benchmarks/gpu.py --tiny                      # every case at tiny size on a CPU: does it run?
 
-The tests of tests/device on the card, training steps of SD1.5 and SDXL size against the released ones, other recipes,
+The tests of tests/device on the GPU, training steps of SD1.5 and SDXL size against the released ones, other recipes,
 scoring, the demo. Models have random weights. Ours and the baseline run one after the other; each is the median of its
-steps, timed by events of the device. Writes results/gpu.json, a list of one object a case, again whenever a case has
-found something: a run that is stopped or killed loses nothing. A case that fails, or takes too long, is recorded with
+steps, timed by events of the device. Writes results/gpu.json, a list of one object a case, after every new
+result: a run that is stopped or killed loses nothing. A case that fails, or takes too long, is recorded with
 its `error`, and the next one runs in a new process; one that does not fit into --seconds any more is skipped and says
-so: a second call with --only runs it. What the file holds of cases that are not run again stays.
+so: a second call with --only runs it. Results of cases that are not run again are kept.
 
   ours, baseline     rates in `unit`; of the tests how many passed, and of how many; of the demo seconds
   peak_gb_*          GB (2^30 bytes) of the allocator at most, weights, encoding and the reference's pass included

@@ -1,7 +1,6 @@
-"""The cases of benchmarks/gpu.py that run in its worker process: each reports what it has found as soon as it knows.
+"""The cases of benchmarks/gpu.py that run in its worker process: each yields results as soon as they are measured.
 
-Ours is the recipe's own `main` with the shipped config of a real size, left once enough steps were measured; nothing
-of it is rebuilt here.
+Ours is the recipe's own `main` with the shipped config of a real size, stopped after enough measured steps.
 """
 
 from __future__ import annotations
@@ -199,7 +198,7 @@ def scoring(report: Report, place: Place, *, images: int) -> None:
         files = scoring_loops.make_images(Path(folder), images)
         fresh(place.device)
         for _ in place.ours(report, images, warmup=1, steps=3):
-            scorer.forget()
+            scorer.clear_cache()
             score_files(scorer, files, prompts)
         fresh(place.device)
         scoring_loops.baseline(scorer, files[:2], prompts[:2], place.device)

@@ -1,6 +1,6 @@
-"""How benchmarks/gpu.py runs things: each job is a generator that yields what it has found so far, and ends in time.
+"""Jobs of benchmarks/gpu.py: each is a generator that yields its results so far and keeps a time limit.
 
-Closing a job, or letting it go, kills the processes that it started. No torch here: the worker alone imports it.
+Closing or deleting a job kills its child processes. No torch here: the worker alone imports it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much a training step keeps for its backward pass: R0 and R0+ over sampler steps, Diff-Instruct* one graph or two.
+"""Memory saved in a training step for backward: R0 and R0+ over sampler steps, Diff-Instruct* one graph or two.
 
     python benchmarks/graph_memory.py            # writes benchmarks/results/graph_memory.json
 

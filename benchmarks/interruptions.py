@@ -1,12 +1,12 @@
-"""Kills programs at random moments and holds what they go on to write against what they write undisturbed.
+"""Kill programs at random moments, resume them, and compare their output with that of an undisturbed run.
 
     python benchmarks/interruptions.py                     # 20 of each signal; writes results/interruptions.json
     python benchmarks/interruptions.py --trials 5 --seed 3 --only training
 
 SIGKILL, SIGTERM and SIGINT, at a moment drawn uniformly from the time the program takes: offline and online training,
-caching of latents, scoring, generating, all on the playground. A trial holds when the program ends as the signal asks,
-the same command goes on, and everything it writes is the same bit for bit: weights, moving averages, checkpoints,
-metrics (a line a step, in order), sample grids, tables, images; and when nothing that was cached is made again. Each
+caching of latents, scoring, generating, all on the playground. A trial passes if the program exits as required,
+the same command resumes it, and everything it writes is the same bit for bit: weights, moving averages, checkpoints,
+metrics (a line a step, in order), sample grids, tables, images; and if nothing in the cache is computed again. Each
 program is a process of its own, forked after the imports, which take longer than all else.
 """
 

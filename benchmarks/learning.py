@@ -1,4 +1,4 @@
-"""Does it align? Every algorithm, with its controls and three seeds, judged exactly on held-out playground prompts.
+"""Alignment benchmark: every algorithm, its controls and three seeds, scored by the exact judge on held-out prompts.
 
     python benchmarks/learning.py                                  # everything that results/learning.json lacks
     python benchmarks/learning.py --case inpo/lora --seed 0 --labels flipped

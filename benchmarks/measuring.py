@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: time of a step, peak memory, operations, how busy the GPU is."""
+"""Measuring tools of the benchmarks: time of a step, peak memory, operations, how busy the GPU is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a data set of a million pairs starts: seconds, memory and open files, with an empty cache and with a full one.
+"""Start-up cost of a data set of a million pairs: seconds, memory and open files, with an empty and a full cache.
 
     python benchmarks/million_pairs.py --records 1000000 --images 200000
 

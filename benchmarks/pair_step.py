@@ -5,7 +5,7 @@
 
 Playground size; benchmarks/gpu.py has real ones. The baseline is benchmarks/released_step.py. Ours reads cached latents
 and embeddings and inverts pairs of different depth together.
-Same model, batch, precision and optimizer; the two take turns, so that whatever else the machine does hits both. Peak
+Same model, batch, precision and optimizer; the two alternate, so that other load on the machine affects both. Peak
 memory is that of a process that runs only one of them. Writes results/pair_step.json.
 """
 

@@ -1,4 +1,4 @@
-"""Is it personal? Scorers and generators for strangers, of whom a few choices are known, judged exactly.
+"""Personalisation benchmark: scorers and generators for held-out people, given a few choices of each.
 
     python benchmarks/personal.py                       # everything that results/personal.json lacks
     python benchmarks/personal.py --part ppd --seed 0

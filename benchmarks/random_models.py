@@ -1,4 +1,4 @@
-"""Models of real sizes with random weights, made on the device, and data for them: what speed is measured with.
+"""Models of real sizes with random weights, created on the device, and data for them, for speed benchmarks.
 
 On a GPU SD1.5 takes seconds and SDXL ten of them; on a CPU minutes, so there `tiny` makes the same classes small.
 """

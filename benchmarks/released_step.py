@@ -3,8 +3,8 @@
 It decodes, resizes and flips the images, encodes images and captions every step, holds a second U-Net as the reference
 and runs it on the batch. What does not train is in half precision where the step is, as there. SDXL's script keeps
 the frozen networks on the host and copies them over every step; here they stay on the device, in the baseline's favour.
-InPO's is right for one pair at a time only, so it accumulates as many as ours takes at once; it inverts with the policy
-in ten steps.
+InPO's is correct for one pair at a time only, so it accumulates as many pairs as our batch holds. It inverts with the
+policy in ten steps.
 """
 
 from __future__ import annotations

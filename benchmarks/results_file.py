@@ -1,4 +1,4 @@
-"""Where benchmarks write what they found, and the names of the processor and the commit that they found it with."""
+"""Result files of the benchmarks, and the names of the processor and the commit."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Do scorers learn the true preference? Train the playground's from nothing, ask the exact judge on held-out captions.
+"""Scorer benchmark: train the playground's scorers from scratch, and compare with the exact judge on held-out captions.
 
     python benchmarks/scorers.py                        # every recipe and seed that results/scorers.json lacks
     python benchmarks/scorers.py --recipe hps --seed 0 --ship
 
 A scorer learns from ratings and rankings by noisy annotators of rendered images; its accuracy is the share of pairs of
 images of one held-out caption that it puts in the judge's own order, with a bootstrap interval over captions. Beside it
-the ceiling: how often the annotators' own ranking agrees with the judge. A scorer of several aspects is asked for each.
---ship puts the weights where the package keeps them.
+the ceiling: how often the annotators' own ranking agrees with the judge. Scorers with several aspects are measured
+on each. --ship puts the weights where the package keeps them.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ other, twice, the better time of each:
   ours      what the command runs: decode and resize in threads, batches, prompts encoded once
   forward   the two towers alone on batches that are ready, which nothing can beat: every image and every prompt once
 Four images share a prompt, as candidates do. No more than DISTINCT images are drawn; the others are the same files
-under further names, for neither side remembers an image. Writes benchmarks/results/scoring.json.
+under further names, since neither side caches images. Writes benchmarks/results/scoring.json.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main() -> None:
         files = make_images(Path(folder), args.images)
         baseline(scorer, files[:2], prompts[:2], device)  # warm
         theirs, their_mb = best_of_two(lambda: baseline(scorer, files, prompts, device))
-        ours, our_mb = best_of_two(lambda: (scorer.forget(), score_files(scorer, files, prompts)))
+        ours, our_mb = best_of_two(lambda: (scorer.clear_cache(), score_files(scorer, files, prompts)))
     ready, _ = best_of_two(lambda: forward(scorer, args.images, tokens, args.batch_size, device))
     row = {
         "case": f"reward-score {args.model}",

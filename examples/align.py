@@ -2,7 +2,7 @@
 
     python examples/align.py runs/from_python
 
-`train/diffusion_dpo.py` is the same with every setting in a configuration. Writes FOLDER/: config.yaml (empty here),
+`train/diffusion_dpo.py` does the same, with every setting in a config file. Writes FOLDER/: config.yaml (empty here),
 metrics.jsonl, checkpoints/ and export/, which `pipe.load_lora_weights` of stock diffusers reads.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/score.py photos "large red circle on white"
 
-`playground_hps` ships with the package and knows the captions of the playground. Put `hps_v2.1`, `pickscore`, `clip` or
-a scorer folder of your own in its place. `reward-score` does the same for a million images and goes on after a kill.
+`playground_hps` ships with the package and is trained on the captions of the playground. Replace it with `hps_v2.1`,
+`pickscore`, `clip` or your own scorer folder. `reward-score` does the same for a million images and can resume.
 """
 
 from __future__ import annotations

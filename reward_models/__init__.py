@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from reward_models.protocol import Scorer as Scorer
     from reward_models.protocol import check_images as check_images
 
-# Where each public name lives. Resolved on first use: importing the package must not cost an import of torch.
-_HOME = {
+# Module of each public name. Resolved on first use: importing the package must not cost an import of torch.
+_MODULE_OF = {
     "AestheticPredictor": "clip.aesthetic",
     "CLIPScore": "clip.scorers",
     "CLIPScorer": "clip.scorers",
@@ -57,6 +57,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'reward_models' has no attribute {name!r}")
-    return getattr(import_module(f"reward_models.{_HOME[name]}"), name)
+    return getattr(import_module(f"reward_models.{_MODULE_OF[name]}"), name)

@@ -1,4 +1,4 @@
-"""How often a scorer agrees with people, by every definition under which numbers were published.
+"""Accuracy of scorers against human preferences, by every published definition.
 
 A definition says of one prompt with n images how much is right out of how much is counted, from scores [n] (larger is
 better) and ranks [n] (lower is better). The accuracy of a data set is the sum of the former over that of the latter,
@@ -26,7 +26,7 @@ THRESHOLDS = tuple(t / 10 for t in range(11))
 """Between which `best_threshold` chooses."""
 
 Credit = tuple[float, float]
-"""What is right, and out of how much, in one prompt. (0, 0): nothing can be said about it."""
+"""Correct and counted amounts of one prompt. (0, 0): the prompt is left out."""
 
 Metric = Callable[[ArrayLike, ArrayLike], Credit]
 
@@ -169,7 +169,7 @@ def best_threshold(groups: Sequence[Group]) -> float:
 
 
 def always_tie(groups: Sequence[Group]) -> float:
-    """What pick_threshold gives for the answer "tie" to every pair: f + (1 - f) / 2, f the share of label ties."""
+    """The pick_threshold accuracy of predicting a tie for every pair: f + (1 - f) / 2, f the share of label ties."""
     signs = np.concatenate([_signs(g.scores, g.ranks)[0] for g in groups])
     return float(np.mean(signs == 0) / 2 + 0.5)
 
@@ -204,7 +204,7 @@ def argmax(scores: ArrayLike, ranks: ArrayLike) -> Credit:
 def kendall_tau_b(scores: ArrayLike, ranks: ArrayLike) -> Credit:
     """Kendall's tau-b of scores and human order, in [-1, 1], every prompt counting the same. Equal scores throughout
     are worth 0; a prompt whose labels all tie is left out."""
-    from scipy.stats import kendalltau  # a second, and nothing else needs it
+    from scipy.stats import kendalltau  # the import takes a second, and nothing else needs it
 
     h, d = _signs(scores, ranks)
     if not h.any():

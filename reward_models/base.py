@@ -1,4 +1,4 @@
-"""What the scorers that ship here share: preprocessing, then a network, then one number an image."""
+"""Base class of the scorers in this package: preprocessing, a network, and one score per image."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class NetworkScorer(nn.Module, ABC):
         return torch.cat(scores) if scores else torch.zeros(0)
 
     def prepare(self, images: Sequence[Image.Image | str | PathLike[str]]) -> Tensor:
-        """Pillow images or files, of any sizes -> what `preprocess` makes of them, [N, 3, h, w] on the scorer's device.
+        """Pillow images or files, of any sizes -> preprocessed images [N, 3, h, w] on the scorer's device.
 
         Raises ImageError for what cannot be read.
         """
@@ -63,29 +63,33 @@ class NetworkScorer(nn.Module, ABC):
 
     @abstractmethod
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> float32 [B]. Gradients reach the pixels, not the weights' text side:
-        features of prompts are computed once and kept."""
+        """Preprocessed images and B prompts -> float32 [B].
+
+        Gradients reach the pixels, but not the text tower: prompt features are computed once and cached.
+        """
 
     @abstractmethod
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The logits that training compares: float32 [B], or [B, A] for a scorer with A aspects. Gradients reach every
-        weight that requires one; nothing is cached."""
+        """The logits for training: float32 [B], or [B, A] for a scorer with A aspects.
+
+        Gradients reach every weight that requires one. Nothing is cached.
+        """
 
     def cast(self, dtype: torch.dtype) -> NetworkScorer:
-        """Hold the network in another floating type. Scores are float32 all the same."""
+        """Convert the network to another floating-point type. Scores stay float32."""
         return self.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NetworkScorer:
-        self.forget()  # what is kept lies on the old device, or has the old dtype
+        self.clear_cache()  # cached features have the old device or dtype
         return super()._apply(fn, recurse)
 
-    def forget(self) -> None:
-        """Drop what is kept of prompts: the weights changed."""
+    def clear_cache(self) -> None:
+        """Clear the cached prompt features, because the weights changed."""
 
     def load_state_dict(self, *args: Any, **settings: Any) -> Any:
-        self.forget()
+        self.clear_cache()
         return super().load_state_dict(*args, **settings)
 
     def train(self, mode: bool = True) -> NetworkScorer:
-        self.forget()
+        self.clear_cache()
         return super().train(mode)

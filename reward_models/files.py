@@ -1,5 +1,7 @@
-"""Files: read without being held up, text as UTF-8, written whole or not at all; and whether the hub of Hugging Face
-can be reached. Shared by both packages; loads no network."""
+"""File access: non-blocking reads, UTF-8 text, atomic writes; and a check whether the Hugging Face hub is reachable.
+
+Shared by both packages. Loads no network.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from typing import Any, BinaryIO
 
 PathLike = str | os.PathLike[str]
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""Errors of whatever is written to."""
-PATIENCE = 4.0
-"""Seconds in which the hub must answer."""
+"""Error numbers of a disk that cannot be written to."""
+HUB_TIMEOUT = 4.0
+"""Timeout of requests to the hub, seconds."""
 
 
 def open_file(path: PathLike) -> BinaryIO:
@@ -143,7 +145,7 @@ def leads_out(name: str) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 200 characters."""
+    """The message of an error, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -167,7 +169,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        # What the block reads may fail as well: that is told as it is.
+        # Errors of reads inside the block are raised unchanged.
         if error.errno not in DISK and error.filename not in (str(temporary), str(path), str(path.parent)):
             raise
         raise OSError(f"cannot write '{path}': {error.strerror}") from error
@@ -237,7 +239,7 @@ def writing(path: PathLike) -> Iterator[None]:
 def readable(path: PathLike) -> None:
     """Give a file, or all files of a folder, the permissions that the umask leaves to new files."""
     path = Path(path)
-    os.umask(mask := os.umask(0o077))  # there is no other way to ask for it
+    os.umask(mask := os.umask(0o077))  # there is no other way to read it
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file() and not file.is_symlink():
             with suppress(OSError):
@@ -246,14 +248,17 @@ def readable(path: PathLike) -> None:
 
 @cache
 def reachable() -> bool:
-    """Whether the hub answers. Where it does not, this process and those it starts use what is in the local cache at
-    once; left to themselves, the libraries ask again and again for up to a minute, in a hundred lines."""
+    """Whether the hub can be reached.
+
+    If not, this process and its child processes use the local cache at once. Otherwise the libraries would retry for up
+    to a minute and print a hundred lines.
+    """
     from huggingface_hub import constants, utils  # here: it takes a while, and most commands need no hub
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        utils.get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+        utils.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
         return True
     except Exception:  # of requests or of httpx, by the version of huggingface_hub
         constants.HF_HUB_OFFLINE = True
@@ -263,7 +268,7 @@ def reachable() -> bool:
 
 
 def missing(name: str, error: Exception) -> str:
-    """Why a hub id cannot be had, in one line, from what a library raised."""
+    """The reason why a hub id cannot be loaded, in one line, from the exception of a library."""
     if not reachable():
         return f"'{name}' is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
     said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

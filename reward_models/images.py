@@ -24,7 +24,7 @@ with suppress(ImportError):  # the plugin is a package of its own
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
 """What counts as an image in a folder. Files that are listed by name may have others."""
 DECODING = 2
-"""Number of the rule by which bytes become pixels. What is kept of images must not outlive it."""
+"""Version of the decoding rule. Caches of decoded images are invalid once it changes."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -34,7 +34,7 @@ class ImageError(ValueError):
 
 
 class UnsupportedImage(ImageError):
-    """An image that is whole, but of a kind that is not read."""
+    """An intact image of an unsupported kind."""
 
 
 def is_image(name: str) -> bool:
@@ -102,7 +102,7 @@ def decode(data: bytes) -> Image.Image:
     except UnsupportedImage:
         raise
     except ImageError:
-        # Pillow takes a PNG for damaged whose text or profile it cannot read, or finds too long. Nobody needs them.
+        # Pillow rejects a PNG whose text or profile is unreadable or too long. Neither is needed here.
         if (plain := _without_texts(data)) == data:
             raise
         return _decode(plain)
@@ -115,7 +115,7 @@ def _decode(data: bytes) -> Image.Image:
             return to_rgb(image)
     except ImageError:
         raise
-    except Exception as error:  # whatever a plugin stumbles over: their readers are many, and raise all there is
+    except Exception as error:  # Pillow's many plugins raise errors of every type
         raise _reason(data, error) from error
 
 

@@ -1,4 +1,4 @@
-"""`name[,key=value,...]` -> a scorer. A new one is a class and a row in SCORERS."""
+"""Load a scorer from `name[,key=value,...]`. A new scorer is a class and a row in SCORERS."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def load_scorer(
 def _build(spec: str) -> Any:
     """The scorer of a spec, as its constructor leaves it."""
     name, _, settings = spec.partition(",")
-    # A folder's name may have a comma in it; what is called as a scorer is called that, whatever lies in this folder.
+    # A folder's name may contain a comma. A scorer's name takes precedence over a folder of the same name.
     folder = next((x for x in (spec, name) if os.path.isdir(x) and name not in SCORERS), None)
     if folder is None:
         build = _find(name)
@@ -105,13 +105,13 @@ def _find(name: str) -> Any:
         raise ValueError(
             f"no scorer '{name}'{nearest(name, SCORERS)}; known: {', '.join(SCORERS)}, or your own package.module:Class"
         )
-    if os.getcwd() not in sys.path:  # a command's own folder is there in its place; last, so that it hides nothing
+    if os.getcwd() not in sys.path:  # the working folder comes last, so that it hides no installed module
         sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; what it imports is not
+            raise  # the module exists, but one of its imports does not
         file = module_name.replace(".", "/") + ".py"
         raise ValueError(
             f"scorer '{name}': no module '{module_name}'; expected {file} in this folder, or its folder on PYTHONPATH"

@@ -1,4 +1,4 @@
-"""Several scorers as one."""
+"""Weighted sums of scorers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from reward_models.protocol import Scorer, scores_of
 class WeightedSum(nn.Module):
     """`sum_k weight_k * (score_k - mean_k) / std_k` over several scorers: itself a scorer, differentiable if all are.
 
-    scorers     name -> (scorer, weight). A negative weight is for what there should be less of
-    normalise   none     mean 0, std 1: units are mixed as they are
-                fixed    `statistics` says, name -> (mean, std)
+    scorers     name -> (scorer, weight). A negative weight penalises a score
+    normalise   none     mean 0, std 1: scores are not normalised
+                fixed    given by `statistics`, name -> (mean, std)
                 running  of all scores given to `update` so far; float64 and in the state dict
                 start    of the first START scores given to `update`, which a policy has before it learns much
-    maxmin      above 0, the weights move to whoever has gained least: MaxMin-RLHF (Chakraborty et al., 2024, arXiv
-                2402.08925) over groups of people, each with a scorer of its own. Scorer k has the share
+    maxmin      above 0, the weights move to the scorer with the smallest gain: MaxMin-RLHF (Chakraborty et al., 2024,
+                arXiv 2402.08925) over groups of people, each with a scorer of its own. Scorer k has the share
                 K exp(-maxmin J_k) / sum_i exp(-maxmin J_i), J_k a moving average of its normalised scores: the gradient
                 of a soft minimum, the hard one of the paper where maxmin is large. (Shares that are multiplied at every
                 update follow the policy late, and swing.) Needs normalise `start`, for a group's gain must not be
                 counted from its own mean
 
-    `score` never changes the statistics, so that the score of an image does not depend on how often it was asked for.
-    A training loop that wants running ones says so, and computes every score once:
+    `score` never changes the statistics, so the score of an image does not depend on earlier calls.
+    A training loop with running statistics updates them itself, and computes every score once:
 
         parts = mixture.parts(images, prompts)
         mixture.update(parts)                     # or the scores gathered from all processes
@@ -79,7 +79,7 @@ class WeightedSum(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether `update` must be given what was scored."""
+        """Whether `update` must be called with the scores."""
         return self.normalise in ("running", "start")
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -95,13 +95,13 @@ class WeightedSum(nn.Module):
         return scores_of(name, self.scorers[name], images, prompts).to(images.device)
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """What `parts` gave -> float32 [B]. Raises ValueError while all scores of the running statistics are equal."""
+        """The weighted sum of `parts`, float32 [B]. Raises ValueError while all scores of the statistics are equal."""
         weights = self.present_weights()
         scores = parts if self.normalise == "none" else self.normalised(parts)
         return torch.stack([weights[name] * scores[name] for name in weights]).sum(0)
 
     def present_weights(self) -> dict[str, float]:
-        """The weights as they are now: as given, or where MaxMin has moved them."""
+        """The current weights: as given, or as changed by MaxMin."""
         shares = len(self.gains) * torch.softmax(-self.maxmin * self.gains, 0)
         return {name: w * share for (name, w), share in zip(self.weights.items(), shares.tolist(), strict=True)}
 
@@ -120,8 +120,8 @@ class WeightedSum(nn.Module):
 
     @torch.no_grad()
     def update(self, parts: Mapping[str, Tensor]) -> None:
-        """Take the scores [B] of every scorer into the statistics (Welford, merged as Chan et al., 1979), and
-        into the gains of MaxMin.
+        """Update the statistics with the scores [B] of every scorer (Welford, merged as Chan et al., 1979), and
+        update the gains of MaxMin.
 
         Raises ValueError if normalise is neither `running` nor `start`, or for scores that are not finite.
         """
@@ -154,14 +154,14 @@ def load_mixture(
     maxmin: float = 0.0,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> WeightedSum:
-    """What trainers optimise: scorers by `load_scorer` and their weights.
+    """The reward for training: a weighted sum of scorers loaded by `load_scorer`.
 
     Args:
         scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class
         weights: one for each scorer; 1 for all when left out
         normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter;
             start by that of the first 256
-        maxmin: above 0, how sharply the weights turn to the scorer that has gained least (2); needs normalise start
+        maxmin: above 0, how strongly the weights favour the scorer with the smallest gain (2); needs normalise start
         dtype: of the scorers' networks
     """
     if problems := check_mixture({"scorers": scorers, "weights": weights}):
@@ -172,7 +172,7 @@ def load_mixture(
 
 
 def check_mixture(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `reward` section, one line each."""
+    """The errors of the `reward` section of a config, one line each."""
     scorers, weights = cfg["scorers"], cfg["weights"]
     problems = [] if scorers else ["'reward.scorers' is empty; name at least one scorer"]
     if len(set(scorers)) < len(scorers):

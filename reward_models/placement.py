@@ -1,6 +1,6 @@
-"""Where scorers run and what they compute in. No other file of this package decides it.
+"""Device and precision of scorers. No other file of this package decides them.
 
-Networks that diffusion models need are placed by `diffalign.networks.placement`.
+Networks of diffusion models are placed by `diffalign.networks.placement`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def place(scorer: nn.Module, device: torch.device, dtype: str, *, compile: bool 
 
 
 def as_input(network: nn.Module, x: Tensor) -> Tensor:
-    """A tensor on the device and in the dtype of a network's weights, which is what it takes."""
+    """A tensor converted to the device and dtype of a network's weights."""
     weight = next(network.parameters())
     return x.to(weight.device, weight.dtype)
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """Inside, nothing is autocast: heads and scores are float32, whoever calls the scorer."""
+    """Context without autocast: heads and scores are float32, independent of the caller."""
     return torch.autocast(device.type, enabled=False)

@@ -1,7 +1,7 @@
 """How images become a network's input: resize, crop or pad, normalise. Exactly as Pillow does it, and differentiable.
 
-Published scorers saw 8-bit images that Pillow had resized. Pillow filters rows and columns one after the other and
-rounds to 8 bits after each. A resize of float tensors does not, and differs by up to 2 of 255 grey levels, at hard
+Published scorers were trained on 8-bit images resized by Pillow. Pillow filters rows and columns one after the other
+and rounds to 8 bits after each. A resize of float tensors does not, and differs by up to 2 of 255 grey levels, at hard
 edges by 11. Here both passes are matrices with Pillow's own coefficients, rounded where Pillow rounds; gradients pass
 straight through the rounding, so they are those of the linear filter. The score of a tensor is the score of the saved
 image.
@@ -38,10 +38,10 @@ _SUPPORT = {"bicubic": 2.0, "bilinear": 1.0}
 
 @dataclass(frozen=True)
 class ImageRule:
-    """How a network wants its images.
+    """Preprocessing rule of a network.
 
-    size           side of the square it takes, pixels
-    resize         the shortest side to `size` and the centre cropped, the longest and the rest padded, or squash both
+    size           side of the square input, pixels
+    resize         scale the shortest side to `size` and crop the centre; scale the longest side and pad; or squash both
     crop           how the offset of the crop is rounded: torchvision to even, transformers down
     method         pil: as Pillow resizes 8-bit images; antialias, plain: torchvision's resize of float tensors, with
                    and without antialias, as HPSv2's authors resize with new and old torchvision
@@ -73,8 +73,11 @@ class ImageRule:
         return tv.normalize(images, list(self.mean), list(self.std))
 
     def shrink(self, image: Image.Image) -> Image.Image:
-        """An RGB image resized and cropped by Pillow itself: the rule gives the same for it as for the whole image,
-        bit for bit. For decoders, which are many; only where `method` is pil."""
+        """An RGB image resized and cropped by Pillow.
+
+        The rule gives the same output for it as for the full image, bit for bit. Decoder threads use it. Only valid if
+        `method` is pil.
+        """
         to = self.target(image.height, image.width)
         image = image.resize((to[1], to[0]), _PILLOW[self.interpolation])
         left, top, right, bottom = self._padding(to)
@@ -183,7 +186,7 @@ def bands(n: int, m: int, start: int, stop: int, interpolation: Interpolation) -
 
 
 def _weights(n: int, m: int, i: int, interpolation: Interpolation) -> tuple[int, list[float]]:
-    """The first input that output i of m sees, and the weights of it and its followers."""
+    """The first input of the filter window of output i of m, and the weights from there on."""
     scale = n / m
     stretch = max(scale, 1.0)
     support = _SUPPORT[interpolation] * stretch

@@ -1,4 +1,4 @@
-"""What a scorer is, and the checks of what goes into one and of what comes out."""
+"""The scorer protocol, and checks of the inputs and outputs of scorers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = 1e-3
-"""How far outside [0, 1] a value may lie: half precision and resizing overshoot by less."""
+"""Tolerance for values outside [0, 1]: half precision and resizing overshoot by less."""
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Matching(Protocol):
 
 @runtime_checkable
 class Resizing(Protocol):
-    """A scorer whose network sees one size: the command then makes full batches out of images of mixed sizes.
+    """A scorer with a fixed input size. `reward-score` then forms full batches from images of mixed sizes.
 
     `score(images, prompts)` equals `score_pixels(preprocess(images), prompts)`.
     """
@@ -51,13 +51,13 @@ class Resizing(Protocol):
         """[B, 3, H, W] float in [0, 1], any H and W -> [B, 3, h, w] for the network, h and w always the same."""
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> float32 [B]."""
+        """Preprocessed images and B prompts -> float32 [B]."""
 
 
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:
     """Raise ValueError unless images are [B, 3, H, W] float in [0, 1] and there are B prompts.
 
-    FloatingPointError for images that are not finite: whatever drew them has diverged, and no scorer is to blame.
+    Raises FloatingPointError for images that are not finite: the generator has diverged.
     """
     what = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}"
     expected = "images must be float in [0, 1] with shape [B, 3, H, W]; got"
@@ -76,10 +76,10 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def scores_of(name: str, scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Ask a scorer, whoever wrote it: images as in `check_images` and B prompts -> finite float32 [B], on its device.
+    """Checked scores of any scorer: images as in `check_images` and B prompts -> finite float32 [B], on its device.
 
-    name is what errors call it. Raises ValueError as `checked` does and where a gradient is promised but none there,
-    FloatingPointError for nan and infinity.
+    name is the name of the scorer in errors. Raises ValueError as `checked` does, and if a differentiable scorer
+    returns scores without a gradient. Raises FloatingPointError for nan and infinity.
     """
     check_images(images, prompts)
     scores = checked(name, scorer.score(images.to(device_of(scorer)), prompts), len(images))
@@ -95,7 +95,7 @@ def scores_of(name: str, scorer: Scorer, images: Tensor, prompts: Sequence[str])
 
 
 def checked(name: str, scores: Any, count: int) -> Tensor:
-    """The answer of a scorer to `count` images, float32 (or float64) [count]. Raises ValueError for anything else."""
+    """The output of a scorer for `count` images, float32 or float64 [count]. Raises ValueError for anything else."""
     expected = f"scorer '{name}' must return float32 [{count}] for {count} images; got"
     if not isinstance(scores, Tensor):
         shape = getattr(scores, "shape", None)
@@ -123,6 +123,6 @@ def choice_temperature_of(scorer: Scorer) -> float | None:
 
 
 def device_of(scorer: Scorer) -> torch.device:
-    """Where a scorer wants its images: where its weights are, or its attribute `device`, or the CPU."""
+    """The device of a scorer: that of its weights, else its attribute `device`, else the CPU."""
     weights = next(scorer.parameters(), None) if isinstance(scorer, nn.Module) else None
     return torch.device(getattr(scorer, "device", "cpu")) if weights is None else weights.device

@@ -1,4 +1,4 @@
-"""What recipes that train a scorer need from here: the network to start from, and which of its weights train."""
+"""Initial networks for recipes that train scorers, and the choice of trainable weights."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def blip_to_train(
         )
         if (
             weights is None and body is None
-        ):  # ImageReward's tiny start suits a trained body; a random one is stuck in it
+        ):  # ImageReward's small initial weights suit a trained body; with a random body training gets stuck
             for layer in (x for x in scorer.mlp.modules() if isinstance(x, nn.Linear)):
                 layer.reset_parameters()
     train_only(scorer, trains)
@@ -110,7 +110,7 @@ def blip_to_train(
 
 
 def check_to_train(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in the `scorer` section of a scorer that is trained, one line each."""
+    """The errors of the `scorer` section of a config, one line each."""
     problems = []
     for pattern in cfg["trains"]:
         try:
@@ -127,7 +127,7 @@ blip_to_train.check = check_to_train  # type: ignore[attr-defined]
 
 
 def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
-    """Let the parameters train whose whole name matches one of the regular expressions; all without any.
+    """Make trainable the parameters whose full name matches one of the regular expressions; all if there are none.
 
     Raises ValueError for an expression that matches nothing.
     """
@@ -140,7 +140,7 @@ def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
 
 
 def prepare(rule: ImageRule) -> Any:
-    """A function from an encoded image to what the network takes, [3, h, w]; it pickles."""
+    """A picklable function from an encoded image to the network input [3, h, w]."""
     return partial(_prepare, rule)
 
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from reward_models.files import reachable, read_json, replacing, write_whole, writing
 
 CONFIG = "reward_config.json"
-"""What makes a folder a scorer folder. Beside it lie WEIGHTS and, where it is not the default one, a tokenizer."""
+"""The config file of a scorer folder. The folder also holds WEIGHTS and, unless it is the default, a tokenizer."""
 WEIGHTS = "model.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NAMED = 5
 _DAMAGE = (RuntimeError, EOFError, struct.error, LookupError, ValueError, TypeError, AttributeError, AssertionError)
-"""What torch.load raises on damaged bytes: whatever its reader stumbles over."""
+"""The exceptions of torch.load for damaged files."""
 
 
 def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
@@ -116,7 +116,7 @@ def save_state(
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What reward_config.json of a scorer folder says. Raises FileNotFoundError or ValueError."""
+    """The content of reward_config.json of a scorer folder. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' is no scorer folder: it has no {CONFIG}")
@@ -127,7 +127,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write reward_config.json, whole or not at all. Last of a folder's files: with it, the folder is a scorer."""
+    """Write reward_config.json, whole or not at all. Write it last: it makes the folder a scorer."""
     write_whole(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 

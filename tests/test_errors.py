@@ -28,7 +28,7 @@ from diffalign.commands import cli, launch
 from diffalign.commands.program import run as run_program
 from diffalign.networks.loading import find_pipeline
 from diffalign.playground import SHIPPED
-from reward_models.files import PATIENCE, reachable, writing
+from reward_models.files import HUB_TIMEOUT, reachable, writing
 
 ROOT = Path(__file__).parents[1]
 SHORT = ["trainer.steps=1", "data.batch_size=2", "data.limit=8", "hooks.checkpoint_every=0", "hooks.sample_every=0"]
@@ -137,7 +137,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> No
         for name in ("owner/one", "owner/two"):
             with pytest.raises(FileNotFoundError, match=rf"'{name}' is not in the local cache.*cannot be reached"):
                 find_pipeline(name)
-        assert asked == [PATIENCE] and constants.HF_HUB_OFFLINE is True
+        assert asked == [HUB_TIMEOUT] and constants.HF_HUB_OFFLINE is True
     finally:
         reachable.cache_clear()
 

@@ -2,7 +2,7 @@
 
 They hold the same numbers under other names; both keep the queries, keys and values of the image tower fused. The
 text tower has the names of BERT in both, and the head (`mlp.*`) is ours. Names that neither layout has are kept as they
-are, for the strict loader to complain of.
+are, and the strict loader reports them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The parts of a BLIP scorer, from the description of its architecture, and where its files lie."""
+"""The parts of a BLIP scorer, built from a description of its architecture, and the search for its files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def build_towers(vision: Mapping[str, int], text: Mapping[str, int]) -> tuple[Bl
         **vision,
         hidden_act="gelu",
         layer_norm_eps=1e-6,
-        initializer_range=0.02,  # transformers' default, 1e-10, lets no image through
+        initializer_range=0.02,  # transformers' default, 1e-10, makes the image features vanish
     )
     text_config = BlipTextConfig(
         **text,
@@ -94,7 +94,7 @@ def build_towers(vision: Mapping[str, int], text: Mapping[str, int]) -> tuple[Bl
         attention_probs_dropout_prob=0.1,
         bos_token_id=None,  # its defaults are ids of the full vocabulary, and nothing is generated
         sep_token_id=None,
-        is_decoder=True,  # which is how transformers says that there is cross-attention
+        is_decoder=True,  # required by transformers for cross-attention
     )
     return BlipVisionModel(image_config), BlipTextModel(text_config, add_pooling_layer=False)
 
@@ -138,7 +138,7 @@ def find_tokenizer(source: str | PathLike[str], vocabulary: int) -> Any:
 
 
 def tokenizer_beside(weights: str) -> str:
-    """The folder of the weights if a tokenizer lies there, else bert-base-uncased."""
+    """The folder of the weights if it holds a tokenizer, else bert-base-uncased."""
     folder = Path(weights).parent if Path(weights).is_file() else Path(weights)
     return str(folder) if has_tokenizer(folder) or (folder / "vocab.txt").is_file() else TOKENIZER
 

@@ -134,7 +134,7 @@ class BLIPScorer(NetworkScorer):
         """What `preprocess` made and B prompts -> rewards float32, [B], or [B, A] with A aspects; not standardised."""
         image = self.vision(as_input(self.vision, pixels)).last_hidden_state
         ids, mask = (x.to(image.device) for x in self.tokenize(prompts))
-        # without is_decoder, nothing hides later words: the text is read, not written
+        # is_decoder=False disables the causal mask: the text is encoded, not generated
         out = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image, is_decoder=False)
         with full_precision(image.device):
             features = out.last_hidden_state[:, 0].float()

@@ -42,8 +42,8 @@ class Head(nn.Module):
 class AestheticPredictor(NetworkScorer):
     """A head on the image tower of a CLIP model, "sac+logos+ava1" on OpenAI's ViT-L/14: about 1 to 10 points.
 
-    Schuhmann, "CLIP+MLP Aesthetic Score Predictor" (2022). Prompts are not read. Weights are random unless loaded; the
-    text tower is let go.
+    Schuhmann, "CLIP+MLP Aesthetic Score Predictor" (2022). Prompts are not read. Weights are random unless loaded. The
+    text tower is discarded.
 
     architecture  open_clip's name of the CLIP model, a .json file or a mapping
 

@@ -1,4 +1,4 @@
-"""A CLIP network from the name or the description of its architecture, and its weights from wherever they lie."""
+"""A CLIP network from the name or the description of its architecture, and its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reward_models.settings import nearest
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
-"""Numbers that OpenAI's files hold beside the weights."""
+"""Entries of OpenAI's files that are not weights."""
 
 
 def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:

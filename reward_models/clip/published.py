@@ -1,4 +1,4 @@
-"""The published scorers of the CLIP family. A new one is a row and a function with what can be set of it."""
+"""The published scorers of the CLIP family. A new one is a row and a function with its settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reward_models.preprocess import ImageRule
 
 @dataclass(frozen=True)
 class Published:
-    """What has to be known of a published scorer to get its authors' numbers.
+    """The settings of a published scorer that reproduce its authors' scores.
 
     source        hub id of its weights
     filename      their file
@@ -40,7 +40,7 @@ HPS_V2_1 = Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14", "raw", 
 PICKSCORE = Published(
     "yuvalkirstain/PickScore_v1", "model.safetensors", "ViT-H-14", "logit", {"crop": "transformers"}, own_tokenizer=True
 )
-SOCIAL_REWARD = Published("", "", "ViT-L-14-quickgelu", "raw")  # its authors tell of a checkpoint, and of no place
+SOCIAL_REWARD = Published("", "", "ViT-L-14-quickgelu", "raw")  # its authors mention a checkpoint, but no download
 
 
 def hps_v2(

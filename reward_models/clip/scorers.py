@@ -34,7 +34,7 @@ Unit = Literal["raw", "x100", "logit"]
 
 
 class CLIPFeatures(NetworkScorer):
-    """What the scorers on a CLIP model share: unit vectors of images and of prompts, the latter computed once.
+    """Base class of CLIP scorers: unit vectors of images and of prompts, the latter cached.
 
     prefix  put before every prompt
     """
@@ -78,7 +78,7 @@ class CLIPFeatures(NetworkScorer):
         features = self._encode(distinct)
         return features if len(distinct) == len(texts) else features[[place[text] for text in texts]]
 
-    @torch.inference_mode(False)  # what is kept under it could not be used for gradients later
+    @torch.inference_mode(False)  # features cached in inference mode could not be used for gradients later
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """As `text_features`, without gradient and kept for the next call; but not while the network trains."""
@@ -101,8 +101,8 @@ class CLIPFeatures(NetworkScorer):
         tokens = self.tokenize(texts).to(next(self.clip.parameters()).device)
         return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
 
-    def forget(self) -> None:
-        """Drop the features of prompts."""
+    def clear_cache(self) -> None:
+        """Clear the cached features of prompts."""
         self._features.clear()
 
     def cast(self, dtype: torch.dtype) -> CLIPFeatures:

@@ -1,4 +1,4 @@
-"""Prompts as token ids, as the text tower of a CLIP model was trained to read them."""
+"""Tokenizers of CLIP text towers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward cards: where a scorer comes from, what it expects, what its numbers mean and where it fails."""
+"""Reward cards: source, inputs, unit, accuracies and known failures of each scorer."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ CARDS = {
         ),
         (
             _RELATIVE,
-            "trained on Pick-a-Pic v1: accuracies on v2 count prompts it has seen",
-            "the crop does not see the ends of long images",
+            "trained on Pick-a-Pic v1: accuracies on v2 count prompts of its training data",
+            "the crop cuts off the ends of long images",
         ),
     ),
     "aesthetic": Card(
@@ -159,7 +159,7 @@ CARDS = {
             Accuracy("HPDv3 test", 59.9, HPSV3),
         ),
         (
-            "blind to the prompt: as the only reward it drives images away from it",
+            "ignores the prompt: as the only reward it drives images away from the prompt",
             "several heads of the same shape are about; LAION's v1 is a single linear layer and does not load here",
             "the authors' code runs CLIP in fp16 on a GPU; float32 differs by its rounding",
         ),
@@ -237,7 +237,7 @@ CARDS = {
         "standardised: the head of the overall preference; score_aspects gives the other four too",
         "-2 to 2",
         (Accuracy("held-out playground captions, true preference", 76.7, "benchmarks/results/scorers.json, seed 0"),),
-        ("means nothing outside the playground", "knows little of composition (56 % of pairs)", _RELATIVE),
+        ("means nothing outside the playground", "weak on composition (56 % of pairs)", _RELATIVE),
     ),
 }
 """Name -> card. Accuracies as published, with what was compared; those not listed are unverified."""

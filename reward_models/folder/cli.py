@@ -28,13 +28,13 @@ DESCRIPTION = """Score images against their prompts with one or more scorers.
   reward-score images --scorer clip,model=local-dir:weights/clip --out scores.csv --resume
   reward-score candidates.jsonl --scorer pickscore --out scores.csv --best best.csv --report scores.html
   accelerate launch eval/score_folder.py images --scorer clip --out scores.csv     # over all GPUs
-  reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # what one person likes
-  reward-score info hps_v2.1                                  # where it comes from, what its numbers mean
+  reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # one user's preferences
+  reward-score info hps_v2.1                                  # source, units, accuracies
   reward-score convert HPS_v2.1_compressed.pt hps.safetensors
 
 IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`.
 Prompts come from --prompt, from --prompts, from the list, from a manifest.jsonl in the folder (as `diffalign eval
-generate` writes it), or from x.txt beside x.png; --prompt and --prompts go before what lies in the folder.
+generate` writes it), or from x.txt beside x.png; --prompt and --prompts override the prompts of the folder.
 
 Scorers: {scorers}, or your own package.module:Class, a class with `differentiable`, `unit` and
 `score(images [B, 3, H, W] in [0, 1], prompts) -> [B]`. Keyword-only constructor parameters are set by `,key=value`.

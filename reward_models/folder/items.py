@@ -1,4 +1,4 @@
-"""What to score: images, each with its prompt, from the ways in which people keep them together."""
+"""Images to score with their prompts, read from a folder, a list or a manifest."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
 
 
 def _found(images: Path, prompt: str | None, prompts: Path | None) -> Iterable[Row]:
-    """The images that lie in a folder, or one image, with prompts from elsewhere."""
+    """The images of a folder, or one image, with prompts from another source."""
     names = find_images(images) if images.is_dir() else [images.name]
     if prompt is not None:
         return (Row(name, prompt) for name in names)

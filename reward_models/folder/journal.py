@@ -1,4 +1,4 @@
-"""Results on disk as they come, so that a killed run loses at most the batches it was at."""
+"""Journal of results on disk: a killed run loses at most its current batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Job = Mapping[str, Any]
 class Journal:
     """Appends batches to `<out>.partial-<rank>.jsonl`: a line with the job, then a line for each batch, in any order.
 
-    Which batch it is says its number. A kill can leave only a part of the last line, which is then not there.
+    Each line holds the number of its batch. A kill can leave an incomplete last line, which is ignored.
     """
 
     def __init__(self, out: Path, job: Job, *, rank: int):
@@ -32,7 +32,7 @@ class Journal:
         self._file.seek(whole)
 
     def append(self, number: int, results: Iterable[Result]) -> None:
-        """Add a batch and hand it to the system: from here on only the machine's own death loses it."""
+        """Append a batch and flush it to the operating system. After this only a crash of the machine loses it."""
         if not self._file.tell():
             self._write(self._job)
         self._write({"batch": number, "results": [r.reason if isinstance(r, Failed) else r.scores for r in results]})
@@ -55,7 +55,7 @@ class Journal:
 
 
 class Outcomes:
-    """What is known of N items: 8 bytes for each score, and the reasons of those that failed.
+    """The results of N items: 8 bytes for each score, and the reasons of those that failed.
 
     scores   float64 [N, scorers], nan where there is none; the numbers are float32 in their shortest decimals
     reasons  item -> why it has no scores
@@ -69,7 +69,7 @@ class Outcomes:
         self._batch_size = batch_size
 
     def add(self, number: int, results: Sequence[Sequence[float] | str]) -> None:
-        """Take in a batch as the journal has it."""
+        """Add a batch from the journal."""
         self.done[number] = True
         for i, result in enumerate(results, number * self._batch_size):
             if isinstance(result, str):
@@ -106,7 +106,7 @@ def _said(key: str, before: Job) -> str:
 
 
 def remove_journals(out: Path) -> None:
-    """Forget them, once the table is written."""
+    """Delete the journals once the table is written."""
     for path in find_journals(out):
         os.remove(path)
 

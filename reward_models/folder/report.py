@@ -1,4 +1,4 @@
-"""What a table of scores says: summary, the best image of every prompt, a page with histograms and contact sheets."""
+"""Reports on a table of scores: summary, best image per prompt, an HTML page with histograms and contact sheets."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def summary_lines(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None:
-    """How many different prompts are longer than a scorer reads: {limit, count, of, first}. None where none is, or the
-    scorer does not tell."""
+    """How many different prompts are longer than a scorer reads: {limit, count, of, first}. None if there is none, or
+    if the scorer does not report its limit."""
     count = getattr(scorer, "token_counts", None)
     if count is None:
         return None

@@ -1,4 +1,4 @@
-"""The engine: images are decoded in threads ahead of the scorers; several scorers share one decoded image."""
+"""Batched scoring of image files. Threads decode images ahead of the scorers; several scorers share a decoded image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reward_models.images import ImageError, read_image, read_rgb, to_tensor
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer, checked, device_of
 
-AHEAD = 2
+PREFETCH_BATCHES = 2
 """Batches that are decoded before they are needed; memory holds one more."""
 
 
@@ -31,7 +31,7 @@ class Scored(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """An item that has no score, and why."""
+    """An item without a score, and the reason."""
 
     item: Item
     reason: str
@@ -118,7 +118,7 @@ def _decoded(
         try:
             for items in work:
                 waiting.append((items, [pool.submit(_read, item, rule) for item in items]))
-                if len(waiting) > AHEAD:
+                if len(waiting) > PREFETCH_BATCHES:
                     items, images = waiting.popleft()
                     yield items, [image.result() for image in images]
             while waiting:

@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 from reward_models.files import replacing, write_lines, write_whole
 
 META = b"reward_models"
-"""Key of the parquet file's metadata under which lies what `<out>.meta.json` holds."""
+"""Key of the parquet file's metadata that holds the content of `<out>.meta.json`."""
 ROW_GROUP = 10_000
 """Rows of a parquet file that are in memory at once."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""What a spreadsheet may read a formula from; the last four are their full-width forms."""
+"""First characters that a spreadsheet may read as a formula; the last four are their full-width forms."""
 
 Columns = Mapping[str, Literal["string", "float32", "int32"]]
 """Name -> type of a column, in pyarrow's words."""
@@ -57,13 +57,13 @@ def write_failures(out: Path, failures: Collection[Mapping[str, str]]) -> Path:
 
 def _csv(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        # Told to end lines with "\n", csv leaves a "\r" in a cell unquoted, which readers take for the end of a line.
+        # With "\n" as its line terminator, csv leaves a "\r" in a cell unquoted; readers end the line there.
         writer = csv.writer(SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n")))
-        writer.writerow(map(_inert, columns))
-        writer.writerows(map(_inert, row) for row in rows)
+        writer.writerow(map(_escape_formula, columns))
+        writer.writerows(map(_escape_formula, row) for row in rows)
 
 
-def _inert(cell: Any) -> Any:
+def _escape_formula(cell: Any) -> Any:
     """Text that no spreadsheet takes for a formula (OWASP, CSV injection): an apostrophe before =, +, -, @ and so on.
 
     Numbers stay as they are.

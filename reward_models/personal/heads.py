@@ -1,9 +1,9 @@
-"""Rewards that depend on a person's vector. Four kinds:
+"""Reward heads conditioned on a user vector. Four kinds:
 
     pal       ideal points among shared prototypes (PAL: Chen et al., 2024, arXiv 2406.08469)
     vpl       a variational encoder of choices (VPL: Poddar et al., 2024, arXiv 2408.10075)
     groups    one reward for each of G groups, people assigned by hard EM (MaxMin-RLHF: Chakraborty et al., 2024,
-              arXiv 2402.08925); with one group it is the ordinary Bradley-Terry scorer that knows no persons
+              arXiv 2402.08925); with one group it is the ordinary, impersonal Bradley-Terry scorer
     logistic  a linear reward, fitted around everybody's; the baseline
 
 Differs from the released codes:
@@ -28,8 +28,8 @@ from reward_models.personal.tastes import SAMPLES, Head, Taste, gaussian_of, lap
 class PAL(Head):
     """-|f(z) - a|, with a person's ideal point a = sum_k w_k P_k and w = softmax(vector), K numbers a person.
 
-    variant B has prompt-dependent prototypes P_k = g_k(prompt), and f sees the image only. distance `angle` is
-    s cos(f, a) instead.
+    variant B has prompt-dependent prototypes P_k = g_k(prompt), and the input of f is the image only.
+    distance `angle` is s cos(f, a) instead.
 
     Args:
         people: how many persons the training data has
@@ -92,14 +92,14 @@ class PAL(Head):
         return laplace(lambda taste: self.margin(z_w, z_l, taste), *gaussian_of(self.people.weight.detach()))
 
     def embedding(self, taste: Taste) -> Tensor:
-        """The weights of the prototypes, over all the taste may be."""
+        """The weights of the prototypes, averaged over the posterior samples."""
         return taste.samples.softmax(-1).mean(0)
 
     def forward(
         self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         taste = self.people(person)
-        # A standard normal on the logits: without it those of people whose choices all agree run away.
+        # A standard normal on the logits: without it the logits of people whose choices all agree diverge.
         return self.margin(z_w, z_l, taste), 0.5 * taste.square().sum(-1)
 
 
@@ -205,10 +205,10 @@ class Groups(Head):
 
 
 class Logistic(Head):
-    """vector . z: linear in the features, everybody's vector learned in training, a person's fitted around it.
+    """vector . z: linear in the features. Training learns the population vector; a person's vector is fitted around it.
 
     Args:
-        spread: how far (a standard deviation of each number) a person is expected to lie from everybody
+        spread: standard deviation of each entry of a person's vector around the population vector
     """
 
     kind = "logistic"

@@ -1,12 +1,12 @@
-"""Scorers that know whom they score for: frozen CLIP features, and a head that depends on the person.
+"""Personal scorers: frozen CLIP features, and a head conditioned on a user vector.
 
     scorer = load_scorer("runs/personal/export", "cpu")
-    me = scorer.fit([Choice("a red fox", "fox_1.png", "fox_2.png"), ...])       # four choices are a beginning
-    scorer.score(images, prompts, me.mean)                                      # or without a person: anybody
+    me = scorer.fit([Choice("a red fox", "fox_1.png", "fox_2.png"), ...])       # from about four choices on
+    scorer.score(images, prompts, me.mean)                                      # without a vector: an unknown person
     ForUser(scorer, me.mean).score(images, prompts)                             # an ordinary scorer
 
-What is fitted for a person goes into a small file (`save_user`), which names them to `reward-score --user`, to
-`load_scorer("runs/personal/export,user=me.safetensors")` and, by its tokens, to generators trained by `train/ppd.py`.
+`save_user` writes the fitted vector to a small file. `reward-score --user`, generators trained by `train/ppd.py` and
+`load_scorer("runs/personal/export,user=me.safetensors")` read it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class PersonalScorer(NetworkScorer):
         return self.head.reward(z, self.head.anybody() if users is None else users.to(z))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The logits for anybody, float32 [B]. Training goes through the head alone."""
+        """The logits for an unknown person, float32 [B]. Training goes through the head alone."""
         return self.score_pixels(pixels, prompts)
 
     def encode(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -100,13 +100,13 @@ class PersonalScorer(NetworkScorer):
         return z_w, z_l
 
     def fit(self, choices: Sequence[Choice]) -> Taste:
-        """What a person likes, from their choices; no weight changes."""
+        """Fit the user vector of a person from their choices; no weight changes."""
         return self.head.fit(*self.encode_choices(choices))
 
     def tokens(self, taste: Taste) -> Tensor:
-        """What a generator is conditioned on: float32 [1, U + 1], standardised, and a 1 for somebody being there.
+        """User tokens for conditioning a generator: float32 [1, U + 1], the standardised embedding followed by a 1.
 
-        So halfway between people of opposite tastes is somebody in the middle, and only zero is nobody.
+        So the mean of two opposite users is still a user, and only the zero vector means no user.
         """
         return F.pad((self.head.embedding(taste) - self.centre) / self.scale, (0, 1), value=1.0)[None]
 
@@ -119,7 +119,7 @@ class PersonalScorer(NetworkScorer):
 
     @property
     def fingerprint(self) -> str:
-        """Of the head: what was fitted with one means nothing to another."""
+        """Hash of the head. A user vector is valid only for the head that it was fitted with."""
         digest = hashlib.sha256(self.source.encode())
         for name, value in sorted(self.head.state_dict().items()):
             digest.update(name.encode() + value.float().cpu().numpy().tobytes())
@@ -171,7 +171,7 @@ class ForUser(NetworkScorer):
 
 
 def load_features(spec: str, device: str | torch.device) -> CLIPFeatures:
-    """A scorer on CLIP, frozen. Raises ValueError where its features cannot be had."""
+    """A scorer on CLIP, frozen. Raises ValueError if its features cannot be loaded."""
     scorer = load_scorer(spec, device)
     if not isinstance(scorer, CLIPFeatures):
         raise ValueError(f"'{spec}' gives no features of images and texts; use one on CLIP: clip, hps_v2.1, pickscore")
@@ -179,7 +179,7 @@ def load_features(spec: str, device: str | torch.device) -> CLIPFeatures:
 
 
 def save_user(path: str | PathLike[str], tokens: Tensor, taste: Taste | None = None, *, made_by: str = "") -> None:
-    """Write what is known of a person, whole or not at all.
+    """Write the file of a user, atomically.
 
     tokens  float32 [T, D] for a generator; in the file `embeds` [1, T, D], as `ip_adapter_image_embeds` takes them
     taste   for the scorer whose fingerprint is `made_by`
@@ -190,7 +190,7 @@ def save_user(path: str | PathLike[str], tokens: Tensor, taste: Taste | None = N
 
 
 def load_user(path: str | PathLike[str], scorer: PersonalScorer) -> Taste:
-    """What `save_user` wrote of a person for this scorer. Raises FileNotFoundError, or ValueError that says why not."""
+    """Read the user file of `save_user` for this scorer. Raises FileNotFoundError, or ValueError with the reason."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no user file '{path}'; `diffalign user fit` makes one of some choices")
     try:
@@ -236,7 +236,7 @@ def head_to_train(
         hidden: width of hidden layers; 0 for a linear map in PAL
         variant: PAL-A, or PAL-B with prototypes that depend on the prompt
         distance: PAL's: euclid or angle
-        spread: how far the logistic head expects a person to lie from everybody
+        spread: standard deviation of the logistic head's Gaussian prior around the population vector
         seed: of the initial weights
     """
     width = statistics[0].numel() // 3
@@ -260,7 +260,7 @@ def head_to_train(
 
 
 def check_head(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `scorer` section, one line each."""
+    """The errors of a `scorer` section of a config, one line each."""
     problems = [f"'scorer.{k}' = {cfg[k]} must be 1 or more" for k in ("size", "latent") if cfg[k] < 1]
     if cfg["hidden"] < (0 if cfg["head"] == "pal" else 1):
         problems.append(f"'scorer.hidden' = {cfg['hidden']} must be positive; only PAL has a linear map")

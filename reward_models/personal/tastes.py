@@ -1,4 +1,4 @@
-"""What one person likes, as a vector fitted from a handful of choices.
+"""User vectors (`Taste`), fitted from a few choices of one person.
 
 A choice is two images of a prompt, as features z [3E] (see `pair_features`), the preferred one first. The heads,
 rewards that depend on such a vector, are in heads.py.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SAMPLES = 64
-"""Draws that stand for the uncertainty of a taste."""
+"""Number of posterior samples of a user vector."""
 
 
 def pair_features(image: Tensor, text: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 
 class Taste(NamedTuple):
-    """What is known of a person: the best guess [U], and draws [S, U] of what it may be as well."""
+    """Posterior of a user vector: the best estimate [U] and posterior samples [S, U]."""
 
     mean: Tensor
     samples: Tensor
@@ -76,19 +76,19 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def anybody(self) -> Tensor:
-        """The vector [U] that stands for nobody in particular."""
+        """The user vector [U] for an unknown person."""
 
     @abstractmethod
     def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
         """N choices [N, 3E] of one person -> their taste. Changes no weight, draws no global random number."""
 
     def margin(self, z_w: Tensor, z_l: Tensor, taste: Tensor) -> Tensor:
-        """How much better the first is, for a person: the logit of its being chosen."""
+        """Margin of the first image for a person: the logit of the probability that it is chosen."""
         return self.reward(z_w, taste) - self.reward(z_l, taste)
 
     def chance(self, z_w: Tensor, z_l: Tensor, taste: Taste) -> tuple[Tensor, Tensor]:
-        """N pairs [N, 3E] -> the probability [N] that the person chooses the first, and how far (a standard deviation)
-        the draws of the taste disagree about it."""
+        """N pairs [N, 3E] -> the probability [N] that the person chooses the first, and its standard deviation over the
+        posterior samples."""
         draws = torch.sigmoid(self.margin(z_w[None], z_l[None], taste.samples[:, None].expand(-1, len(z_w), -1)))
         return draws.mean(0), draws.std(0)
 
@@ -96,17 +96,17 @@ class Head(nn.Module, ABC):
     def forward(
         self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """B choices to learn from -> the margin of each [B], and what the person's vector costs in nats [B].
+        """B choices to learn from -> the margin of each [B], and the KL or prior cost of the user vector, nats [B].
 
         z_w, z_l              [B, 3E]     preferred and other image
         person                int64 [B]   number of the person among those of the training data
         support_w, support_l  [B, S, 3E]  other choices of the same person
-        there                 bool [B, S] which of them count; their number varies
+        mask                  bool [B, S] which of them count; their number varies
         eps                   [B, U]      standard normal numbers
         """
 
     def embedding(self, taste: Taste) -> Tensor:
-        """The numbers of a person that a generator is conditioned on [U]."""
+        """The user embedding [U] for conditioning a generator."""
         return taste.mean
 
 

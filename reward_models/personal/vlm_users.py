@@ -38,7 +38,7 @@ Pooling = Literal["last", "tokens", "description"]
 
 
 class _Chat(NamedTuple):
-    """What the model reads of one person, images where the text has the image token, and the name of its cache file."""
+    """Model input for one person: text, images in the order of their image tokens, and the name of the cache file."""
 
     text: str
     images: list[Image.Image]
@@ -48,8 +48,8 @@ class _Chat(NamedTuple):
 class VLMUserEncoder:
     """Chats about choices -> hidden states of a LlavaOnevisionForConditionalGeneration, which is frozen here.
 
-    Which image is called A depends on prompt and pixels only: exchanging chosen and rejected exchanges the answer and
-    nothing else. The order of a person's choices matters, as it does to the model.
+    Which image is called A depends on prompt and pixels only: swapping chosen and rejected changes only the letter of
+    the chosen image. The order of a person's choices matters, as it does to the model.
 
     Args:
         layer: index of hidden_states: 0 the embeddings, the largest the final norm; none: the middle
@@ -92,8 +92,8 @@ class VLMUserEncoder:
     ) -> dict[str, Tensor]:
         """The choices of each user -> float32 [T, D] on the CPU, as `encode` gives them but for rounding.
 
-        What lies in the folder `cache` is read, and what does not is written there after every batch: a killed run
-        goes on. Images are opened all the same, since their pixels name the files. Raises ValueError that names the
+        Users in the folder `cache` are read from it. The others are written there after every batch, so a killed run
+        resumes. Images are opened all the same, since their pixels name the files. Raises ValueError that names the
         user and the file, for no choices and for what cannot be read.
         """
         if batch_size < 1:

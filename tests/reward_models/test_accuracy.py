@@ -91,7 +91,7 @@ def test_pick_threshold_at_every_threshold() -> None:
     assert pick_threshold((1, 1), (2, 2), 0) == (1, 1)
 
 
-def test_always_answering_tie_is_worth_as_much_as_its_share_and_half_of_the_rest() -> None:
+def test_accuracy_of_always_predicting_a_tie() -> None:
     """2 of 5 labels tie: 2/5 + (3/5) / 2 = 0.7; 76 of 500 ties give the 57.6 % of Pick-a-Pic v2."""
     assert always_tie(PICKS) == pytest.approx(0.7)
     assert accuracy("m4", PICKS, partial(pick_threshold, threshold=1.0), resamples=20).value == always_tie(PICKS)

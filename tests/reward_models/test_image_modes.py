@@ -16,7 +16,7 @@ def _pixel(image: Image.Image) -> list[int]:
     return to_tensor(image)[:, 0, 0].tolist()
 
 
-def test_what_is_transparent_lies_over_white() -> None:
+def test_transparent_images_are_composited_over_white() -> None:
     """Half-transparent (alpha 128) red over white: 255 * 128/255 + 255 * 127/255 = 255 and 127 in the others."""
     assert _pixel(Image.new("RGBA", (2, 2), (255, 0, 0, 128))) == [255, 127, 127]
     assert _pixel(Image.new("RGBA", (2, 2), (9, 8, 7, 0))) == [255, 255, 255]

@@ -129,7 +129,7 @@ def test_statistics_of_the_start_stay() -> None:
     assert mixture.combine({"a": torch.tensor([3.0]), "b": torch.tensor([0.5])}).item() == pytest.approx(5)
 
 
-def test_maxmin_moves_the_weights_to_whoever_gains_least() -> None:
+def test_maxmin_moves_the_weights_to_the_scorer_with_the_smallest_gain() -> None:
     """One step by hand: gains +1 and -1, average 0.1 of them, shares exp(-5 * 0.1) and exp(5 * 0.1), sum 2."""
     mixture = _two(maxmin=5)
     first = torch.tensor([0.0, 2.0] * 128)  # mean 1, deviation 1

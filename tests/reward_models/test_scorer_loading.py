@@ -80,7 +80,7 @@ def test_settings_get_the_types_of_the_constructor() -> None:
         ("no_such_module:Scorer", "no module 'no_such_module'; expected no_such_module.py in this folder"),
     ],
 )
-def test_mistakes_name_what_is_known(spec: str, message: str) -> None:
+def test_errors_list_the_known_names(spec: str, message: str) -> None:
     with pytest.raises(ValueError) as error:
         load_scorer(spec)
     assert message in str(error.value)
@@ -108,7 +108,7 @@ def test_the_playground_judge_is_a_scorer() -> None:
     assert load_scorer("diffalign.playground:Judge").differentiable is False
 
 
-def test_importing_the_package_and_asking_for_help_load_no_torch() -> None:
+def test_import_and_help_load_no_torch() -> None:
     code = (
         "import sys, reward_models, reward_models.folder.cli\n"
         "try: reward_models.folder.cli.main(['--help'])\n"

@@ -203,7 +203,7 @@ def test_padding_and_what_is_cut_off_do_not_matter(files: Files, scorer: Any, im
     torch.testing.assert_close(scorer.score(images[4:], [PROMPTS[4] + "a red cube"]), scores[4:])
 
 
-def test_words_see_those_that_follow(scorer: Any, images: Tensor) -> None:
+def test_text_encoder_has_no_causal_mask(scorer: Any, images: Tensor) -> None:
     """With a causal mask [CLS], the first, would see no word, and every prompt would score the same."""
     scores = scorer.score(images[:1].expand(3, -1, -1, -1), ["a red cube", "a red dog", "two dogs"])
     assert torch.pdist(scores[:, None]).min() > 1e-3

@@ -73,7 +73,7 @@ def test_names_that_are_alike_do_not_mix() -> None:
         assert list(to_transformers({published: x})) == [ours] and list(to_published({ours: x})) == [published]
 
 
-def test_unknown_names_are_kept_for_the_strict_loader() -> None:
+def test_unknown_names_are_kept_and_reported_by_the_strict_loader() -> None:
     x = torch.zeros(1)
     for key in ("blip.visual_encoder.blocks.0.attn.extra", "blip.adapter", "blip.vision_proj.weight", "temp"):
         (renamed,) = to_transformers({key: x})

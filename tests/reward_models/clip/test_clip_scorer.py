@@ -40,7 +40,7 @@ def test_architectures_that_cannot_be_built_say_why(monkeypatch: pytest.MonkeyPa
         CLIPScorer("ViT-B-32-quickgelu", weights="openai")
 
 
-def test_training_reaches_both_towers_and_forgets_old_prompts(images: Tensor, tmp_path: Path) -> None:
+def test_training_updates_both_towers_and_clears_the_prompt_cache(images: Tensor, tmp_path: Path) -> None:
     scorer = CLIPScorer(ARCHITECTURE, ImageRule(SIZE, resize="longest", method="antialias", clamp=False))
     torch.manual_seed(5)
     with torch.no_grad():  # no biases of zero, no weights of one, a text that matters

@@ -174,7 +174,7 @@ def test_info_prints_a_card_or_all_names(capsys: pytest.CaptureFixture[str]) -> 
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(SCORERS)
 
 
-def test_convert_writes_the_names_that_are_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_writes_the_requested_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     state = {"a.weight": torch.arange(6.0).reshape(2, 3)}
     torch.save(state, tmp_path / "a.pt")
     assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "a.safetensors")]) == 0

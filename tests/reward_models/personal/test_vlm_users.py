@@ -214,7 +214,7 @@ def test_files_and_pillow_images_are_the_same(encoder: VLMUserEncoder, tmp_path:
     assert torch.equal(encoder.encode([filed]), encoder.encode([choice]))
 
 
-def test_exchanging_the_images_exchanges_the_answer_only(encoder: VLMUserEncoder) -> None:
+def test_swapping_the_images_changes_only_the_chosen_letter(encoder: VLMUserEncoder) -> None:
     [choice] = _choices(2, 1)
     swapped = Choice(choice.prompt, choice.rejected, choice.chosen)
     texts = [encoder._chat("x", [x]).text for x in (choice, swapped)]
