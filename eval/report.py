@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffalign.commands import program
-from diffalign.report import write_report
 from reward_models.files import read_json
 
 
@@ -29,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--title", default="Aligned against base", help="headline of the page")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     args = parser.parse_args(argv)
+    from diffalign.report import write_report  # heavy, and `--help` does not need it
+
     try:
         win_rates = read_json(args.win_rate)
         index = write_report(
