@@ -102,7 +102,7 @@ def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tu
 def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
     """One image a wish, [N, 3, SIZE, SIZE] in [0, 1]: half of them of another wish, some of them noisy or blurred."""
     dice, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    images = imagine([_missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
+    images = imagine([missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.2, blurred, images)
@@ -110,7 +110,7 @@ def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
     return (images + strength * torch.randn(images.shape, generator=g)).clamp(0, 1)
 
 
-def _missed(wish: Wish, dice: random.Random) -> Wish:
+def missed(wish: Wish, dice: random.Random) -> Wish:
     """The wish with one attribute changed."""
     name = dice.choice(list(CHOICES))
     changed: Any = {name: dice.choice([x for x in CHOICES[name] if x != getattr(wish, name)])}
