@@ -73,7 +73,7 @@ def shake(net: torch.nn.Module) -> None:
     g = torch.Generator().manual_seed(0)
     for weight in net.parameters():
         if weight.ndim > 1:
-            weight += SHAKEN * weight.std() * torch.randn(weight.shape, generator=g)
+            weight.add_(SHAKEN * weight.std() * torch.randn(weight.shape, generator=g))
 
 
 def write_others(
