@@ -6,13 +6,15 @@
 A scorer learns from ratings and rankings by noisy annotators of rendered images; its accuracy is the share of pairs of
 images of one held-out caption that it puts in the judge's own order, with a bootstrap interval over captions. Beside it
 the ceiling: how often the annotators' own ranking agrees with the judge. Scorers with several aspects are measured
-on each. --ship puts the weights where the package keeps them.
+on each. --generated adds the samples of a folder that `diffalign generate` wrote, four of a prompt at a time. --ship puts
+the weights where the package keeps them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import tempfile
 import time
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from diffalign.commands import launch
 from diffalign.playground import Judge
-from diffalign.playground.ratings import write_ratings
+from diffalign.playground.ratings import rate, write_ratings
 from reward_models import load_scorer, read_image
 from reward_models.accuracy import interval
 from reward_models.files import replacing_folder
@@ -46,6 +48,18 @@ def train(recipe: str, ratings: Path, run: Path, seed: int) -> float:
         ["--config=playground", *settings, "hooks.checkpoint_every=0"]
     )
     return time.time() - started
+
+
+def merged(folder: Path, files: Sequence[Path]) -> Path:
+    """The lines of several ratings.jsonl in one file, their images named from there."""
+    lines = []
+    for file in files:
+        for row in map(json.loads, file.read_text().splitlines()):
+            names = [os.path.relpath(file.parent / name, folder) for name in row["images"]]
+            lines.append(json.dumps({**row, "images": names}))
+    out = folder / "all.jsonl"
+    out.write_text("\n".join(lines) + "\n")
+    return out
 
 
 class HeldOut:
@@ -101,13 +115,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="default: all")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
+    parser.add_argument("--generated", type=Path, action="append", default=[], metavar="FOLDER", help="to rate as well")
     parser.add_argument("--ship", action="store_true", help="put the weights into the package")
     args = parser.parse_args(argv)
     rows = read_rows(RESULTS)
     done = {(r["scorer"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ratings, held_out = write_ratings(folder / "ratings", PROMPTS), HeldOut(folder / "held_out")
+        rated = [write_ratings(folder / "ratings", PROMPTS), *(rate(f.absolute()) for f in args.generated)]
+        ratings, held_out = merged(folder, rated), HeldOut(folder / "held_out")
         for recipe in args.recipe or RECIPES:
             for seed in args.seed or (0, 1, 2):
                 if (recipe, seed) in done:

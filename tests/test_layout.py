@@ -216,7 +216,7 @@ def test_recipe_has_config_and_test_of_the_same_name() -> None:
 def test_repository_is_small() -> None:
     skip = {".git", ".venv", "build", "dist", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
     size = sum(f.stat().st_size for f in ROOT.rglob("*") if f.is_file() and not skip & set(f.parts))
-    assert size < 30e6
+    assert size < 45e6  # of which the shipped pairs are 12
 
 
 LINTERS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])

@@ -44,7 +44,7 @@ from diffalign.data.rankings import (
     read_ratings,
 )
 from diffalign.data.records import Dropped, ImageRef, Record
-from diffalign.playground import PAIRS
+from diffalign.playground import SHIPPED_PAIRS
 from reward_models.files import one_line, text_lines
 from reward_models.images import is_image
 
@@ -73,7 +73,7 @@ def _untied(record: Record | Dropped) -> Record | Dropped:
 
 def find_reader(path: str | Path) -> Callable[[], Records]:
     """The reader for what lies at the path; it gives ties as records. Raises as `read_records` does."""
-    path = PAIRS if str(path) == "playground" else Path(path).expanduser()
+    path = SHIPPED_PAIRS.get(str(path)) or Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
     found = _in_folder(path) if path.is_dir() else _in_file(path)

@@ -107,7 +107,7 @@ def label(
     if not 1 <= opinions <= len(annotators):
         raise ValueError(f"opinions must lie between 1 and the {len(annotators)} annotators; got {opinions}")
     rows, images = load(folder)
-    groups = _samples(rows)
+    groups = by_prompt(rows)
     pairs = [(g, a, b) for g, ids in groups.items() for a, b in zip(ids[::2], ids[1::2], strict=False)]
     kept = []
     for turn, name in enumerate(annotators):
@@ -158,7 +158,7 @@ def rank(
     rows, images = load(folder)
     judged = Judge().score(images, [row["prompt"] for row in rows])
     draws, lines = Draws(seed), []
-    for prompt_id, ids in _samples(rows).items():
+    for prompt_id, ids in by_prompt(rows).items():
         uniform = draws.uniform([(prompt_id, k, v) for k in ids for v in range(votes)], stream="ranking")
         gumbel = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))  # makes differences Bradley-Terry's
         liked = {"true": 1, "flipped": -1, "random": 0}[labels] * judged[ids, None] / temperature + gumbel.view(
@@ -171,7 +171,7 @@ def rank(
     return len(lines)
 
 
-def _samples(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
+def by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
     """prompt_id -> where its samples are."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):

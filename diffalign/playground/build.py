@@ -16,17 +16,17 @@ from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchvision.utils import save_image
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from diffalign.playground.card import best_reachable, report_card
 from diffalign.playground.folder import save_pipeline
 from diffalign.playground.judge import Judge
-from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, captions, imagine, wishes
+from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, imagine, wishes
 from reward_models.files import replacing
 
 WORDS = (*RADII, *COLOURS, *SHAPES, *PLACES, "on", *BACKGROUNDS)
@@ -173,10 +173,11 @@ def train(
     ema.copy_to(parameters)
 
 
-def train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
+def train_autoencoder(work: Path, steps: int, start: StableDiffusionPipeline | None = None) -> AutoencoderKL:
     """L1 + 2 MSE + 1e-6 KL on fresh renders; sets the latent scaling factor from 2,048 of them."""
     torch.manual_seed(0)
-    vae, everything = autoencoder(), wishes(held_out=False)
+    vae = start.vae.train().requires_grad_(True) if start else autoencoder()
+    everything = wishes(held_out=False)
 
     def loss(step: int, g: torch.Generator) -> Tensor:
         chosen = torch.randint(len(everything), (BATCH,), generator=g).tolist()
@@ -186,7 +187,8 @@ def train_autoencoder(work: Path, steps: int) -> AutoencoderKL:
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         return F.l1_loss(decoded, pixels) + 2 * F.mse_loss(decoded, pixels) + 1e-6 * posterior.kl().mean()
 
-    train("autoencoder", work, {"vae": vae}, loss, steps=steps, lr=2e-3, ema_decay=0.995)
+    lr = 1e-3 if start else 2e-3
+    train("autoencoder", work, {"vae": vae}, loss, steps=steps, lr=lr, ema_decay=0.995)
     vae.eval().requires_grad_(False)
     latents = encode(vae, 2048, seed=10**6)[0]
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
@@ -205,11 +207,13 @@ def encode(vae: AutoencoderKL, n: int, *, seed: int) -> tuple[Tensor, list[str]]
     return torch.cat(means), [w.caption for w in chosen]
 
 
-def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> StableDiffusionPipeline:
+def train_unet(
+    work: Path, vae: AutoencoderKL, steps: int, images: int, start: StableDiffusionPipeline | None = None
+) -> StableDiffusionPipeline:
     """v-prediction on `images` cached latents, 10 % of the captions dropped, text encoder trained along."""
     torch.manual_seed(0)
     vocabulary = tokenizer(work / "tokenizer")
-    net, text = unet(), text_encoder(vocabulary)
+    net, text = (start.unet, start.text_encoder) if start else (unet(), text_encoder(vocabulary))
     scheduler = noise_scheduler()
     cache = work / "latents.safetensors"
     latents, words = encode(vae, images, seed=0) if not cache.exists() else (None, None)
@@ -229,7 +233,8 @@ def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> Stabl
         out = net(scheduler.add_noise(x0, noise, t), t, text(ids).last_hidden_state).sample
         return F.mse_loss(out, scheduler.get_velocity(x0, noise, t))
 
-    train("unet", work, {"unet": net, "text": text}, loss, steps=steps, lr=2e-3, ema_decay=0.999)
+    modules = {"unet": net.train(), "text": text.train()}
+    train("unet", work, modules, loss, steps=steps, lr=1e-3 if start else 2e-3, ema_decay=0.999)
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text.eval(),
@@ -242,53 +247,32 @@ def train_unet(work: Path, vae: AutoencoderKL, steps: int, images: int) -> Stabl
     )
 
 
-def report_card(
-    pipeline: DiffusionPipeline,
-    grid: Path | None = None,
-    *,
-    n: int = 512,
-    guidance: float = 2.0,
-    steps: int = 10,
-    **more: int,
-) -> dict[str, float]:
-    """What the judge measures on n samples of held-out combinations, mean of each aspect; `grid` shows 64 of them.
-
-    more: further arguments of the pipeline's call.
-    """
-    pipeline.set_progress_bar_config(disable=True)
-    prompts, judge = captions(n, held_out=True), Judge()
-    images = []
-    for i in range(0, n, 64):
-        noise = torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(i))[: len(prompts[i : i + 64])]
-        images += [
-            pipeline(
-                prompts[i : i + 64], latents=noise, num_inference_steps=steps, guidance_scale=guidance,
-                height=32, width=32, output_type="pt", **more,
-            ).images
-        ]  # fmt: skip
-    sampled = torch.cat(images).float()
-    if grid:
-        save_image(sampled[:64], grid, nrow=16, padding=1)
-    measured = {k: round(v.mean().item(), 4) for k, v in judge.measure(sampled, prompts).items()}
-    score = round(judge.score(sampled, prompts).mean().item(), 3)
-    return {"held_out_samples": n, "guidance": guidance, "steps": steps, **more, "score": score, **measured}
-
-
 def build(
-    out: Path, work: Path, *, autoencoder_steps: int, unet_steps: int, images: int, samples: int = 512
+    out: Path,
+    work: Path,
+    *,
+    autoencoder_steps: int,
+    unet_steps: int,
+    images: int,
+    samples: int = 512,
+    start: Path | None = None,
 ) -> dict[str, float]:
-    """Train what `work` does not hold yet and write the pipeline folder (fp16 safetensors) to `out`."""
+    """Train what `work` does not hold yet and write the pipeline folder (fp16 safetensors) to `out`.
+
+    start: a pipeline folder whose weights are trained on; random ones without.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    vae = train_autoencoder(work, autoencoder_steps)
+    given = start and StableDiffusionPipeline.from_pretrained(start).to(torch.float32)
+    vae = train_autoencoder(work, autoencoder_steps, given)
     held_out = imagine(w := wishes(held_out=True), seed=7).render()
     with torch.no_grad():
         decoded = vae.decode(vae.encode(held_out * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
     psnr = -10 * math.log10(F.mse_loss(decoded, held_out).item())
     seen = Judge().measure(decoded, [x.caption for x in w])
-    card = {"psnr": round(psnr, 2), "scaling_factor": vae.config.scaling_factor}
+    card = {"psnr": round(psnr, 2), "scaling_factor": vae.config.scaling_factor, "best_reachable": best_reachable()}
     card |= {f"decoded_{k}": round(seen[k].mean().item(), 4) for k in ("colour", "shape", "background", "size")}
     print(card, flush=True)
-    save_pipeline(train_unet(work, vae, unet_steps, images), out)
+    save_pipeline(train_unet(work, vae, unet_steps, images, given), out)
     pipeline = StableDiffusionPipeline.from_pretrained(out).to(torch.float32)
     card |= {
         "autoencoder_steps": autoencoder_steps,

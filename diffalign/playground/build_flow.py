@@ -106,13 +106,22 @@ def sigmas(n: int, g: torch.Generator) -> Tensor:
     return torch.cat([middle, torch.rand(n - n // 2, generator=g)])
 
 
-def train_flow(work: Path, base: Path, *, steps: int, images: int) -> StableDiffusion3Pipeline:
-    """Velocity matching (eps - x0) on `images` cached latents, 10 % of the captions dropped, text encoders along."""
+def train_flow(
+    work: Path, base: Path, *, steps: int, images: int, start: Path | None = None
+) -> StableDiffusion3Pipeline:
+    """Velocity matching (eps - x0) on `images` cached latents, 10 % of the captions dropped, text encoders along.
+
+    start: a pipeline folder whose transformer and text encoders are trained on; random ones without.
+    """
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     vae, vocabulary = shifted_autoencoder(base, images), tokenizer(work / "tokenizer")
-    net = transformer()
-    texts = tuple(text_encoder(vocabulary, CLIPTextModelWithProjection, width=width) for width in TEXT_WIDTHS)
+    if start:
+        given = StableDiffusion3Pipeline.from_pretrained(start).to(torch.float32)
+        net, texts = given.transformer.train(), (given.text_encoder.train(), given.text_encoder_2.train())
+    else:
+        net = transformer()
+        texts = tuple(text_encoder(vocabulary, CLIPTextModelWithProjection, width=width) for width in TEXT_WIDTHS)
     data = cached(work, vae, vocabulary, images)
     empty = vocabulary([""], padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
 
@@ -128,7 +137,7 @@ def train_flow(work: Path, base: Path, *, steps: int, images: int) -> StableDiff
         return F.mse_loss(out, noise - x0)
 
     modules = {"transformer": net, "text": texts[0], "text_2": texts[1]}
-    train("flow", work, modules, loss, steps=steps, lr=2e-3, ema_decay=0.999)
+    train("flow", work, modules, loss, steps=steps, lr=1e-3 if start else 2e-3, ema_decay=0.999)
     t5, t5_tokenizer = silent_t5()
     return StableDiffusion3Pipeline(
         transformer=net.eval(),
@@ -143,9 +152,11 @@ def train_flow(work: Path, base: Path, *, steps: int, images: int) -> StableDiff
     )
 
 
-def build_flow(out: Path, work: Path, base: Path, *, steps: int, images: int, samples: int = 512) -> dict[str, object]:
+def build_flow(
+    out: Path, work: Path, base: Path, *, steps: int, images: int, samples: int = 512, start: Path | None = None
+) -> dict[str, object]:
     """Train what `work` does not hold yet, write the pipeline folder (fp16 safetensors) to `out`, measure it."""
-    pipeline = train_flow(work, base, steps=steps, images=images)
+    pipeline = train_flow(work, base, steps=steps, images=images, start=start)
     parts = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
     parameters = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts}
     save_pipeline(pipeline, out)

@@ -17,6 +17,10 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     CLIPTextModel (4 would not find them and keep random ones), the files of slow tokenizers, the name of T5's fast one.
     """
     pipeline.to(torch.float16).save_pretrained(folder)
+    for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where it lay on the machine that made it
+        file.write_text(json.dumps(config, indent=2) + "\n")
     index = json.loads((folder / "model_index.json").read_text())
     for part, (_, kind) in ((k, v) for k, v in index.items() if isinstance(v, list)):
         if kind == "CLIPTextModel":

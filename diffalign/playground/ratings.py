@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from diffalign.playground.annotators import by_prompt, load
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Wish, captions, imagine, parse
 from reward_models.files import write_whole, writing
@@ -68,6 +69,30 @@ def write_ratings(
     return out
 
 
+def rate(folder: Path, *, images_per_prompt: int = 4, temperature: float = 0.35, seed: int = 0) -> Path:
+    """Let the annotators of `write_ratings` rate and rank the images of a generated folder; returns its ratings.jsonl.
+
+    The samples of a prompt are compared `images_per_prompt` at a time; what is left over is left out.
+    """
+    rows, images = load(folder)
+    groups = [
+        ids[i : i + images_per_prompt]
+        for ids in by_prompt(rows).values()
+        for i in range(0, len(ids) - images_per_prompt + 1, images_per_prompt)
+    ]
+    order = [i for ids in groups for i in ids]
+    prompts = [rows[i]["prompt"] for i in order]
+    rated, ranks = _opinions(images[order], prompts, images_per_prompt, temperature, seed)
+    lines = []
+    for k, ids in enumerate(groups):
+        names, scores = [rows[i]["image"] for i in ids], dict(zip(RATED, rated[k].T.tolist(), strict=True))
+        line = {"prompt": rows[ids[0]]["prompt"], "images": names, "scores": scores, "ranking": ranks[k].tolist()}
+        lines.append(json.dumps(line))
+    out = folder / "ratings.jsonl"
+    write_whole(out, "\n".join(lines) + "\n")
+    return out
+
+
 def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int = 0) -> None:
     """Two rendered images of each of some captions, true to it, with a manifest.jsonl as `diffalign generate`
     writes it: what annotators compare."""
@@ -86,9 +111,16 @@ def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int
 
 def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images [P, each, 3, SIZE, SIZE], ratings int [P, each, aspects] and ranks [P, each] of P captions."""
-    asked = [parse(text) for text in texts for _ in range(each)]
     repeated = [text for text in texts for _ in range(each)]
-    images, g = draw(asked, seed=seed), torch.Generator().manual_seed(seed)
+    images = draw([parse(text) for text in repeated], seed=seed)
+    return images.unflatten(0, (-1, each)), *_opinions(images, repeated, each, temperature, seed)
+
+
+def _opinions(
+    images: Tensor, repeated: Sequence[str], each: int, temperature: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Ratings int [P, each, aspects] and ranks [P, each] of images of P captions, `each` of them one after another."""
+    g = torch.Generator().manual_seed(seed)
     measured = Judge().measure(images, repeated)
     following = torch.stack([measured[x] for x in ("colour", "shape", "background", "size")]).mean(0)
     values = torch.stack([following, measured["vivid"], measured["clean"], measured["place"]], dim=1)
@@ -96,13 +128,13 @@ def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tu
     gumbel = -torch.log(-torch.log(torch.rand(len(images), generator=g)))  # makes differences Bradley-Terry's
     liked = (Judge().score(images, repeated) / temperature + gumbel).view(-1, each)
     ranks = liked.argsort(dim=1, descending=True).argsort(dim=1) + 1
-    return images.unflatten(0, (-1, each)), rated.unflatten(0, (-1, each)), ranks
+    return rated.unflatten(0, (-1, each)), ranks
 
 
 def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
     """One image a wish, [N, 3, SIZE, SIZE] in [0, 1]: half of them of another wish, some of them noisy or blurred."""
     dice, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    images = imagine([_missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
+    images = imagine([missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.2, blurred, images)
@@ -110,7 +142,7 @@ def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
     return (images + strength * torch.randn(images.shape, generator=g)).clamp(0, 1)
 
 
-def _missed(wish: Wish, dice: random.Random) -> Wish:
+def missed(wish: Wish, dice: random.Random) -> Wish:
     """The wish with one attribute changed."""
     name = dice.choice(list(CHOICES))
     changed: Any = {name: dice.choice([x for x in CHOICES[name] if x != getattr(wish, name)])}

@@ -1,8 +1,9 @@
 """The playground world: captions with compositional attributes, and a renderer.
 
 A caption reads `[small|large] COLOUR SHAPE [left|right|top|bottom] on BACKGROUND`. What it does not say is free in the
-data: how vivid the colour is, how far the object sits from its named place, and whatever optional word is missing. So
-maximum likelihood leaves room for a preference (vivid, well placed), which is what alignment can learn here.
+data: how vivid the colour is, how far the object sits from its named place, how strongly the picture is textured, and
+whatever optional word is missing. A picture good in all of it is likely but not usual, so maximum likelihood leaves
+room for a preference (vivid, well placed, clean), which is what alignment can learn here.
 
 One in eight (colour, shape, background) combinations never occurs in training: the held-out prompts.
 """
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from diffalign.draws import Draws
 
@@ -43,6 +45,13 @@ PLACES = {"left": (12.0, 16.0), "right": (20.0, 16.0), "top": (16.0, 12.0), "bot
 CENTRE = (16.0, 16.0)
 GREY = 0.55
 """What a colour fades to as its vividness goes from 1 to 0."""
+FADED = 0.35
+"""The least vividness of a render; vividness is drawn with more weight at both ends than in the middle."""
+SCATTER = 1.8
+"""How far a render's object strays from its place: standard deviation in pixels along each axis, at most 4."""
+STRIPES, GRAIN = 0.09, 0.03
+"""Strongest texture of a render, as shares of the contrast between object and background: waves, and soft noise.
+More hides the faintest objects from the judge."""
 
 
 class Wish(NamedTuple):
@@ -102,7 +111,10 @@ def captions(n: int, *, held_out: bool, seed: int = 0) -> list[str]:
 
 
 class Scene(NamedTuple):
-    """What is in B images: shape index [B] int64, colours [B, 3] in [0, 1], centre x and y and radius [B] in pixels."""
+    """What is in B images: shape index [B] int64, colours [B, 3] in [0, 1], centre x and y and radius [B] in pixels.
+
+    texture: [B, 1, SIZE, SIZE], added to the image; none in a clean scene.
+    """
 
     shape: Tensor
     colour: Tensor
@@ -110,12 +122,14 @@ class Scene(NamedTuple):
     x: Tensor
     y: Tensor
     radius: Tensor
+    texture: Tensor | None = None
 
     def render(self) -> Tensor:
         """Antialiased images, [B, 3, SIZE, SIZE] in [0, 1]."""
         mask = masks(self.x, self.y, self.radius).gather(1, self.shape.view(-1, 1, 1, 1).expand(-1, 1, SIZE, SIZE))
         colour, background = self.colour[..., None, None], self.background[..., None, None]
-        return background + mask * (colour - background)
+        image = background + mask * (colour - background)
+        return image if self.texture is None else (image + self.texture).clamp(0, 1)
 
 
 def masks(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
@@ -149,7 +163,7 @@ def imagine(wishes: list[Wish], *, seed: int) -> Scene:
     def table(values: Mapping[str, tuple[float, ...]], names: list[str]) -> Tensor:
         return torch.tensor([values[name] for name in names])
 
-    vivid = 0.3 + 0.7 * torch.rand(n, 1, generator=g)
+    vivid = FADED + (1 - FADED) * torch.sin(math.pi / 2 * torch.rand(n, 1, generator=g)) ** 2
     colour = GREY + vivid * (table(COLOURS, [w.colour for w in wishes]) - GREY)
     background = table(BACKGROUNDS, [w.background for w in wishes]) + 0.02 * torch.randn(n, 3, generator=g)
     either = torch.rand(n, generator=g)
@@ -158,6 +172,21 @@ def imagine(wishes: list[Wish], *, seed: int) -> Scene:
     )
     radius = torch.where(small, RADII["small"], RADII["large"]) + 0.8 * (torch.rand(n, generator=g) - 0.5)
     spot = torch.tensor([PLACES[w.place] if w.place else CENTRE for w in wishes])
-    spot = spot + 4.0 * (torch.rand(n, 2, generator=g) - 0.5)
+    spot = spot + (SCATTER * torch.randn(n, 2, generator=g)).clamp(-4, 4)
     shape = torch.tensor([SHAPES.index(w.shape) for w in wishes])
-    return Scene(shape, colour, background.clamp(0, 1), spot[:, 0], spot[:, 1], radius)
+    background = background.clamp(0, 1)
+    contrast = (colour - background).norm(dim=1)
+    return Scene(
+        shape, colour, background, spot[:, 0], spot[:, 1], radius, contrast.view(-1, 1, 1, 1) * texture(n, generator=g)
+    )
+
+
+def texture(n: int, *, generator: torch.Generator) -> Tensor:
+    """Stripes and grain of n images, from none to STRIPES and GRAIN, [n, 1, SIZE, SIZE]."""
+    strength, angle, period, phase = torch.rand(4, n, 1, 1, 1, generator=generator)
+    grid = torch.arange(SIZE) + 0.5
+    along = torch.cos(math.pi * angle) * grid + torch.sin(math.pi * angle) * grid[:, None]
+    waves = torch.sin(2 * math.pi * (along / (6 + 8 * period) + phase))
+    noise = torch.randn(n, 1, SIZE // 2, SIZE // 2, generator=generator)
+    grain = F.interpolate(noise, size=(SIZE, SIZE), mode="bilinear")
+    return strength * (STRIPES * waves + GRAIN * grain)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from diffalign.commands import cli, launch
@@ -58,14 +59,16 @@ def test_prompts_labels_and_controls(tmp_path: Path, capsys: pytest.CaptureFixtu
     """Six prompts with two rendered samples each: one vivid and in place, one pale and off it."""
     from torchvision.utils import save_image
 
-    from diffalign.playground.world import imagine, parse
+    from diffalign.playground.world import CENTRE, PLACES, imagine, parse
 
     prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "images"
     assert cli.main(["playground", "prompts", "--n", "6", "--held-out", "--out", str(prompts)]) == 0
     rows = [json.loads(line) for line in prompts.read_text().splitlines()]
     assert all(parse(r["prompt"]).held_out for r in rows)
     folder.mkdir()
-    scene = imagine([parse(r["prompt"]) for r in rows], seed=0)
+    wished = [parse(r["prompt"]) for r in rows]
+    x, y = torch.tensor([PLACES[w.place] if w.place else CENTRE for w in wished]).unbind(1)
+    scene = imagine(wished, seed=0)._replace(x=x, y=y)
     good = scene._replace(colour=(scene.colour - 0.55) * 1.2 + 0.55).render()
     bad = scene._replace(colour=(scene.colour - 0.55) * 0.3 + 0.55, x=scene.x + 6).render()
     manifest = []

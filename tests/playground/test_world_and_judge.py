@@ -50,7 +50,7 @@ def test_shapes_have_the_area_and_centre_they_are_asked_for() -> None:
 
 def test_judge_is_exact_on_clean_renders() -> None:
     chosen = [parse(c) for c in captions(1024, held_out=False)]
-    scene = imagine(chosen, seed=3)
+    scene = imagine(chosen, seed=3)._replace(texture=None)
     measured = Judge().measure(scene.render(), [w.caption for w in chosen])
     for aspect in ("colour", "shape", "background", "size"):
         assert measured[aspect].mean() >= 0.999, aspect
@@ -58,6 +58,30 @@ def test_judge_is_exact_on_clean_renders() -> None:
     assert there.all()
     assert (seen.x - scene.x).abs().max() < 0.6
     assert (seen.radius - scene.radius).abs().max() < 0.5
+
+
+def test_textures_spoil_cleanliness_and_hide_nothing_else() -> None:
+    prompts = captions(1024, held_out=False)
+    scene = imagine([parse(p) for p in prompts], seed=4)
+    textured = Judge().measure(scene.render(), prompts)
+    clean = Judge().measure(scene._replace(texture=None).render(), prompts)
+    for aspect in ("colour", "shape", "background", "size"):
+        assert textured[aspect].mean() >= 0.998, aspect
+    for aspect in ("vivid", "place"):
+        assert (textured[aspect] - clean[aspect]).abs().mean() < 0.03, aspect
+    assert clean["clean"].mean() > 0.9
+    assert textured["clean"].quantile(0.1) < 0.45 and textured["clean"].quantile(0.9) > 0.85
+
+
+def test_a_good_picture_is_likely_but_not_usual() -> None:
+    """The spread of the renders, without which there is nothing to prefer; the best of 64 is what can be reached."""
+    prompts = captions(180, held_out=True)
+    asked = [parse(p) for p in prompts]
+    scores = torch.stack([Judge().score(imagine(asked, seed=k).render(), prompts) for k in range(64)])
+    assert scores.std(0).mean() > 0.68
+    best = scores.amax(0).mean()
+    assert best - scores.mean() > 1.4
+    assert 0.01 < (scores > best - 0.5).float().mean() < 0.2
 
 
 def test_judge_sees_every_kind_of_mistake() -> None:
@@ -83,7 +107,10 @@ def test_vividness_and_placement_are_measured_on_a_scale() -> None:
     pure = torch.tensor([[0.05, 0.70, 0.12]])
     vivid = torch.tensor([[0.4], [0.7], [1.0]])
     scene = scene._replace(
-        colour=0.55 + vivid * (pure - 0.55), x=torch.tensor([16.0, 18.0, 16.0]), y=torch.tensor([16.0, 16.0, 16.0])
+        colour=0.55 + vivid * (pure - 0.55),
+        x=torch.tensor([16.0, 18.0, 16.0]),
+        y=torch.tensor([16.0, 16.0, 16.0]),
+        texture=None,
     )
     measured = Judge().measure(scene.render(), ["large green circle on white"] * 3)
     assert torch.allclose(measured["vivid"], vivid[:, 0], atol=0.03)
