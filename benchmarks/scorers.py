@@ -6,8 +6,8 @@
 A scorer learns from ratings and rankings by noisy annotators of rendered images; its accuracy is the share of pairs of
 images of one held-out caption that it puts in the judge's own order, with a bootstrap interval over captions. Beside it
 the ceiling: how often the annotators' own ranking agrees with the judge. Scorers with several aspects are measured
-on each. --generated adds the samples of a folder that `diffalign generate` wrote, four of a prompt at a time. --ship puts
-the weights where the package keeps them.
+on each. --generated adds the samples of a folder that `diffalign generate` wrote, four of a prompt at a time. --ship
+puts the weights where the package keeps them.
 """
 
 from __future__ import annotations

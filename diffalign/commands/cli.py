@@ -118,6 +118,11 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/, manifest.jsonl and choices.jsonl")
     p.set_defaults(run=_people)
+    p = commands.add_parser("unpack", help="write shipped pairs as a folder, to label them again")
+    p.add_argument("pairs", choices=("playground", "playground_own", "playground_others"))
+    p.add_argument("--n", type=int, default=2000, help="pairs, the first ones")
+    p.add_argument("--out", type=Path, required=True, help="folder of images/ and manifest.jsonl")
+    p.set_defaults(run=_unpack)
     _build_options(commands.add_parser("build", help="train the shipped weights again from nothing (hours on a CPU)"))
 
 
@@ -231,6 +236,15 @@ def _people(args: argparse.Namespace) -> int:
     names, file = [f"person-{k}" for k in range(args.people)], args.out / "choices.jsonl"
     kept, _ = label(args.out, file, annotators=names, opinions=args.opinions, min_margin=0, seed=args.seed)
     print(f"{kept} choices of {args.people} persons in '{file}'")
+    return 0
+
+
+def _unpack(args: argparse.Namespace) -> int:
+    from diffalign.playground import SHIPPED_PAIRS
+    from diffalign.playground.ratings import unpack_pairs
+
+    found = unpack_pairs(SHIPPED_PAIRS[args.pairs], args.out, args.n)
+    print(f"{found} pairs in '{args.out}', to be labelled by `diffalign playground label`")
     return 0
 
 

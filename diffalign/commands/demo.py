@@ -15,17 +15,11 @@ from reward_models.files import read_json, write_whole
 
 # Guidance 1 is none: guidance sharpens all samples alike, and leaves little that people could prefer.
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 1 --size 32 --batch-size 64"
-TRAINING = "data.cache=OUT/cache hooks.sample_guidance=1 trainer.steps=100"
 STORY = f"""
-# Captions of a small world; the model has seen every combination of these attributes.
-diffalign playground prompts --n 320 --out OUT/prompts.jsonl
-# Two images for each, from the shipped 1.3 M parameter Stable Diffusion.
-diffalign generate --pipeline playground --prompts OUT/prompts.jsonl {SAMPLING} --seed 1 --out OUT/images
-# Simulated people choose. They like vivid colours and objects in their place, and they err.
-diffalign playground label OUT/images --out OUT/pairs.jsonl
-# Align with Diffusion-DPO: a LoRA, its reference is the same U-Net with the adapters off.
-diffalign train --num-processes 1 diffusion_dpo --config playground \
-    run.folder=OUT/run data.path=OUT/pairs.jsonl {TRAINING}
+# Align the shipped 1.3 M parameter Stable Diffusion with Diffusion-DPO: a LoRA, its reference is the U-Net without it.
+# The 2,000 preference pairs ship too: two samples of this model for each caption, compared by simulated people. They
+# like vivid colours, objects in their place and clean images, and they err.
+diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/run data.cache=OUT/cache
 # Captions whose combination of colour, shape and background the model has never seen.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
 # The same prompts and the same noise for the base model ...
@@ -40,10 +34,11 @@ diffalign eval report --base OUT/base --aligned OUT/aligned --win-rate OUT/win_r
 """
 """What the demo runs, on a GPU where there is one; OUT stands for its folder."""
 CONTROL = f"""
-# The control: the same pairs with labels that say nothing. What training gains from them, no preference has taught.
-diffalign playground label OUT/images --labels random --out OUT/random.jsonl
-diffalign train --num-processes 1 diffusion_dpo --config playground \
-    run.folder=OUT/random_run data.path=OUT/random.jsonl {TRAINING}
+# The control: the same pairs with random labels. What training gains from them, no preference has taught.
+diffalign playground unpack playground_own --n 2000 --out OUT/pairs
+diffalign playground label OUT/pairs --labels random --min-margin 0 --out OUT/random.jsonl
+diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/random_run data.cache=OUT/cache \
+    data.path=OUT/random.jsonl
 diffalign generate --pipeline playground --lora OUT/random_run/export --prompts OUT/held_out.jsonl {SAMPLING} \
     --out OUT/random
 diffalign eval win_rate OUT/base OUT/random --scorer diffalign.playground:Judge --out OUT/random.json
@@ -52,8 +47,8 @@ diffalign eval win_rate OUT/base OUT/random --scorer diffalign.playground:Judge 
 
 
 def demo(out: Path, *, random_labels: bool = False) -> int:
-    """Pairs from the shipped model, simulated labels, Diffusion-DPO with a LoRA, preference on held-out prompts, a
-    report; with `random_labels` the control too.
+    """Diffusion-DPO with a LoRA on shipped pairs, preference on held-out prompts, a report; with `random_labels` the
+    control too.
 
     Writes everything under `out`, `out/summary.json` last. Returns the exit code of the first command that fails, or 0.
     """

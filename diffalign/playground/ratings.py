@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from diffalign.playground.annotators import by_prompt, load
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Wish, captions, imagine, parse
 from reward_models.files import write_whole, writing
+from reward_models.images import decode
 
 RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
 """The aspects of a rating: what of the caption is right; vividness; cleanliness; how well the object is placed.
@@ -107,6 +109,22 @@ def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int
         rows.append(json.dumps({"image": name, "prompt": text, "prompt_id": f"{i // 2:05d}", "sample": i % 2}))
     out = folder / "manifest.jsonl"
     write_whole(out, "\n".join(rows) + "\n")
+
+
+def unpack_pairs(pairs: Path, folder: Path, n: int) -> int:
+    """Write the images of the first n pairs of a parquet file in Pick-a-Pic's columns, with a manifest.jsonl as
+    `diffalign generate` writes it, so that annotators can compare them again. Returns how many pairs."""
+    table = pq.read_table(pairs, columns=["caption", "jpg_0", "jpg_1"]).slice(0, n).to_pylist()
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i, pair in enumerate(table):
+        for k in range(2):
+            name = f"images/{i:05d}_{k}.png"
+            with writing(folder / name):
+                decode(pair[f"jpg_{k}"]).save(folder / name)
+            rows.append({"image": name, "prompt": pair["caption"], "prompt_id": f"{i:05d}", "sample": k})
+    write_whole(folder / "manifest.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return len(table)
 
 
 def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +14,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign.data.readers import read_records
 from diffalign.playground import SHIPPED_PAIRS, Judge
+from diffalign.playground.annotators import label
+from diffalign.playground.ratings import unpack_pairs
 
 LARGE = ("playground_own", "playground_others")
 
@@ -51,3 +54,9 @@ def test_other_generators_are_so_much_worse_that_their_winners_are_no_better_tha
     base = torch.cat(own).mean()
     assert torch.cat(others).mean() < base - 0.5
     assert others[0].mean() < base
+
+
+def test_unpacked_pairs_can_be_labelled_again(tmp_path: Path) -> None:
+    assert unpack_pairs(SHIPPED_PAIRS["playground"], tmp_path / "pairs", 8) == 8
+    kept, compared = label(tmp_path / "pairs", tmp_path / "again.jsonl", labels="random", min_margin=0)
+    assert (kept, compared) == (8, 8)
