@@ -40,10 +40,11 @@ RECIPES = ("hps", "vp_score")
 PROMPTS = 8000
 
 
-def train(recipe: str, ratings: Path, run: Path, seed: int) -> float:
-    """Train by the recipe's playground config; returns the seconds."""
+def train(recipe: str, ratings: Path, run: Path, seed: int, steps: int | None = None) -> float:
+    """Train by the recipe's playground config, for so many steps where given; returns the seconds."""
     started = time.time()
-    settings = [f"run.folder={run}", f"run.seed={seed}", f"data.path={ratings}", f"scorer.seed={seed}"]
+    longer = [] if steps is None else [f"trainer.steps={steps}", f"optimizer.lr_cosine_steps={steps}"]
+    settings = [*longer, f"run.folder={run}", f"run.seed={seed}", f"data.path={ratings}", f"scorer.seed={seed}"]
     runpy.run_path(str(launch.find("train", recipe)))["main"](
         ["--config=playground", *settings, "hooks.checkpoint_every=0"]
     )
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="default: all")
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
+    parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--generated", type=Path, action="append", default=[], metavar="FOLDER", help="to rate as well")
     parser.add_argument("--ship", action="store_true", help="put the weights into the package")
     args = parser.parse_args(argv)
@@ -128,10 +130,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             for seed in args.seed or (0, 1, 2):
                 if (recipe, seed) in done:
                     continue
-                seconds = train(recipe, ratings, folder / f"{recipe}-{seed}", seed)
+                seconds = train(recipe, ratings, folder / f"{recipe}-{seed}", seed, args.steps)
                 export = folder / f"{recipe}-{seed}" / "export"
                 found = measure(load_scorer(str(export), "cpu"), held_out)
-                rows.append({"scorer": recipe, "seed": seed, **found, "seconds": round(seconds), "commit": commit()})
+                rows.append({"scorer": recipe, "seed": seed, **found, "seconds": round(seconds)})
+                rows[-1] |= {"steps": args.steps, "generated": len(args.generated), "commit": commit()}
                 print(json.dumps(rows[-1]), flush=True)
                 write_rows(RESULTS, rows)
                 if args.ship:
