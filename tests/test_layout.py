@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("diffalign", "reward_models")
 
 LAYERS = (
-    ("types", "signals", "config_help"),
+    ("types", "interruption", "config_help"),
     ("draws", "config"),
     ("diffusion", "playground", "report"),
     ("objectives", "networks"),

@@ -15,7 +15,7 @@ from diffalign.data import Prompts
 from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.sampler import Sampler
-from diffalign.networks.scores import score_networks
+from diffalign.networks.score_networks import score_networks
 from diffalign.training import recipe
 from diffalign.training.hooks.monitor import Monitor
 from diffalign.training.hooks.standard import standard_hooks

@@ -29,7 +29,7 @@ from diffalign.diffusion.schedule import per_sample
 from diffalign.diffusion.steps import Network
 from diffalign.networks.lora import Adapter
 from diffalign.networks.sampler import Sampler, Transition
-from diffalign.networks.scores import ScoreNetworks
+from diffalign.networks.score_networks import ScoreNetworks
 from diffalign.objectives.divergence import Distance, NoisySample, divergence_gradient, guidance_factor
 from diffalign.objectives.rewards import Rewards, norm
 from diffalign.types import Cond, Metrics, PromptBatch, RecentMetrics

@@ -16,7 +16,7 @@ from types import FrameType
 
 import psutil
 
-from diffalign.signals import ENDING, handled
+from diffalign.interruption import ENDING, handled
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import socket
-import statistics
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -26,8 +24,8 @@ from diffalign.data.loader import KeyedDataset
 from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
-from diffalign.types import RecentMetrics
-from reward_models.files import read_lines, write_lines, write_whole, writing
+from diffalign.training.metrics import MetricsFile
+from reward_models.files import read_lines, write_whole, writing
 
 Latents = TypeVar("Latents", bound=PreferenceLatents)
 
@@ -68,8 +66,7 @@ class Run:
         trackers = None if tracker == "none" else tracker
         self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=trackers, project_dir=self.folder)
         self.draws, self.log_every, self.resume = Draws(seed), log_every, resume
-        self.metrics = self.folder / "metrics.jsonl"
-        self._pending: list[tuple[int, list[str], Tensor | None, dict[str, float]]] = []
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.accelerator, log_every)
         if self.main:
             self._claim(config)
         self.accelerator.wait_for_everyone()
@@ -151,7 +148,7 @@ class Run:
 
     def _begun(self) -> bool:
         """Whether a step was taken in the folder. One of a run that failed before that is as good as new."""
-        rows = read_lines(self.metrics) if self.metrics.exists() else []
+        rows = read_lines(self.metrics.file) if self.metrics.file.exists() else []
         return any(row["step"] > 0 for row in rows) or any((self.folder / "checkpoints").glob("step-*/state.json"))
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -209,46 +206,9 @@ class Run:
         """Print once, from the main process."""
         self.accelerator.print("\n".join(lines))
 
-    def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`: a resumed run writes them again."""
-        if self.main and self.metrics.exists():
-            kept = [row for row in read_lines(self.metrics) if row["step"] <= step]
-            write_lines(self.metrics, kept)
-
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
-        """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.
-
-        What hooks add to the step that was logged last goes into its line.
-        """
-        if self._pending and self._pending[-1][0] < step and self._pending[-1][0] % self.log_every == 0:
-            self.flush()
-        tensors = {n: v.float() for n, v in values.items() if isinstance(v, Tensor)}
-        numbers = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
-        stacked = torch.stack([*tensors.values()]) if tensors else None
-        self._pending.append((step, [*tensors], stacked, numbers))
-
-    def flush(self) -> None:
-        """Write the pending metrics: one JSON object a step, NaN left out."""
-        if not self.main or not self._pending:
-            self._pending.clear()
-            return
-        rows: dict[int, dict[str, float]] = {}
-        for step, names, stacked, numbers in self._pending:
-            values = numbers | dict(zip(names, [] if stacked is None else stacked.tolist(), strict=True))
-            rows.setdefault(step, {}).update({n: values[n] for n in sorted(values) if values[n] == values[n]})
-        lines = [json.dumps({"step": step, **row}) for step, row in rows.items()]
-        for step, row in rows.items():
-            self.accelerator.log(row, step=step)
-        with writing(self.metrics), self.metrics.open("a") as file:
-            file.write("\n".join(lines) + "\n")
-        self._pending.clear()
-
-    def recent(self, n: int, samples: int) -> RecentMetrics:
-        """Every metric over the last n steps written, each of so many samples."""
-        lines = read_lines(self.metrics)[-n:]
-        values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
-        errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
-        return RecentMetrics({k: statistics.fmean(v) for k, v in values.items()}, errors, len(lines) * samples)
+        """Add the metrics of a training step to metrics.jsonl."""
+        self.metrics.log(step, values)
 
 
 def _check_size(encoder: Any, resolution: int) -> None:

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.config import too_small
+from diffalign.interruption import ENDING, Interruption
 from diffalign.networks.placement import trained_parameters
-from diffalign.signals import ENDING, Interruption
 from diffalign.training.optim import Player
 from diffalign.training.run import Run
 from diffalign.types import Metrics
@@ -110,11 +110,13 @@ class Trainer:
                     self.run.print(f"stopped after step {self.step}: {self.stop}")
                     break
         bar.close()
-        self.run.flush()
+        self.run.metrics.flush()
         for hook in self.hooks:
             hook.end(self)
-        if self.run.main and self.run.metrics.exists():
-            self.run.print(self.algorithm.verdict(self.run.recent(max(1, self.steps // 10), self._effective(loader))))
+        if self.run.main and self.run.metrics.file.exists():
+            self.run.print(
+                self.algorithm.verdict(self.run.metrics.recent(max(1, self.steps // 10), self._effective(loader)))
+            )
         self.run.accelerator.end_training()
 
     def _show(self, bar: Any, values: Mapping[str, Tensor | float]) -> None:
@@ -126,7 +128,7 @@ class Trainer:
         """End the process as a signal asked; the last step is saved."""
         name = signal.Signals(self.interrupted).name
         self.run.print(f"ended by {name} after step {self.step}")
-        self.run.flush()
+        self.run.metrics.flush()
         self.run.accelerator.wait_for_everyone()
         self.run.accelerator.end_training()
         raise SystemExit(128 + self.interrupted)

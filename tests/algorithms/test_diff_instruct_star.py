@@ -15,7 +15,7 @@ from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.sampler import Sampler
-from diffalign.networks.scores import ScoreNetworks, score_networks
+from diffalign.networks.score_networks import ScoreNetworks, score_networks
 
 CPU = torch.device("cpu")
 

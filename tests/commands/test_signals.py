@@ -126,7 +126,7 @@ def test_where_no_checkpoints_are_wanted_a_signal_writes_none(
 
 TWICE = """
 import signal, sys, time
-from diffalign.signals import Interruption
+from diffalign.interruption import Interruption
 asked = Interruption("once more")
 with asked.caught():
     signal.raise_signal(int(sys.argv[1]))
@@ -330,7 +330,7 @@ def test_a_folder_without_a_step_is_unused(
     words = settings(tmp_path, *watched, "trainer.steps=2")
 
     def fails(self: Trainer, *arguments: Any) -> Any:
-        self.run.flush()
+        self.run.metrics.flush()
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:

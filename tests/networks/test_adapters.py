@@ -13,7 +13,7 @@ from diffalign.networks.loading import Backbone, load_backbone
 from diffalign.networks.lora import Adapter, adapters_off, lora_layers
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import DistanceToStart
-from diffalign.networks.scores import ScoreNetworks, score_networks
+from diffalign.networks.score_networks import ScoreNetworks, score_networks
 from diffalign.types import Cond
 
 CPU = torch.device("cpu")

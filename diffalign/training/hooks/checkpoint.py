@@ -52,7 +52,7 @@ class Checkpoint(Hook):
                 shutil.rmtree(unfinished)
         found = self.complete() if self.run.resume else []
         if not found:
-            self.run.rewind(-1)  # nothing that was logged, not even before the first step
+            self.run.metrics.rewind(-1)  # nothing that was logged, not even before the first step
             return
         path = found[-1]
         try:
@@ -69,7 +69,7 @@ class Checkpoint(Hook):
             cure = f"to resume from '{found[-2].name}', the one before" if found[1:] else "and begin again at step 0"
             raise ValueError(f"checkpoint '{path}' cannot be read ({error}); delete that folder {cure}") from error
         trainer.micro = self._position(trainer, used, turn)
-        self.run.rewind(trainer.step)
+        self.run.metrics.rewind(trainer.step)
         self.run.print(f"resumed from '{path}'")
 
     def _position(self, trainer: Trainer, used: int, turn: int) -> int:
@@ -96,7 +96,7 @@ class Checkpoint(Hook):
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of this moment. Every rank calls it. Raises OSError when it cannot be written."""
-        self.run.flush()
+        self.run.metrics.flush()
         final = self.folder / f"step-{trainer.step:06d}"
         temporary = final.with_suffix(".tmp")
         if self.run.main:

@@ -1,0 +1,64 @@
+"""The file metrics.jsonl of a run, and the trackers of accelerate: one line for each training step."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffalign.types import RecentMetrics
+from reward_models.files import read_lines, write_lines, writing
+
+
+class MetricsFile:
+    """Collects the metrics of the steps and writes them every `every` steps. Every rank has one; rank 0 writes."""
+
+    def __init__(self, file: Path, accelerator: Any, every: int):
+        self.file, self.accelerator, self.every = file, accelerator, every
+        self._pending: list[tuple[int, list[str], Tensor | None, dict[str, float]]] = []
+
+    def rewind(self, step: int) -> None:
+        """Forget the metrics after `step`: a resumed run writes them again."""
+        if self.accelerator.is_main_process and self.file.exists():
+            kept = [row for row in read_lines(self.file) if row["step"] <= step]
+            write_lines(self.file, kept)
+
+    def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
+        """Keep the scalars of one optimizer step; written every `every` steps, so the device is not waited for.
+
+        What hooks add to the step that was logged last goes into its line.
+        """
+        if self._pending and self._pending[-1][0] < step and self._pending[-1][0] % self.every == 0:
+            self.flush()
+        tensors = {n: v.float() for n, v in values.items() if isinstance(v, Tensor)}
+        numbers = {n: v for n, v in values.items() if not isinstance(v, Tensor)}
+        stacked = torch.stack([*tensors.values()]) if tensors else None
+        self._pending.append((step, [*tensors], stacked, numbers))
+
+    def flush(self) -> None:
+        """Write the pending metrics: one JSON object a step, NaN left out."""
+        if not self.accelerator.is_main_process or not self._pending:
+            self._pending.clear()
+            return
+        rows: dict[int, dict[str, float]] = {}
+        for step, names, stacked, numbers in self._pending:
+            values = numbers | dict(zip(names, [] if stacked is None else stacked.tolist(), strict=True))
+            rows.setdefault(step, {}).update({n: values[n] for n in sorted(values) if values[n] == values[n]})
+        lines = [json.dumps({"step": step, **row}) for step, row in rows.items()]
+        for step, row in rows.items():
+            self.accelerator.log(row, step=step)
+        with writing(self.file), self.file.open("a") as file:
+            file.write("\n".join(lines) + "\n")
+        self._pending.clear()
+
+    def recent(self, n: int, samples: int) -> RecentMetrics:
+        """Every metric over the last n steps written, each of so many samples."""
+        lines = read_lines(self.file)[-n:]
+        values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
+        errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
+        return RecentMetrics({k: statistics.fmean(v) for k, v in values.items()}, errors, len(lines) * samples)
