@@ -6,7 +6,8 @@ import json
 import os
 import runpy
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,25 @@ def recipe() -> Callable[..., None]:
     return call
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands start recipes in this process, where a fresh one needs ten seconds for its imports; what was started."""
+    from diffalign.commands import launch
+
+    calls: list[list[str]] = []
+
+    def start(recipe: Path, words: Sequence[str], *, processes: int | None, config: str | None) -> int:
+        calls.append([recipe.stem, *words])
+        try:
+            return runpy.run_path(str(recipe))["main"](list(words)) or 0
+        except ValueError as error:  # which would end the process
+            print(error)
+            return 1
+
+    monkeypatch.setattr(launch, "start", start)
+    return calls
+
+
 RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 
 
@@ -302,6 +322,20 @@ def forks() -> Iterator[forking.Server]:
     server = forking.Server()
     yield server
     server.close()
+
+
+@pytest.fixture(autouse=True)
+def forked_verification(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are verified in a process that is forked, without its imports; test_export.py keeps the real one."""
+    if request.path.name == "test_export.py":
+        return
+    from diffalign.networks import verify
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, "-c"]
+        return request.getfixturevalue("forks").run(*command[2:])
+
+    monkeypatch.setattr(verify.subprocess, "run", run)
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("started")
 def test_every_command_and_the_code_run(here: Path, recipe: Callable) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     for line in (line for block in blocks for line in block.splitlines()):
@@ -92,6 +93,7 @@ def test_every_command_and_the_code_run(here: Path, recipe: Callable) -> None:
     assert made_here["images"].grad.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("started")
 def test_every_command_of_the_algorithms_page_runs(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +110,7 @@ def test_every_command_of_the_algorithms_page_runs(
     assert (tmp_path / "runs/voted/export").exists()
 
 
+@pytest.mark.usefixtures("started")
 def test_every_command_of_the_personal_page_runs(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

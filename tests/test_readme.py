@@ -101,6 +101,7 @@ def run(words: list[str], recipe: Callable) -> int:
     return cli.main(words[1:])
 
 
+@pytest.mark.usefixtures("started")
 def test_every_command_runs(here: Path, recipe: Callable) -> None:
     clip = tiny_clip(here / "clip")
     sd15 = str(here / "models" / "my-sd15")

@@ -106,6 +106,17 @@ def test_playground_build_runs_from_nothing_and_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "unet.pt").stat().st_mtime_ns == before
 
 
+TRAIN_AND_GENERATE = """
+import runpy, sys
+train = runpy.run_path(f"{sys.argv[1]}/train/diffusion_dpo.py")["main"]
+generate = runpy.run_path(f"{sys.argv[1]}/tools/generate.py")["main"]
+tiny = ["trainer.steps=1", "data.draws_per_sample=1", "data.limit=16", "hooks.verify_export=false"]
+train(["--config", "playground", "run.folder=run", *tiny])
+words = ["--pipeline=playground", "--lora=run/export", "--prompts=p.txt", "--steps=1", "--out=images"]
+assert not generate(words)
+"""
+
+
 def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
     """Unpacked where nothing of the checkout is: recipes, configs, weights and pairs travel in the wheel."""
     wheels, copy = tmp_path / "wheels", tmp_path / "copy"
@@ -126,7 +137,7 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
 
     def run(*words: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "diffalign.commands.cli", *words],
+            [sys.executable, *words],
             cwd=tmp_path / "empty",
             env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
             capture_output=True,
@@ -136,10 +147,8 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    assert "playground, sd15, sd15_lora" in run("recipes")
-    tiny = ["trainer.steps=1", "data.draws_per_sample=1", "data.limit=16", "hooks.verify_export=false"]
-    assert "exported" in run("train", "diffusion_dpo", "--config", "playground", "run.folder=run", *tiny)
-    assert (tmp_path / "empty" / "run" / "export" / "pytorch_lora_weights.safetensors").exists()
+    assert "playground, sd15, sd15_lora" in run("-m", "diffalign.commands.cli", "recipes")
     (tmp_path / "empty" / "p.txt").write_text("red circle on white\n")
-    made = run("generate", "--pipeline=playground", "--lora=run/export", "--prompts=p.txt", "--steps=1", "--out=images")
-    assert "1 images of 1 prompts in 'images'" in made
+    made = run("-c", TRAIN_AND_GENERATE, str(tmp_path / "site" / "diffalign"))
+    assert "exported" in made and "1 images of 1 prompts in 'images'" in made
+    assert (tmp_path / "empty" / "run" / "export" / "pytorch_lora_weights.safetensors").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,23 +29,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs recipes in this process, where a fresh one would take ten seconds to start; what was started, in order."""
-    calls: list[list[str]] = []
-
-    def start(recipe: Path, words: Sequence[str], *, processes: int | None, config: str | None) -> int:
-        calls.append([recipe.stem, *words])
-        try:
-            return runpy.run_path(str(recipe))["main"](list(words)) or 0
-        except ValueError as error:  # which would end the process
-            print(error)
-            return 1
-
-    monkeypatch.setattr(launch, "start", start)
-    return calls
-
-
 def sweep(recipe: Callable, name: str, *words: str) -> int:
     with pytest.raises(SystemExit) as caught:
         program.run(lambda: recipe(name, *words))
@@ -59,7 +41,11 @@ def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, sta
     words = [*TINY, "run.folder=s", "--sweep", "optimizer.lr=0,1e-3", "optimizer.lr_warmup_steps=0"]
     words += ["--sweep-prompts", "prompts.txt"]
     assert sweep(recipe, "diffusion_dpo", *words) == 0
-    assert [call[0] for call in started] == ["generate", "win_rate"] + ["diffusion_dpo", "generate", "win_rate"] * 2
+    assert [call[0] for call in started] == ["generate", "win_rate"] + [
+        "diffusion_dpo",
+        "generate",
+        "win_rate",
+    ] * 2
     found = json.loads((here / "s" / "sweep.json").read_text())
     still, moved = found["rows"]
     assert (still["values"], moved["values"]) == (["optimizer.lr=0"], ["optimizer.lr=1e-3"])
