@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, train_prompt_overlap, usable_records
 from diffalign.data.image_checks import Workers, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import Record
-from diffalign.data.usable import DropReport, Verify, notices_of, read_some, trained_on, usable_records
 from diffalign.types import GroupBatch, Key
 
 OVERALL = "overall"
@@ -93,7 +93,7 @@ class PreferenceGroups(Dataset):
         report.stop_if_damaged(len(self.records), dropped)
         report.summary(len(self.records), sum(1 for r in self.records for _ in r.pairs()), dropped)
         trained = path if source != path else None
-        report.notice(lambda: [*notices_of(self.records, seen), *trained_on(self.records, trained)])
+        report.notice(lambda: [*notices_of(self.records, seen), *train_prompt_overlap(self.records, trained)])
         lacking = {a for a in aspects for r in self.records if a != OVERALL and a not in (r.aspects or {})}
         if lacking:
             raise ValueError(

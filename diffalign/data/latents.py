@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffalign.data.cache import LatentCache, cond_of
+from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, usable_records
 from diffalign.data.image_checks import ImageCheck, Workers, check_images
 from diffalign.data.images import square
 from diffalign.data.readers import find_reader
 from diffalign.data.records import ImageRef, Record
-from diffalign.data.usable import DropReport, Verify, notices_of, read_some, usable_records
 from diffalign.draws import Draws
 from diffalign.types import Cond, Encoder, Key, LatentBatch
 

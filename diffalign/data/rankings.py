@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.entries import Records, bad_images, bad_label, bad_labels, bad_prompt, files, json_lines
+from diffalign.data.entry_checks import Records, bad_images, bad_label, bad_labels, bad_prompt, files, json_lines
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import leads_out, parse_json, read_file
 

@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.entries import (
+from diffalign.data.entry_checks import (
     Records,
     bad_annotator,
     bad_images,

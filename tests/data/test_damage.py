@@ -17,8 +17,8 @@ import torch
 from PIL import Image, features
 
 from diffalign.data import Dropped, PreferencePairs, Record, read_records
-from diffalign.data.entries import bad_label
-from diffalign.data.targets import read_targets
+from diffalign.data.entry_checks import bad_label
+from diffalign.data.image_folder import read_targets
 from diffalign.draws import Draws
 from diffalign.types import Cond
 from reward_models.images import decode

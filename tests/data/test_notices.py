@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffalign.data import ImageRef, PreferenceGroups, PreferencePairs, Prompts, Record
-from diffalign.data.source import check_same_data, check_same_prompts
+from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.types import Cond
 

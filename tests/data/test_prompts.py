@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffalign.data import Dropped, KeyedLoader, Prompts, TargetImages
+from diffalign.data.image_folder import read_targets
 from diffalign.data.prompts import find_prompts, read_prompts
-from diffalign.data.targets import read_targets
 from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
 
