@@ -39,7 +39,7 @@ def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
             what = {
                 "count": "other records",
                 "records": "other records",
-                "images": "image files of other sizes or times",
+                "images": "images of other sizes or times",
             }
             count = f" ({before[name]['count']} before, {found['count']} now)" if changed[0] == "count" else ""
             raise ValueError(
