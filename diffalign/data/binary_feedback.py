@@ -59,7 +59,7 @@ class Balanced:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """Problems of a `balance` config section."""
+        """Problems with a `balance` section."""
         ratio = cfg["positive_ratio"]
         if ratio is None or 0 < ratio < 1:
             return []

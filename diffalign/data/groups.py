@@ -105,7 +105,7 @@ class PreferenceGroups(Dataset):
         return len(self.records)
 
     def __getitem__(self, place: tuple[int, int]) -> Group:
-        """Group `index` in `epoch`; place = (epoch, index). Raises ValueError when an image can no longer be decoded."""
+        """Group `index` in `epoch`; place = (epoch, index). Raises ValueError when an image no longer decodes."""
         epoch, index = place
         record = self.records[index]
         pixels = torch.stack([self.prepare(ref.read()) for ref in record.images])
@@ -129,7 +129,7 @@ class PreferenceGroups(Dataset):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """Problems of a `data` config section, one line each."""
+        """Problems with a `data` section, one line each."""
         return check_groups(cfg)
 
     def encode(self, batch: GroupBatch) -> GroupBatch:
@@ -146,7 +146,7 @@ def _hash_fraction(prompt: str) -> float:
 
 
 def check_groups(cfg: dict[str, Any]) -> list[str]:
-    """Problems of a `data` config section, one line each."""
+    """Problems with a `data` section, one line each."""
     problems = []
     for name in ("path", "validation_path"):
         try:

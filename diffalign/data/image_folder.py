@@ -34,7 +34,7 @@ class TargetImages(PreferenceLatents):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """Problems of a `data` config section, one line each."""
+        """Problems with a `data` section, one line each."""
         problems = [p for p in check_latents(cfg) if not p.startswith("'data.path'")]
         try:
             read_targets(Path(cfg["path"]).expanduser())

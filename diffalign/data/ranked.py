@@ -22,8 +22,8 @@ class RankedImages(PreferenceLatents):
             phi = (record.aspects or {}).get(PHI) or win_rates_of_ranks(record.ranks)
             if not all(0 <= x <= 1 for x in phi):
                 raise ValueError(
-                    f"record {record.id} has phi = {phi}; win rates must be in [0, 1], as eval/rank_images.py writes them; "
-                    "without phi they are computed from the ranks"
+                    f"record {record.id} has phi = {phi}; win rates must be in [0, 1], as "
+                    "eval/rank_images.py writes them; without phi they are computed from the ranks"
                 )
             yield Example(record.id, record.prompt, record.images, tuple(phi), record.flip)
 
