@@ -89,7 +89,7 @@ class Rows(NamedTuple):
         return found
 
 
-class Mended:
+class RepairedRows:
     """Rows whose damaged entries are made anew and kept in memory; in worker processes, which have no encoder, they are
     an error. make gives the fields of a row by its number."""
 
