@@ -56,7 +56,7 @@ class LatentCache:
         shard_size: int = SHARD,
     ):
         if world_size > 1 and exchange is None:
-            raise ValueError(f"a cache built by {world_size} processes needs 'exchange', a folder of their run")
+            raise ValueError(f"a cache built by {world_size} processes needs an 'exchange' folder that they share")
         self.encoder, self.resolution, self.shard_size = encoder, resolution, shard_size
         self.workers = Workers(rank, world_size, barrier, exchange or folder)
         self.variants = ("", "-hflip") if hflip else ("",)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.data.records import ImageRef, forget_row_groups
+from diffalign.data.records import ImageRef, clear_read_caches
 from reward_models.images import ImageError, UnsupportedImage, decode
 
 T = TypeVar("T")
@@ -81,4 +81,4 @@ def prefetch(
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-            forget_row_groups()
+            clear_read_caches()

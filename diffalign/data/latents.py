@@ -80,7 +80,8 @@ class PreferenceLatents(Dataset):
         hflip: mirror an example with probability 1/2, drawn anew each epoch
         caption_dropout: probability of replacing a caption by the empty one, drawn anew each epoch
         size_conditions: SDXL size conditions of an image: true size and crop, or always an uncropped square
-        cache: folder of latents and text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign; off to encode in every step
+        cache: folder of latents and text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign; off encodes each
+            step anew
         max_dropped: stop if more than this share of the labelled records is damaged
         limit: use only the first so many labelled records
         draws_per_sample: number of different draws (flip, dropout, timestep, noise) per example, repeated in turn over
