@@ -235,7 +235,8 @@ def read_folders(folder: Path, prompts: Path) -> Records:
     """Pairs in two folders: winners in w/ and losers in l/, with equal file names.
 
     prompts.txt has one prompt per line, in sorted order of the names in w/ or l/. prompts.jsonl has
-    {"image": name, "prompt": text} in any order. Raises ValueError when the lines of prompts.txt do not match the images.
+    {"image": name, "prompt": text} in any order. Raises ValueError when prompts.txt has another number of
+    lines than there are images.
     """
     names = sorted({f.name for side in "wl" for f in (folder / side).iterdir() if is_image(f.name)})
     if prompts.suffix == ".txt":

@@ -34,7 +34,7 @@ class ImageRef(NamedTuple):
     member: str | None = None
 
     def read(self) -> bytes:
-        """Bytes of the encoded image. Raises FileNotFoundError when it does not exist, OSError when it is unreadable."""
+        """The encoded image. Raises FileNotFoundError when it does not exist, OSError when it is unreadable."""
         if self.member is not None:
             return self._unzip(self.member)
         if self.column is None:
