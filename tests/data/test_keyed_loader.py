@@ -77,7 +77,7 @@ def test_two_accumulation_steps_get_the_same_samples_as_two_processes(seven):
     assert_equal(one, [batch for both in zip(*ranks, strict=True) for batch in both])
 
 
-def test_resuming_at_a_later_batch_loads_no_skipped_batches(seven):
+def test_resuming_at_a_later_batch_takes_no_time_for_skipped_ones(seven):
     loader = loader_of(seven, rank=1, world_size=2)
     assert_equal(take(loader, 0, 12)[9:], take(loader, 9, 3))
     started = time.monotonic()

@@ -143,7 +143,7 @@ def test_changed_records_raise_with_their_count_for_each_dataset_separately(tmp_
     check_same_prompts(tmp_path, "p.txt", [("0", "a")], main=True)
 
 
-def test_prompts_are_kept_whole_by_the_cache(tmp_path):
+def test_prompts_recompute_damaged_cached_embeddings(tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
     prompts = Prompts(Pool(), tmp_path / "run", path=str(tmp_path / "p.txt"), cache=str(tmp_path / "cache"))
     (file,) = (tmp_path / "cache").rglob("*.rows")

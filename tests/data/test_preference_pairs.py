@@ -1,6 +1,6 @@
 """Preference pairs: dropped records, alignment of ids with images and prompts, and random draws.
 
-Every picture carries its number in its colour and every prompt in its words, so that a shift by one is seen.
+Every image encodes its number in its colour and every prompt in its words, so that a shift by one is detected.
 """
 
 import io

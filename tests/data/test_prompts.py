@@ -39,7 +39,7 @@ def test_prompts_are_encoded_once_and_drawn_by_key(tmp_path: Path, tiny_sd: Path
     assert next(iter(loader.start(2))).keys == batches[2].keys
 
 
-def test_playground_training_and_held_out_prompts_are_disjoint() -> None:
+def test_playground_splits_are_disjoint_and_invalid_settings_are_reported() -> None:
     assert not set(find_prompts("playground").values()) & set(find_prompts("playground", held_out=True).values())
     cfg = {"path": "nowhere.txt", "batch_size": 0, "resolution": 32, "limit": None, "cache": None}
     assert Prompts.check(cfg) == [
