@@ -70,7 +70,7 @@ class LatentCache:
         chunks = self.workers.chunks(len(images), self.shard_size)
         found: dict[int, ImageCheck] = {}
         new: list[int] = []
-        with self.workers.bar(chunks, "latents") as bar:
+        with self.workers.progress_bar(chunks, "latents") as bar:
             for chunk, digests in zip(
                 chunks, self.contents.find_all([[images[i] for i in c] for c in chunks]), strict=True
             ):
@@ -90,7 +90,7 @@ class LatentCache:
                     part = new[start : start + self.shard_size]
                     found |= zip(part, self._add_chunk(_with_progress(islice(checked, len(part)), bar)), strict=True)
         self.contents.save()
-        checks = self.workers.share(found, len(images))
+        checks = self.workers.gather(found, len(images))
         self._images.refresh()
         return checks
 
@@ -146,7 +146,7 @@ class LatentCache:
         texts = {_digest(text): text for text in ["", *prompts]}
         keys = list(texts)
         chunks = self.workers.chunks(len(keys), self.shard_size)
-        with self.workers.bar(chunks, "text embeddings") as bar:
+        with self.workers.progress_bar(chunks, "text embeddings") as bar:
             for chunk in chunks:
                 missing = [keys[i] for i in chunk if keys[i] not in self._prompts]
                 rows: dict[str, dict[str, Tensor]] = {}
@@ -161,7 +161,8 @@ class LatentCache:
         if truncated and self.workers.rank == 0:
             note, first = self._prompts.notes[truncated[0]], texts[truncated[0]]
             logger.warning(
-                "%d of %d prompts are longer than the text encoder reads, and cut there; the first: '%.80s...' (%s)",
+                "%d of %d prompts exceed the token limit of the text encoder and are truncated; "
+                "the first: '%.80s...' (%s)",
                 *(len(truncated), len(keys) - 1, first, note),
             )
 

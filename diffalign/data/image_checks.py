@@ -88,11 +88,11 @@ class Workers(NamedTuple):
         """This rank's chunks of range(n)."""
         return [range(start, min(start + size, n)) for start in range(0, n, size)][self.rank :: self.world_size]
 
-    def bar(self, chunks: list[range], what: str) -> tqdm:
+    def progress_bar(self, chunks: list[range], what: str) -> tqdm:
         """A progress bar over the chunks, on the main rank."""
         return tqdm(total=sum(map(len, chunks)), desc=what, disable=self.rank > 0, mininterval=1, leave=False)
 
-    def share(self, found: dict[int, ImageCheck], n: int) -> list[ImageCheck]:
+    def gather(self, found: dict[int, ImageCheck], n: int) -> list[ImageCheck]:
         """All-gather of the checks by image index, through files in `exchange`. Every rank gets the list of all n."""
         if self.world_size > 1:
             files = [self.exchange / f"seen-{rank}.json" for rank in range(self.world_size)]
@@ -117,8 +117,8 @@ def check_images(images: Sequence[ImageRef], resolution: int, workers: Workers) 
         (images[i] for i in mine), lambda ref: check_image(ref, resolution).check, processes=workers.world_size
     )
     found = {}
-    with closing(checks), workers.bar(chunks, "check images") as bar:
+    with closing(checks), workers.progress_bar(chunks, "check images") as bar:
         for i, check in zip(mine, checks, strict=True):
             found[i] = check
             bar.update()
-    return workers.share(found, len(images))
+    return workers.gather(found, len(images))

@@ -33,7 +33,7 @@ def test_training_warns_once_about_truncated_prompts(tmp_path, caplog, capfd, mo
         said = record.getMessage()
         counts = backbone.token_counts(prompts)[1]
         longer = [p for p, n in zip(prompts, counts, strict=True) if n > limit]
-        assert said.startswith(f"{len(longer)} of 3 prompts are longer than the text encoder reads") and longer
+        assert said.startswith(f"{len(longer)} of 3 prompts exceed the token limit of the text encoder") and longer
         assert f"the first: '{longer[0][:80]}...'" in said and f"tokens, {limit} are read)" in said
     assert "Token indices" not in capfd.readouterr().err
 
