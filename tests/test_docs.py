@@ -20,9 +20,9 @@ from PIL import Image
 
 from diffalign.commands import cli, launch
 from diffalign.data import Record, read_records
+from diffalign.data.image_folder import read_targets
 from diffalign.data.prompts import read_prompts
 from diffalign.data.rankings import RATINGS
-from diffalign.data.targets import read_targets
 from reward_models.folder import cli as score_cli
 from reward_models.folder.items import read_items
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffalign.data.entries import json_lines
+from diffalign.data.entry_checks import json_lines
 from diffalign.data.records import Dropped
 from reward_models.files import write_whole
 

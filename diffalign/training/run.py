@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
+from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
-from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
 from diffalign.training.metrics import MetricsFile
