@@ -1,4 +1,4 @@
-"""A run: its folder, its accelerator, its randomness and its metrics."""
+"""Training run: folder, accelerator, random draws and metrics."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ Latents = TypeVar("Latents", bound=PreferenceLatents)
 
 MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "trainer.grad_accum", "data.num_workers")
 MAY_NOT_CHANGE = ("run.seed", "run.deterministic", "hooks.ema_decay")
-"""What a resumed run may set differently from how it began, and what of that it may not. The checkpoint looks after
-trainer.grad_accum: it may change with the number of processes, so that a turn stays as many micro-batches."""
+"""Config keys (prefixes) that may differ when a run resumes, and exceptions that must stay the same.
+
+trainer.grad_accum may change together with the number of processes. `Checkpoint` verifies that their product, the
+number of micro-batches per optimizer step, stays the same."""
 
 
 class Run:
-    """Where a training run happens. Every rank has one; rank 0 writes.
+    """Training run with its folder. Every rank creates one; only rank 0 writes.
 
     Args:
         folder: receives config.yaml, metrics.jsonl, checkpoints/, samples/ and export/
-        seed: of every random draw of the run
-        mixed_precision: what networks that train compute their matrices in; what `accelerate launch` says when left out
-        tracker: sends the metrics to this tracker of accelerate's as well
-        log_every: steps between two writes of the metrics, which hold every step
+        seed: seed of every random draw of the run
+        mixed_precision: dtype of the trainable networks' matrix products; default: the setting of `accelerate launch`
+        tracker: accelerate tracker that receives the metrics as well
+        log_every: steps between two writes of the metrics; the metrics of every step are written
         resume: continue from the last checkpoint in `folder`
-        deterministic: the same bits at each run on a GPU too, at some cost in speed; what cannot be so stops the run
+        deterministic: bit-identical results on a GPU, at some cost in speed; a nondeterministic operation is an error
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Run:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `run` section, one line each."""
+        """Problems of a `run` section of the config, one line each."""
         problems = too_small("run", cfg, log_every=1)
         if not cfg["folder"].strip():
             problems.append("'run.folder' is empty; name the folder that receives the run")
@@ -101,11 +103,11 @@ class Run:
 
     @property
     def placement(self) -> Placement:
-        """Where this run's networks are, and what their matrices are computed in."""
+        """Device and compute dtype of this run's networks."""
         return placement_of(self.accelerator)
 
     def _claim(self, config: Config) -> None:
-        """Write config.yaml, or compare with the one that is there when resuming."""
+        """Write config.yaml; when resuming, compare the config with the existing file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         path, begun = self.folder / "config.yaml", self._begun()
@@ -159,7 +161,7 @@ class Run:
         return prepare(module, self.accelerator)
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
-        """A preference data set of this run as latents, with its draws, ranks and folder."""
+        """Load a preference data set as latents, with the draws, ranks and folder of this run."""
         _check_size(encoder, config["resolution"])
         a, verify = (
             self.accelerator,
@@ -169,7 +171,7 @@ class Run:
         return kind(encoder, self.draws, self.folder, *ranks, verify, **config)
 
     def prompts(self, encoder: Any, **config: Any) -> Prompts:
-        """A list of prompts of this run with their text embeddings."""
+        """Load a list of prompts with their text embeddings."""
         _check_size(encoder, config["resolution"])
         a = self.accelerator
         prompts = Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
@@ -178,7 +180,7 @@ class Run:
         return prompts
 
     def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
-        """The training or validation part of a data set of this run, as groups of images for a scorer."""
+        """Load the training or validation split of a data set, as groups of images for a scorer."""
         a = self.accelerator
         path = (config.get("validation_path") if part == "validation" else None) or config["path"]
         verify = partial(check_same_data, self.folder, f"groups {part}", path, main=self.main)
@@ -186,7 +188,7 @@ class Run:
         return PreferenceGroups(prepare, self.folder, *ranks, part, verify, **config)
 
     def loader(self, dataset: KeyedDataset) -> KeyedLoader:
-        """This rank's micro-batches of the data set, on the device."""
+        """Loader of this rank's micro-batches, on the device."""
         return KeyedLoader(
             dataset,
             self.draws,
@@ -202,7 +204,7 @@ class Run:
         return self.accelerator.reduce(value, reduction="mean")
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all ranks as one."""
+        """Concatenate the lists of all ranks."""
         return gather_object(values)
 
     def print(self, *lines: str) -> None:
@@ -210,15 +212,15 @@ class Run:
         self.accelerator.print("\n".join(lines))
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`: a resumed run writes them again."""
+        """Delete the metrics after `step`: the resumed run writes them again."""
         if self.main and self.metrics.exists():
             kept = [row for row in read_lines(self.metrics) if row["step"] <= step]
             write_lines(self.metrics, kept)
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
-        """Keep the scalars of one optimizer step; written every `log_every` steps, so the device is not waited for.
+        """Log the scalars of one training step. They are written every `log_every` steps, to avoid synchronisation.
 
-        What hooks add to the step that was logged last goes into its line.
+        A second call with the same step adds to the line of that step; hooks use this.
         """
         if self._pending and self._pending[-1][0] < step and self._pending[-1][0] % self.log_every == 0:
             self.flush()
@@ -228,7 +230,7 @@ class Run:
         self._pending.append((step, [*tensors], stacked, numbers))
 
     def flush(self) -> None:
-        """Write the pending metrics: one JSON object a step, NaN left out."""
+        """Write the pending metrics: one JSON object per step, without NaN values."""
         if not self.main or not self._pending:
             self._pending.clear()
             return
@@ -244,7 +246,7 @@ class Run:
         self._pending.clear()
 
     def recent(self, n: int, samples: int) -> RecentMetrics:
-        """Every metric over the last n steps written, each of so many samples."""
+        """Mean and standard error of every metric over the last n logged steps; `samples` is the batch size of a step."""
         lines = read_lines(self.metrics)[-n:]
         values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
         errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
@@ -252,7 +254,7 @@ class Run:
 
 
 def _check_size(encoder: Any, resolution: int) -> None:
-    """Raise ValueError for images that a backbone cannot draw, before hours go into encoding them."""
+    """Raise ValueError for a resolution that the backbone does not support, before the images are encoded."""
     if hasattr(encoder, "latent_shape"):
         encoder.latent_shape(resolution)
 
