@@ -82,7 +82,7 @@ class Parts:
         return self.backbone.encode_text([""])
 
     def fit(self, algorithm: Algorithm, hooks: Sequence[Hook] = ()) -> None:
-        """Train to the end of the run. hooks: additional hooks of this recipe; `standard_hooks` documents their order."""
+        """Train to the end of the run. hooks: additional hooks of the recipe; order: see `standard_hooks`."""
         cfg, run, backbone, sampler = self.cfg, self.run, self.backbone, getattr(self, "sampler", None)
         players, monitor = players_of(cfg, algorithm), None
         if "monitor" in cfg:

@@ -129,10 +129,10 @@ class Run:
         write_whole(path, config.yaml())
 
     def _lock(self) -> None:
-        """Keep every other process out of the folder as long as this one lives. Raises FileExistsError where one is in.
+        """Lock the folder until this process ends. Raises FileExistsError if another run holds the lock.
 
-        A POSIX record lock, which the kernel drops with the process: unlike flock's, it is not kept by worker processes
-        that outlive a killed run for some seconds.
+        This is a POSIX record lock; the kernel releases it when the process ends. A flock would be inherited by worker
+        processes, which outlive a killed run for some seconds.
         """
         self._held = (self.folder / ".lock").open("a+")
         try:
@@ -152,12 +152,12 @@ class Run:
             self._held.flush()
 
     def _begun(self) -> bool:
-        """Whether a step was taken in the folder. One of a run that failed before that is as good as new."""
+        """Whether the folder holds a completed training step. A run that failed before its first step may start again."""
         rows = read_lines(self.metrics) if self.metrics.exists() else []
         return any(row["step"] > 0 for row in rows) or any((self.folder / "checkpoints").glob("step-*/state.json"))
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module as accelerate wants it for training (DDP and so on)."""
+        """Prepare a module for training with accelerate (DDP and so on)."""
         return prepare(module, self.accelerator)
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
@@ -246,7 +246,7 @@ class Run:
         self._pending.clear()
 
     def recent(self, n: int, samples: int) -> RecentMetrics:
-        """Mean and standard error of every metric over the last n logged steps; `samples` is the batch size of a step."""
+        """Mean and standard error of every metric over the last n logged steps; samples: batch size of a step."""
         lines = read_lines(self.metrics)[-n:]
         values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
         errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}
