@@ -152,7 +152,7 @@ class Run:
             self._held.flush()
 
     def _begun(self) -> bool:
-        """Whether the folder holds a completed training step. A run that failed before its first step may start again."""
+        """Whether the folder holds a completed training step. A run that failed before it may start again."""
         rows = read_lines(self.metrics) if self.metrics.exists() else []
         return any(row["step"] > 0 for row in rows) or any((self.folder / "checkpoints").glob("step-*/state.json"))
 

@@ -54,9 +54,8 @@ scorer_hooks.check = check_scorer_hooks  # type: ignore[attr-defined]
 class Validation(Hook):
     """Measures pairwise accuracy on the validation split; a tie counts as wrong.
 
-    `<run>/validation.jsonl` gets one line per validation. `<run>/export/` holds the best weights, which `load_scorer` reads.
-    If the scorer standardises its scores, the mean and standard deviation of its logits are set from the validation
-    images.
+    `<run>/validation.jsonl` gets one line per validation. `<run>/export/` holds the best weights, for `load_scorer`.
+    If the scorer standardises its scores, its logit mean and standard deviation are set from the validation images.
     """
 
     def __init__(self, run: Run, scorer: Any, groups: PreferenceGroups, every: int, patience: int | None):
