@@ -6,8 +6,8 @@
         --validation validation_unique.parquet --metric pick_threshold
 
 PATH is a preference data set in any layout that diffalign reads. Prints a line for each scorer and metric, with a 95 %
-interval over prompts; FILE.json holds them with the versions of the libraries. docs/reward_accuracy.md says which metric belongs
-to which published number. Every image must be readable: an accuracy on a subset would not be comparable.
+interval over prompts. FILE.json holds them with the versions of the libraries. docs/reward_accuracy.md says which
+metric belongs to which published number. Every image must be readable: an accuracy on a subset would not be comparable.
 """
 
 from __future__ import annotations
