@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forks as forking
@@ -335,7 +336,7 @@ def forked_verification(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         assert command[:2] == [sys.executable, "-c"]
         return request.getfixturevalue("forks").run(*command[2:])
 
-    monkeypatch.setattr(verify.subprocess, "run", run)
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")
