@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffalign.draws import Draws
+from diffalign.networks.placement import pins_memory
 from diffalign.types import on_device
 
 
@@ -71,7 +72,7 @@ class KeyedLoader:
             batch_sampler=places,  # type: ignore[arg-type]
             collate_fn=self.dataset.collate,
             num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=pins_memory(self.device),
             generator=torch.Generator(),  # otherwise the global generator advances
             worker_init_fn=_leave_signals_to_the_run,
         )
