@@ -22,6 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already; those they start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+if os.environ.get("DIFFALIGN_TEST_DEVICE") != "cuda":
+    # Two processes cannot share a card, and sums on one differ in the last bits: tests/device alone are for a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if pretend.AVAILABLE and not torch.cuda.is_available():
     pretend.register()  # now, since autograd starts a thread for each device at the first backward pass of a process
 ROOT = Path(__file__).parent.parent

@@ -67,7 +67,11 @@ LINES = {
         1,
     ),
     "deep JSON": ("[" * 20_000, "bad line: not JSON that can be read: nested too deeply", None),
-    "deep JSON inside": ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", "bad line: not JSON that can be read: nested", None),
+    "deep JSON inside": (
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "bad line: not JSON that can be read: nested",
+        None,
+    ),
     "a label of 400 digits": (
         '{"prompt": "x", "chosen": "0.png", "rejected": "1.png", "prob": 1' + "0" * 400 + "}",
         "label out of range: 1000",
