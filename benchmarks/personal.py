@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diffalign.commands import launch
 from diffalign.data import read_records
-from diffalign.data.choices import chance_of
+from diffalign.data.choices import hash_fraction
 from diffalign.draws import Draws
 from diffalign.networks.user_adapter import adapter_arguments, mix_users, user_embeds
 from diffalign.playground import BASE, STUDENTS, Judge
@@ -46,7 +46,7 @@ from reward_models.personal.tastes import Taste
 
 RESULTS = Path(__file__).parent / "results" / "personal.json"
 PEOPLE = [f"person-{k}" for k in range(180)]
-STRANGERS = [name for name in PEOPLE if chance_of(name) < 0.33]  # as configs/personal_reward/playground.yaml
+STRANGERS = [name for name in PEOPLE if hash_fraction(name) < 0.33]  # as configs/personal_reward/playground.yaml
 SHOTS = (0, 2, 4, 10, 20, 50)
 HEADS = {
     "pal": (),

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reward_models.files import write_whole
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
     """A JSON list, one object a line; the file is either the old one or the new one, whole."""
+    from reward_models.files import write_whole  # not above: gpu.py finds the packages without an installation
+
     write_whole(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 

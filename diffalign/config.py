@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from diffalign.config_help import keys
-from reward_models.files import read_text
+from reward_models.files import first_line, read_text
 from reward_models.settings import typed, words
 
 Section = Callable[..., Any]
@@ -156,7 +156,7 @@ def resolve(content: Any, overrides: Sequence[str], sections: Mapping[str, Secti
         merged = OmegaConf.merge(OmegaConf.create(content), OmegaConf.from_dotlist(list(overrides)))
         given = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
+        raise ConfigError(first_line(error)) from None
     assert isinstance(given, dict)
     problems = [_unknown("section", str(s), sections) for s in given if s not in sections]
     resolved: dict[str, dict[str, Any]] = {}

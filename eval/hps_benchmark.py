@@ -1,10 +1,10 @@
-"""The benchmark of HPS v2: the mean score of a model's images for published prompts, a style at a time.
+"""HPS v2 benchmark: mean score of a model's images for the published prompts, for each style.
 
     diffalign eval hps_benchmark --images images --prompts HPDv2/benchmark --scorer hps_v2.1,unit=x100
     python eval/hps_benchmark.py --images images --prompts HPDv2/benchmark --styles drawbench --scorer hps_v2,unit=x100
 
-The image of prompt number k of PROMPTS/STYLE.json, a list of prompts, is IMAGES/STYLE/{k:05d}.jpg; all must be there,
-and nothing else. A style's result is the mean and the standard deviation (of the population) over the means of 80
+The image of prompt number k of PROMPTS/STYLE.json, a list of prompts, is IMAGES/STYLE/{k:05d}.jpg; all must exist,
+and no other files. A style's result is the mean and the standard deviation (of the population) over the means of 80
 prompts each, and the mean of all scores with its 95 % interval over prompts; drawbench has the latter only. Published
 tables are in hundreds of the cosine, unit=x100. FILE.json holds the score of every image.
 """
@@ -34,7 +34,7 @@ PLAIN = "drawbench"
 GROUP = 80
 LIBRARIES = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers")
 SHOWN = 10
-"""Files that an error names; it counts the others."""
+"""Maximum number of files named in an error message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,14 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--images", type=Path, required=True, metavar="DIR", help="a folder for each style")
-    add("--prompts", type=Path, required=True, metavar="DIR", help="a .json list for each style")
-    add("--scorer", action="append", required=True, metavar="SPEC", help="name, folder or package.module:Class; again")
+    add("--images", type=Path, required=True, metavar="DIR", help="folder with a subfolder for each style")
+    add("--prompts", type=Path, required=True, metavar="DIR", help="folder with a .json list for each style")
+    add(
+        "--scorer",
+        action="append",
+        required=True,
+        metavar="SPEC",
+        help="name, folder or package.module:Class; repeatable",
+    )
     add("--styles", nargs="+", choices=[*STYLES, PLAIN], default=STYLES, help="default: all but drawbench")
     add("--out", type=Path, metavar="FILE.json", help="results and scores")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
     add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
-    add("--seed", type=int, default=0, help="of the bootstrap (0)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     return parser
 
 
@@ -85,7 +91,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[Item]]:
-    """The images of every style with their prompts, in order. Raises ValueError listing what is missing or too much."""
+    """Images of every style with their prompts, in order. Raises ValueError listing missing and extra files."""
     from reward_models.folder.items import Item  # here and below: heavy, and `--help` needs none of it
 
     found: dict[str, list[Item]] = {}
@@ -119,7 +125,7 @@ def _list(names: Sequence[str]) -> str:
 def score(
     items: dict[str, list[Item]], scorers: dict[str, Scorer], batch_size: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Scorer -> style -> the scores in the order of the prompts. Raises ValueError listing images without a score."""
+    """Scores: scorer -> style -> scores in prompt order. Raises ValueError listing images that cannot be scored."""
     from reward_models.folder.scoring import Failed, score_items
 
     scores: dict[str, dict[str, list[float]]] = {name: {style: [] for style in items} for name in scorers}
@@ -141,7 +147,7 @@ def score(
 
 
 def summary(style: str, scores: Sequence[float], seed: int) -> dict[str, Any]:
-    """Mean of all scores with its interval and, of a style, mean and standard deviation of the means of its groups."""
+    """Mean of all scores with its interval; for a style also mean and standard deviation of its group means."""
     import numpy as np
 
     from reward_models.accuracy import interval
@@ -156,7 +162,7 @@ def summary(style: str, scores: Sequence[float], seed: int) -> dict[str, Any]:
 
 
 def line(spec: str, style: str, row: dict[str, Any], unit: str) -> str:
-    """One result in a line."""
+    """Format one result as a line."""
     groups = ""
     if "groups" in row:
         groups = f", groups {row['group_mean']:.4g} +- {row['group_std']:.4f}"

@@ -1,9 +1,9 @@
-"""Rank the images that one or several models made of each prompt, by how often each beats the others (Syn-Pic).
+"""Rank the images of each prompt, of one or several models, by pairwise win rate over scorers (Syn-Pic).
 
     diffalign eval rank_images sdxl sd3 flux --scorer hps_v2.1 --scorer pickscore --out ranked.jsonl
     diffalign eval rank_images images --scorer diffalign.playground:Judge --scorer playground_hps --out ranked.jsonl
 
-Each FOLDER is written by tools/generate.py; images of the same prompt_id compete, whichever folder they are in. Every
+Each FOLDER is written by tools/generate.py; images of the same prompt_id are ranked together, across folders. Every
 image is decoded once for all scorers. FILE.jsonl has a line for each prompt, as `data.path` of the train recipes reads
 it: prompt, images (relative to the file), scores (the numbers of each scorer, and phi, the share of comparisons won
 over all scorers; a tie is a win for neither), and ranking (1 for the best, equal where phi is).
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reward_models.protocol import Scorer
 
 SHOWN = 20
-"""Images that cannot be scored which an error names."""
+"""Maximum number of unscorable images named in an error message."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", type=Path, nargs="+", metavar="FOLDER", help="images of one model; all of the same prompts")
-    add("--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; repeat it")
+    add("--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; repeatable")
     add("--out", type=Path, required=True, metavar="FILE.jsonl", help="ranked groups")
     add("--min-images", type=int, default=2, metavar="K", help="leave out prompts with fewer images (2)")
     add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
@@ -81,7 +81,7 @@ def rank(args: argparse.Namespace) -> None:
 
 
 def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
-    """prompt_id -> its images in all folders, in their order. Raises ValueError where one id means several prompts."""
+    """Images of each prompt_id over all folders, in order. Raises ValueError if an id has several prompts."""
     from diffalign.report import read_manifest  # here and below: heavy, and `--help` needs none of it
     from reward_models.folder.items import Item
 
@@ -100,7 +100,7 @@ def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
 
 
 def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int) -> list[tuple[float, ...]]:
-    """The scores of every image, one a scorer. Raises ValueError naming all images that have none."""
+    """Scores of every image, one per scorer. Raises ValueError naming the images that cannot be scored."""
     from reward_models.folder.scoring import Failed, score_items
 
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
@@ -112,7 +112,7 @@ def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int)
             scores += [result.scores for result in results if not isinstance(result, Failed)]
             failed += [result for result in results if isinstance(result, Failed)]
             if failed:
-                break  # nothing will come of it; only look at the other images, to name all that are bad at once
+                break  # the run fails; only check the remaining images, to report all bad ones at once
     if failed:
         rest = score_items(batches[-(-(len(scores) + len(failed)) // batch_size) :], {})
         failed += [result for results in rest for result in results if isinstance(result, Failed)]
@@ -125,7 +125,7 @@ def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int)
 def ranking(
     items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path
 ) -> dict[str, Any]:
-    """One prompt as a line of the file that lies in `folder`."""
+    """Ranked group of one prompt, a line of the output file in `folder`."""
     columns = dict(zip(names, zip(*scores, strict=True), strict=True))
     phi = win_rates(list(columns.values())).tolist()
     return {

@@ -1,9 +1,9 @@
-"""A page that shows what alignment changed: images side by side, what is preferred, scores, curves, settings.
+"""HTML report of an alignment: images side by side, preference rate, scores, training curves, settings.
 
     diffalign eval report --base base --aligned aligned --win-rate win_rate.json --run runs/dpo --out report
 
-OUT/index.html opens from disk and needs no network; send the whole folder. It opens with OUT/grid.png, up to 16
-prompts before and after from the same noise. OUT/report.json holds every number.
+OUT/index.html opens from disk and needs no network; send the whole folder. It starts with OUT/grid.png, up to
+16 prompts before and after from the same noise. OUT/report.json holds every number.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""How often scorers agree with people: accuracy on a preference data set, by every published definition.
+"""Accuracy of scorers on a preference data set, by every published definition.
 
     diffalign eval reward_accuracy --scorer hps_v2.1 --scorer pickscore --data HPDv2/test.json --out accuracy.json
     python eval/reward_accuracy.py --scorer image_reward --data ImageRewardDB/images/test --metric ir_micro
     python eval/reward_accuracy.py --scorer pickscore,unit=logit --data test_unique.parquet \
         --validation validation_unique.parquet --metric pick_threshold
 
-PATH is any preference data set that diffalign trains on. Prints a line for each scorer and metric, with a 95 % interval
-over prompts; FILE.json holds them with the versions of the libraries. docs/reward_accuracy.md says which metric belongs
-to which published number. Every image must be there and readable: an accuracy of what is left is another number.
+PATH is a preference data set in any layout that diffalign reads. Prints a line for each scorer and metric, with a 95 %
+interval over prompts. FILE.json holds them with the versions of the libraries. docs/reward_accuracy.md says which
+metric belongs to which published number. Every image must be readable: an accuracy on a subset would not be comparable.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 PICK = "pick_threshold"
 LIBRARIES = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers", "numpy", "scipy")
 SHOWN = 10
-"""Bad images that an error names; it counts the others."""
+"""Maximum number of bad images named in an error message."""
 
 
 class Loaded(NamedTuple):
-    """A data set: its records, ties among them, and how many could not be used, by their reasons."""
+    """Data set: records (including ties), and counts of the dropped records by reason."""
 
     path: str
     records: list[Record]
@@ -67,7 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--scorer", action="append", required=True, metavar="SPEC", help="name, folder or package.module:Class; again")
+    add(
+        "--scorer",
+        action="append",
+        required=True,
+        metavar="SPEC",
+        help="name, folder or package.module:Class; repeatable",
+    )
     add("--data", required=True, metavar="PATH", help="preference data set")
     add("--metric", action="append", choices=[*METRICS, PICK], help="may be repeated; default: all of them")
     add("--validation", metavar="PATH", help=f"data set on which {PICK} chooses its threshold")
@@ -75,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE.json", help="results")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
     add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
-    add("--seed", type=int, default=0, help="of the bootstrap (0)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     return parser
 
 
@@ -115,7 +121,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def load(path: str, limit: int | None) -> Loaded:
-    """The first `limit` records, or all. Says on stderr what cannot be used. Raises ValueError when nothing can."""
+    """Load the first `limit` records, or all. Reports dropped records on stderr. Raises ValueError if none is left."""
     from diffalign.data import Dropped, read_records  # here and below: heavy, and `--help` needs none of it
 
     records: list[Record] = []
@@ -136,45 +142,47 @@ def load(path: str, limit: int | None) -> Loaded:
 
 
 def spread(records: list[Record]) -> list[Record]:
-    """Turn half of the records round where the better image comes first in all of them (or last).
+    """Reverse half of the records if the better image is always the first (or always the last).
 
-    There a metric that gives equal scores to the first image would find the answer in its place.
+    Otherwise a metric that prefers the first image in a tie would get these pairs right by position.
     """
     for better in (0, -1):
         if all(r.ranks[better] == min(r.ranks) for r in records):
-            return [_turned(r) if hashlib.blake2b(r.id.encode()).digest()[0] % 2 else r for r in records]
+            return [_reversed(r) if hashlib.blake2b(r.id.encode()).digest()[0] % 2 else r for r in records]
     return records
 
 
-def _turned(record: Record) -> Record:
+def _reversed(record: Record) -> Record:
     from diffalign.data import Record
 
     return Record(record.id, record.prompt, record.images[::-1], record.ranks[::-1])
 
 
 def score(records: Sequence[Record], scorers: Mapping[str, Scorer], batch_size: int) -> dict[str, list[Group]]:
-    """The groups of every scorer. An image is decoded once, and scored once for each of its prompts.
+    """Scored groups of every scorer. An image is decoded once, and scored once per prompt.
 
-    Raises ValueError naming the images that are missing or damaged, when it has looked at all of them.
+    Raises ValueError naming all missing and damaged images, after checking every image.
     """
     import torch
 
-    asked: dict[ImageRef, dict[str, None]] = {}
+    prompts_of: dict[ImageRef, dict[str, None]] = {}
     for record in records:
         for ref in record.images:
-            asked.setdefault(ref, {})[record.prompt] = None
+            prompts_of.setdefault(ref, {})[record.prompt] = None
     scores: dict[str, dict[tuple[ImageRef, str], float]] = {name: {} for name in scorers}
     bad: list[str] = []
-    for batch in _batches(asked, batch_size, bad):
+    for batch in _batches(prompts_of, batch_size, bad):
         if bad:
-            continue  # nothing will come of it; look at the other images, to name all that are bad at once
+            continue  # the run fails; check the remaining images, to report all bad ones at once
         pixels = torch.stack([image for _, _, image in batch])
         keys = [(ref, prompt) for ref, prompt, _ in batch]
         for name, scorer in scorers.items():
             scores[name] |= zip(keys, _scores(name, scorer, pixels, keys), strict=True)
     if bad:
         more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError(f"{len(bad)} of {len(asked)} images cannot be read:\n  " + "\n  ".join(bad[:SHOWN]) + more)
+        raise ValueError(
+            f"{len(bad)} of {len(prompts_of)} images cannot be read:\n  " + "\n  ".join(bad[:SHOWN]) + more
+        )
     return {
         name: [Group(r.prompt, [found[ref, r.prompt] for ref in r.images], r.ranks) for r in records]
         for name, found in scores.items()
@@ -182,21 +190,23 @@ def score(records: Sequence[Record], scorers: Mapping[str, Scorer], batch_size: 
 
 
 def _batches(
-    asked: Mapping[ImageRef, Mapping[str, None]], batch_size: int, bad: list[str]
+    prompts_of: Mapping[ImageRef, Mapping[str, None]], batch_size: int, bad: list[str]
 ) -> Iterator[list[tuple[ImageRef, str, Tensor]]]:
-    """Images of equal size with their prompts, batch_size at once; what cannot be read goes to `bad`.
+    """Batches of equally sized images with their prompts; messages for unreadable images are added to `bad`.
 
-    Images of a rare size wait for more of it, but no more than eight batches do.
+    Images wait for a full batch of their size; at most eight batches of images wait.
     """
     from diffalign.data.images import prefetch
 
     waiting: dict[torch.Size, list[tuple[ImageRef, str, Tensor]]] = {}
-    images = prefetch(asked, _decode)
-    for ref, image in zip(asked, tqdm(images, total=len(asked), desc="score", unit="image", leave=False), strict=True):
+    images = prefetch(prompts_of, _decode)
+    for ref, image in zip(
+        prompts_of, tqdm(images, total=len(prompts_of), desc="score", unit="image", leave=False), strict=True
+    ):
         if isinstance(image, str):
             bad.append(image)
             continue
-        for prompt in asked[ref]:
+        for prompt in prompts_of[ref]:
             same = waiting.setdefault(image.shape, [])
             same.append((ref, prompt, image))
             if len(same) == batch_size:
@@ -240,7 +250,7 @@ def _result(metric: str, groups: list[Group], validation: list[Group], seed: int
 
 
 def line(spec: str, unit: str, result: Mapping[str, Any], data: str) -> str:
-    """One number with all that it takes to compare it with another."""
+    """Format one result as a line, with everything needed to compare it."""
     value, low, high = (f"{result[k]:.4f}" for k in ("value", "low", "high"))
     counts = ", ".join(f"{result[k]} {k.replace('_', ' ')}" for k in ("prompts", "pairs", "ties", "score_ties"))
     extra = ""

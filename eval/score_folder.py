@@ -1,13 +1,13 @@
-"""Score a folder of images with any scorers, shared over all processes: `reward-score` on every GPU at once.
+"""Score a folder of images with any scorers on several processes: `reward-score` on multiple GPUs.
 
     accelerate launch eval/score_folder.py images --scorer clip --out scores.csv
     accelerate launch --multi_gpu --num_machines 2 --machine_rank 0 --main_process_ip HOST --num_processes 16 ...
     diffalign eval score_folder images --scorer clip --scorer diffalign.playground:Judge --out scores.parquet
 
 Takes the arguments of `reward-score` and writes the same table, byte for byte on the same kind of device, and --resume
-goes on with any number of processes. All must see the images and the folder of the table; --device auto gives each its
-own GPU. Launchers report the exit code 2, "some images are not scored", as a failed
-process, though the table is whole.
+goes on with any number of processes. All processes need access to the images and the folder of the table. --device auto
+assigns a GPU to each process. Launchers report exit code 2 ("some images are not scored") as a failed process,
+although the table is complete.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         return cli.main(argv)
-    import torch  # heavy, and `--help` needs none of it
+    import torch  # lazy: `--help` does not need it
     from accelerate import PartialState
 
-    # The processes meet twice, hours apart: the usual ten minutes of patience would end the run. They only meet, so
-    # gloo does, and processes without a GPU know of each other too.
+    # The processes synchronise twice, hours apart: the default timeout of ten minutes would end the run. They only need
+    # a barrier, so gloo is enough; it works without a GPU too.
     state = PartialState(cpu=True, timeout=timedelta(days=30))
     if torch.cuda.is_available():
         torch.cuda.set_device(state.local_process_index % torch.cuda.device_count())

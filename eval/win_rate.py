@@ -1,4 +1,4 @@
-"""How often people prefer an aligned model to its base, and by how much, with intervals, by any scorers.
+"""Preference rate and score gain of an aligned model over its base, with intervals, by any scorers.
 
     diffalign eval win_rate base aligned --scorer clip --scorer my_package.my_module:MyScorer --out win_rate.json
     python eval/win_rate.py base aligned --scorer diffalign.playground:Judge --out win_rate.json
@@ -6,8 +6,8 @@
         --scorer people/export,user=young.safetensors --scorer people/export,user=old.safetensors
 
 BASE and ALIGNED are folders written by tools/generate.py from the same prompts and seed, with two samples per prompt or
-more. Use at least one scorer that was not trained against. Prints a line for each scorer, and one each for the share of
-the prompt that is shown (where a scorer measures it) and for the diversity of the samples of a prompt. FILE.json holds
+more. Use at least one scorer that was not used as a training reward. Prints a line for each scorer, a line for prompt
+match (if a scorer measures it) and a line for the diversity of the samples of a prompt. FILE.json holds
 the numbers, see `compare` of diffalign/report/comparison.py, and the scores of every pair, from which eval/report.py
 makes a page.
 """
@@ -52,17 +52,19 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; may be repeated"
     )
-    add("--groups", action="store_true", help="each scorer is a group of people: say who gains least as well")
+    add(
+        "--groups", action="store_true", help="each scorer is a group of people: also report the group that gains least"
+    )
     add("--out", type=Path, required=True, metavar="FILE.json", help="results and scores")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
     add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
-    add("--seed", type=int, default=0, help="of the bootstrap (0)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     return parser
 
 
 def compare(args: argparse.Namespace) -> None:
     """Score both folders with every scorer, print the lines, write the file."""
-    from diffalign.report import read_pairs  # here and below: heavy, and `--help` needs none of it
+    from diffalign.report import read_pairs  # here and below: lazy, `--help` does not need them
 
     pairs = read_pairs(args.base, args.aligned)
     _check_samples(pairs)
@@ -89,7 +91,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def _check_samples(pairs: Sequence[Pair]) -> None:
-    """Raise ValueError for a prompt with one sample, before anything is scored."""
+    """Raise ValueError for a prompt with only one sample, before scoring."""
     from diffalign.report.comparison import one_sample
 
     counts = Counter(pair.prompt_id for pair in pairs)
@@ -109,7 +111,7 @@ def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Nam
 
 
 def _scores(name: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> list[list[float]]:
-    """The scores of the base's images and of the aligned model's, in the order of the pairs."""
+    """Scores of the base images and of the aligned images, in the order of the pairs."""
     from reward_models.folder.scoring import score_files
 
     prompts = [pair.prompt for pair in pairs]
@@ -122,7 +124,7 @@ def _scores(name: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Nam
 def _match(
     scorers: Mapping[str, Scorer], pairs: Sequence[Pair], args: argparse.Namespace
 ) -> dict[str, float | str] | None:
-    """How much of the prompt is shown, by the first scorer that measures it; None where none does."""
+    """Prompt match by the first scorer that measures it; None if no scorer does."""
     from diffalign.report.comparison import change
     from reward_models.protocol import Matching
 
@@ -137,7 +139,7 @@ def _match(
 
 
 class _Match:
-    """What a scorer's `match` says, as scores."""
+    """Adapter that returns a scorer's `match` as its score."""
 
     differentiable, unit = False, "share of the prompt"
 
@@ -147,19 +149,20 @@ class _Match:
         self.scorer, self.device = scorer, device_of(scorer)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As `match`."""
+        """Prompt match of each image."""
         return self.scorer.match(images, prompts)
 
 
 def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
-    """How far the samples of a prompt lie apart, and how that changed, as a share of the base's."""
+    """Diversity of the samples of a prompt, and its change relative to the base."""
     from diffalign.report.comparison import Estimate, change
 
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(pair.prompt_id, []).append(pair)
     base, aligned = (
-        [_apart([getattr(pair, side) for pair in group]) for group in groups.values()] for side in ("base", "aligned")
+        [_prompt_diversity([getattr(pair, side) for pair in group]) for group in groups.values()]
+        for side in ("base", "aligned")
     )
     before, after = sum(base) / len(base), sum(aligned) / len(aligned)
     if not before:
@@ -170,13 +173,13 @@ def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
 
 
 def equal_line(equal: int, n: int) -> str:
-    """What it means that so many of n pairs are the same image twice."""
+    """Warning about pairs with two identical images: `equal` of n."""
     if equal < n:
         return f"{equal} of {n} pairs are the same image twice, byte for byte"
     return f"all {n} pairs are the same image twice, byte for byte: both models are one; was the aligned one loaded?"
 
 
-def _apart(files: Sequence[Path]) -> float:
+def _prompt_diversity(files: Sequence[Path]) -> float:
     """`diversity` of one prompt's images. Raises ValueError for images of several sizes."""
     import torch
 
@@ -189,7 +192,7 @@ def _apart(files: Sequence[Path]) -> float:
 
 
 def groups_line(results: Sequence[dict[str, Any]]) -> str:
-    """The mean over groups and the group that gains least, in a line. Raises ValueError for several measures."""
+    """Line with the mean over groups and the worst-off group. Raises ValueError if the groups' measures differ."""
     from diffalign.report.comparison import headline
 
     found = [headline(result) for result in results]
@@ -202,7 +205,7 @@ def groups_line(results: Sequence[dict[str, Any]]) -> str:
 
 
 def line(result: dict[str, Any]) -> str:
-    """One scorer's result in a line."""
+    """Format one scorer's result as a line."""
     from diffalign.report.comparison import GAIN, headline, sentence, verdict
 
     if result["gain_sd"] is None:
@@ -218,7 +221,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def change_line(name: str, found: dict[str, Any]) -> str:
-    """The change of prompt match or diversity in a line."""
+    """Format the change of prompt match or diversity as a line."""
     before, after, *moved = (found[k] for k in ("base", "aligned", "change", "change_low", "change_high"))
     change, low, high = (f"{x:+.1%}" for x in moved)
     return f"{name}: {before:.3f} -> {after:.3f}, change {change} [{low}, {high}]; {found['measured_by']}"

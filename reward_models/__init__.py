@@ -5,6 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+"""The same as diffalign's: they are released together."""
+
 if TYPE_CHECKING:
     from reward_models.base import NetworkScorer as NetworkScorer
     from reward_models.clip.aesthetic import AestheticPredictor as AestheticPredictor

@@ -149,6 +149,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error, at most 200 characters; the name of its class without a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+
+
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary name beside `path`, which takes its place when the block ends without an error.
@@ -271,5 +276,4 @@ def missing(name: str, error: Exception) -> str:
     """The reason why a hub id cannot be loaded, in one line, from the exception of a library."""
     if not reachable():
         return f"'{name}' is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
-    said = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
-    return f"the hub does not give '{name}': {said}"
+    return f"the hub does not give '{name}': {first_line(error)}"

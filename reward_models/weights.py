@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reward_models.files import reachable, read_json, replacing, write_whole, writing
+from reward_models.files import first_line, reachable, read_json, replacing, write_whole, writing
 
 CONFIG = "reward_config.json"
 """The config file of a scorer folder. The folder also holds WEIGHTS and, unless it is the default, a tokenizer."""
@@ -51,7 +51,9 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
         return Path(hf_hub_download(str(source), filename))
     except (OSError, ValueError, EntryNotFoundError) as error:  # not there, not reachable, not allowed, or offline
         offline = isinstance(error, LocalEntryNotFoundError)
-        why = "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set" if offline else _line(error)
+        why = (
+            "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set" if offline else first_line(error)
+        )
         url = f"https://huggingface.co/{source}/resolve/main/{filename}"
         raise FileNotFoundError(
             f"'{source}' is no local file or folder, and '{filename}' of that hub id cannot be had: {why}. "
@@ -178,7 +180,3 @@ def _kind(value: Any) -> str:
 
 def _few(names: Iterable[Any]) -> str:
     return ", ".join(map(str, list(names)[:_NAMED]))
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

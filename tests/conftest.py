@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forks as forking
@@ -21,6 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already; those they start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+if os.environ.get("DIFFALIGN_TEST_DEVICE") != "cuda":
+    # Two processes cannot share a card, and sums on one differ in the last bits: tests/device alone are for a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if pretend.AVAILABLE and not torch.cuda.is_available():
     pretend.register()  # now, since autograd starts a thread for each device at the first backward pass of a process
 ROOT = Path(__file__).parent.parent
@@ -335,7 +339,7 @@ def forked_verification(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         assert command[:2] == [sys.executable, "-c"]
         return request.getfixturevalue("forks").run(*command[2:])
 
-    monkeypatch.setattr(verify.subprocess, "run", run)
+    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,9 @@ from PIL import Image
 
 from diffalign.commands import cli, launch
 from diffalign.data import Record, read_records
+from diffalign.data.image_folder import read_targets
 from diffalign.data.prompts import read_prompts
 from diffalign.data.rankings import RATINGS
-from diffalign.data.targets import read_targets
 from reward_models.folder import cli as score_cli
 from reward_models.folder.items import read_items
 
@@ -191,7 +191,7 @@ def test_the_parquet_file_of_the_page_is_read(tmp_path: Path, monkeypatch: pytes
 
 def test_the_page_names_every_field_that_a_reader_reads() -> None:
     folder = ROOT / "diffalign" / "data"
-    source = "".join((folder / f"{name}.py").read_text() for name in ("readers", "rankings", "prompts", "targets"))
+    source = "".join((folder / f"{name}.py").read_text() for name in ("readers", "rankings", "prompts", "image_folder"))
     fields = set(re.findall(r'(?:line|entry|item|x|row|\[0\])(?:\.get\(|\[)"(\w+)"', source))
     fields |= {"file_path", "image_path", "generations", "rank", *RATINGS}
     assert {"chosen", "prob", "images", "label_1", "path1", "confidence", "prompt_id", "image"} <= fields

@@ -76,8 +76,8 @@ def driver(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmark("measuring") is that module of benchmarks/."""
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """load("measuring") is that module of benchmarks/."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -140,8 +140,8 @@ def test_stopping_loses_nothing(driver: Path, tmp_path: Path, how: signal.Signal
         assert not alive(pid)
 
 
-def test_rows_of_an_earlier_call_stay_until_their_case_has_found_something(tmp_path: Path, benchmark: Any) -> None:
-    gpu = benchmark("gpu")
+def test_rows_of_an_earlier_call_stay_until_their_case_has_found_something(tmp_path: Path, load: Any) -> None:
+    gpu = load("gpu")
     out = tmp_path / "gpu.json"
     titles = [gpu.CASES[key].title for key in ("matmul", "scoring", "sd15-lora-8")]
     before = [{"case": title, "device": "a card", "ours": 1.0} for title in titles]
@@ -159,6 +159,14 @@ def test_rows_of_an_earlier_call_stay_until_their_case_has_found_something(tmp_p
     assert sorted((r["device"], r["ours"]) for r in found) == [("a card", x) for x in (1, 1, 5)] + [("another card", 2)]
     session.take("sd15-lora-8", {"error": "RuntimeError: out of memory"})
     assert rows(out)[titles[2]]["error"] == "RuntimeError: out of memory"
+
+
+def test_nothing_need_be_installed() -> None:
+    """Without the folder of installed packages: the script finds this repository's by itself."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    words = [sys.executable, "-S", str(BENCHMARKS / "gpu.py"), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=BENCHMARKS)
+    assert done.returncode == 0 and "usage: gpu.py" in done.stdout, done.stderr
 
 
 def test_without_a_gpu_it_says_what_to_do(driver: Path, tmp_path: Path) -> None:
@@ -191,14 +199,14 @@ FAILED tests/device/test_x.py::test_b[0 of 2] - assert 0
 
 
 @pytest.mark.parametrize("output", [ONE_PROCESS, XDIST])
-def test_tests_are_counted_from_what_pytest_has_printed_so_far(output: str, benchmark: Any) -> None:
+def test_tests_are_counted_from_what_pytest_has_printed_so_far(output: str, load: Any) -> None:
     failed = ["tests/device/test_x.py::test_b[0 of 2]", "tests/device/test_x.py::test_d"]
-    assert benchmark("gpu_jobs").counts(output) == {"ours": 2, "baseline": 4, "failed": failed}
+    assert load("gpu_jobs").counts(output) == {"ours": 2, "baseline": 4, "failed": failed}
 
 
-def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path: Path, benchmark: Any) -> None:
+def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path: Path, load: Any) -> None:
     words = ["sh", "-c", "echo $DEVICE; sleep 60 & echo $!; wait"]
-    *_, found = benchmark("gpu_jobs").command(words, 2, tmp_path / "log", DEVICE="cuda")
+    *_, found = load("gpu_jobs").command(words, 2, tmp_path / "log", DEVICE="cuda")
     device, pid = found["output"].split()
     assert device == "cuda" and found["error"] == "stopped after 2 s" and found["tail"] == found["output"]
     until = time.monotonic() + 20
@@ -207,8 +215,8 @@ def test_a_command_that_takes_too_long_is_stopped_with_what_it_started(tmp_path:
     assert not alive(int(pid))
 
 
-def test_a_watch_takes_the_steps_it_says_and_reports_at_once(benchmark: Any) -> None:
-    watch = benchmark("measuring").watch
+def test_a_watch_takes_the_steps_it_says_and_reports_at_once(load: Any) -> None:
+    watch = load("measuring").watch
     reports: list[tuple[int, str]] = []
     taken, network = 0, torch.nn.Linear(4, 4)
 
@@ -230,20 +238,20 @@ def test_a_watch_takes_the_steps_it_says_and_reports_at_once(benchmark: Any) -> 
     assert taken == 2
 
 
-def test_the_busy_share_counts_kernels_that_overlap_once(benchmark: Any) -> None:
+def test_the_busy_share_counts_kernels_that_overlap_once(load: Any) -> None:
     def event(start: float, end: float, device: DeviceType = DeviceType.CUDA, annotation: bool = False) -> Any:
         span = SimpleNamespace(start=start, end=end)
         return SimpleNamespace(device_type=device, time_range=span, is_user_annotation=annotation)
 
     events = [event(10e6, 14e6), event(0, 2e6), event(1e6, 3e6), event(11e6, 12e6), event(0, 50e6, annotation=True)]
-    assert benchmark("measuring").busy_seconds([*events, event(0, 60e6, DeviceType.CPU)]) == 3 + 4
+    assert load("measuring").busy_seconds([*events, event(0, 60e6, DeviceType.CPU)]) == 3 + 4
 
 
 def test_on_a_gpu_steps_are_timed_by_events_and_memory_counts_from_fresh(
-    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+    load: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch.cuda in the place of which a clock stands that gives every event 50 ms, and 3, then 7 GB of memory."""
-    measuring = benchmark("measuring")
+    measuring = load("measuring")
 
     class Event:
         made = 0
@@ -296,9 +304,9 @@ def own_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_ours_and_the_baseline_are_measured_at_tiny_size(tmp_path: Path, benchmark: Any, own_accelerator: None) -> None:
+def test_ours_and_the_baseline_are_measured_at_tiny_size(tmp_path: Path, load: Any, own_accelerator: None) -> None:
     """What the worker runs: real recipes on pipelines of random weights."""
-    gpu, cases = benchmark("gpu"), benchmark("gpu_cases")
+    gpu, cases = load("gpu"), load("gpu_cases")
     place = {"scratch": tmp_path, "tiny": True, "until": time.monotonic() + 60, "matmul": 1.0}
     found: dict[str, Any] = {}
     for key in ("sd15-lora-8", "r0-sdxl"):
@@ -310,8 +318,8 @@ def test_ours_and_the_baseline_are_measured_at_tiny_size(tmp_path: Path, benchma
         assert ("baseline" in found) == (key == "sd15-lora-8")
 
 
-def test_every_case_is_one_that_the_worker_knows(benchmark: Any) -> None:
-    gpu, cases = benchmark("gpu"), benchmark("gpu_cases")
+def test_every_case_is_one_that_the_worker_knows(load: Any) -> None:
+    gpu, cases = load("gpu"), load("gpu_cases")
     for key, case in gpu.CASES.items():
         assert case.run in cases.RUNS or gpu.TOGETHER[key].__name__ == case.run
         assert case.like is None or case.like[0] in gpu.CASES

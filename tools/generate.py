@@ -3,14 +3,14 @@
     diffalign generate --pipeline playground --prompts prompts.txt --out images
     python tools/generate.py --pipeline stable-diffusion-v1-5/stable-diffusion-v1-5 --lora runs/dpo/export \
         --prompts prompts.jsonl --samples-per-prompt 4 --dtype fp16 --out aligned
-    accelerate launch tools/generate.py ...        # shares the prompts over all processes
+    accelerate launch tools/generate.py ...        # splits the prompts over all processes
 
-Writes OUT/images/*.png, OUT/manifest.jsonl (one image a line: image, prompt, prompt_id, seed, sample) and
-OUT/settings.json. A killed run continues where it stopped when the same command is given again.
+Writes OUT/images/*.png, OUT/manifest.jsonl (one line per image: image, prompt, prompt_id, seed, sample) and
+OUT/settings.json. To continue a killed run, run the same command again.
 
-The initial noise of (prompt_id, sample) depends on the seed alone, not on the pipeline, the batch or the number of
-processes: two models given the same prompts and seed can be compared image by image. Safety checkers are switched off,
-for the black images they put in would be scored like any other.
+The initial noise of (prompt_id, sample) depends only on the seed, not on the pipeline, the batch or the number of
+processes: images of two models with the same prompts and seed are paired. Safety checkers are switched off, because
+their black images would be scored like any other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """One image to make."""
+    """One image to generate."""
 
     prompt: str
     prompt_id: str
@@ -65,27 +65,35 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         action="append",
         metavar="FILE",
-        help="whose taste (`diffalign user fit`); several: mixed",
+        help="user file of `diffalign user fit`; several are mixed",
     )
-    add("--user-weights", type=float, nargs="+", metavar="W", help="of a mixture, one for each --user (equal)")
-    add("--prompts", type=Path, required=True, help='.txt, one a line; or .jsonl of {"prompt": ..., "prompt_id": ...}')
+    add("--user-weights", type=float, nargs="+", metavar="W", help="mixture weights, one for each --user (equal)")
+    add(
+        "--prompts", type=Path, required=True, help='.txt, one per line; or .jsonl of {"prompt": ..., "prompt_id": ...}'
+    )
     add("--out", type=Path, required=True, help="output folder")
     add("--samples-per-prompt", type=int, default=1, metavar="N", help="images of each prompt, from different noise")
     add("--steps", type=int, default=50, help="denoising steps (50)")
-    add("--timesteps", type=int, nargs="+", metavar="T", help="of a distilled model, instead of --steps (399 for DMD2)")
+    add(
+        "--timesteps",
+        type=int,
+        nargs="+",
+        metavar="T",
+        help="timesteps of a distilled model, instead of --steps (399 for DMD2)",
+    )
     add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (7.5)")
-    add("--size", type=int, metavar="PX", help="width and height; default: what the model was trained at")
+    add("--size", type=int, metavar="PX", help="width and height; default: the model's training resolution")
     add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt in T5 (SD3); default: the pipeline's")
     add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
-    add("--seed", type=int, default=0, help="of the noise (0); compare models at the same seed")
-    add("--device", default="auto", help="auto (one GPU a process, else the CPU), cpu, cuda:1, ...")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the weights (fp32)")
+    add("--seed", type=int, default=0, help="seed of the noise (0); compare models at the same seed")
+    add("--device", default="auto", help="auto (one GPU per process, else the CPU), cpu, cuda:1, ...")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="dtype of the weights (fp32)")
     return parser
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Make the images that are not there yet, this process its share; the main process writes the manifest."""
-    import torch  # here and below: heavy, and `--help` needs none of it
+    """Generate this process's share of the missing images; the main process writes the manifest."""
+    import torch  # here and below: lazy, `--help` does not need them
     from accelerate import PartialState
 
     from diffalign.data.prompts import read_prompts
@@ -105,17 +113,17 @@ def generate(args: argparse.Namespace) -> None:
     if bool(args.user_adapter) != bool(args.user):
         raise ValueError("--user-adapter and --user belong together; give both or neither")
     if args.user_adapter:
-        user_embeddings(args)  # before anything is written: the files may be wrong
+        user_embeddings(args)  # fails on invalid files before anything is written
         pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
     shape = latent_shape(pipe, args.size)
     size = shape[-1] * pipe.vae_scale_factor
     if state.is_main_process:
         claim(args.out, settings(args, size, prompts))
     state.wait_for_everyone()
-    # What shares a batch decides the last bits of the pixels, so batches are cut before they are shared out or skipped.
+    # The last bits of the pixels depend on the batch, so batches are formed before they are distributed or skipped.
     batches = [tasks[i : i + args.batch_size] for i in range(0, len(tasks), args.batch_size)]
     todo = [b for b in batches if not all((args.out / task.image).exists() for task in b)]
-    state.wait_for_everyone()  # nobody writes while another still looks at what is missing
+    state.wait_for_everyone()  # no process writes before all have listed the missing images
     mine = todo[state.process_index :: state.num_processes]
     pipe.to(state.device if args.device == "auto" else torch.device(args.device))
     bar = tqdm(total=sum(map(len, mine)), desc="generate", unit="image", disable=not state.is_main_process)
@@ -132,7 +140,7 @@ def generate(args: argparse.Namespace) -> None:
 
 
 def load(name: str, lora: Path | None, dtype: str) -> Any:
-    """The pipeline on the CPU, quiet, without a safety checker. Raises what `find_pipeline` and `load_lora` raise."""
+    """Load a pipeline on the CPU, without a safety checker. Raises the errors of `find_pipeline` and `load_lora`."""
     import diffusers
 
     from diffalign.networks.loading import find_pipeline
@@ -146,7 +154,7 @@ def load(name: str, lora: Path | None, dtype: str) -> Any:
     parts = diffusers.DiffusionPipeline.load_config(path)
     off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
     with warnings.catch_warnings():
-        # Its new name, `dtype`, means nothing to the older diffusers that we support.
+        # Older supported versions of diffusers do not accept the new name `dtype`.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
         pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[dtype], **off)
     if lora is not None:
@@ -156,7 +164,7 @@ def load(name: str, lora: Path | None, dtype: str) -> Any:
 
 
 def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
-    """The user of all images, a mixture where several are named, as the pipeline takes it. Raises ValueError."""
+    """User embedding of all images in the pipeline's format; several users are mixed. Raises ValueError."""
     if not args.user:
         return None
     from safetensors import SafetensorError
@@ -174,7 +182,7 @@ def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
 
 
 def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
-    """[C, h, w] of the initial latents of a square image, `size` pixels wide or as the model was trained."""
+    """Shape [C, h, w] of the initial latents of a square image; default size: the training resolution."""
     from diffusers import FluxPipeline
 
     flux = isinstance(pipe, FluxPipeline)
@@ -185,7 +193,7 @@ def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
     step = max(8, 2 * factor if flux else factor)
     if size is not None and (size % step or size < 1):
         raise ValueError(f"--size must be a positive multiple of {step}; got {size}")
-    if flux:  # it sees squares of two by two latents as one of four times the channels
+    if flux:  # FLUX packs 2 x 2 latents into one token with four times the channels
         side = pipe.default_sample_size if size is None else size // factor
         return net.config.in_channels // 4, side, side
     side = net.config.sample_size if size is None else size // factor
@@ -193,7 +201,7 @@ def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
 
 
 def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
-    """What decides the images, for settings.json."""
+    """Settings that determine the images, for settings.json."""
     import accelerate
     import diffusers
     import torch
@@ -219,7 +227,7 @@ def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> di
 
 
 def _weights(path: Path) -> str | None:
-    """Hash of the weights in a file or folder, None for a hub id. Trained again in the same place is another model."""
+    """Hash of the weights in a file or folder, None for a hub id. It detects retrained weights at the same path."""
     if not path.exists():
         return None
     digest = hashlib.sha256()
@@ -232,7 +240,7 @@ def _weights(path: Path) -> str | None:
 
 
 def claim(out: Path, now: dict[str, Any]) -> None:
-    """Write settings.json, or compare with the one that is there. Raises ValueError naming the setting that differs."""
+    """Write settings.json, or compare with the existing one. Raises ValueError naming the setting that differs."""
     path = out / "settings.json"
     (out / "images").mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -265,7 +273,7 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[i
         [task.prompt for task in batch],
         latents=latents,
         **({} if user is None else {"ip_adapter_image_embeds": [x.to(pipe.device, pipe.dtype) for x in user]}),
-        generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise on the way
+        generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise between steps
         **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
         guidance_scale=args.guidance,
         height=size,

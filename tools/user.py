@@ -1,18 +1,18 @@
-"""What one person likes: ask them, fit it, and embed many people at once.
+"""Personal preferences: collect one person's choices, fit a user to them, or embed many users.
 
     diffalign user choose prompts.txt --pipeline playground --encoder runs/personal/export --out me
     diffalign user fit me/choices.jsonl --encoder runs/personal/export --out me.safetensors
     diffalign user embed people/choices.jsonl --encoder runs/personal/export --out users.safetensors
 
-`choose` shows two images of a prompt at a time on a page that only this machine can open, and writes which one was
-preferred to OUT/choices.jsonl, preference data like any other. PROMPTS is a file of prompts, whose images are generated
-first (everything this command does not know goes to `diffalign generate`), or a folder that it has written. With
---encoder the pair comes next of which the fit of the choices so far is least sure.
+`choose` shows two images of a prompt at a time on a page served to this machine only, and writes the preferred
+ones to OUT/choices.jsonl, in the usual preference format. PROMPTS is a file of prompts, whose images are generated
+first (unknown options are passed to `diffalign generate`), or a folder of `diffalign generate`. With --encoder the next
+pair is the one with the highest uncertainty under the fit to the choices so far.
 
 `fit` turns 4 to 50 choices into a small file: for `reward-score --user`, and for pipelines made by `train/ppd.py`.
-`embed` does so for every annotator of a data set, several times from drawn sets of their choices: what `train/ppd.py`
-trains on. The encoder is a personal scorer (the export of `train/personal_reward.py`), or with --vlm a vision-language
-model, whose users `reward-score` does not know.
+`embed` does so for every annotator of a data set, several times from random subsets of their choices. `train/ppd.py`
+trains on these embeddings. The encoder is a personal scorer (the export of `train/personal_reward.py`), or with --vlm a
+vision-language model, whose users `reward-score` does not support.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from reward_models.personal.tastes import Choice
 
 POOLINGS = ("last", "tokens", "description")
-"""Those of reward_models.personal.vlm_users."""
+"""Poolings of reward_models.personal.vlm_users."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,23 +69,23 @@ def _parser() -> argparse.ArgumentParser:
 
     p = command(choose, "show pairs of images on a local page, and record which one is preferred")
     p.add_argument("prompts", type=Path, metavar="PROMPTS", help="file of prompts, or a folder of generated images")
-    p.add_argument("--out", type=Path, required=True, help="folder of choices.jsonl, and of images that are made")
-    p.add_argument("--encoder", help="personal scorer that decides which pair comes next; in their order without")
-    p.add_argument("--wanted", type=int, default=20, help="how many choices to ask for (20)")
-    p.add_argument("--port", type=int, default=0, help="of the page (any free one)")
+    p.add_argument("--out", type=Path, required=True, help="folder of choices.jsonl and of generated images")
+    p.add_argument("--encoder", help="personal scorer that selects the next pair; default: in order")
+    p.add_argument("--wanted", type=int, default=20, help="number of choices to collect (20)")
+    p.add_argument("--port", type=int, default=0, help="port of the page (any free one)")
     p = command(fit, "turn the choices of one person into a user file")
     p.add_argument("pairs", type=Path, metavar="PAIRS", help="preference data: choices.jsonl, or any other layout")
-    p.add_argument("--annotator", help="whose, where the data has those of several")
+    p.add_argument("--annotator", help="annotator to fit, if the data has several")
     _encoders(p)
     p.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     p = command(embed, "turn the choices of every annotator into embeddings to train on")
     p.add_argument("pairs", type=Path, metavar="PAIRS", help="preference data with annotators")
     _encoders(p)
-    p.add_argument("--supports", type=int, default=16, metavar="M", help="sets of choices drawn for each person (16)")
+    p.add_argument("--supports", type=int, default=16, metavar="M", help="random sets of choices for each person (16)")
     p.add_argument("--choices", type=int, default=4, metavar="N", help="choices in a set (4)")
     p.add_argument("--least", type=int, default=12, help="leave out people with fewer choices (12)")
-    p.add_argument("--seed", type=int, default=0, help="of the drawn sets (0)")
-    p.add_argument("--resolution", type=int, help="images are cut to squares of this size first (the encoder's own)")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random sets (0)")
+    p.add_argument("--resolution", type=int, help="images are cropped to squares of this size (the encoder's own)")
     p.add_argument("--out", type=Path, required=True, help="file to write, .safetensors")
     return parser
 
@@ -94,14 +94,16 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
     either = parser.add_mutually_exclusive_group(required=True)
     either.add_argument("--encoder", help="personal scorer: the export of train/personal_reward.py")
     either.add_argument("--vlm", metavar="MODEL", help="vision-language model: folder or hub id (LLaVA-OneVision)")
-    parser.add_argument("--layer", type=int, help="of the vision-language model's hidden states (the middle one)")
-    parser.add_argument("--pooling", choices=POOLINGS, default="last", help="tokens that stand for the person")
+    parser.add_argument("--layer", type=int, help="layer of the vision-language model's hidden states (the middle one)")
+    parser.add_argument(
+        "--pooling", choices=POOLINGS, default="last", help="how the user embedding is pooled from tokens"
+    )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
 
 
 def choose(args: argparse.Namespace) -> int:
     """Serve the page until the person stops it."""
-    from diffalign.people.choice_file import exclusive  # here and below: heavy, and `--help` needs none of it
+    from diffalign.people.choice_file import exclusive  # here and below: lazy, `--help` does not need them
 
     with exclusive(args.out / "choices.jsonl"):
         return _choose(args)
@@ -116,10 +118,10 @@ def _choose(args: argparse.Namespace) -> int:
     pick = None
     if args.encoder:
         scorer = _personal(args.encoder, "cpu")
-        z = scorer.encode_choices([Choice(pair.prompt, *pair.images) for pair in tqdm(pairs, "look at the images")])
+        z = scorer.encode_choices([Choice(pair.prompt, *pair.images) for pair in tqdm(pairs, "encode images")])
 
         def pick(answers: Mapping[int, int], open: Sequence[int]) -> int:
-            return least_sure(scorer, z, answers, open)
+            return most_uncertain(scorer, z, answers, open)
 
     server = serve(ChoiceLog(args.out / "choices.jsonl", pairs, pick), args.port, args.wanted, after)
     print(f"open {server.url} in a browser; Ctrl-C ends, and the same command goes on", flush=True)
@@ -130,10 +132,10 @@ def _choose(args: argparse.Namespace) -> int:
     return 0
 
 
-def least_sure(
+def most_uncertain(
     scorer: PersonalScorer, z: tuple[Tensor, Tensor], answers: Mapping[int, int], open: Sequence[int]
 ) -> int:
-    """The open pair about which the draws of the taste disagree most; z are [n, Z] of first and second images."""
+    """Open pair with the highest uncertainty (doubt) under the fit; z: features [n, Z] of first and second images."""
     import torch
 
     rows = list(answers)
@@ -144,7 +146,7 @@ def least_sure(
 
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
-    """The first two images of every prompt, generated where they are not there."""
+    """First two images of every prompt; missing images are generated."""
     from diffalign.people.choice_file import Pair
     from diffalign.report import read_manifest
 
@@ -166,7 +168,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
 
 
 def fit(args: argparse.Namespace) -> int:
-    """One person's file."""
+    """Write the user file of one person."""
     from reward_models.personal.scorers import save_user
     from reward_models.personal.vlm_users import load_vlm_user_encoder
 
@@ -195,7 +197,7 @@ def fit(args: argparse.Namespace) -> int:
 
 
 def embed(args: argparse.Namespace) -> int:
-    """Every annotator's embeddings [M, T, D]."""
+    """Write the embeddings [M, T, D] of every annotator."""
     from safetensors.torch import save_file
 
     from diffalign.draws import Draws
@@ -214,13 +216,13 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def _supports(args: argparse.Namespace, draws: Draws, name: str, n: int) -> list[list[int]]:
-    """M sets of N of a person's n choices."""
+    """M random subsets of N of a person's n choices, as indices."""
     orders = (draws.permutation(n, key=(name, m), stream="supports") for m in range(args.supports))
     return [order[: args.choices].tolist() for order in orders]
 
 
 def _embed_by_scorer(args: argparse.Namespace, draws: Draws) -> dict[str, Tensor]:
-    """Features are read and kept as in training: an image that many people saw is looked at once."""
+    """Embed by a personal scorer. Features are cached as in training, so an image is encoded once for all people."""
     import torch
 
     from diffalign.data import FeatureEncoder, PreferencePairs

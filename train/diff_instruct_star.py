@@ -1,4 +1,4 @@
-"""Diff-Instruct* (Luo et al., 2024): a few-step generator, rewarded and held to a diffusion model by its scores.
+"""Diff-Instruct* (Luo et al., 2024): few-step generator trained on rewards, regularised by a teacher's scores.
 
     accelerate launch train/diff_instruct_star.py --config configs/diff_instruct_star/sdxl_dmd2.yaml
     diffalign train diff_instruct_star --config playground run.folder=runs/diff_instruct_star

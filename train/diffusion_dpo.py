@@ -1,4 +1,4 @@
-"""Diffusion-DPO (Wallace et al., 2023) on preference pairs, and every loss on its margin.
+"""Diffusion-DPO (Wallace et al., 2023) on preference pairs, with a choice of losses on the implicit reward margin.
 
     accelerate launch train/diffusion_dpo.py --config configs/diffusion_dpo/sd15.yaml algorithm.beta=2000
     diffalign train diffusion_dpo --config playground run.folder=runs/first

@@ -1,4 +1,4 @@
-"""Diff-Instruct (Luo et al., 2023): distil a model into one that draws in one step or a few, from prompts alone.
+"""Diff-Instruct (Luo et al., 2023): distil a model into a one-step or few-step generator, from prompts alone.
 
     accelerate launch train/distill.py --config configs/distill/sd15.yaml data.path=prompts.txt
     diffalign train distill --config playground run.folder=runs/student

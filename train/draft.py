@@ -1,4 +1,4 @@
-"""DRaFT-K (Clark et al., 2023): rewards, back-propagated through the last steps of the sampler.
+"""DRaFT-K (Clark et al., 2023): rewards back-propagated through the last steps of the sampler.
 
     accelerate launch train/draft.py --config configs/draft/sd15.yaml data.path=prompts.txt
     diffalign train draft --config playground run.folder=runs/draft

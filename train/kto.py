@@ -1,4 +1,4 @@
-"""Diffusion-KTO (Li et al., 2024) on images that people liked or did not.
+"""Diffusion-KTO (Li et al., 2024) on single images labelled as liked or disliked.
 
     accelerate launch train/kto.py --config configs/kto/sd15.yaml data.path=/data/pickapic_v2
     diffalign train kto --config playground run.folder=runs/kto

@@ -1,9 +1,9 @@
-"""A personal scorer (PAL, VPL, groups by EM, a logistic baseline) on frozen CLIP features, from many persons' choices.
+"""A personal scorer (PAL, VPL, groups by EM, a logistic baseline) on frozen CLIP features, from many people's choices.
 
     accelerate launch train/personal_reward.py --config configs/personal_reward/pickapic.yaml data.path=pickapic_v2
     diffalign train personal_reward --config playground data.path=choices.jsonl run.folder=runs/personal
 
-Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl (accuracy on strangers by their number of
+Writes <run.folder>/: config.yaml, metrics.jsonl, validation.jsonl (accuracy on held-out people per number of
 choices), checkpoints/ and export/, which `load_scorer`, `reward-score --user` and `diffalign user fit` read.
 """
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     run = Run(cfg, **cfg.run)
     features = load_features(cfg.scorer["features_from"], run.device)
-    pairs = run.latents(PreferencePairs, FeatureEncoder(features, run.device), **cfg.data)  # kept as latents are
+    pairs = run.latents(PreferencePairs, FeatureEncoder(features, run.device), **cfg.data)  # cached like latents
     choices = PersonalChoices(pairs, pair_features, run.draws, **cfg.choices)
     scorer = head_to_train(features, len(choices.people), choices.statistics(), **cfg.scorer).to(run.device)
     algorithm = PersonalReward(run.prepare(scorer.head), scorer.head.size, run.draws, **cfg.algorithm)

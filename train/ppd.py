@@ -1,11 +1,11 @@
-"""PPD (Dang et al., 2025): Diffusion-DPO conditioned on who chose, exported as an IP-Adapter for stock diffusers.
+"""PPD (Dang et al., 2025): Diffusion-DPO conditioned on user embeddings, exported as an IP-Adapter for stock diffusers.
 
     diffalign user embed people/choices.jsonl --encoder runs/personal/export --out users.safetensors
     accelerate launch train/ppd.py --config configs/ppd/sd15.yaml data.path=pickapic_v2 users.path=users.safetensors
     diffalign train ppd --config playground data.path=pairs.jsonl users.path=users.safetensors run.folder=runs/ppd
 
-Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/: the adapter, the users, and a card
-that says how stock diffusers loads them.
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/: the adapter, the users, and a
+README with the code that loads them in stock diffusers.
 """
 
 from __future__ import annotations

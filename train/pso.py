@@ -1,4 +1,4 @@
-"""PSO (Miao et al., 2024), online: a distilled model compares pairs of its own samples by a scorer.
+"""PSO (Miao et al., 2024), online: preference pairs are a distilled model's own samples, ranked by a scorer.
 
     accelerate launch train/pso.py --config configs/pso/sdxl_turbo.yaml data.path=prompts.txt
     diffalign train pso --config playground run.folder=runs/pso

@@ -4,7 +4,7 @@
     diffalign train pso_customize --config playground run.folder=runs/style data.path=images/
 
 images/ holds the images and their captions: metadata.jsonl, a .txt beside each, or one prompt.txt for all ("a photo of
-[V] dog"; then say subject.prompt="a photo of a dog", from which the samples to compare with are drawn).
+[V] dog"; then set subject.prompt="a photo of a dog", the prompt of the rejected samples).
 Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
 """
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     run, backbone = recipe.begin(cfg)
     targets = run.latents(TargetImages, backbone, **cfg.data)
     parts = recipe.Parts(cfg, run, backbone, targets)
-    noising = parts.sampler.noising()  # the timesteps at which the model samples, and no others
+    noising = parts.sampler.noising()  # restricted to the sampler's timesteps
     drawn_from = subject(backbone.encode_text, **cfg.subject)
     algorithm = PSOCustomization(
         parts.policy, parts.reference, noising, parts.dims, parts.sampler, drawn_from, **cfg.algorithm

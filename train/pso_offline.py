@@ -3,7 +3,7 @@
     accelerate launch train/pso_offline.py --config configs/pso_offline/sdxl_turbo.yaml data.path=/data/pickapic_v2
     diffalign train pso_offline --config playground run.folder=runs/pso_offline
 
-That is Diffusion-DPO on errors of the noise, at no other timesteps than those at which the model samples.
+This is Diffusion-DPO on noise-prediction errors, restricted to the sampler's timesteps.
 Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
 """
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     run, backbone = recipe.begin(cfg)
     pairs = run.latents(PreferencePairs, backbone, **cfg.data)
     parts = recipe.Parts(cfg, run, backbone, pairs)
-    noising = parts.sampler.noising()  # the timesteps at which the model samples, and no others
+    noising = parts.sampler.noising()  # restricted to the sampler's timesteps
     algorithm = DiffusionDPO(parts.policy, parts.reference, noising, parts.dims, **cfg.algorithm)
     parts.fit(algorithm)
 

@@ -1,4 +1,4 @@
-"""ReFL (Xu et al., 2023): reward what the model sees at a late step of its sampling.
+"""ReFL (Xu et al., 2023): reward of the x0 prediction at a late sampling step.
 
     accelerate launch train/refl.py --config configs/refl/sd15.yaml data.path=prompts.txt
     diffalign train refl --config playground run.folder=runs/refl

@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    # What follows the recipe's name belongs to the recipe, --help included.
+    # Arguments after the recipe's name, including --help, are passed to the recipe.
     split = 1 if arguments and arguments[0] in launch.recipes("tools") else len(arguments)
     if arguments[:1] in (["train"], ["eval"]):
-        named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.known(arguments[0])]
+        named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.runnable(arguments[0])]
         split = named[0] + 1 if named else len(arguments)
     args, unknown = parser.parse_known_args(arguments[:split])
-    if unknown and args.run is not _recipe:  # after a recipe that is not there, they are its own
+    if unknown and args.run is not _recipe:  # after an unknown recipe name they were meant for that recipe
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.rest = arguments[split:]
     try:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not program.of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
             raise
-        print(f"diffalign: {program.said(error)}", file=sys.stderr)
+        print(f"diffalign: {program.error_text(error)}", file=sys.stderr)
         return 2
 
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for kind, what in (("train", "launch a training recipe with accelerate"), ("eval", "run an evaluation recipe")):
         p = commands.add_parser(kind, help=what, epilog=_listing(kind), formatter_class=raw)
-        p.add_argument("--num-processes", type=int, help="default: one a GPU for train, one for eval")
+        p.add_argument("--num-processes", type=int, help="default: one per GPU for train, one for eval")
         p.add_argument("--accelerate-config", help="accelerate config file, or cpu, one_gpu, eight_gpus")
         p.add_argument("name", metavar="RECIPE", help="followed by the recipe's own arguments (--help among them)")
         p.set_defaults(run=_recipe, kind=kind)
@@ -62,13 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, path in launch.recipes("tools").items():
         p = commands.add_parser(name, add_help=False, help=launch.title(path))
         p.set_defaults(run=lambda args, path=path: launch.start(path, args.rest, processes=1, config=None))
-    p = commands.add_parser("cache", help="where latents and text embeddings are kept, how many; or empty it")
+    p = commands.add_parser("cache", help="size of the cache of latents and text embeddings; --clear empties it")
     p.add_argument("--folder", help="data.cache of the runs ($DIFFALIGN_CACHE, or ~/.cache/diffalign)")
-    p.add_argument("--clear", action="store_true", help="delete them; runs compute anew what they need")
+    p.add_argument("--clear", action="store_true", help="delete them; later runs recompute what they need")
     p.set_defaults(run=_cache)
     p = commands.add_parser("demo", help="pairs, alignment, preference and report from the shipped model; CPU, minutes")
-    p.add_argument("--out", type=Path, default=Path("demo"), help="folder of everything the demo makes")
-    p.add_argument("--random-labels", action="store_true", help="the control too: what training gains without labels")
+    p.add_argument("--out", type=Path, default=Path("demo"), help="output folder")
+    p.add_argument("--random-labels", action="store_true", help="also train on random labels, as a control")
     p.set_defaults(run=_demo)
     _playground(commands.add_parser("playground", help="the small world behind the demo and the tests"))
     return parser
@@ -78,11 +78,11 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     p = commands.add_parser("prompts", help="write captions of the playground world as JSONL")
     p.add_argument("--n", type=int, default=256)
-    p.add_argument("--held-out", action="store_true", help="combinations that the shipped model never saw")
+    p.add_argument("--held-out", action="store_true", help="combinations outside the shipped model's training data")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True)
     p.set_defaults(run=_prompts)
-    p = commands.add_parser("label", help="let simulated annotators compare the samples of each prompt in a folder")
+    p = commands.add_parser("label", help="compare the samples of each prompt in a folder by simulated annotators")
     p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 2`")
     p.add_argument(
         "--annotators",
@@ -92,13 +92,13 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=float, default=0.35, help="noise of the choices, in points of the judge")
     p.add_argument("--min-margin", type=float, default=0.3, help="leave out pairs closer than this many points")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
-    p.add_argument("--noise", type=float, default=0.0, help="share of the labels swapped at random")
+    p.add_argument("--noise", type=float, default=0.0, help="fraction of labels flipped at random")
     p.add_argument("--votes", type=int, default=1, help="people who compare each pair; how many agree becomes `prob`")
-    p.add_argument("--opinions", type=int, default=1, help="annotators who label each pair, a line for each")
+    p.add_argument("--opinions", type=int, default=1, help="annotators who label each pair; one line for each label")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
-    p = commands.add_parser("rank", help="let simulated annotators rank all samples of each prompt in a folder")
+    p = commands.add_parser("rank", help="rank all samples of each prompt in a folder by simulated annotators")
     p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 4`")
     p.add_argument("--votes", type=int, default=3, help="people who rank each group")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
@@ -107,14 +107,14 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.set_defaults(run=_rank)
     p = commands.add_parser("ratings", help="render rated and ranked images: data to train a scorer on")
     p.add_argument("--prompts", type=int, default=8000, help="captions, each with four images")
-    p.add_argument("--held-out", action="store_true", help="combinations that the shipped models never saw")
+    p.add_argument("--held-out", action="store_true", help="combinations outside the shipped models' training data")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and ratings.jsonl")
     p.set_defaults(run=_ratings)
-    p = commands.add_parser("people", help="render pairs and let many persons choose: data of a personal scorer")
-    p.add_argument("--people", type=int, default=180, help="persons, each with a taste of their own")
+    p = commands.add_parser("people", help="render pairs with simulated choices: data of a personal scorer")
+    p.add_argument("--people", type=int, default=180, help="simulated people, each with their own preferences")
     p.add_argument("--prompts", type=int, default=3600, help="captions, each with two images")
-    p.add_argument("--opinions", type=int, default=5, help="persons who choose from each pair")
+    p.add_argument("--opinions", type=int, default=5, help="people who choose from each pair")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/, manifest.jsonl and choices.jsonl")
     p.set_defaults(run=_people)
@@ -123,7 +123,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--n", type=int, default=2000, help="pairs, the first ones")
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and manifest.jsonl")
     p.set_defaults(run=_unpack)
-    _build_options(commands.add_parser("build", help="train the shipped weights again from nothing (hours on a CPU)"))
+    _build_options(commands.add_parser("build", help="train the shipped weights from scratch (hours on a CPU)"))
 
 
 def _build_options(p: argparse.ArgumentParser) -> None:
@@ -161,7 +161,7 @@ def _cache(args: argparse.Namespace) -> int:
     from diffalign.data.latents import cache_folder
 
     folder = cache_folder(args.folder)
-    # Whatever else somebody keeps there is not touched.
+    # Other files in the folder are not touched.
     ours = [p for p in folder.glob("*/") if p.name == "files" or any(p.glob("squares-*/")) or any(p.glob("prompts/"))]
     size = sum(file.stat().st_size for part in ours for file in part.rglob("*") if file.is_file())
     print(f"'{folder}': {size / 1e9:.3f} GB of {len(ours)} encoders")
@@ -207,7 +207,7 @@ def _label(args: argparse.Namespace) -> int:
 
 
 def _range(text: str) -> list[str]:
-    """person-3..5 -> person-3, person-4, person-5; any other text is itself."""
+    """Expand person-3..5 to person-3, person-4, person-5; other names are kept."""
     found = re.fullmatch(r"(.+-)(\d+)\.\.(\d+)", text)
     return [text] if found is None else [f"{found[1]}{k}" for k in range(int(found[2]), int(found[3]) + 1)]
 

@@ -1,4 +1,4 @@
-"""`diffalign demo`: the five-minute story, told with the public commands that a user would type."""
+"""`diffalign demo`: a five-minute tour made of public `diffalign` commands."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from diffalign.commands import launch
 from diffalign.report.comparison import label_effect, sentence
 from reward_models.files import read_json, write_whole
 
-# Guidance 1 is none: guidance sharpens all samples alike, and leaves little that people could prefer.
+# Guidance scale 1 (off): guidance makes all samples similar, which leaves little difference to prefer.
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 1 --size 32 --batch-size 64"
 STORY = f"""
-# Align the shipped 1.3 M parameter Stable Diffusion with Diffusion-DPO: a LoRA, its reference is the U-Net without it.
-# The 2,000 preference pairs ship too: two samples of this model for each caption, compared by simulated people. They
-# like vivid colours, objects in their place and clean images, and they err.
+# Align the shipped 1.3 M parameter Stable Diffusion with Diffusion-DPO: a LoRA, its reference is the same U-Net with the
+# adapters off. The 2,000 preference pairs ship too: two samples of this model for each caption, chosen by simulated
+# people. They prefer vivid colours, well-placed objects and clean images, and they make errors.
 diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/run data.cache=OUT/cache
-# Captions whose combination of colour, shape and background the model has never seen.
+# Captions with combinations of colour, shape and background that are not in the model's training data.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
 # The same prompts and the same noise for the base model ...
 diffalign generate --pipeline playground --prompts OUT/held_out.jsonl {SAMPLING} --out OUT/base
 # ... and for the aligned one, loaded by stock diffusers.
 diffalign generate --pipeline playground --lora OUT/run/export --prompts OUT/held_out.jsonl {SAMPLING} \
     --out OUT/aligned
-# How often do people prefer the aligned image? An exact judge measures it in the pixels.
+# How often do people prefer the aligned image? An exact judge computes it from the pixels.
 diffalign eval win_rate OUT/base OUT/aligned --scorer diffalign.playground:Judge --out OUT/win_rate.json
 # A report that opens from disk, with the images before and after.
 diffalign eval report --base OUT/base --aligned OUT/aligned --win-rate OUT/win_rate.json --run OUT/run --out OUT/report
 """
-"""What the demo runs, on a GPU where there is one; OUT stands for its folder."""
+"""Commands of the demo. OUT is replaced by its output folder."""
 CONTROL = f"""
-# The control: the same pairs with random labels. What training gains from them, no preference has taught.
+# The control run: the same pairs with random labels. A gain in this run does not come from preferences.
 diffalign playground unpack playground_own --n 2000 --out OUT/pairs
 diffalign playground label OUT/pairs --labels random --min-margin 0 --out OUT/random.jsonl
 diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/random_run data.cache=OUT/cache \
@@ -43,12 +43,13 @@ diffalign generate --pipeline playground --lora OUT/random_run/export --prompts 
     --out OUT/random
 diffalign eval win_rate OUT/base OUT/random --scorer diffalign.playground:Judge --out OUT/random.json
 """
-"""What it runs besides, to tell what the labels did from what training does whatever they say."""
+"""Additional commands of the control run, which separates the effect of the labels from that of training itself."""
 
 
 def demo(out: Path, *, random_labels: bool = False) -> int:
-    """Diffusion-DPO with a LoRA on shipped pairs, preference on held-out prompts, a report; with `random_labels` the
-    control too.
+    """Run the demo; with `random_labels` the control run too.
+
+    It trains a LoRA by Diffusion-DPO on shipped pairs, measures the preference on held-out prompts and writes a report.
 
     Writes everything under `out`, `out/summary.json` last. Returns the exit code of the first command that fails, or 0.
     """
@@ -56,7 +57,7 @@ def demo(out: Path, *, random_labels: bool = False) -> int:
     if (out / "run" / "config.yaml").exists():
         raise FileExistsError(f"'{out}' already holds a demo; choose another --out or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    # Offline, and without the libraries' progress bars for a dozen tiny files; ours stay.
+    # Offline, and without the libraries' progress bars for small files.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     for line in filter(None, (STORY + CONTROL * random_labels).splitlines()):
         if line.startswith("#"):

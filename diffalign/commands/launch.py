@@ -1,4 +1,4 @@
-"""Finds recipes by path and starts them: `train/`, `eval/` and `tools/` hold files that are run, never imported."""
+"""Finds and starts recipes, the scripts in `train/`, `eval/` and `tools/`, which are never imported."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from diffalign.interruption import ENDING, handled
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists() else PACKAGE
-"""What holds train/, eval/, tools/ and configs/: the checkout, or the installed package they travel in."""
+"""Parent folder of train/, eval/, tools/ and configs/: the checkout or the installed package."""
 
 SHUTDOWN_SECONDS = "600"
-"""How long torchrun waits for the checkpoint of a run that it was asked to end, before it kills the processes."""
+"""How long torchrun waits after a signal, for the checkpoint of the run, before it kills the processes."""
 
 ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
 
@@ -33,14 +33,14 @@ def recipes(kind: str) -> dict[str, Path]:
     return {p.stem: p for p in sorted((ROOT / kind).glob("*.py"))}
 
 
-def known(kind: str) -> dict[str, Path]:
-    """What can be named after `diffalign train`, `diffalign eval`: after eval the tools too, as `eval generate`."""
+def runnable(kind: str) -> dict[str, Path]:
+    """Recipes that `diffalign <kind>` accepts. `eval` accepts the tools as well (`eval generate`)."""
     return recipes(kind) | (recipes("tools") if kind == "eval" else {})
 
 
 def find(kind: str, name: str) -> Path:
-    """The file of a recipe. Raises ValueError with the known names."""
-    found = known(kind)
+    """File of a recipe. Raises ValueError with the known names."""
+    found = runnable(kind)
     if name not in found:
         raise ValueError(f"no {kind} recipe '{name}'; known recipes: {', '.join(found)}")
     return found[name]
@@ -59,11 +59,13 @@ def title(recipe: Path) -> str:
 def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, config: str | None) -> int:
     """Run a recipe in one or more processes; returns its exit code.
 
-    With an accelerate config file, or the name of a shipped one, or on several GPUs by `accelerate launch`. Without
-    either, one process a GPU, or one on the CPU. Several CPU processes are started by torchrun, which
-    accelerate follows; its own launcher starts them only through MPI. Signals are handled as in `call`.
+    processes  number of processes; default: one per GPU, or one on the CPU
+    config     accelerate config file, or the name of a shipped one
+
+    Uses `accelerate launch` with a config or for several GPUs, and torchrun for several CPU processes, because
+    accelerate's launcher needs MPI for those. Signals are handled as in `call`.
     """
-    gpus = 0 if processes == 1 else _gpus()  # asking takes seconds
+    gpus = 0 if processes == 1 else _gpus()  # counting the GPUs imports torch, which takes seconds
     environment = dict(os.environ)
     if config is None and not gpus and (processes or 1) > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -84,29 +86,29 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
 
 
 def call(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a command and return its exit code, 128 + n where signal n killed it.
+    """Run a command and return its exit code, or 128 + n if signal n killed it.
 
-    SIGTERM, SIGINT and SIGHUP are passed on to it and what it started, and waited for; where it then ends with another
-    code than 0, so does this process: raises SystemExit(128 + n). It has a process group of its own, for otherwise a
-    terminal's Ctrl-C would reach it twice, and the second signal ends a run at once.
+    SIGTERM, SIGINT and SIGHUP are forwarded to the command's process group, and this process waits for it to end. If
+    the exit code is not 0 then, it raises SystemExit(128 + n). The command has its own process group, because a
+    terminal's Ctrl-C would otherwise reach it twice, and a second signal ends a run at once.
     """
     children: list[subprocess.Popen[bytes]] = []
-    seen: list[int] = []
+    received: list[int] = []
 
     def pass_on(signum: int, frame: FrameType | None = None) -> None:
-        seen.append(signum)
+        received.append(signum)
         for child in children:
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signum)
 
     with handled((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), pass_on):
         children.append(subprocess.Popen(command, env=environment, start_new_session=True))
-        for signum in seen[:1]:  # it came before there was a process
+        for signum in received[:1]:  # a signal that arrived before the process started
             pass_on(signum)
         code = children[0].wait()
     code = code if code >= 0 else 128 - code
-    if seen and code:
-        raise SystemExit(128 + seen[0])
+    if received and code:
+        raise SystemExit(128 + received[0])
     return code
 
 
@@ -117,16 +119,16 @@ def _gpus() -> int:
 
 
 def _launch(module: str, *words: str) -> int:
-    """Run a launcher without what it says of a process that failed, for that has said it; returns its exit code."""
+    """Run a launcher and return its exit code. Its error logs are off: the failed process reports the error."""
     logging.disable(logging.ERROR)
     sys.argv = [module, *words]
     try:
         with handled(ENDING, _ended):
             runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except subprocess.CalledProcessError as error:  # accelerate's
+    except subprocess.CalledProcessError as error:  # raised by accelerate
         return error.returncode
     except Exception as error:
-        if type(error).__name__ == "SignalException":  # torchrun's, which has passed it on
+        if type(error).__name__ == "SignalException":  # raised by torchrun, after it forwarded the signal
             return 128 + error.sigval  # type: ignore[attr-defined]
         if type(error).__name__ != "ChildFailedError":
             raise
@@ -135,7 +137,7 @@ def _launch(module: str, *words: str) -> int:
 
 
 def _ended(signum: int, frame: FrameType | None) -> None:
-    """A child in this process group got the signal as well, and is waited for; torchrun has a handler of its own."""
+    """Exit unless there are children. Those got the signal as well; the launcher waits for them."""
     if not psutil.Process().children():
         sys.exit(128 + signum)
 

@@ -1,4 +1,4 @@
-"""The main of a recipe or an evaluation as a program: errors in a line or two, exit codes, libraries kept quiet."""
+"""Runs the main function of a script: short error messages, exit codes, fewer library warnings."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-SAYS_NOTHING = ("should be kept in float32: []", "No LoRA keys associated to", "`torch_dtype` is deprecated")
-"""Warnings of diffusers and transformers about what is as it should be."""
+HARMLESS_WARNINGS = ("should be kept in float32: []", "No LoRA keys associated to", "`torch_dtype` is deprecated")
+"""Substrings of harmless warnings of diffusers and transformers, which are hidden."""
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """The main of a recipe as a program: what a user can cause is a line or two on stderr, and exit code 2.
+    """Run a main function. User errors give one or two lines on stderr and exit code 2.
 
-    With DIFFALIGN_TRACEBACK set it is raised, so that one can see where it came from.
+    With DIFFALIGN_TRACEBACK set, the error is raised with its traceback.
     """
     quiet()
     try:
@@ -30,15 +30,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if not of_user(error) or os.environ.get("DIFFALIGN_TRACEBACK"):
             raise
         for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
-            bar.close()  # or the error stands at its end
+            bar.close()  # otherwise the error is printed at the end of the bar
         rank = os.environ.get("RANK", "0")
         where = Path(sys.argv[0]).name + (f" (process {rank})" if rank != "0" else "")
-        print(f"{where}: {said(error)}", file=sys.stderr)
+        print(f"{where}: {error_text(error)}", file=sys.stderr)
         sys.exit(2)
 
 
 def _main_or_sweep(main: Callable[[], int | None]) -> int | None:
-    from diffalign.config import SweepRequest  # an evaluation needs none of it
+    from diffalign.config import SweepRequest  # lazy: evaluations do not need it
 
     try:
         return main()
@@ -49,29 +49,28 @@ def _main_or_sweep(main: Callable[[], int | None]) -> int | None:
 
 
 def quiet() -> None:
-    """Leave out what libraries say that means nothing to the user of a recipe: bars of a dozen small files, notices of
-    what is as it should be. Whatever else they warn of is shown."""
+    """Hide the libraries' progress bars for small files and their harmless warnings. Other warnings are shown."""
     for name in ("diffusers", "transformers"):
-        if name in sys.modules:  # a recipe has imported them, or has no use for them
+        if name in sys.modules:  # skip libraries that the recipe has not imported
             importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
             for handler in logging.getLogger(name).handlers:
-                handler.addFilter(_says_something)
+                handler.addFilter(_is_relevant)
     warnings.filterwarnings("ignore", message="This DataLoader will create")
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")
 
 
-def _says_something(record: logging.LogRecord) -> bool:
-    return not any(words in record.getMessage() for words in SAYS_NOTHING)
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return not any(words in record.getMessage() for words in HARMLESS_WARNINGS)
 
 
 def of_user(error: BaseException) -> bool:
-    """Whether a user can cause it: settings, files, disks, data, memory; the rest are faults of ours, with a trace."""
+    """Whether it is a user error: settings, files, disk, data or memory. Others are bugs and keep their traceback."""
     kinds = (ValueError, OSError, FloatingPointError)
     return isinstance(error, kinds) or type(error).__name__ in ("SafetensorError", "OutOfMemoryError")
 
 
-def said(error: BaseException) -> str:
-    """What an error says, without the number that the system gives it; of what libraries say, two lines."""
+def error_text(error: BaseException) -> str:
+    """Message of an error, without errno; at most two lines for errors of libraries."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": '{error.filename}'" if error.filename else "")
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

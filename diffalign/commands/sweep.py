@@ -1,8 +1,8 @@
 """`--sweep section.key=v1,v2,...` of every recipe that trains a pipeline: short runs, compared in one table.
 
-Each point (a value of every axis) is a fresh process of the recipe in `<run.folder>/sweep-<key>=<value>/`. Its export
-and the base draw the same held-out prompts from the same noise, and a scorer compares them. Killed? The same command
-goes on: points that are done stay as they are, the others continue from their last checkpoint.
+Each point of the grid (one value per axis) is a new process of the recipe in `<run.folder>/sweep-<key>=<value>/`. Its
+export and the base model generate images of the same held-out prompts from the same noise, and a scorer compares them.
+To continue a killed sweep, run the same command: completed points are kept, others resume from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from reward_models.files import read_json, write_whole
 
 PROMPTS, SAMPLES = 64, 2
 MEASURED = "from independent noise"
-"""Points that were judged otherwise, by an earlier version, are judged again."""
+"""Version of the comparison. Results of an earlier version are computed again."""
 FIXED = ("run.folder", "run.resume", "backbone.path", "data.resolution", "hooks.sample_steps", "hooks.sample_guidance")
-"""Cannot be swept: all points are compared with one set of images of the base."""
+"""Keys that cannot be swept, because all points share one set of base images."""
 
 
 class SweepRun(NamedTuple):
-    """One run: what it changes ("algorithm.beta=200", one an axis), its folder, its resolved configuration."""
+    """One run: its overrides ("algorithm.beta=200", one per axis), folder and resolved configuration."""
 
     values: tuple[str, ...]
     folder: Path
@@ -42,7 +42,7 @@ class SweepRun(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """How all points are judged: the base's pipeline, its images, prompts, scorer, settings of tools/generate.py."""
+    """Evaluation shared by all points: base pipeline, its images, prompts, scorer, tools/generate.py options."""
 
     base: str
     images: Path
@@ -60,22 +60,23 @@ def sweep(
     prompts: str | None = None,
     scorer: str | None = None,
 ) -> int:
-    """Run every point, print and write the table; returns the exit code, 1 when a point failed.
+    """Run every point, print and write the table. Returns the exit code: 1 if a point failed.
 
     recipe     the recipe's file; arguments are its --config and overrides
-    axes       "section.key=v1,v2"; several make the grid of their values
-    resolved   more overrides -> configuration; raises ConfigError
-    prompts    held-out prompts, .txt or .jsonl; scorer judges. Both have defaults for the playground
+    axes       "section.key=v1,v2"; several axes form the grid of their values
+    resolved   function: additional overrides -> configuration; raises ConfigError
+    prompts    held-out prompts, .txt or .jsonl; has a default for the playground
+    scorer     scorer of the comparison; has a default for the playground
 
-    Writes sweep.md and sweep.json after each point. Raises ConfigError with all problems of all points, before the
-    first run starts.
+    Writes sweep.md and sweep.json after each point. Raises ConfigError with the problems of all points before
+    the first run starts.
     """
     points, comparison = plan(axes, resolved, prompts, scorer)
     folder = comparison.images.parent
     folder.mkdir(parents=True, exist_ok=True)
     if prompts is None:
         write_whole(comparison.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
-    # The base against itself: a misspelt scorer, or one that cannot judge these images, ends this before the first run.
+    # Compare the base with itself first: a misspelt or unsuitable scorer fails before the first run.
     code = _draw(comparison, comparison.images, ["--pipeline", comparison.base])
     against_itself = comparison.images / "win_rate.json"
     if code or (code := _judge(comparison, comparison.images, against_itself)):
@@ -88,8 +89,8 @@ def sweep(
     for k, point in enumerate(points, 1):
         print(f"\nsweep {k}/{len(points)}: {' '.join(point.values)}", flush=True)
         rows.append(_row(recipe, arguments, point, comparison))
-        said = {"recipe": recipe.stem, "scorer": comparison.scorer, "advice": advice(rows), "rows": rows}
-        write_whole(folder / "sweep.json", json.dumps(said, indent=1) + "\n")
+        summary = {"recipe": recipe.stem, "scorer": comparison.scorer, "advice": advice(rows), "rows": rows}
+        write_whole(folder / "sweep.json", json.dumps(summary, indent=1) + "\n")
         write_whole(folder / "sweep.md", f"{markdown(rows)}\n\n{advice(rows)}\n")
     print(f"\n{markdown(rows)}\n\n{advice(rows)}\nwritten: '{folder / 'sweep.md'}'", flush=True)
     return int(any(row["verdict"] == "failed" for row in rows))
@@ -98,7 +99,7 @@ def sweep(
 def plan(
     axes: Sequence[str], resolved: Callable[[Sequence[str]], Config], prompts: str | None, scorer: str | None
 ) -> tuple[list[SweepRun], Comparison]:
-    """The points of the grid, and how they are judged. Raises ConfigError."""
+    """Points of the grid and their evaluation. Raises ConfigError."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         how = "`diffalign train --num-processes 1 RECIPE --sweep ...`"
         raise ConfigError(f"--sweep starts its runs itself and must not be started in several processes; use {how}")
@@ -127,9 +128,9 @@ def plan(
 
 
 def _choices(axes: Sequence[str]) -> list[list[str]]:
-    """The "key=value" words of every axis. Raises ConfigError."""
+    """ "key=value" overrides of every axis. Raises ConfigError."""
     keys = [axis.partition("=")[0] for axis in axes]
-    # A comma within brackets belongs to a list.
+    # Do not split lists: ignore commas within brackets.
     split = [re.split(r",(?![^\[]*\])", axis.partition("=")[2]) for axis in axes]
     bad = [f"{x}: expected section.key=value,value" for x in axes if not re.match(r"\w+\.\w+=[^,]", x)]
     bad += [f"{x}: cannot be swept, for all runs are compared with the same images" for x in keys if x in FIXED]
@@ -141,7 +142,7 @@ def _choices(axes: Sequence[str]) -> list[list[str]]:
 
 
 def _changed(point: SweepRun) -> list[str]:
-    """What forbids going on in the point's folder: a run with other settings."""
+    """Problem of a point's folder that holds a run with other settings."""
     file = point.folder / "config.yaml"
     if not file.exists():
         return []
@@ -149,8 +150,8 @@ def _changed(point: SweepRun) -> list[str]:
     now = OmegaConf.create(point.config.yaml())
     keys = [f"{section}.{key}" for section in point.config.sections for key in point.config.sections[section]]
     other = [key for key in keys if key != "run.resume" and OmegaConf.select(before, key) != OmegaConf.select(now, key)]
-    said = f"  - '{point.folder}' holds a run with another {', '.join(other)}; delete it, or choose another run.folder"
-    return [said] if other else []
+    text = f"  - '{point.folder}' holds a run with another {', '.join(other)}; delete it, or choose another run.folder"
+    return [text] if other else []
 
 
 def _comparison(point: SweepRun, prompts: str | None, scorer: str | None) -> Comparison:
@@ -180,18 +181,18 @@ def _judge(comparison: Comparison, images: Path, out: Path) -> int:
 
 
 def _row(recipe: Path, arguments: Sequence[str], point: SweepRun, comparison: Comparison) -> dict[str, Any]:
-    """Train and judge a point, as far as that is not done; its row of the table."""
+    """Train and evaluate a point unless already done. Returns its row of the table."""
     file, export, images = (point.folder / name for name in ("result.json", "export", "held_out"))
     result = read_json(file) if file.exists() and export.exists() else {}
     if not result:
         resume = any((point.folder / "checkpoints").glob("step-*/state.json"))
-        # Without a checkpoint it begins again; and there must be no images of another export.
+        # Without a checkpoint the run starts again. Images of an earlier export must not remain.
         shutil.rmtree(images if resume else point.folder, ignore_errors=True)
         words = [*arguments, *point.values, f"run.folder={point.folder}", *["run.resume=true"] * resume]
         started = time.perf_counter()
         if launch.start(recipe, words, processes=None, config=None):
             return {"values": point.values, "verdict": "failed"}
-        seconds = None if resume else time.perf_counter() - started  # of the part before nobody knows
+        seconds = None if resume else time.perf_counter() - started  # the time before the interruption is unknown
         result = {"values": point.values, "seconds": seconds, **trained(point.folder / "metrics.jsonl")}
         write_whole(file, json.dumps(result))
     fingerprint = hashlib.sha256(f"{MEASURED} {comparison}".encode() + comparison.prompts.read_bytes()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""Choices of many persons as features, each with other choices of the same person, for personal scorers."""
+"""Choices of many annotators as CLIP features, each with a support set of the same annotator, for personal scorers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from diffalign.types import ChoiceBatch, Cond
 
 
 class FeatureEncoder:
-    """A CLIP scorer in the shape of an encoder, so that features are read and kept as latents are.
+    """Adapter from a CLIP scorer to the Encoder interface, so that its features are cached like latents.
 
-    scorer  has `preprocess`, `image_features` and `encode_text`, both of width E; its weights decide the fingerprint
+    scorer  has `preprocess`, and `image_features` and `encode_text` of width E; the fingerprint hashes its weights
 
-    An image arrives cut to a square, which the scorer's own rule then takes.
+    Images are cropped to a square before the scorer's own preprocessing.
     """
 
     def __init__(self, scorer: Any, device: torch.device):
@@ -32,37 +32,38 @@ class FeatureEncoder:
         self.fingerprint = f"features-{digest.hexdigest()}"
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """[B, 3, R, R] in [0, 1] -> unit vectors [B, E, 1, 1]."""
+        """Image features: pixels [B, 3, R, R] in [0, 1] -> unit vectors [B, E, 1, 1]."""
         return self.scorer.image_features(self.scorer.preprocess(pixels.to(self.device)))[..., None, None]
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        """B prompts -> unit vectors as tokens [B, 1, E]."""
+        """Text features: B prompts -> unit vectors as tokens [B, 1, E]."""
         return Cond(self.scorer.encode_text([self.scorer.prefix + prompt for prompt in prompts])[:, None])
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """(token limit of the text encoder, number of tokens of each prompt)."""
         return self.scorer.token_counts(prompts)
 
 
 class UserChoices(NamedTuple):
-    """N choices of one person: z [N, Z] of the preferred images and of the others."""
+    """N choices of one person: features z [N, Z] of the winners and of the losers."""
 
     z_w: Tensor
     z_l: Tensor
 
 
 class PersonalChoices(Dataset):
-    """Pairs with annotators as choices of persons. Some of the persons are kept aside, to be strangers.
+    """Preference pairs grouped by annotator, for few-shot personal scorers. Some annotators are held out (strangers).
 
-    Positional: the pairs (encoded by a FeatureEncoder), how features of images and texts become z, and the draws.
+    Positional: the pairs (encoded by a FeatureEncoder), the function (image features, text features) -> z, and the
+    draws.
 
     Args:
-        support: most other choices of the same person that a choice comes with; how many count is drawn each time
-        batch_size: choices a micro-batch and process
-        strangers: share of the persons that are only validated on, by a hash of their name
+        support: maximum size of the support set, other choices of the same person; its size is drawn anew each time
+        batch_size: choices per micro-batch on each rank
+        strangers: share of the persons held out for validation, chosen by a hash of their name
         least: persons with fewer choices are left out
 
-    Raises ValueError where the pairs name no annotators, or too few persons remain.
+    Raises ValueError when the pairs have no annotators, or when too few persons remain.
     """
 
     draws_per_sample: int | None = None
@@ -86,13 +87,13 @@ class PersonalChoices(Dataset):
             if name is not None:
                 by_person.setdefault(name, []).append(i)
         by_person = {name: rows for name, rows in sorted(by_person.items()) if len(rows) >= least}
-        aside = {name for name in by_person if chance_of(name) < strangers}
-        self.people = [name for name in by_person if name not in aside]
-        self.strangers = sorted(aside)
-        if len(self.people) < 2 or not aside:
+        held_out = {name for name in by_person if hash_fraction(name) < strangers}
+        self.people = [name for name in by_person if name not in held_out]
+        self.strangers = sorted(held_out)
+        if len(self.people) < 2 or not held_out:
             raise ValueError(
                 f"the pairs have {len(by_person)} annotators with 'choices.least' = {least} choices or more, of whom "
-                f"{len(aside)} are kept aside as strangers; at least 2 to train on and 1 stranger are needed. Pairs "
+                f"{len(held_out)} are held out as strangers; at least 2 to train on and 1 stranger are needed. Pairs "
                 "need an `annotator` (JSONL) or a `user_id` (parquet)"
             )
         self.by_person = by_person
@@ -103,17 +104,17 @@ class PersonalChoices(Dataset):
         return len(self.items)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Any, int, int, list[int]]:
-        """(key, person, pair, support pairs) of choice `index` in `epoch`, from place = (epoch, index)."""
+        """(key, person, pair, support pairs) of choice `index` in `epoch`; place = (epoch, index)."""
         epoch, index = place
         key, (person, pair) = (epoch, self.ids[index]), self.items[index]
-        mine = self.by_person[self.people[person]]
-        order = self.draws.permutation(len(mine), key=key, stream="support").tolist()
-        others = [mine[k] for k in order if mine[k] != pair][: self.support]
+        candidates = self.by_person[self.people[person]]
+        order = self.draws.permutation(len(candidates), key=key, stream="support").tolist()
+        others = [candidates[k] for k in order if candidates[k] != pair][: self.support]
         count = int(self.draws.integers([key], 1, len(others) + 1, stream="support size"))
         return key, person, pair, others[:count]
 
     def collate(self, items: Sequence[tuple[Any, int, int, list[int]]]) -> ChoiceBatch:
-        """Items -> a batch on the CPU."""
+        """Batch of items, on the CPU; support sets are padded and masked."""
         keys, people, pairs, supports = zip(*items, strict=True)
         mask = torch.tensor([[k < len(x) for k in range(self.support)] for x in supports])
         padded = [[*x, *[pair] * (self.support - len(x))] for x, pair in zip(supports, pairs, strict=True)]
@@ -121,36 +122,38 @@ class PersonalChoices(Dataset):
         return ChoiceBatch(*own, torch.tensor(people), *others, mask, list(keys))
 
     def encode(self, batch: ChoiceBatch) -> ChoiceBatch:
-        """Nothing is left to do."""
+        """The batch unchanged: features are encoded already."""
         return batch
 
     def choices(self, pairs: Tensor) -> UserChoices:
-        """Numbers of pairs int64 [...] -> z [..., Z] of both images."""
+        """Features z [..., Z] of the winners and losers of pairs, given their indices int64 [...]."""
         text, w, l_ = self.rows[pairs].unbind(-1)
         return UserChoices(*(self.pair_features(self.images[k], self.texts[text]) for k in (w, l_)))
 
     def of(self, person: str) -> UserChoices:
-        """All choices of a person, in a random order that depends on the seed and their name."""
-        mine = self.by_person[person]
-        order = self.draws.permutation(len(mine), key=person, stream="shots")
-        return self.choices(torch.tensor(mine)[order])
+        """All choices of a person, in a random order given by the seed and the name."""
+        pairs = self.by_person[person]
+        order = self.draws.permutation(len(pairs), key=person, stream="shots")
+        return self.choices(torch.tensor(pairs)[order])
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [Z] of the features of everything chosen from."""
+        """Mean and standard deviation [Z] of the features z of all training images, winners and losers."""
         z = torch.cat(self.choices(torch.tensor([pair for _, pair in self.items])))
         return z.mean(0), z.std(0).clamp(min=1e-4)
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `choices` section, one line each."""
+        """Problems with a `choices` section, one line each."""
         problems = [f"'choices.{k}' = {cfg[k]} must be 1 or more" for k in ("support", "batch_size") if cfg[k] < 1]
         if not 0 < cfg["strangers"] < 1:
             problems.append(f"'choices.strangers' = {cfg['strangers']} must lie in (0, 1)")
         if cfg["least"] < 2:
-            problems.append(f"'choices.least' = {cfg['least']} must be 2 or more: a choice needs another one beside it")
+            problems.append(
+                f"'choices.least' = {cfg['least']} must be 2 or more: the support set needs one other choice"
+            )
         return problems
 
 
-def chance_of(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone."""
+def hash_fraction(name: str) -> float:
+    """Hash of a name as a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big") / 2**32

@@ -1,4 +1,4 @@
-"""Groups of images of one prompt in their order of preference, for the training of a scorer."""
+"""Ranked groups of images, one prompt each, for training a reward model (scorer)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, train_prompt_overlap, usable_records
 from diffalign.data.image_checks import Workers, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import Record
-from diffalign.data.usable import DropReport, Verify, notices_of, read_some, trained_on, usable_records
 from diffalign.types import GroupBatch, Key
 
 OVERALL = "overall"
 Prepare = Callable[[bytes], Tensor]
-"""An encoded image -> what the scorer's network takes, [3, h, w]. Must pickle: worker processes call it."""
+"""Preprocessing: encoded image -> input of the scorer's network [3, h, w]. Must pickle: worker processes call it."""
 
 
 class Group(NamedTuple):
-    """One prompt with K images: pixels [K, 3, h, w], ranks [K, A]; the rest as in GroupBatch."""
+    """One prompt with K images: pixels [K, 3, h, w], ranks [K, A] for A aspects; the rest as in GroupBatch."""
 
     pixels: Tensor
     prompt: str
@@ -35,25 +35,25 @@ class Group(NamedTuple):
 class PreferenceGroups(Dataset):
     """A preference data set as groups of prepared images. Pairs are groups of two.
 
-    Reads what PreferencePairs reads, and lists what cannot be used in `<folder>/dropped-<part>.jsonl`, what is strange
-    in notices-<part>.jsonl. A prompt is in the validation part or in the training part by a hash of its text, so no
-    prompt is in both and every run agrees.
+    Reads the formats of PreferencePairs. Dropped records are listed in `<folder>/dropped-<part>.jsonl`, warnings in
+    notices-<part>.jsonl. The train/validation split hashes the prompt: no prompt is in both parts, and every run has
+    the same split.
 
-    Positional: how an image is prepared, the run's folder, its rank, how many there are, what waits for all, which part
-    it is, and what is told of the records and images before any is read.
+    Positional: the preprocessing of an image, the run's folder, rank, world size, a barrier of all ranks, the part of
+    the split, and a callback that gets the records and images before any image is read.
 
     Args:
         path: Pick-a-Pic .parquet, .jsonl, HPDv2, HPDv3, ImageRewardDB or VisionPrefer-style files; see the docs
-        validation_path: data set to validate on; when left out, a share of the prompts of `path`
-        validation_share: that share
-        batch_size: prompts a micro-batch and process
-        aspects: train these rated aspects instead of the preference itself, which is `overall` among them
+        validation_path: data set for validation; when left out, a share of the prompts of `path` is held out
+        validation_share: share of the prompts that is held out when validation_path is left out
+        batch_size: prompts per micro-batch on each rank
+        aspects: rated aspects to train on, instead of the preference alone; the preference is called `overall`
         max_dropped: stop if more than this share of the labelled records is damaged
         limit: use only the first so many labelled records
-        num_workers: processes that decode images on each rank; 0 for none
+        num_workers: worker processes per rank that decode images; 0 decodes in the main process
     """
 
-    draws_per_sample: int | None = None  # nothing is drawn
+    draws_per_sample: int | None = None  # no random draws
 
     def __init__(
         self,
@@ -82,18 +82,18 @@ class PreferenceGroups(Dataset):
         source = validation_path if part == "validation" and validation_path else path
         records, dropped = read_some(source, limit)
         if split:
-            records = [r for r in records if (_share(r.prompt) < split) == (part == "validation")]
+            records = [r for r in records if (_hash_fraction(r.prompt) < split) == (part == "validation")]
         report = DropReport(folder / f"dropped-{part}.jsonl", rank == 0, source, max_dropped)
         report.stop_if_damaged(len(records), dropped)
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
         verify(records, images)
-        seen = dict(zip(images, check_images(images, 32, Workers(rank, world_size, barrier, folder)), strict=True))
-        self.records, damaged = usable_records(records, seen)
+        checks = dict(zip(images, check_images(images, 32, Workers(rank, world_size, barrier, folder)), strict=True))
+        self.records, damaged = usable_records(records, checks)
         dropped += damaged
         report.stop_if_damaged(len(self.records), dropped)
         report.summary(len(self.records), sum(1 for r in self.records for _ in r.pairs()), dropped)
-        trained = path if source != path else None
-        report.notice(lambda: [*notices_of(self.records, seen), *trained_on(self.records, trained)])
+        train_path = path if source != path else None
+        report.notice(lambda: [*notices_of(self.records, checks), *train_prompt_overlap(self.records, train_path)])
         lacking = {a for a in aspects for r in self.records if a != OVERALL and a not in (r.aspects or {})}
         if lacking:
             raise ValueError(
@@ -105,7 +105,7 @@ class PreferenceGroups(Dataset):
         return len(self.records)
 
     def __getitem__(self, place: tuple[int, int]) -> Group:
-        """Group `index` in `epoch`, from place = (epoch, index). Raises ValueError for an image that went bad."""
+        """Group `index` in `epoch`; place = (epoch, index). Raises ValueError when an image no longer decodes."""
         epoch, index = place
         record = self.records[index]
         pixels = torch.stack([self.prepare(ref.read()) for ref in record.images])
@@ -116,7 +116,7 @@ class PreferenceGroups(Dataset):
         return torch.tensor(columns, dtype=torch.float32).T
 
     def collate(self, items: Sequence[Group]) -> GroupBatch:
-        """Groups -> one batch, their images in a row."""
+        """Groups -> one batch with all their images concatenated."""
         sizes = torch.tensor([len(i.pixels) for i in items])
         return GroupBatch(
             torch.cat([i.pixels for i in items]),
@@ -129,16 +129,16 @@ class PreferenceGroups(Dataset):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `data` section, one line each."""
+        """Problems with a `data` section, one line each."""
         return check_groups(cfg)
 
     def encode(self, batch: GroupBatch) -> GroupBatch:
-        """Nothing is left to do in the main process."""
+        """The batch unchanged: images are preprocessed in the workers."""
         return batch
 
 
-def _share(prompt: str) -> float:
-    """A number in [0, 1) that depends on the prompt alone."""
+def _hash_fraction(prompt: str) -> float:
+    """Hash of the prompt as a number in [0, 1)."""
     return (
         int.from_bytes(hashlib.blake2b(" ".join(prompt.lower().split()).encode(), digest_size=4).digest(), "big")
         / 2**32
@@ -146,7 +146,7 @@ def _share(prompt: str) -> float:
 
 
 def check_groups(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `data` section, one line each."""
+    """Problems with a `data` section, one line each."""
     problems = []
     for name in ("path", "validation_path"):
         try:

@@ -1,4 +1,4 @@
-"""What is found when images are looked at, and how the processes of a run share that work."""
+"""Checks of all images before training, divided among the ranks of a run."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from diffalign.data.records import ImageRef
 from reward_models.files import read_json, write_whole
 
 SHARD = 256
-"""Images, or prompts, a shard."""
-
-
+"""Images, or prompts, per shard."""
 ENLARGED = 8
-"""Images that are made so many times larger, or more, are worth a remark."""
+"""Images enlarged by this factor or more get a note."""
 
 
 class ImageCheck(NamedTuple):
-    """One image: the digest of its bytes ("" when unreadable), why it cannot be used ("" when it can), and what is
-    remarkable about it."""
+    """Result of checking one image.
+
+    digest  hash of its bytes; "" when unreadable
+    reason  why it cannot be used; "" when it can
+    note    warning about an image that is used; "" for none
+    """
 
     digest: str
     reason: str
@@ -33,9 +35,9 @@ class ImageCheck(NamedTuple):
 
 
 class CheckedImage(NamedTuple):
-    """An image as a thread hands it over, cut to a square where that is needed and can be done; its file's stamp."""
+    """A checked image with its square crop (None when cached or not usable) and its file's stamp (ContentIndex)."""
 
-    seen: ImageCheck
+    check: ImageCheck
     square: Square | None = None
     stamp: bytes | None = None
 
@@ -46,7 +48,10 @@ def check_image(
     stamp_of: Callable[[ImageRef], bytes | None] = lambda ref: None,
     recall: Callable[[str], ImageCheck | None] = lambda digest: None,
 ) -> CheckedImage:
-    """Read an image and decode it, unless `recall` knows its content. stamp_of is asked before it is read."""
+    """Read an image and decode it, unless `recall` finds its content in the cache.
+
+    stamp_of is called before the image is read, so that a change in between is noticed later.
+    """
     stamp = stamp_of(ref)
     try:
         data = ref.read()
@@ -55,22 +60,23 @@ def check_image(
     except OSError as error:
         return CheckedImage(ImageCheck("", f"unreadable image: {error.strerror or error}"))
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-    if seen := recall(digest):
-        return CheckedImage(seen, None, stamp)
+    if check := recall(digest):
+        return CheckedImage(check, None, stamp)
     try:
         image = square(data, resolution)
     except ValueError as error:
         return CheckedImage(ImageCheck(digest, str(error)), None, stamp)
     height, width = (int(side) for side in image.size[:2])
-    times = resolution // min(height, width)
-    note = f"an image of {width} x {height} pixels, enlarged {times} times" if times >= ENLARGED else ""
+    factor = resolution // min(height, width)
+    note = f"an image of {width} x {height} pixels, enlarged {factor} times" if factor >= ENLARGED else ""
     return CheckedImage(ImageCheck(digest, "", note), image, stamp)
 
 
 class Workers(NamedTuple):
-    """How the processes of one run share work: rank r takes the chunks r, r + world_size, ...
+    """Division of work among the ranks of one run: rank r takes the chunks r, r + world_size, ...
 
-    exchange is a folder of this run that every rank sees; barrier returns when every rank has called it.
+    exchange is a folder of this run on a file system that all ranks share. barrier returns when every rank has called
+    it.
     """
 
     rank: int
@@ -82,12 +88,12 @@ class Workers(NamedTuple):
         """This rank's chunks of range(n)."""
         return [range(start, min(start + size, n)) for start in range(0, n, size)][self.rank :: self.world_size]
 
-    def bar(self, chunks: list[range], what: str) -> tqdm:
+    def progress_bar(self, chunks: list[range], what: str) -> tqdm:
         """A progress bar over the chunks, on the main rank."""
         return tqdm(total=sum(map(len, chunks)), desc=what, disable=self.rank > 0, mininterval=1, leave=False)
 
-    def share(self, found: dict[int, ImageCheck], n: int) -> list[ImageCheck]:
-        """Every rank's findings by number, put together, on every rank."""
+    def gather(self, found: dict[int, ImageCheck], n: int) -> list[ImageCheck]:
+        """All-gather of the checks by image index, through files in `exchange`. Every rank gets the list of all n."""
         if self.world_size > 1:
             files = [self.exchange / f"seen-{rank}.json" for rank in range(self.world_size)]
             write_whole(files[self.rank], json.dumps(list(found.items())))
@@ -95,24 +101,24 @@ class Workers(NamedTuple):
             if missing := [file.name for file in files if not file.exists()]:
                 raise FileNotFoundError(
                     f"'{self.exchange}' lacks {', '.join(missing)} of the other processes; 'run.folder' must be one "
-                    "folder that all of them see"
+                    "folder that all of them share"
                 )
-            found = {i: ImageCheck(*seen) for file in files for i, seen in read_json(file)}
+            found = {i: ImageCheck(*check) for file in files for i, check in read_json(file)}
             self.barrier()
             files[self.rank].unlink()
         return [found[i] for i in range(n)]
 
 
 def check_images(images: Sequence[ImageRef], resolution: int, workers: Workers) -> list[ImageCheck]:
-    """Read and decode every image once, the processes sharing the work; keeps nothing but what was seen."""
+    """Read and decode every image once, divided among the ranks. Pixels are discarded; only the checks are kept."""
     chunks = workers.chunks(len(images), SHARD)
     mine = [i for chunk in chunks for i in chunk]
     checks = prefetch(
-        (images[i] for i in mine), lambda ref: check_image(ref, resolution).seen, processes=workers.world_size
+        (images[i] for i in mine), lambda ref: check_image(ref, resolution).check, processes=workers.world_size
     )
     found = {}
-    with closing(checks), workers.bar(chunks, "check images") as bar:
-        for i, seen in zip(mine, checks, strict=True):
-            found[i] = seen
+    with closing(checks), workers.progress_bar(chunks, "check images") as bar:
+        for i, check in zip(mine, checks, strict=True):
+            found[i] = check
             bar.update()
-    return workers.share(found, len(images))
+    return workers.gather(found, len(images))

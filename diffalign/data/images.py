@@ -1,4 +1,4 @@
-"""Encoded images -> square pixels, and a bounded look ahead over many of them."""
+"""Decoding images to square crops, and prefetching many of them in threads."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffalign.data.records import ImageRef, forget_row_groups
+from diffalign.data.records import ImageRef, clear_read_caches
 from reward_models.images import ImageError, UnsupportedImage, decode
 
 T = TypeVar("T")
 
 MAX_ASPECT = 32
-"""Longer images than this are strips: resizing their shorter side would need gigabytes."""
+"""Largest aspect ratio. Resizing the shorter side of a longer strip would need gigabytes."""
 
 
 class Square(NamedTuple):
-    """A square cut out of an image: pixels [3, R, R] in [0, 1], and its size as in LatentBatch, [6]."""
+    """Square crop of an image: pixels [3, R, R] in [0, 1], and its size conditions [6] as in LatentBatch."""
 
     pixels: Tensor
     size: Tensor
 
     def mirrored(self) -> Square:
-        """The same cut out of the mirrored image."""
+        """The same crop of the mirrored image."""
         height, width, _, left, resolution, _ = self.size.tolist()
         resized = int(resolution * width / min(height, width))
         size = self.size.clone()
@@ -38,11 +38,11 @@ class Square(NamedTuple):
 
 
 def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
-    """An encoded image -> a square of `resolution` pixels.
+    """Decode an image, resize it and crop a square of `resolution` pixels.
 
-    The shorter side is resized (bilinear, antialiased), the longer one cropped: `at` is where, from 0 (left or top)
-    over 0.5 (centre) to 1. At the centre it is torchvision's Resize and CenterCrop: they cut the fraction of the longer
-    side off. Raises ValueError with the reason when the image is damaged.
+    The shorter side is resized to `resolution` (bilinear, antialiased). The longer side is cropped at `at`: 0 is left
+    or top, 0.5 the centre, 1 right or bottom. At 0.5 this equals torchvision's Resize and CenterCrop, which round the
+    longer side down. Raises ValueError with the reason when the image is damaged or not supported.
     """
     try:
         image = decode(data)
@@ -62,22 +62,23 @@ def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
 
 
 def prefetch(
-    images: Iterable[ImageRef], look: Callable[[ImageRef], T], *, processes: int = 1
+    images: Iterable[ImageRef], load: Callable[[ImageRef], T], *, processes: int = 1
 ) -> Generator[T, None, None]:
-    """`look` of every image, in order, computed in threads a bounded number ahead.
+    """`load(image)` for every image, in order, computed ahead in threads up to a bound.
 
-    processes is how many processes share the machine's cores. Pillow and hashlib free the interpreter while they work.
+    processes is the number of processes that share the machine's cores. Threads suffice: Pillow and hashlib release
+    the GIL.
     """
     threads = max(2, min(16, (os.cpu_count() or 1) // processes))
     waiting: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for ref in images:
-                waiting.append(pool.submit(look, ref))
+                waiting.append(pool.submit(load, ref))
                 if len(waiting) > 4 * threads:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-            forget_row_groups()
+            clear_read_caches()

@@ -1,4 +1,4 @@
-"""Images of a preference data set as latents ready for training: read, checked, encoded once, and drawn by key."""
+"""Preference data sets as latents for training: images are read, checked and encoded once; augmentation is keyed."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffalign.data.cache import LatentCache, cond_of
+from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, usable_records
 from diffalign.data.image_checks import ImageCheck, Workers, check_images
 from diffalign.data.images import square
 from diffalign.data.readers import find_reader
 from diffalign.data.records import ImageRef, Record
-from diffalign.data.usable import DropReport, Verify, notices_of, read_some, usable_records
 from diffalign.draws import Draws
 from diffalign.types import Cond, Encoder, Key, LatentBatch
 
 
 class Example(NamedTuple):
-    """One preference: a prompt with its images, best known first, and a score for each (NaN where there is none)."""
+    """One training example: a prompt with K images, the winner first, and a score per image (NaN for none)."""
 
     id: str
     prompt: str
@@ -34,8 +34,13 @@ class Example(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One drawn example: its K images as latents [K, C, h, w] (or pixels [K, 3, R, R]), their sizes [K, 6], its Cond of
-    batch 1 (or its prompt), and K scores."""
+    """One example after random augmentation.
+
+    x       latents [K, C, h, w], or pixels [K, 3, R, R] without a cache
+    size    size conditions [K, 6]
+    text    Cond of batch size 1, or the prompt without a cache
+    scores  K scores
+    """
 
     x: Tensor
     size: Tensor
@@ -46,7 +51,7 @@ class Item(NamedTuple):
 
 
 class PixelBatch(NamedTuple):
-    """A LatentBatch that is not encoded yet: x0 holds pixels [N, 3, R, R] in [0, 1], prompts stand for cond."""
+    """LatentBatch before encoding: x0 holds pixels [N, 3, R, R] in [0, 1], and prompts replace cond."""
 
     x0: Tensor
     prompts: Sequence[str]
@@ -58,31 +63,32 @@ class PixelBatch(NamedTuple):
 
 
 class PreferenceLatents(Dataset):
-    """A preference data set as latents. Item (epoch, index) depends on nothing but the seed and the data.
+    """Preference data set of latents. Item (epoch, index) depends only on the seed and the data.
 
-    Crop, flip and caption dropout are drawn once an example, from its key (epoch, sample id), in the streams "crop",
-    "hflip" and "caption_dropout". What cannot be used is listed with its reason in `<folder>/dropped.jsonl`.
+    Crop, flip and caption dropout are drawn once per example, from its key (epoch, sample id), in the streams "crop",
+    "hflip" and "caption_dropout". Records that cannot be used are listed with reasons in `<folder>/dropped.jsonl`.
+    Warnings about records that are used, such as duplicates, are listed in `<folder>/notices.jsonl`.
 
-    Positional: the encoder and the draws of the run, its folder, this process's rank, how many there are, what waits
-    for all of them, and what is told of the records and images before any is read. What is strange and yet used, such
-    as duplicates, is listed in `<folder>/notices.jsonl`.
+    Positional: the encoder, the run's draws, its folder, rank, world size, a barrier of all ranks, and a callback that
+    gets the records and images before any image is read.
 
     Args:
         path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
         resolution: width and height in pixels; the shorter side is resized, the longer one cropped
-        batch_size: pairs, ranked groups or single images a micro-batch and process
+        batch_size: pairs, ranked groups or single images per micro-batch on each rank
         crop: center, or random (needs cache = off)
-        hflip: mirror half of the examples, drawn anew each epoch
-        caption_dropout: share of the captions replaced by the empty one, drawn anew each epoch
-        size_conditions: what SDXL is told of an image: its true size and crop, or always a full square
-        cache: folder of latents and text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign; off to encode anew
+        hflip: mirror an example with probability 1/2, drawn anew each epoch
+        caption_dropout: probability of replacing a caption by the empty one, drawn anew each epoch
+        size_conditions: SDXL size conditions of an image: true size and crop, or always an uncropped square
+        cache: folder of latents and text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign; off encodes each
+            step anew
         max_dropped: stop if more than this share of the labelled records is damaged
         limit: use only the first so many labelled records
-        draws_per_sample: an example returns every so many epochs with the same flip, dropout, timestep and noise, so
-            that the reference needs to see it only that often; new draws each epoch when left out
-        num_workers: processes that prepare batches on each rank; 0 for none
+        draws_per_sample: number of different draws (flip, dropout, timestep, noise) per example, repeated in turn over
+            the epochs, so that reference predictions can be cached; new draws each epoch when left out
+        num_workers: worker processes per rank that prepare batches; 0 prepares them in the main process
 
-    Raises ValueError when the settings are impossible, too much is damaged, or nothing is left.
+    Raises ValueError when settings are invalid, too many records are damaged, or no usable record is left.
     """
 
     def __init__(
@@ -108,7 +114,7 @@ class PreferenceLatents(Dataset):
         draws_per_sample: int | None = None,
         num_workers: int = 0,
     ):
-        if problems := self.check(locals()):  # the config checker calls it with the same names
+        if problems := self.check(locals()):  # the same names as in a config section
             raise ValueError("\n".join(problems))
         self.encoder: Encoder | None = encoder
         self.draws, self.resolution, self.batch_size, self.num_workers = draws, resolution, batch_size, num_workers
@@ -117,7 +123,7 @@ class PreferenceLatents(Dataset):
         workers = Workers(rank, world_size, barrier, folder)
         records, dropped = self.read(path, limit)
         report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
-        report.stop_if_damaged(len(records), dropped)  # labels first: images may take hours
+        report.stop_if_damaged(len(records), dropped)  # before the images, which may take hours
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
         verify(records, images)
         store = None
@@ -126,30 +132,30 @@ class PreferenceLatents(Dataset):
         else:
             store = LatentCache(cache_folder(cache), encoder, resolution, *workers, hflip=hflip)
             found = store.add_images(images)
-        seen = dict(zip(images, found, strict=True))
-        records, damaged = usable_records(records, seen)
+        checks = dict(zip(images, found, strict=True))
+        records, damaged = usable_records(records, checks)
         dropped += damaged
         report.stop_if_damaged(len(records), dropped)
         self._arrange(records)
         report.summary(len(records), len(self), dropped)
-        report.notice(lambda: notices_of(records, seen))
+        report.notice(lambda: notices_of(records, checks))
         if store is not None:
-            self._locate(store, seen)
+            self._locate(store, checks)
 
     read = staticmethod(read_some)
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `data` section, one line each."""
+        """Problems with a `data` section, one line each."""
         return check_latents(cfg)
 
     @staticmethod
     @abstractmethod
     def examples(records: Sequence[Record]) -> Iterator[Example]:
-        """The examples that the usable records hold, in a fixed order."""
+        """Training examples of the usable records, in a fixed order."""
 
     def _arrange(self, records: Sequence[Record]) -> None:
-        """Lay the examples out as flat lists, which worker processes share cheaply."""
+        """Store the examples as flat lists and tensors, which are cheap to share with worker processes."""
         numbers: dict[ImageRef, int] = {}
         prompts: dict[str, int] = {"": 0}
         ids, texts, flips, starts, annotators = [], [], [], [0], []
@@ -172,10 +178,10 @@ class PreferenceLatents(Dataset):
         self._latents: list[Any] = []
         self._texts: Any = None
 
-    def _locate(self, store: LatentCache, seen: dict[ImageRef, ImageCheck]) -> None:
-        """Find the latents and embeddings in the cache; images and prompts themselves are needed no more."""
+    def _locate(self, store: LatentCache, checks: dict[ImageRef, ImageCheck]) -> None:
+        """Locate the latents and embeddings in the cache, from which items are read."""
         store.add_prompts(self.prompts)
-        digests = [seen[ref].digest for ref in self.images]
+        digests = [checks[ref].digest for ref in self.images]
         self._latents = [store.latents(digests, self.images, flipped=f) for f in ((False, True)[: 1 + self.hflip])]
         self._texts = store.texts(self.prompts)
 
@@ -183,12 +189,12 @@ class PreferenceLatents(Dataset):
         return len(self.ids)
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
-        """Example `index` in `epoch`, from place = (epoch, index)."""
+        """Example `index` in `epoch`; place = (epoch, index)."""
         epoch, index = place
         return self.draw((epoch, self.ids[index]), index)
 
     def draw(self, key: Key, index: int) -> Item:
-        """Example `index` as drawn under a key."""
+        """Example `index` with the augmentation drawn from `key`."""
         here = slice(*self._starts[index : index + 2].tolist())
         members, scores = self._members[here].tolist(), tuple(self._scores[here].tolist())
         flip = self._flips[index].item()
@@ -209,7 +215,10 @@ class PreferenceLatents(Dataset):
         return self.draws.uniform([key], stream=stream).item()
 
     def collate(self, items: Sequence[Item]) -> LatentBatch | PixelBatch:
-        """Items -> a batch on the CPU, every item's first image first; latents from the cache, pixels without one."""
+        """Batch of items, on the CPU: first images (winners) of all items, then second ones, and so on.
+
+        A LatentBatch with a cache, a PixelBatch without.
+        """
         order = [(k, g) for k in range(max(len(i.x) for i in items)) for g, i in enumerate(items) if k < len(i.x)]
         x, size = (torch.stack([getattr(items[g], name)[k] for k, g in order]) for name in ("x", "size"))
         if self.size_conditions == "square":
@@ -222,7 +231,7 @@ class PreferenceLatents(Dataset):
 
     @torch.no_grad()
     def encode(self, batch: LatentBatch | PixelBatch) -> LatentBatch:
-        """Run the encoder on a batch of pixels, in the main process; a batch of latents is as it should be."""
+        """Encode a batch of pixels, in the main process. A batch of latents is returned unchanged."""
         if isinstance(batch, LatentBatch):
             return batch
         assert self.encoder is not None, "encode() runs in the main process; workers have no encoder"
@@ -230,12 +239,12 @@ class PreferenceLatents(Dataset):
         return LatentBatch(x0, cond, *batch[2:])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Worker processes get everything but the encoder, which may live on a GPU."""
+        """State for worker processes, without the encoder, which may be on a GPU."""
         return {**self.__dict__, "encoder": None}
 
 
 def check_latents(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `data` section, one line each."""
+    """Problems with a `data` section, one line each."""
     problems = []
     try:
         find_reader(cfg["path"])
@@ -257,5 +266,5 @@ def check_latents(cfg: dict[str, Any]) -> list[str]:
 
 
 def cache_folder(cache: str | None) -> Path:
-    """Where latents and embeddings are kept: as given, or $DIFFALIGN_CACHE, or ~/.cache/diffalign."""
+    """Folder of the cache: as given, else $DIFFALIGN_CACHE, else ~/.cache/diffalign."""
     return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()

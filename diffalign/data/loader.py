@@ -1,4 +1,4 @@
-"""Endless micro-batches whose order is a function of (seed, position) alone."""
+"""Infinite stream of micro-batches whose order is a function of (seed, position) only, so that runs can resume."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from diffalign.draws import Draws
+from diffalign.networks.placement import pins_memory
 from diffalign.types import on_device
 
 
 class KeyedDataset(Protocol):
-    """What a KeyedLoader reads: items by (epoch, index), drawn by key; see PreferenceLatents."""
+    """Map-style data set with items by (epoch, index) and random draws by key; see PreferenceLatents."""
 
     draws_per_sample: int | None
     batch_size: int
@@ -27,13 +28,13 @@ class KeyedDataset(Protocol):
 
 
 class KeyedLoader:
-    """This rank's share of the one stream of samples that all ranks read together.
+    """Data loader of one rank, for a global sample stream that is divided among all ranks.
 
-    The stream is the permutations of the data set for epochs 0, 1, ... one after the other. Micro-batch m of rank r
-    takes its positions [(m W + r) B, (m W + r + 1) B), so one process with two accumulation steps sees what two
-    processes see, and starting anywhere costs nothing.
+    The stream concatenates one permutation of the data set per epoch 0, 1, ... Micro-batch m of rank r takes the
+    positions [(m W + r) B, (m W + r + 1) B). So one process with two gradient accumulation steps gets the same samples
+    as two processes, and resuming at any micro-batch needs no skipping.
 
-    batch_size is B, world_size W; num_workers processes prepare batches ahead; batches arrive on `device`.
+    batch_size is B, world_size is W. num_workers processes prefetch batches. Batches are moved to `device`.
     """
 
     def __init__(
@@ -51,13 +52,13 @@ class KeyedLoader:
         self.rank, self.world_size, self.num_workers, self.device = rank, world_size, num_workers, device
 
     def start(self, micro: int, draw: Callable[[Any], Any] = lambda batch: batch) -> Iterator[Any]:
-        """Micro-batches of this rank from number `micro` on, without end; `draw` sees them on the CPU."""
+        """Infinite iterator over this rank's micro-batches from index `micro`. `draw` maps each batch on the CPU."""
         return self._load(_Stream(self, micro), draw)
 
     def once(self) -> Iterator[Any]:
-        """This rank's share of every example with each of its `draws_per_sample` draws, in fixed order.
+        """One pass over all examples with each of their `draws_per_sample` draws, in fixed order; this rank's share.
 
-        Every rank gets the same number of batches; the last ones begin again at the first example.
+        Every rank gets the same number of batches: the last ones are padded with the first examples.
         """
         everything = [(k, i) for k in range(self.dataset.draws_per_sample or 1) for i in range(len(self.dataset))]
         chunk = self.batch_size * self.world_size
@@ -71,8 +72,8 @@ class KeyedLoader:
             batch_sampler=places,  # type: ignore[arg-type]
             collate_fn=self.dataset.collate,
             num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise it draws from the global one
+            pin_memory=pins_memory(self.device),
+            generator=torch.Generator(),  # otherwise the global generator advances
             worker_init_fn=_leave_signals_to_the_run,
         )
         for raw in loader:
@@ -82,14 +83,17 @@ class KeyedLoader:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """A terminal and some cluster managers send them to every process; a step that is to be finished needs its workers,
-    which end with their run in any case."""
+    """Ignore SIGTERM and SIGINT in worker processes.
+
+    Terminals and some cluster managers send them to every process. The main process still needs its workers to finish
+    the step, and they end with it.
+    """
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
 
 
 class _Stream:
-    """The (epoch, index) of every sample of this rank's micro-batches from one on."""
+    """Batch sampler: lists of (epoch, index) for this rank's micro-batches, from index `micro`."""
 
     def __init__(self, loader: KeyedLoader, micro: int):
         self.loader, self.micro = loader, micro

@@ -1,4 +1,4 @@
-"""Preference pairs: a winner and a loser of one prompt."""
+"""Preference pairs: a winner and a loser for one prompt."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffalign.data.records import Record
 
 
 class PreferencePairs(PreferenceLatents):
-    """Every ordered pair of a record's images, the winner first; ties make no pair."""
+    """Preference pairs for DPO-style losses: all (winner, loser) pairs of each record. Ties give no pair."""
 
     @staticmethod
     def examples(records: Sequence[Record]) -> Iterator[Example]:
@@ -30,8 +30,11 @@ class PreferencePairs(PreferenceLatents):
                 )
 
     def features(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Everything in memory, for small encodings: images [N, E], prompts [P, E], and of each pair int64 [n, 3] the
-        prompt, the winner and the loser. Raises ValueError without a cache."""
+        """All cached features in memory: images [N, E], prompts [P, E], pairs int64 [n, 3].
+
+        A row of pairs holds the indices (prompt, winner, loser). Meant for small features. Raises ValueError without a
+        cache.
+        """
         if not self._latents:
             raise ValueError("features are read from the cache; 'data.cache' must not be off")
         images = torch.stack([self._latents[0].read(i)["latent"].flatten() for i in range(len(self.images))])

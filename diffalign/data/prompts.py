@@ -1,4 +1,4 @@
-"""Prompts: files of them, and the data set of the methods that train on samples of their own."""
+"""Prompt files, and the prompt data set of online methods, which train on their own rollouts."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PLAYGROUND_PROMPTS = 768
 
 
 class Prompts(Dataset):
-    """A list of prompts with their text embeddings, encoded once. Item (epoch, index) is that prompt.
+    """Prompts with cached text embeddings. Item (epoch, index) is prompt `index` with the key of that epoch.
 
-    Positional: the encoder, the run's folder, this process's rank, how many there are, what waits for all of them.
+    Positional: the encoder, the run's folder, rank, world size, and a barrier of all ranks.
 
     Args:
         path: .txt, one prompt a line; .jsonl of {"prompt": ..., "prompt_id": ...}; or playground
-        batch_size: prompts a micro-batch and process
-        resolution: width and height in pixels of the samples that are drawn
-        cache: folder of text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign
+        batch_size: prompts per micro-batch on each rank
+        resolution: width and height of the samples in pixels
+        cache: folder of cached text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign
         limit: use only the first so many prompts
 
-    Raises FileNotFoundError, and ValueError for files that hold no prompts.
+    Raises FileNotFoundError when the file does not exist, ValueError when it has no prompts.
     """
 
     draws_per_sample = None
@@ -59,7 +59,7 @@ class Prompts(Dataset):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `data` section, one line each."""
+        """Problems with a `data` section, one line each."""
         problems = []
         try:
             find_prompts(cfg["path"])
@@ -74,31 +74,32 @@ class Prompts(Dataset):
         return len(self.ids)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[str, Cond, Key]:
-        """Prompt `index`, its Cond of batch 1 and its key, from place = (epoch, index)."""
+        """(prompt, Cond of batch size 1, key) of prompt `index`; place = (epoch, index)."""
         epoch, index = place
         return self.prompts[index], cond_of(self._texts, index), (epoch, self.ids[index])
 
     def collate(self, items: Sequence[tuple[str, Cond, Key]]) -> PromptBatch:
-        """Items -> a batch on the CPU."""
+        """Batch of items, on the CPU."""
         prompts, conds, keys = zip(*items, strict=True)
         return PromptBatch(prompts, Cond.cat(conds), keys)
 
     def encode(self, batch: PromptBatch) -> PromptBatch:
-        """The batch as it is: prompts are encoded already."""
+        """The batch unchanged: prompts are encoded already."""
         return batch
 
 
 def find_prompts(path: str, *, held_out: bool = False) -> dict[str, str]:
-    """prompt_id -> prompt of a file, or for `playground` of its training captions (or those held out of training)."""
+    """Prompts by prompt_id: of a file, or with path "playground" its training captions (or the held-out ones)."""
     if path == "playground":
         return {f"{i:05d}": p for i, p in enumerate(captions(PLAYGROUND_PROMPTS, held_out=held_out))}
     return read_prompts(Path(path).expanduser())
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """prompt_id -> prompt, in file order. Without an id it is the prompt's number, from 00000. Blank lines are skipped.
+    """Prompts of a file by prompt_id, in file order. Blank lines are skipped.
 
-    Raises FileNotFoundError, and ValueError for other files, rows without a prompt and ids that come twice.
+    A prompt without an id gets its number, from 00000. Raises FileNotFoundError when the file does not exist, and
+    ValueError for other file types, rows without a prompt and repeated ids.
     """
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts must end in .txt (one a line) or .jsonl; got '{path}'")

@@ -1,4 +1,4 @@
-"""Readers of groups of images that people ranked or rated."""
+"""Readers of ranked or rated image groups: VisionPrefer, HPDv2, HPDv3, ImageReward, ImageRewardDB."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.entries import Records, bad_images, bad_label, bad_labels, bad_prompt, files, json_lines
+from diffalign.data.entry_checks import Records, bad_images, bad_label, bad_labels, bad_prompt, files, json_lines
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import leads_out, parse_json, read_file
 
@@ -21,17 +21,16 @@ SHARD = re.compile(rf"({'|'.join(SPLITS)})_([0-9]+)")
 RATINGS = ("overall_rating", "image_text_alignment_rating", "fidelity_rating")
 logger = logging.getLogger(__name__)
 
-
 PHI = "phi"
-"""The aspect that is a win rate over the other images of the prompt under several scorers (Syn-Pic)."""
+"""Aspect with the win rate over the other images of the prompt under several scorers (Syn-Pic)."""
 
 
 def read_ratings(path: Path) -> Records:
-    """VisionPrefer-style lines: `prompt`, `images`, `scores` {aspect: one number an image, larger is better}.
+    """VisionPrefer-style lines: `prompt`, `images`, `scores` {aspect: one number per image, larger is better}.
 
-    The order is that of `ranking` (one number an image, lower is better) where it is given, else of `phi` (win rates as
-    eval/rank_images.py writes them) where that is an aspect, else of the mean of the aspects. phi, or the only aspect,
-    is the record's score as well. Image paths are relative to the file.
+    Ranks come from `ranking` (one number per image, lower is better) if present, else from the aspect `phi` (win rates
+    of eval/rank_images.py), else from the mean of the aspects. The record's scores are phi or the only aspect. Image
+    paths are relative to the file.
     """
     for id, line in json_lines(path):
         yield line if isinstance(line, Dropped) else _rated(id, line, path.parent)
@@ -50,9 +49,9 @@ def _rated(id: str, line: dict[str, Any], folder: Path) -> Record | Dropped:
             return Dropped(id, reason)
     if bad := bad_images(id, images):
         return bad
-    if ranking is None:  # fsum: equal means must not differ by the order of the aspects
-        judged = [scores[PHI]] if PHI in scores else list(scores.values())
-        ranking = [-math.fsum(column) / len(judged) for column in zip(*judged, strict=True)]
+    if ranking is None:  # fsum: the mean must not depend on the order of the aspects
+        rated = [scores[PHI]] if PHI in scores else list(scores.values())
+        ranking = [-math.fsum(column) / len(rated) for column in zip(*rated, strict=True)]
     aspects = {aspect: tuple(map(float, x)) for aspect, x in scores.items()}
     refs = files(folder, images)
     overall = aspects.get(PHI) or (next(iter(aspects.values())) if len(aspects) == 1 else None)
@@ -60,13 +59,13 @@ def _rated(id: str, line: dict[str, Any], folder: Path) -> Record | Dropped:
 
 
 def read_json(path: Path) -> Records:
-    """A list of pairs or ranked groups, known by the keys of its entries.
+    """JSON list of pairs or ranked groups; the layout is detected from the keys of the entries.
 
         HPDv2        prompt, file_path, human_preference (1 for the better image), or image_path, rank (lower is better)
         ImageReward  prompt, generations, ranking (lower is better)
-        HPDv3        prompt, path1, path2[, confidence], the better image first
+        HPDv3        prompt, path1, path2[, confidence], the winner first
 
-    Images lie beside the file or in its train/, test/ or test_images/. Raises ValueError when it is no JSON list.
+    Images are beside the file, or in train/, test/ or test_images/ there. Raises ValueError when it is no JSON list.
     """
     entries = _load(read_file(path), str(path))
     if any(isinstance(x, dict) and "prompt_id" in x and isinstance(x.get("image_path"), str) for x in entries[:1]):
@@ -78,7 +77,7 @@ def read_json(path: Path) -> Records:
 
 
 def read_hpd_v3_lines(path: Path) -> Records:
-    """HPDv3 with one entry a line; image paths relative to the file."""
+    """HPDv3 as JSON lines, one entry per line; image paths are relative to the file."""
     for id, line in json_lines(path):
         yield line if isinstance(line, Dropped) else _entry(id, line, path.parent)
 
@@ -130,7 +129,7 @@ def _hpd_v3(id: str, entry: dict[str, Any], names: list[str], folder: Path) -> R
     images = files(folder, names)
     if confidence == 0.5:
         return Record(id, entry["prompt"], images, (0.0, 0.0))
-    # Below one half it cannot be the probability that the label is right: then that is unknown.
+    # A confidence below 0.5 cannot be the probability that the label is right: the flip probability is unknown.
     flip = 1 - confidence if confidence is not None and confidence > 0.5 else 0.0
     return Record(id, entry["prompt"], images, (0.0, 1.0), flip=flip)
 
@@ -144,17 +143,17 @@ def _names(entry: Any) -> list[str]:
 
 
 def _image_folder(path: Path, entries: list[Any]) -> Path:
-    """Where the images are: decided once, by the first image that is found."""
+    """Folder of the images: the first candidate in which one of the images exists."""
     places = [path.parent / path.stem, path.parent, *(path.parent / x for x in ("train", "test", "test_images"))]
     names = (name for entry in entries for name in _names(entry) if not leads_out(name))
-    # os.path's isfile: pathlib's raises for names that are too long.
+    # os.path.isfile, since pathlib raises for names that are too long.
     return next((place for name in names for place in places if os.path.isfile(place / name)), path.parent)
 
 
 def image_reward_db_shards(folder: Path) -> list[Path]:
-    """The shards of ImageRewardDB in a folder, in order; of its train split where it holds several. None: empty.
+    """ImageRewardDB shards of a folder in order, or []; only the train split when there are several splits.
 
-    A shard is test_1.zip, or what was extracted from it: test_1/test_1.json or test_1.json, beside its images.
+    A shard is test_1.zip, or its extracted test_1/test_1.json or test_1.json beside the images.
     """
     splits: dict[str, dict[int, Path]] = {}
     for place in [folder, *(folder / "images" / split for split in SPLITS)]:
@@ -174,10 +173,10 @@ def image_reward_db_shards(folder: Path) -> list[Path]:
 
 
 def read_image_reward_db(shards: Sequence[Path]) -> Records:
-    """ImageRewardDB: the items of one prompt lie in a row; `rank` is lower for the better image, ties are allowed.
+    """ImageRewardDB: items of one prompt are consecutive; a lower `rank` is better, ties are allowed.
 
-    The ratings overall_rating, image_text_alignment_rating and fidelity_rating become aspects of these names. Raises
-    ValueError when a shard is damaged.
+    overall_rating, image_text_alignment_rating and fidelity_rating become aspects of these names. Raises ValueError
+    when a shard is damaged.
     """
     for shard in shards:
         name = f"{shard.stem}.json"
@@ -201,14 +200,14 @@ def _image_reward_group(id: str, items: Sequence[Any], shard: Path) -> Record | 
         return Dropped(id, "bad entry: needs two or more items of one prompt_id, each with its image_path")
     rated = [key for key in RATINGS if any(key in item for item in items)]
     columns = {key: [item.get(key) for item in items] for key in ("rank", *rated)}
-    ranked = bad_labels(columns["rank"], len(items), lambda x: math.isfinite(x) and x >= 1)  # 0: nobody ranked it
+    ranked = bad_labels(columns["rank"], len(items), lambda x: math.isfinite(x) and x >= 1)  # 0: not ranked
     for reason in (bad_prompt(items[0].get("prompt")), ranked, *(bad_labels(x, len(items)) for x in columns.values())):
         if reason:
             return Dropped(id, reason)
     if bad := bad_images(id, [str(n) for n in names]):
         return bad
     ranks, *ratings = (tuple(map(float, column)) for column in columns.values())
-    files = [str(name).rpartition("/")[2] for name in names]  # as they lie in the archive, which has no folders
+    files = [str(name).rpartition("/")[2] for name in names]  # base names, since the archive has no folders
     zipped = shard.suffix == ".zip"
     images = [ImageRef(str(shard), member=f) if zipped else ImageRef(str(shard.parent / f)) for f in files]
     return Record(id, items[0]["prompt"], tuple(images), ranks, aspects=dict(zip(rated, ratings, strict=True)) or None)

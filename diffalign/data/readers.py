@@ -1,16 +1,16 @@
-"""Preference data sets on disk -> records. The layout is chosen by what lies at the path.
+"""Readers of preference data sets. The layout is detected from the path.
 
     *.parquet, or a folder of them    Pick-a-Pic: caption, jpg_0, jpg_1, label_0 in {0, 0.5, 1}[, has_label, user_id]
     *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, scores, annotator]; paths relative to the file;
                                       or prompt, images, scores {aspect: numbers}[, ranking]
-    a folder with w/ and l/           winners and losers under equal names, and prompts.txt or prompts.jsonl
+    a folder with w/ and l/           winners and losers with equal names, and prompts.txt or prompts.jsonl
     *.json, or a folder with          HPDv2: prompt, file_path, human_preference, or prompt, image_path, rank;
       train.json or test.json         ImageReward: prompt, generations, ranking;
-                                      HPDv3: prompt, path1 (the better one), path2[, confidence]; also as *.jsonl
+                                      HPDv3: prompt, path1 (the winner), path2[, confidence]; also as *.jsonl
     images/train/train_1.zip, ...     ImageRewardDB: prompt_id, prompt, image_path, rank, ..._rating; also extracted
 
-No reader opens an image: a record says where its images lie. In lists that people make themselves (*.jsonl of the first
-two kinds) that may be anywhere; paths of the published layouts stay within the data set's folder.
+Readers do not open images: a record holds the locations of its images. In *.jsonl files of the first two kinds the
+images may be anywhere. In the published layouts, paths must stay in the data set's folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffalign.data.entries import (
+from diffalign.data.entry_checks import (
     Records,
     bad_annotator,
     bad_images,
@@ -57,22 +57,22 @@ logger = logging.getLogger(__name__)
 
 
 def read_records(path: str | Path, keep_ties: bool = False) -> Records:
-    """Every record of a data set in its own order, and what had to be dropped with its reason.
+    """Iterator over the records of a data set in file order, with a Dropped for each entry that cannot be used.
 
-    A record whose images all tie is dropped, or with keep_ties given with its equal ranks.
-    Raises FileNotFoundError when nothing lies at the path, ValueError when what lies there is no known layout.
+    A record whose images all tie is dropped; with keep_ties it is returned with its equal ranks.
+    Raises FileNotFoundError when the path does not exist, ValueError when its layout is not known.
     """
     records = find_reader(path)()
-    return records if keep_ties else map(_untied, records)
+    return records if keep_ties else map(_drop_tie, records)
 
 
-def _untied(record: Record | Dropped) -> Record | Dropped:
+def _drop_tie(record: Record | Dropped) -> Record | Dropped:
     tied = isinstance(record, Record) and len(set(record.ranks)) == 1
     return Dropped(record.id, "tie") if tied else record
 
 
 def find_reader(path: str | Path) -> Callable[[], Records]:
-    """The reader for what lies at the path; it gives ties as records. Raises as `read_records` does."""
+    """Reader of the data set at a path; ties are records. Raises as `read_records` does."""
     path = SHIPPED_PAIRS.get(str(path)) or Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
@@ -112,7 +112,7 @@ def _in_folder(path: Path) -> dict[str, Callable[[], Records]]:
 
 
 def _lines_reader(path: Path) -> Records:
-    """The reader for a .jsonl file, by the keys of its first object."""
+    """Reader of a .jsonl file, detected from the keys of its first object."""
     first = next((line for _, line in json_lines(path) if isinstance(line, dict)), {})
     if "images" in first:
         return read_ratings(path)
@@ -120,9 +120,9 @@ def _lines_reader(path: Path) -> Records:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The parquet files of a folder; of its train split where it holds several."""
+    """Parquet files of a folder; only the train split when there are several splits."""
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    files = [f for f in files if not f.name.startswith("metadata-")]  # beside ImageRewardDB: no images, no pairs
+    files = [f for f in files if not f.name.startswith("metadata-")]  # part of ImageRewardDB, without images and pairs
     splits = {f: m[1] if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name)) else "" for f in files}
     if len(set(splits.values())) < 2:
         return files
@@ -135,8 +135,8 @@ def _shards(folder: Path) -> list[Path]:
 def read_parquet(shards: list[Path]) -> Records:
     """Pick-a-Pic v1 and v2: label_0 is 1 where jpg_0 wins, 0 where jpg_1 wins, 0.5 for a tie.
 
-    Streams row groups and reads no image column. Raises ValueError when a file is damaged, lacks a column, or holds
-    something else than encoded images where they should be.
+    Streams row groups and reads no image column. Raises ValueError when a file is damaged, a column is missing, or an
+    image column does not hold encoded images.
     """
     needed, optional = ["caption", "jpg_0", "jpg_1", "label_0"], ["label_1", "has_label", "user_id"]
     for path in shards:
@@ -160,7 +160,7 @@ def read_parquet(shards: list[Path]) -> Records:
 
 
 def _check_images(path: Path, column: str, kind: pa.DataType) -> None:
-    """Raise ValueError for a column that cannot hold encoded images: bytes, or the structs of `datasets.Image`."""
+    """Raise ValueError unless the column type is binary or the struct of `datasets.Image`."""
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
     if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
         inner = inner.field("bytes").type
@@ -173,7 +173,7 @@ def _check_images(path: Path, column: str, kind: pa.DataType) -> None:
 
 
 def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows as dictionaries, None in place of text that is not UTF-8."""
+    """Rows as dictionaries; None replaces text that is not UTF-8."""
     try:
         return table.to_pylist()
     except UnicodeDecodeError:
@@ -203,10 +203,10 @@ def _pickapic(id: str, row: dict[str, Any], images: tuple[ImageRef, ...]) -> Rec
 
 
 def read_jsonl(path: Path) -> Records:
-    """One pair a line.
+    """JSON lines with one pair each: prompt, chosen, rejected[, prob, scores, annotator].
 
-    `prob` is the probability that `chosen` is really the better one, such as the share of annotators who agree: 0.5 is
-    a tie. `scores` are two numbers for chosen and rejected, larger is better.
+    `prob` is the probability in [0.5, 1] that the label is right, such as the share of annotators who agree; 0.5 is a
+    tie. `scores` are two numbers, for chosen and rejected; larger is better.
     """
     for id, line in json_lines(path):
         if isinstance(line, Dropped):
@@ -232,10 +232,11 @@ def read_jsonl(path: Path) -> Records:
 
 
 def read_folders(folder: Path, prompts: Path) -> Records:
-    """Winners in w/, losers in l/, under equal names.
+    """Pairs in two folders: winners in w/ and losers in l/, with equal file names.
 
-    prompts.txt has one prompt a line, in the sorted order of the names that lie in w/ or l/; prompts.jsonl has
-    {"image": name, "prompt": text} in any order. Raises ValueError when prompts.txt has another number of lines.
+    prompts.txt has one prompt per line, in sorted order of the names in w/ or l/. prompts.jsonl has
+    {"image": name, "prompt": text} in any order. Raises ValueError when prompts.txt has another number of
+    lines than there are images.
     """
     names = sorted({f.name for side in "wl" for f in (folder / side).iterdir() if is_image(f.name)})
     if prompts.suffix == ".txt":
@@ -244,7 +245,7 @@ def read_folders(folder: Path, prompts: Path) -> Records:
             lines.pop()
         if len(lines) != len(names):
             raise ValueError(
-                f"'{prompts}' has {len(lines)} lines for {len(names)} images in w/ and l/; give one line an image, in "
+                f"'{prompts}' has {len(lines)} lines for {len(names)} images in w/ and l/; give one line per image, in "
                 "sorted order, or name the images in prompts.jsonl"
             )
         for name, prompt in zip(names, lines, strict=True):

@@ -1,4 +1,4 @@
-"""One record type for every preference data set: a prompt, K images, and which of them people liked better."""
+"""The record type of all preference data sets: a prompt, K images and their ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reward_models.files import one_line, read_file
 
 
 class ImageRef(NamedTuple):
-    """Where the bytes of one image lie: a file, a cell of a parquet file, a file in a zip. Hashable, cheap to pickle.
+    """Location of one image: a file, a cell of a parquet file, or a file in a zip. Hashable and cheap to pickle.
 
     path       the image file; the parquet file when `column` is set, the zip file when `member` is
     column     the parquet column
@@ -24,7 +24,7 @@ class ImageRef(NamedTuple):
     row        the row within that row group
     member     the name within the zip file
 
-    Parquet is read a row group at a time: cheap in order, slow at random (`data.cache` = off).
+    Parquet is read by row group: fast in order, slow in random order (`data.cache` = off).
     """
 
     path: str
@@ -34,7 +34,7 @@ class ImageRef(NamedTuple):
     member: str | None = None
 
     def read(self) -> bytes:
-        """The encoded image. Raises OSError when it cannot be read, FileNotFoundError when it is not there."""
+        """The encoded image. Raises FileNotFoundError when it does not exist, OSError when it is unreadable."""
         if self.member is not None:
             return self._unzip(self.member)
         if self.column is None:
@@ -42,9 +42,9 @@ class ImageRef(NamedTuple):
         with _lock:
             try:
                 value = _cells(self.path, self.row_group, self.column)[self.row].as_py()
-            except Exception as error:  # Arrow raises its own, and Python's: a damaged page may say anything
+            except Exception as error:  # a damaged page raises arbitrary Arrow or Python errors
                 raise OSError(f"{self} is damaged: {one_line(error)}") from error
-        if isinstance(value, dict):  # `datasets.Image` keeps {"bytes", "path"}
+        if isinstance(value, dict):  # `datasets.Image` stores {"bytes", "path"}
             value = value.get("bytes")
         if value is None:
             raise FileNotFoundError(f"{self} is null")
@@ -57,7 +57,7 @@ class ImageRef(NamedTuple):
             return archive.read(member)
         except KeyError as error:
             raise FileNotFoundError(f"'{self.path}' holds no {member}") from error
-        except Exception as error:  # zipfile lets through whatever a damaged archive makes it stumble over
+        except Exception as error:  # zipfile raises arbitrary errors for damaged archives
             raise OSError(f"{self} is damaged: {one_line(error)}") from error
 
     def __str__(self) -> str:
@@ -68,8 +68,8 @@ class ImageRef(NamedTuple):
         return f"{self.path} row group {self.row_group} row {self.row} {self.column}"
 
 
-# A row group is the smallest thing parquet can read. Readers go in order and use two columns, so two groups of two
-# columns are enough; the lock keeps threads from reading the same group several times.
+# A row group is the smallest unit that parquet reads. Readers go in order and use two columns, so a cache of two groups
+# of two columns suffices. The lock keeps threads from reading the same group several times.
 _lock = threading.Lock()
 
 
@@ -81,12 +81,12 @@ def _cells(path: str, row_group: int, column: str) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _archive(path: str, process: int) -> zipfile.ZipFile:
-    """An open zip file. `process` keeps a forked one from sharing, and moving, the place where its parent reads."""
+    """An open zip file, cached per process id: a forked process must not share its parent's file position."""
     return zipfile.ZipFile(path)
 
 
-def forget_row_groups() -> None:
-    """Free what is kept for the next `ImageRef.read`: parquet row groups can hold hundreds of megabytes."""
+def clear_read_caches() -> None:
+    """Clear the caches of `ImageRef.read`: parquet row groups can take hundreds of megabytes."""
     with _lock:
         _cells.cache_clear()
         _archive.cache_clear()
@@ -94,13 +94,13 @@ def forget_row_groups() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One prompt with K images and an order among them.
+    """One preference record: a prompt with K ranked images.
 
-    id         stable name within the data set, whatever else was dropped
-    ranks      one number an image, lower is better; a pair has K = 2
-    scores     one number an image, larger is better, where the data set gives any
-    aspects    the same for each aspect that was rated apart: aspect -> one number an image, larger is better
-    annotator  who said so
+    id         stable name within the data set; it does not depend on dropped records
+    ranks      one number per image, lower is better; a pair has K = 2
+    scores     one number per image, larger is better; None when the data set has none
+    aspects    scores of each rated aspect: aspect -> one number per image, larger is better
+    annotator  name of the person who chose; None when unknown
     flip       probability in [0, 0.5) that the label is wrong; 0 when unknown
     """
 
@@ -114,7 +114,7 @@ class Record:
     aspects: dict[str, tuple[float, ...]] | None = None
 
     def pairs(self) -> Iterator[tuple[int, int]]:
-        """(winner, loser) positions in `images`, without ties, in a fixed order."""
+        """(winner, loser) indices into `images`, without ties, in a fixed order."""
         for w, rank_w in enumerate(self.ranks):
             for l_, rank_l in enumerate(self.ranks):
                 if rank_w < rank_l:
@@ -122,8 +122,12 @@ class Record:
 
 
 class Dropped(NamedTuple):
-    """A record that cannot be used. The reason is `kind` or `kind: detail`; side says which of its images it is about,
-    and image where that lies."""
+    """Record that cannot be used.
+
+    reason  `kind` or `kind: detail`
+    side    which of its images is the cause, such as chosen or rejected; "" for the whole record
+    image   location of that image
+    """
 
     id: str
     reason: str

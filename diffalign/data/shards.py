@@ -1,9 +1,9 @@
-"""Rows of numbers on disk under string keys, in shards that are whole or not there.
+"""Key-value store of tensor rows on disk, in shards that are written atomically.
 
-A shard is a `.rows` file, its rows one after the other, and a `.json` file with their keys, the fields of a row and a
-check sum for each. Each file is written under a temporary name and renamed, the `.json` last: a shard without it does
-not exist. A shard's name follows from its keys, so processes that do the same work write the same files, and one that
-was killed leaves nothing in the way. Several shards may hold the same key; any of them will do.
+A shard is a `.rows` file with concatenated rows and a `.json` file with their keys, fields and check sums. Each file is
+written under a temporary name and renamed, the `.json` last: a shard without it does not exist. A shard's name is a
+hash of its keys, so processes that do the same work write the same files, and a killed process leaves no conflict.
+Several shards may hold the same key; their rows are interchangeable.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from torch.utils.data import get_worker_info
 from reward_models.files import read_json, write_whole
 
 EXACT = ("size", "guidance")
-"""Fields of a Cond whose values mean pixels or scales: float32. Everything else is kept as float16."""
+"""Fields stored as float32, since their values are pixels or scales. All others are stored as float16."""
 OPEN = 64
-"""Shards that a process keeps open. Any number may be read, within the few files that a process is allowed."""
+"""Maximum number of open shard files per process, below the operating system's limit."""
 ROWS = 1 << 20
-"""More than a shard can hold; a place is shard * ROWS + row."""
+"""Upper bound on the rows of a shard; a place is shard * ROWS + row."""
 logger = logging.getLogger(__name__)
 
 
 class DamagedEntry(ValueError):
-    """An entry of the cache whose bytes are not those that were written."""
+    """Cache entry that fails its check sum."""
 
 
 class Field(NamedTuple):
-    """One part of a row: its name, numpy's name of its type, and its shape."""
+    """One field of a row: its name, numpy dtype string and shape."""
 
     name: str
     dtype: str
@@ -53,9 +53,9 @@ class Field(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where the rows of n keys lie. Cheap to pickle; files are opened when first read, and closed again.
+    """Locations of the rows of n keys. Cheap to pickle; files are opened lazily.
 
-    places is int64 [n]: number of the shard in `names` times ROWS, plus the row in it; sums are the rows' check sums.
+    places is int64 [n]: (index of the shard in `names`) * ROWS + row. sums holds the CRC-32 of each row.
     """
 
     folder: str
@@ -65,7 +65,11 @@ class Rows(NamedTuple):
     sums: np.ndarray
 
     def read(self, i: int) -> dict[str, Tensor]:
-        """The fields of key i, float32 [...]. Raises DamagedEntry, and sets the shard aside: it will be made anew."""
+        """The fields of row i, float32 [...].
+
+        When the check sum fails, the shard is invalidated, so that the next start computes it anew, and DamagedEntry is
+        raised.
+        """
         shard, row = divmod(int(self.places[i]), ROWS)
         file, length = f"{self.folder}/{self.names[shard]}.rows", sum(field.bytes for field in self.fields)
         for attempt in range(2):
@@ -73,11 +77,11 @@ class Rows(NamedTuple):
             if zlib.crc32(data) == self.sums[i]:
                 return self._split(data)
             if attempt == 0:
-                _files.forget(file)  # another process may have made it anew
+                _files.close(file)  # another process may have replaced it
         Path(file).with_suffix(".json").unlink(missing_ok=True)
         raise DamagedEntry(
             f"row {row} of the cache file '{file}' is damaged; it was set aside, start again (with run.resume=true) "
-            "and it is made anew"
+            "and it is computed anew"
         )
 
     def _split(self, data: bytes) -> dict[str, Tensor]:
@@ -89,39 +93,41 @@ class Rows(NamedTuple):
         return found
 
 
-class Mended:
-    """Rows whose damaged entries are made anew and kept in memory; in worker processes, which have no encoder, they are
-    an error. make gives the fields of a row by its number."""
+class RepairedRows:
+    """Rows whose damaged entries are recomputed and kept in memory.
 
-    def __init__(self, rows: Rows, make: Callable[[int], dict[str, Tensor]]):
-        self.rows, self.make = rows, make
-        self.made: dict[int, dict[str, Tensor]] = {}
+    compute(i) returns the fields of row i. Worker processes have no encoder, so there a damaged entry is an error.
+    """
+
+    def __init__(self, rows: Rows, compute: Callable[[int], dict[str, Tensor]]):
+        self.rows, self.compute = rows, compute
+        self.recomputed: dict[int, dict[str, Tensor]] = {}
 
     def read(self, i: int) -> dict[str, Tensor]:
         """The fields of row i. Raises DamagedEntry in worker processes."""
-        if i not in self.made:
+        if i not in self.recomputed:
             try:
                 return self.rows.read(i)
             except DamagedEntry as error:
                 if get_worker_info() is not None:
                     raise
-                logger.warning("%s", f"{error}".partition(";")[0] + ": made anew")
-                self.made[i] = self.make(i)
-        return self.made[i]
+                logger.warning("%s", f"{error}".partition(";")[0] + ": computed anew")
+                self.recomputed[i] = self.compute(i)
+        return self.recomputed[i]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "make": None}
+        return {**self.__dict__, "compute": None}
 
 
 class _Files:
-    """Files open for reading; beyond OPEN, the one that was not read for longest is closed."""
+    """LRU cache of at most OPEN file descriptors for reading."""
 
     def __init__(self) -> None:
         self.open: OrderedDict[str, int] = OrderedDict()
         self.lock = threading.Lock()
 
     def read(self, path: str, start: int, length: int) -> bytes:
-        """`length` bytes; fewer, or none, where the file is cut short or gone."""
+        """`length` bytes from `start`; fewer when the file is truncated, none when it is gone."""
         with self.lock:
             descriptor = self.open.pop(path, None)
             if descriptor is None:
@@ -132,9 +138,10 @@ class _Files:
             self.open[path] = descriptor
             if len(self.open) > OPEN:
                 os.close(self.open.popitem(last=False)[1])
-            return os.pread(descriptor, length, start)  # no seek: forked workers share the place where a file is read
+            return os.pread(descriptor, length, start)  # no seek: forked workers share the file position
 
-    def forget(self, path: str) -> None:
+    def close(self, path: str) -> None:
+        """Close the file, if it is open."""
         with self.lock:
             if path in self.open:
                 os.close(self.open.pop(path))
@@ -144,10 +151,10 @@ _files = _Files()
 
 
 class Shards:
-    """The shards of one folder. `bad` maps keys that cannot be computed to the reason, `notes` some of the others to
-    what is remarkable about them.
+    """Shard store of one folder.
 
-    Raises OSError when the folder cannot be written. Shards that are damaged count as absent.
+    `bad` maps keys without a row to the reason; `notes` maps other keys to a warning. Damaged shards count as absent.
+    Raises OSError when the folder cannot be written.
     """
 
     def __init__(self, folder: Path):
@@ -158,7 +165,7 @@ class Shards:
         self._names: list[str] = []
         self._sums: list[np.ndarray] = []
         self._fields: tuple[Field, ...] = ()
-        self._seen: set[str] = set()
+        self._loaded: set[str] = set()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -169,21 +176,21 @@ class Shards:
         return key in self._places or key in self.bad
 
     def refresh(self) -> None:
-        """Take in the shards that other processes have written since."""
+        """Load the shards that other processes have written since."""
         with os.scandir(self.folder) as entries:
             sizes = {entry.name: entry.stat().st_size for entry in entries}
         for name in sorted(sizes):
             stem, suffix = os.path.splitext(name)
-            if suffix == ".json" and stem not in self._seen and not name.startswith("."):
-                self._take_in(stem, sizes.get(f"{stem}.rows", 0))
+            if suffix == ".json" and stem not in self._loaded and not name.startswith("."):
+                self._load(stem, sizes.get(f"{stem}.rows", 0))
 
-    def _take_in(self, name: str, size: int) -> None:
+    def _load(self, name: str, size: int) -> None:
         try:
             shard = read_json(self.folder / f"{name}.json")
             keys, bad, notes = list(shard["keys"]), dict(shard["bad"]), dict(shard["notes"])
             fields = tuple(Field(x, np.dtype(kind).str, tuple(shape)) for x, kind, shape in shard["fields"])
             sums = np.array(shard["sums"], dtype=np.uint32)
-            # Files that someone deleted or copied only in part count as absent and are computed anew.
+            # Deleted or partly copied files count as absent and are computed anew.
             if size != len(keys) * sum(field.bytes for field in fields) or len(sums) != len(keys):
                 return
             if keys and fields != (self._fields or fields):
@@ -191,7 +198,7 @@ class Shards:
         except (OSError, ValueError, LookupError, TypeError) as error:
             logger.warning("the cache file '%s/%s.json' is damaged and left out: %s", self.folder, name, error)
             return
-        self._seen.add(name)
+        self._loaded.add(name)
         self.bad.update(bad)
         self.notes.update(notes)
         if keys:
@@ -208,9 +215,9 @@ class Shards:
         bad: Mapping[str, str],
         notes: Mapping[str, str] | None = None,
     ) -> None:
-        """Write one shard: rows maps each key that is not bad to its fields.
+        """Write one shard. rows maps each key that is not in `bad` to its fields.
 
-        Raises ValueError when a number is not finite, OSError when the disk is full or cannot be written.
+        Raises ValueError when a value is not finite, OSError when the disk is full or the folder cannot be written.
         """
         name = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
         good = [key for key in keys if key not in bad]
@@ -223,15 +230,15 @@ class Shards:
             write_whole(self.folder / f"{name}.json", json.dumps(content | {"notes": dict(notes or {})}))
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        self._take_in(name, sum(map(len, lines)))
+        self._load(name, sum(map(len, lines)))
 
     def rows(self, keys: Sequence[str]) -> Rows:
-        """Where these keys lie. Raises ValueError when one is missing."""
+        """Locations of the rows of these keys. Raises ValueError when a key is missing."""
         missing = sum(key not in self._places for key in keys)
         if missing:
             raise ValueError(
                 f"{missing} of {len(keys)} entries are missing from the cache '{self.folder}' just after it was built; "
-                "it must be a folder that every process sees and that nobody empties meanwhile ('data.cache')"
+                "'data.cache' must be a folder that all processes share and that is not emptied meanwhile"
             )
         places = np.fromiter((self._places[key] for key in keys), dtype=np.int64, count=len(keys))
         starts = np.cumsum([0, *(len(x) for x in self._sums)])
@@ -240,14 +247,14 @@ class Shards:
 
 
 def stored(field: str, values: Mapping[str, Tensor]) -> np.ndarray:
-    """One field of many rows as it is kept. Raises ValueError when a number is not finite."""
+    """One field of many rows in its stored precision, [rows, ...]. Raises ValueError when a value is not finite."""
     exact = torch.stack([value.detach().cpu().float() for value in values.values()])
     kept = exact if field in EXACT else exact.to(torch.float16)
     if not torch.isfinite(kept).all():
         key = next(k for k, row in zip(values, kept, strict=True) if not torch.isfinite(row).all())
         raise ValueError(
             f"the encoder gave '{field}' of '{key}' that is not finite or too large for float16; load it in another "
-            "precision ('backbone.dtype' = fp32), some autoencoders overflow in half precision"
+            "precision ('backbone.dtype' = fp32): some autoencoders overflow in half precision"
         )
     return kept.contiguous().numpy()
 

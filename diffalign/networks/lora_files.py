@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from reward_models.files import read_json
+from reward_models.files import first_line, read_json
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Default file names of LoRAs written by diffusers and peft."""
@@ -45,7 +45,7 @@ def load_lora(pipe: Any, path: Path) -> None:
             else:
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
-        raise ValueError(f"'--lora {path}' does not fit this model: {str(error).strip().splitlines()[0]}") from error
+        raise ValueError(f"'--lora {path}' does not fit this model: {first_line(error)}") from error
     finally:
         diffusers.utils.logging.set_verbosity(before)
     _check(pipe, path, keys)

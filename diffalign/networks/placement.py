@@ -183,6 +183,11 @@ def has_xformers() -> bool:
     return importlib.util.find_spec("xformers") is not None and torch.cuda.is_available()
 
 
+def pins_memory(device: torch.device) -> bool:
+    """Whether batches reach this device faster from pinned memory."""
+    return device.type == "cuda"
+
+
 def free_memory(device: torch.device) -> None:
     """Release cached memory of deleted networks to the device."""
     if device.type == "cuda":

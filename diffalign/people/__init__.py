@@ -1,1 +1,1 @@
-"""Choices of one person: the page in the browser and the file that it writes."""
+"""Collection of one person's choices: the web page and the file of choices."""

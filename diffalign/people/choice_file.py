@@ -1,4 +1,4 @@
-"""The choices of one person between pairs of images, on disk as preference data that `read_records` reads."""
+"""File of one person's choices between pairs of images, in the preference format of `read_records`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffalign.data.entries import json_lines
+from diffalign.data.entry_checks import json_lines
 from diffalign.data.records import Dropped
 from reward_models.files import write_whole
 
@@ -22,7 +22,7 @@ Pick = Callable[[Mapping[int, int], Sequence[int]], int]
 
 
 class Pair(NamedTuple):
-    """Two images of a prompt. `id` is the same at every start."""
+    """Two images of one prompt. `id` is the same in every session."""
 
     id: str
     prompt: str
@@ -30,15 +30,15 @@ class Pair(NamedTuple):
 
     @property
     def shown(self) -> tuple[int, int]:
-        """Which image stands left and which right: by a hash of the id, so that a liking for one side cancels."""
+        """Image indices (left, right), ordered by a hash of the id to cancel a preference for one side."""
         return (1, 0) if hashlib.sha256(self.id.encode()).digest()[0] % 2 else (0, 1)
 
 
 @contextmanager
 def exclusive(file: Path) -> Iterator[None]:
-    """Inside, no other process is in a block of this file. The kernel ends the lock with the process, however it ends.
+    """Lock a file against other processes within the block. The kernel releases the lock when the process ends.
 
-    Raises ValueError where one is.
+    Raises ValueError if another process holds the lock.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.with_name(file.name + ".lock").open("w") as lock:
@@ -52,18 +52,17 @@ def exclusive(file: Path) -> Iterator[None]:
 
 
 class ChoiceLog:
-    """The choices of one person: an append-only JSONL file and what it says. Threads may share it, processes only one
-    after the other: see `exclusive`.
+    """Append-only JSONL file with the choices of one person. It is thread-safe; see `exclusive` for processes.
 
-    Beside it lies `<file>.skipped`, the pairs that the person could not tell apart: no name that readers of a folder
-    take for data.
+    `<file>.skipped` beside it lists the pairs that the person skipped ("cannot tell"). Its suffix keeps the readers of
+    a data folder from loading it.
 
     Args:
-        file: continued if it is there; a last line that was cut off by a crash is dropped
-        pairs: what can be shown
-        pick: (answers {index: image preferred}, open indices) -> the index to show next; the first open one without it
+        file: continued if it exists; a truncated last line (after a crash) is dropped
+        pairs: pairs to choose from
+        pick: (answers {index: image preferred}, open indices) -> the index to show next; default: the first open one
 
-    Raises ValueError for a file about other pairs than these.
+    Raises ValueError if the file holds choices between other pairs.
     """
 
     def __init__(self, file: Path, pairs: Sequence[Pair], pick: Pick | None = None):
@@ -96,22 +95,22 @@ class ChoiceLog:
 
     def _row(self, i: int, image: int) -> dict[str, str]:
         pair, folder = self.pairs[i], self.file.parent.resolve()
-        # Folders resolved, since `..` does not lead back through a link; the image's own name kept for its suffix.
+        # Resolve the folders, because `..` fails behind a symbolic link. Keep the image's own name for its suffix.
         paths = [os.path.relpath(path.parent.resolve() / path.name, folder) for path in pair.images]
         return {"prompt": pair.prompt, "chosen": paths[image], "rejected": paths[1 - image], "pair": pair.id}
 
     @property
     def open(self) -> list[int]:
-        """The pairs that are neither answered nor skipped."""
+        """Indices of the pairs that are neither answered nor skipped."""
         return [i for i in range(len(self.pairs)) if i not in self.answers and i not in self.skipped]
 
     @property
     def last(self) -> str | None:
-        """The id of the pair answered last."""
+        """Id of the last answered pair."""
         return self.pairs[next(reversed(self.answers))].id if self.answers else None
 
     def current(self) -> Pair | None:
-        """The pair to show: the same until it is answered or skipped. None when no pair is left."""
+        """Pair to show. It stays the same until it is answered or skipped. None if no pair is left."""
         with self.lock:
             candidates = self.open
             if self._current is None and candidates:
@@ -122,9 +121,9 @@ class ChoiceLog:
             return None if self._current is None else self.pairs[self._current]
 
     def choose(self, id: str, image: int | None) -> bool:
-        """Record which image of the pair is the better one; None: cannot tell, and the pair is never shown again.
+        """Record the preferred image of the pair. None skips the pair ("cannot tell"); it is not shown again.
 
-        False, and nothing is done, when the pair is not open: a second click, another tab.
+        Returns False without any change if the pair is not open, after a second click or in another tab.
         """
         with self.lock:
             i = self.index[id]
@@ -140,7 +139,7 @@ class ChoiceLog:
             return True
 
     def undo(self, id: str) -> bool:
-        """Forget the choice in this pair and show it again. False, and nothing is done, when it is not the last one."""
+        """Delete the choice of this pair and show it again. Returns False if it is not the last choice."""
         with self.lock:
             if id != self.last:
                 return False
@@ -151,7 +150,7 @@ class ChoiceLog:
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, object) of every line; what a crash has left of a last line is removed from the file."""
+    """(location, object) of every line. A truncated last line is removed from the file."""
     if not path.exists():
         return []
     lines, whole = list(json_lines(path)), path.read_bytes().endswith(b"\n")
@@ -161,13 +160,13 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     found = [(str(path.parent / id), line) for id, line in lines if isinstance(line, dict)]
     if bad := [id for id, line in lines if isinstance(line, Dropped)]:
         raise ValueError(f"{path.parent / bad[0]} is no JSON object; delete the line or start another file")
-    if not whole:  # cut off, or an editor's: the next line needs a newline before it
+    if not whole:  # truncated, or written by an editor: the next line needs a newline before it
         _write(path, [line for _, line in found])
     return found
 
 
 def _append(path: Path, row: Mapping[str, str]) -> None:
-    """Add a line: it is on the disk when this returns, and no part of it is in the file when this fails."""
+    """Append a line and sync it to disk. On failure the file is restored to its former length."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("ab") as file:
@@ -183,7 +182,7 @@ def _append(path: Path, row: Mapping[str, str]) -> None:
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Write a file so that it is either the old one or the new one."""
+    """Replace a file atomically."""
     write_whole(path, b"".join(map(_line, rows)))
 
 

@@ -1,7 +1,7 @@
-"""The page behind `diffalign user choose`: a person sees two images of a prompt and clicks the better one.
+"""Web server of `diffalign user choose`: a page shows two images of a prompt, and the person clicks the better one.
 
-The server listens on 127.0.0.1 only and takes choices from its own page only, so that no other web page that is open
-in the browser can look or choose.
+The server listens on 127.0.0.1 only and accepts choices from its own page only. Other web pages in the same browser
+can neither read the images nor choose.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from reward_models.images import decode
 __all__ = ["ChoiceLog", "Pair", "Server", "serve"]
 
 BODY = 8192
-"""Bytes that a request of the page may have."""
+"""Maximum size of a request body in bytes."""
 
 
 class Server(ThreadingHTTPServer):
-    """Shows pairs on 127.0.0.1, at `url`, until `wanted` are chosen, and then `after`: what to do next."""
+    """HTTP server on 127.0.0.1 (`url`). It shows pairs until `wanted` are chosen, then the next command `after`."""
 
     def __init__(self, choices: ChoiceLog, port: int, wanted: int, after: str):
         super().__init__(("127.0.0.1", port), _Handler)
@@ -41,13 +41,13 @@ class Server(ThreadingHTTPServer):
         self.template = environment.get_template("choose.html.j2")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong, unless the browser has only closed a connection early, as a reload does."""
+        """Print the error, unless the browser only closed a connection early (for example on reload)."""
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
 
 
 def serve(choices: ChoiceLog, port: int = 0, wanted: int = 20, after: str = "") -> Server:
-    """The server; `serve_forever` runs it. port 0 is any free one. Raises OSError when the port is taken."""
+    """Create the server; call `serve_forever` to run it. port 0: any free port. Raises OSError if the port is taken."""
     return Server(choices, port, wanted, after)
 
 
@@ -56,18 +56,18 @@ class _Reply(NamedTuple):
     body: str | bytes
     kind: str = "text/plain; charset=utf-8"
     policy: str = ""
-    """What of its own the page may load, for Content-Security-Policy."""
+    """Additional Content-Security-Policy of the page."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
-    timeout = 30  # seconds that a connection may say nothing
+    timeout = 30  # seconds before an idle connection is closed
 
     def do_GET(self) -> None:
-        """Answer any request."""
+        """Handle GET and POST requests."""
         hosts = self.headers.get_all("Host", [])
         try:
-            # A name of another site that leads to 127.0.0.1 would get past the browser's same-origin rule.
+            # DNS rebinding: another site's name that resolves to 127.0.0.1 would pass the same-origin policy.
             if len(hosts) != 1 or hosts[0] not in self.server.hosts:
                 reply = _Reply(403, f"the page is at {self.server.url}")
             else:
@@ -100,20 +100,20 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         if path in ("/", "/more"):
             return self._page(more=path == "/more")
-        asked = {name: values[0] for name, values in parse_qs(query).items()}
-        index = self.server.choices.index.get(asked.get("pair", ""))
-        if path != "/image" or index is None or asked.get("image") not in ("0", "1"):
+        query_values = {name: values[0] for name, values in parse_qs(query).items()}
+        index = self.server.choices.index.get(query_values.get("pair", ""))
+        if path != "/image" or index is None or query_values.get("image") not in ("0", "1"):
             return _Reply(404, "nothing here")
-        file, png = self.server.choices.pairs[index].images[int(asked["image"])], io.BytesIO()
+        file, png = self.server.choices.pairs[index].images[int(query_values["image"])], io.BytesIO()
         try:
-            # As training will see it, and as a format that every browser shows.
+            # Decoded as in training, and encoded in a format that every browser supports.
             decode(read_file(file)).save(png, "PNG", compress_level=1)
         except (OSError, ValueError) as error:
             return _Reply(404, f"'{file}' cannot be shown: {error}")
         return _Reply(200, png.getvalue(), "image/png")
 
     def _page(self, more: bool) -> _Reply:
-        """The pair to compare; or that enough are chosen, which `more` passes over while there are pairs."""
+        """Page with the pair to compare, or the final page after `wanted` choices; `more` skips the final page."""
         server, choices, nonce = self.server, self.server.choices, secrets.token_urlsafe()
         with choices.lock:
             enough = len(choices.answers) >= server.wanted and not more
@@ -133,8 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Origin") not in (None, *(f"http://{host}" for host in self.server.hosts)):
             return _Reply(403, "choices are made on the page itself only")
         try:
-            asked = json.loads(body)
-            token, id, image = str(asked["token"]).encode(), str(asked["pair"]), asked["image"]
+            request = json.loads(body)
+            token, id, image = str(request["token"]).encode(), str(request["pair"]), request["image"]
         except (ValueError, TypeError, KeyError):
             return _Reply(400, "a choice is an object with token, pair and image")
         if not secrets.compare_digest(token, self.server.token.encode()):
@@ -147,4 +147,4 @@ class _Handler(BaseHTTPRequestHandler):
         return _Reply(200, json.dumps({"done": done}), "application/json")
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal belongs to the command."""
+        """Log nothing, to keep the terminal for the command's own output."""

@@ -1,4 +1,4 @@
-"""Evidence for a comparison of two models: preference with intervals, and a static page that opens from disk."""
+"""Comparison of two models: preference with confidence intervals, and a static HTML report."""
 
 from diffalign.report.comparison import Estimate, compare, label_effect
 from diffalign.report.manifest import Pair, read_manifest, read_pairs

@@ -1,9 +1,9 @@
-"""How much better an aligned model is: how often people prefer its images, and by how many standard deviations.
+"""Comparison of an aligned model with its base: preference rate and score gain in standard deviations.
 
-The sign of a difference from equal noise says in which direction a model moved. Without noise even a nudge that nobody
-can see wins nearly always, so that share is called `direction` here and is no headline. What people would say is
-measured from independent noise: sample i of the base against every sample j, not i, of the aligned model, for the same
-prompt. All intervals are 95 % bootstrap intervals over prompts.
+With equal noise, even an invisible change wins nearly always, because the noise cancels. That share is reported as
+`direction`: it shows only in which direction a model moved. The preference of people is estimated from independent
+noise: sample i of the base against every sample j != i of the aligned model, for the same prompt.
+All intervals are 95 % bootstrap intervals over prompts.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from diffalign.report.win_rate import TIE, paired_win_rate, sign_flip
 from reward_models.accuracy import interval
 
 VISIBLE = 0.2
-"""A gain of fewer standard deviations than this, up or down, is too small to see (a small effect: Cohen, 1988)."""
+"""A gain below this number of standard deviations, up or down, is too small to see (small effect: Cohen, 1988)."""
 
 HEADLINES = ("people_prefer", "share_won")
 GAIN = ("gain_sd", "gain_sd_low", "gain_sd_high")
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval."""
+    """Estimate with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
 
     def named(self, name: str) -> dict[str, float]:
-        """{name, name_low, name_high}, as files hold it."""
+        """The dict {name, name_low, name_high}, as written to files."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
 
 def preferred(
     base: ArrayLike, aligned: ArrayLike, prompt_ids: Sequence[Any], *, choice_temperature: float | None
 ) -> NDArray[np.float64]:
-    """Scores [N], [N] of which equal places have equal noise -> how often the aligned image is preferred, [P] prompts.
+    """Preference rate of the aligned images for each prompt [P], from scores [N], [N] of images with paired noise.
 
-    The mean over all ordered pairs i != j of samples of a prompt: of the choice probability sigmoid((aligned_j -
-    base_i) / choice_temperature), or without a temperature of who scores higher, ties half.
-    Raises ValueError for a prompt with one sample: it has no two images from independent noise.
+    It is the mean of sigmoid((aligned_j - base_i) / choice_temperature) over all ordered pairs i != j of samples of
+    a prompt. Without a temperature it is the share of pairs with aligned_j > base_i; ties count half.
+    Raises ValueError for a prompt with one sample: two samples are needed for independent noise.
     """
     one, other = np.asarray(base, dtype=np.float64), np.asarray(aligned, dtype=np.float64)
     found = []
@@ -54,13 +54,13 @@ def preferred(
         if choice_temperature is None:
             chance = np.where(np.abs(difference) < TIE, 0.5, difference > 0)
         else:
-            chance = 0.5 + np.tanh(difference / choice_temperature / 2) / 2  # the sigmoid, which cannot overflow
+            chance = 0.5 + np.tanh(difference / choice_temperature / 2) / 2  # the sigmoid, without overflow
         found.append(chance[~np.eye(len(where), dtype=bool)].mean())
     return np.array(found)
 
 
 def one_sample(prompt_id: Any) -> str:
-    """What is wrong with a prompt that has one sample, and what to do."""
+    """Error message for a prompt with only one sample."""
     return (
         f"prompt_id {prompt_id!r} has 1 sample, but images from independent noise are compared, so each prompt needs "
         "two or more: generate both folders with --samples-per-prompt 2"
@@ -77,7 +77,7 @@ def compare(
     seed: int = 0,
     resamples: int = 2000,
 ) -> dict[str, Any]:
-    """Compare scores [N], [N] by one scorer of the same prompts and noise; the numbers of a `win_rate.json`.
+    """Compare two models by one scorer's scores [N], [N] of the same prompts and noise, for `win_rate.json`.
 
     people_prefer or share_won   of `preferred`, prompts weighted equally; the latter for scorers without a temperature
     gain_sd                      mean difference of the scores, prompts weighted equally, in standard deviations of the
@@ -118,7 +118,7 @@ def compare(
 
 
 def change(before: ArrayLike, after: ArrayLike, prompt_ids: Sequence[Any], *, seed: int = 0) -> Estimate:
-    """The mean of after [N] minus before [N], prompts weighted equally."""
+    """Mean of after [N] minus before [N], prompts weighted equally."""
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     by_prompt = np.array([difference[where].mean() for where in _places(prompt_ids)])
     return Estimate(float(by_prompt.mean()), *interval(by_prompt, seed=seed))
@@ -127,11 +127,11 @@ def change(before: ArrayLike, after: ArrayLike, prompt_ids: Sequence[Any], *, se
 def label_effect(
     base: ArrayLike, true: ArrayLike, random: ArrayLike, prompt_ids: Sequence[Any], *, seed: int = 0
 ) -> Estimate:
-    """What the labels did: the gain with true labels minus the gain with random ones, in standard deviations of base.
+    """Label effect: gain with true labels minus gain with random labels, in standard deviations of the base scores.
 
-    Scores [N] of the base, of the model trained on true labels and of the one trained on random labels, the rest equal.
-    The gain with random labels is the training effect: what training does whatever the labels say. Both gains have the
-    base in common, so the interval pairs them prompt by prompt.
+    Scores [N] of the base, of the model trained on true labels and of the one trained on random labels. The gain with
+    random labels measures the effect of training itself, without label information. Both gains share the base, so the
+    interval is paired by prompt.
     """
     sd = float(np.std(np.asarray(base, dtype=np.float64)))
     if not sd:
@@ -140,15 +140,15 @@ def label_effect(
 
 
 def headline(result: Mapping[str, Any]) -> tuple[str, Estimate]:
-    """people_prefer or share_won, whichever a result of `compare` has, with its numbers."""
+    """Main measure of a result of `compare`, people_prefer or share_won, with its estimate."""
     key = next(key for key in HEADLINES if key in result)
     return key, Estimate(*(result[f"{key}{end}"] for end in ("", "_low", "_high")))
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """too small to see (whatever else), better, worse, or unclear: the interval of the headline contains one half.
+    """Verdict: too small to see (first), better, worse, or unclear (the interval of the headline contains 0.5).
 
-    Not measurable where all images of the base score the same.
+    It is not measurable if all base images have the same score.
     """
     _, (_, low, high) = headline(result)
     if result["gain_sd"] is None:
@@ -159,7 +159,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def sentence(result: Mapping[str, Any]) -> str:
-    """What was preferred and how surely, by a result of `compare` with its scorer's name."""
+    """Sentence that reports a result of `compare`, with the scorer's name and intervals."""
     key, numbers = headline(result)
     if result["gain_sd"] is None:
         return f"{result['name']} gives all images of the base the same score, so nothing can be measured by it."
@@ -181,12 +181,12 @@ def sentence(result: Mapping[str, Any]) -> str:
 
 
 def signed(value: float, digits: str = ".3g") -> str:
-    """With a sign, to so many digits as format takes them; 0 without."""
+    """Format a number with its sign; 0 has no sign. digits: format specification."""
     shown = f"{value:+{digits}}"
     return shown.replace("-", "\N{MINUS SIGN}") if float(shown) else "0"
 
 
 def _places(prompt_ids: Sequence[Any]) -> list[NDArray[np.intp]]:
-    """Where the samples of each prompt are, in order."""
+    """Indices of the samples of each prompt, in order."""
     _, cluster, sizes = np.unique(np.asarray(prompt_ids), return_inverse=True, return_counts=True)
     return np.split(np.argsort(cluster, kind="stable"), np.cumsum(sizes)[:-1])

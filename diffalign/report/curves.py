@@ -1,4 +1,4 @@
-"""Training curves of a run as SVG that needs no network and takes its text colour from the page."""
+"""Training curves of a run as self-contained SVG in the text colour of the page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from reward_models.files import read_lines
 
 POINTS = 300
-"""A longer curve is drawn as the means of this many pieces."""
+"""Maximum number of points of a curve; longer curves are averaged in this many segments."""
 
 COLOURS = ("#3b82c4", "#e0803a", "#4fa36b", "#b35fc0", "#c9a227", "#d1495b", "#5fb0b7", "#8d8d8d")
 INK = "#010203"
-"""Stands for the page's text colour until the SVG is written."""
+"""Placeholder for the page's text colour, replaced in the SVG."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -36,7 +36,7 @@ Series = tuple[list[int], list[float]]
 
 
 class Panel(NamedTuple):
-    """One plot: the metrics in it (names without the player), and a horizontal line that means "no change"."""
+    """One plot: the metrics in it (names without the player), and a horizontal line for "no change"."""
 
     title: str
     metrics: tuple[str, ...]
@@ -56,13 +56,13 @@ PANELS = (
     Panel("Difference of the scores", ("score_gap",)),
     Panel("Gradient norm", ("grad_norm",)),
 )
-"""What is drawn, where a run has it. A name that ends in @ takes every timestep bucket of that metric."""
+"""Plots of a report, if the run has their metrics. A name ending in @ selects all timestep buckets of a metric."""
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """`metrics.jsonl` -> for each metric its steps and values, shortened to POINTS means.
+    """Read `metrics.jsonl`: steps and values of each metric, averaged to at most POINTS points.
 
-    Absent and infinite values leave no gap. A line that a killed run did not finish is not read.
+    Missing and infinite values are skipped, and so is an incomplete last line of a killed run.
     """
     steps: dict[str, list[int]] = {}
     values: dict[str, list[float]] = {}
@@ -82,7 +82,7 @@ def _shorten(steps: Sequence[int], values: Sequence[float]) -> Series:
 
 
 def draw_curves(metrics: Mapping[str, Series]) -> list[tuple[str, str]]:
-    """(title, SVG) of every panel that the metrics have something for. The SVG is safe to put into HTML as it is."""
+    """(title, SVG) of every panel with data. The SVG can be embedded in HTML without escaping."""
     drawn = []
     for panel in PANELS:
         chosen = {k: series for k, series in metrics.items() if _belongs(k, panel)}
@@ -116,7 +116,7 @@ def _plot(chosen: Mapping[str, Series], neutral: float | None) -> str:
         )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    # HTML knows the namespaces by itself; without them the page holds no address at all.
+    # HTML does not need the namespaces; without them the page contains no URL.
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
 
 

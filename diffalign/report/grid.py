@@ -1,4 +1,4 @@
-"""The before/after grid: prompts side by side, the base's image above the aligned model's from the same noise."""
+"""Before/after grid: one column per prompt, base image above aligned image, from the same noise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from reward_models.files import replacing
 from reward_models.images import read_rgb
 
 CELL, COLUMNS, ROWS = 192, 8, 2
-"""Pixels of a shown image, prompts in a row, and rows of them."""
+"""Size of an image in pixels, prompts per row, and number of rows."""
 MARGIN, GAP, LINE = 72, 6, 26
 
 
 def shown(pairs: Sequence[Pair]) -> list[Pair]:
-    """One pair each of up to 16 prompts, drawn at random and always the same: nobody chose those that look well."""
+    """One pair for each of up to 16 prompts. A fixed random choice avoids cherry-picking."""
     first = list({pair.prompt_id: pair for pair in reversed(pairs)}.values())[::-1]
     chosen = np.random.default_rng(0).permutation(len(first))[: COLUMNS * ROWS]
     return [first[i] for i in sorted(chosen)]
@@ -44,7 +44,7 @@ def write_grid(pairs: Sequence[Pair], path: Path) -> None:
 
 
 def enlarged(image: Image.Image) -> Image.Image:
-    """At most CELL pixels wide and high: a whole number of times larger, or smaller."""
+    """Resize to at most CELL pixels: enlarged by an integer factor, or reduced."""
     times = CELL // max(image.size)
     if times:
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
@@ -53,7 +53,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def _fitting(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """As much of a text in one line as fits over a cell, in characters that the font has."""
+    """Truncate a text to the width of a cell, with only characters of the font."""
     text = " ".join(text.split()).encode("latin-1", "replace").decode("latin-1")
     while draw.textlength(text, font) > CELL:
         text = text.removesuffix("...")[:-1] + "..."

@@ -1,4 +1,4 @@
-"""Folders of generated images: `manifest.jsonl` says which image belongs to which prompt and sample."""
+"""Folders of generated images: `manifest.jsonl` maps images to prompts and samples."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Pair(NamedTuple):
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `folder/manifest.jsonl`, as tools/generate.py writes them, in its order.
+    """Read the rows of `folder/manifest.jsonl`, which tools/generate.py writes, in order.
 
-    Raises FileNotFoundError without that file, ValueError for a row without one of FIELDS, for an image outside the
-    folder, or for a (prompt_id, sample) that comes twice.
+    Raises FileNotFoundError if the file is missing. Raises ValueError for a row without one of FIELDS, an image outside
+    the folder, or a repeated (prompt_id, sample).
     """
     path = folder / "manifest.jsonl"
     if not path.exists():
@@ -53,7 +53,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def _wrong(row: dict[str, Any]) -> str:
-    """What no row can have, or nothing."""
+    """Problem of a row, or an empty string."""
     if not all(isinstance(row[name], str) and not bad_name(row[name]) for name in ("image", "prompt")):
         return f"image and prompt must be text; got {str(row)[:80]!r}"
     if not isinstance(row["prompt_id"], (str, int)) or not isinstance(row["sample"], int):
@@ -62,10 +62,9 @@ def _wrong(row: dict[str, Any]) -> str:
 
 
 def read_pairs(base: Path, aligned: Path) -> list[Pair]:
-    """The images of two folders matched by (prompt_id, sample), in the order of the base folder.
+    """Pair the images of two folders by (prompt_id, sample), in the order of the base folder.
 
-    Raises ValueError when an image has no partner, or its partner has another prompt or seed: then the comparison
-    would not be paired.
+    Raises ValueError if an image has no partner, or if the prompt or seed of its partner differs.
     """
     rows = {(row["prompt_id"], row["sample"]): row for row in read_manifest(base)}
     others = {(row["prompt_id"], row["sample"]): row for row in read_manifest(aligned)}

@@ -1,6 +1,6 @@
-"""A static report of a comparison: one folder with index.html that opens from disk, without network or scripts.
+"""Static HTML report of a comparison: a folder with index.html, without network access or scripts.
 
-It opens with the before/after grid, grid.png, and one sentence: what was preferred, and how surely.
+It starts with the before/after grid (grid.png) and one sentence with the preference rate and its interval.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from diffalign.report.win_rate import holm
 from reward_models.files import read_json, read_text, replacing, write_whole
 
 EXTREMES, RANDOM = 12, 24
-"""Pairs shown: so many of the largest gains, so many of the largest losses, and so many drawn from the rest."""
+"""Number of pairs shown: largest gains, largest losses, and a random choice of the rest."""
 
 BESIDE = (("Prompt match", "match"), ("Diversity", "diversity"))
-"""What must not be lost for a preference."""
+"""Measures that should not fall while preference rises."""
 
 TINY = 128
-"""Images up to this many pixels wide are enlarged with hard edges."""
+"""Images up to this width in pixels are enlarged without smoothing."""
 
 
 def write_report(
@@ -43,10 +43,10 @@ def write_report(
 ) -> Path:
     """Write the report folder: index.html, report.json with all numbers, grid.png, images/. Returns index.html.
 
-    win_rates is what eval/win_rate.py wrote for these two folders; run_dir adds the curves, samples and config of the
+    win_rates is the output of eval/win_rate.py for these two folders. run_dir adds curves, samples and config of the
     training run. Prompts, ids, scorer names and settings are text, never markup. At most 48 pairs are shown.
-    Raises FileNotFoundError or ValueError for folders without a manifest, that do not match each other, or that are
-    not those of the win rates.
+    Raises FileNotFoundError or ValueError if a folder has no manifest, or if the folders do not match each other or
+    the win rates.
     """
     pairs = read_pairs(base_dir, aligned_dir)
     _check(win_rates, pairs, base_dir, aligned_dir)
@@ -99,7 +99,7 @@ def _check(win_rates: Mapping[str, Any], pairs: Sequence[Pair], base: Path, alig
 
 
 def choose(differences: Sequence[float]) -> list[tuple[str, str, list[int]]]:
-    """Sections of the gallery: (name, what it shows, indices). Every index comes at most once; up to 48 all come."""
+    """Sections of the gallery: (name, what it shows, indices). No index is repeated; up to 48 all appear."""
     order = sorted(range(len(differences)), key=lambda i: -differences[i])
     if len(order) <= 2 * EXTREMES + RANDOM:
         return [("All pairs", "largest gain first", order)]
@@ -125,8 +125,8 @@ def _row(out: Path, index: int, pair: Pair, scorers: Sequence[Mapping[str, Any]]
 
 
 def _picture(out: Path, source: Path, name: str) -> dict[str, Any]:
-    """Copy an image into the report; what the page needs to show it."""
-    from reward_models.images import ImageError, read_rgb  # torch, which `--help` does without
+    """Copy an image into the report. Returns the values that the template needs."""
+    from reward_models.images import ImageError, read_rgb  # lazy: imports torch
 
     try:
         width, height = read_rgb(source).size
@@ -139,7 +139,7 @@ def _picture(out: Path, source: Path, name: str) -> dict[str, Any]:
 
 
 def _run(out: Path, run: Path | None) -> dict[str, Any]:
-    """Config, metrics and the first and last sample grid of a training run, as far as it has them."""
+    """Available config, metrics, and first and last sample grid of a training run."""
     if run is None:
         return {"config": None, "metrics": {}, "samples": []}
     if not run.is_dir():
@@ -155,7 +155,7 @@ def _run(out: Path, run: Path | None) -> dict[str, Any]:
 
 
 def _side_by_side(base: Mapping[str, Any], aligned: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(setting, base value, aligned value), `versions` spread out."""
+    """Rows (setting, base value, aligned value); `versions` has one row per library."""
     one, two = ({**{k: v for k, v in s.items() if k != "versions"}, **s.get("versions", {})} for s in (base, aligned))
     return [(key, one.get(key), two.get(key)) for key in {**one, **two}]
 

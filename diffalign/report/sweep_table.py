@@ -1,11 +1,11 @@
-"""The table of a sweep: a verdict on every point, and one sentence of advice.
+"""Table of a sweep: a verdict for every point, and one sentence of advice.
 
-The verdict on a point is the first that applies. Drift is the relative change of the preferred images' denoising error,
-policy against reference, over the last tenth of the steps, where the algorithm logs it. What people prefer is measured
-from independent noise, a gain is in standard deviations of the base's scores; see comparison.py.
+The verdict of a point is the first that applies. Drift is the relative change of the preferred images' denoising error,
+policy against reference, over the last tenth of the steps, if the algorithm logs it. Preference is measured from
+independent noise. A gain is in standard deviations of the base's scores; see comparison.py.
 
     failed              the run or its evaluation ended with an error
-    destroyed           drift is above +10 %: whatever the scorer says, images are falling apart
+    destroyed           drift is above +10 %: image quality collapses, whatever the score
     loses the prompt    prompt match fell by more than 10 points
     loses diversity     samples of a prompt differ by more than 10 % less than the base's
     too small to see    the gain is within 0.2 standard deviations of zero
@@ -13,8 +13,8 @@ from independent noise, a gain is in standard deviations of the base's scores; s
     worse               the interval lies below one half
     better              the interval lies above one half
 
-The advice names the better point that people prefer most often, which others cannot be told from it (their 95 %
-intervals overlap), and what is wrong with the rest.
+The advice names the better point with the highest preference rate, the points not distinguishable from it (their 95 %
+intervals overlap), and the problem of each other point.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from diffalign.report.comparison import HEADLINES, headline
 from reward_models.files import read_json, read_lines
 
 DRIFT = 0.1
-"""More than this destroys images; training's own verdict warns at the same."""
+"""Drift above this destroys images. The summary line of a training run has the same threshold."""
 
 LOST = 0.1
-"""A point whose match or diversity falls by more holds neither, whatever its gain."""
+"""Maximum loss of prompt match or diversity, whatever the gain."""
 
 COLUMNS = {
     "match_change": "{:+.1%}",
@@ -43,17 +43,17 @@ COLUMNS = {
 }
 
 Row = Mapping[str, Any]
-"""A point: values ("algorithm.beta=200", one an axis), verdict, and unless it failed seconds and what
-`trained` and `judged` find."""
+"""Row of a point: values ("algorithm.beta=200", one per axis) and verdict. Unless it failed, also seconds and the
+results of `trained` and `judged`."""
 
 
 def trained(metrics: Path) -> dict[str, float | None]:
-    """accuracy, loss and drift over the last tenth of the steps of a metrics.jsonl; None: not logged by the method."""
+    """accuracy, loss and drift over the last tenth of the steps in metrics.jsonl; None if not logged."""
     lines = read_lines(metrics)
 
     def mean(name: str) -> float | None:
-        seen = [line[f"policy/{name}"] for line in lines[-max(1, len(lines) // 10) :] if f"policy/{name}" in line]
-        return sum(seen) / len(seen) if seen else None
+        values = [line[f"policy/{name}"] for line in lines[-max(1, len(lines) // 10) :] if f"policy/{name}" in line]
+        return sum(values) / len(values) if values else None
 
     change, error = mean("winner_error_change"), mean("reference_error")
     drift = None if change is None or not error else change / error
@@ -64,7 +64,7 @@ def judged(results: Path) -> dict[str, float]:
     """people_prefer or share_won, and gain_sd, each with _low and _high, n, diversity_change, and match_change where a
     scorer measures it, by the first scorer in a file of eval/win_rate.py.
 
-    Raises ValueError when all images of the base score the same: there is nothing to measure a gain in.
+    Raises ValueError if all base images have the same score: then the gain has no unit.
     """
     found = read_json(results)
     first = found["scorers"][0]
@@ -78,7 +78,7 @@ def judged(results: Path) -> dict[str, float]:
 
 
 def verdict(row: Row) -> str:
-    """destroyed, loses ..., too small to see, unclear, worse or better, by the rules above."""
+    """Verdict of a row: destroyed, loses ..., too small to see, unclear, worse or better, by the rules above."""
     if row["drift"] is not None and row["drift"] > DRIFT:
         return "destroyed"
     for name, word in (("match", "the prompt"), ("diversity", "diversity")):
@@ -88,7 +88,7 @@ def verdict(row: Row) -> str:
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """One sentence from the verdicts."""
+    """Sentence of advice from the verdicts."""
     better = sorted((row for row in rows if row["verdict"] == "better"), key=lambda row: -headline(row)[1].value)
     said = [f"best: {_name(better[0])}, {_share(better[0])}" if better else "no point beats the base"]
     for row in better[1:]:
@@ -99,7 +99,7 @@ def advice(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table, a line for each point; what is not known is blank."""
+    """Markdown table with one line per point; unknown values are blank."""
     keys = [value.partition("=")[0] for value in rows[0]["values"]]
     measure = next((headline(row)[0] for row in rows if row["verdict"] != "failed"), HEADLINES[0]).replace("_", " ")
     heads = [*keys, f"{measure} [95 %]", "gain, sd [95 %]", "match", "diversity", "implicit accuracy", "drift", "loss"]
@@ -117,7 +117,7 @@ def _name(row: Row) -> str:
 
 
 def _what(row: Row) -> str:
-    """What is wrong with a point that is not better."""
+    """Description of the problem of a point that is not better."""
     if row["verdict"] == "failed":
         return "failed"
     said = {

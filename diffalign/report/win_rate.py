@@ -1,7 +1,7 @@
-"""Win rates from equal noise, the direction of a shift, with prompt-clustered bootstrap intervals.
+"""Win rates of images from equal noise, with prompt-clustered bootstrap intervals.
 
-Samples of one prompt are not independent, so the unit that is resampled is the prompt: with 500 prompts and four
-correlated samples each, an interval over pairs would be a third too narrow.
+Samples of one prompt are correlated, so the bootstrap resamples prompts. With 500 prompts of four correlated samples,
+an interval over pairs would be a third too narrow.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from numpy.typing import ArrayLike, NDArray
 from reward_models.accuracy import QUANTILES, bootstrap, chunks
 
 TIE = 1e-6
-"""Scores closer than this are equal: half a win for each."""
+"""Scores closer than this are a tie: half a win for each."""
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often one model's image scores higher than the base model's for the same prompt and noise.
+    """Share of images that score higher than the base model's image for the same prompt and noise.
 
     win_rate, low, high    share of wins in [0, 1], ties half, prompts weighted equally; 95 % interval
     n, prompts, ties       counts of pairs, of prompts, and of pairs closer than 1e-6
@@ -43,12 +43,12 @@ class WinRate:
 def paired_win_rate(
     base_scores: ArrayLike, scores: ArrayLike, prompt_ids: Sequence[str], *, seed: int = 0, resamples: int = 2000
 ) -> WinRate:
-    """Compare two models by their scores [N], [N] of the same prompts and noise; prompt_ids [N] name the clusters.
+    """Compare two models by scores [N], [N] of the same prompts and noise; prompt_ids [N] are the clusters.
 
-    Intervals are percentiles of a bootstrap over prompts; when every prompt has the same outcome they have no width,
-    which says that the prompts are too few, not that the rate is certain. The p-value flips the sign of whole prompts.
-    Deterministic by seed.
-    Raises ValueError for other shapes, for scores that are not finite, and for fewer than two prompts.
+    Intervals are percentiles of a bootstrap over prompts; if every prompt has the same outcome they have zero width.
+    This means too few prompts, not certainty. The p-value is from a sign-flip test over prompts.
+    Deterministic for a given seed.
+    Raises ValueError for shapes that differ, for scores that are not finite, and for fewer than two prompts.
     """
     base, new = np.asarray(base_scores, dtype=np.float64), np.asarray(scores, dtype=np.float64)
     if base.ndim != 1 or base.shape != new.shape or len(prompt_ids) != len(base):
@@ -83,7 +83,7 @@ def paired_win_rate(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for being read together (Holm, 1979), in the order they came."""
+    """Holm-adjusted p-values (Holm, 1979) for multiple comparisons, in input order."""
     order = np.argsort(p_values)
     steps = np.arange(len(order), 0, -1) * np.asarray(p_values, dtype=np.float64)[order]
     adjusted = np.empty(len(order))
@@ -92,10 +92,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def sign_flip(values: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> float:
-    """Share of random sign patterns of values [P] whose |mean| reaches the observed one, the observed one counted."""
+    """p-value: share of random sign patterns of values [P] with |mean| >= observed, including the observed pattern."""
     observed, rows, reached = abs(values.mean()), len(values), 0
     for n in chunks(resamples, rows):
         signs = rng.integers(2, size=(n, rows), dtype=np.int8) * 2.0 - 1.0
-        # Sums in another order differ in the last bits; a pattern that ties with the observed one must count.
+        # Rounding differs with the order of summation; a pattern that ties with the observed one must count.
         reached += int((np.abs(signs @ values) / rows >= observed - 1e-12).sum())
     return (1 + reached) / (1 + resamples)

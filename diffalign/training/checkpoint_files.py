@@ -1,4 +1,4 @@
-"""Files of a checkpoint: the weights that train, and digests that show what a disk has damaged before it is used."""
+"""Files of a checkpoint: the trainable weights, and checksums that detect damaged files before they are loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "checksums.json"
 
 
 def save_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-    """Replace the full state dicts that accelerate is about to write by the weights that train."""
+    """Save only the trainable weights; clearing `weights` stops accelerate from writing the full state dicts."""
     if not weights:
         return
     for i, model in enumerate(models):
@@ -25,7 +25,7 @@ def save_trained(models: list[nn.Module], weights: list[dict[str, Tensor]], fold
 
 
 def load_trained(models: list[nn.Module], folder: str) -> None:
-    """Read them back. Raises ValueError where they are of other parameters than train now."""
+    """Load the trainable weights. Raises ValueError if they belong to other parameters than those that train now."""
     files = sorted(Path(folder).glob("trained_*.safetensors"))
     for model, file in zip(models, files, strict=bool(files)):
         try:
@@ -43,7 +43,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def check_checksums(folder: Path) -> None:
-    """Raise ValueError where a file is not as it was when checksums.json was written, OSError where one is missing."""
+    """Compare all files with checksums.json. Raises ValueError if a file has changed, OSError if one is missing."""
     before = json.loads((folder / FILE).read_text())
     now = dict(zip(before, _digests(folder, list(before)), strict=True))
     if damaged := [name for name in before if before[name] != now[name]]:
@@ -51,7 +51,7 @@ def check_checksums(folder: Path) -> None:
 
 
 def _digests(folder: Path, names: list[str]) -> list[str]:
-    with ThreadPoolExecutor() as threads:  # hashing leaves Python's lock
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
         return list(threads.map(lambda name: _digest(folder / name), names))
 
 

@@ -23,15 +23,15 @@ class MetricsFile:
         self._pending: list[tuple[int, list[str], Tensor | None, dict[str, float]]] = []
 
     def rewind(self, step: int) -> None:
-        """Forget the metrics after `step`: a resumed run writes them again."""
+        """Delete the metrics after `step`: the resumed run writes them again."""
         if self.accelerator.is_main_process and self.file.exists():
             kept = [row for row in read_lines(self.file) if row["step"] <= step]
             write_lines(self.file, kept)
 
     def log(self, step: int, values: Mapping[str, Tensor | float]) -> None:
-        """Keep the scalars of one optimizer step; written every `every` steps, so the device is not waited for.
+        """Log the scalars of one training step. They are written every `every` steps, to avoid synchronisation.
 
-        What hooks add to the step that was logged last goes into its line.
+        A second call with the same step adds to the line of that step; hooks use this.
         """
         if self._pending and self._pending[-1][0] < step and self._pending[-1][0] % self.every == 0:
             self.flush()
@@ -41,7 +41,7 @@ class MetricsFile:
         self._pending.append((step, [*tensors], stacked, numbers))
 
     def flush(self) -> None:
-        """Write the pending metrics: one JSON object a step, NaN left out."""
+        """Write the pending metrics: one JSON object per step, without NaN values."""
         if not self.accelerator.is_main_process or not self._pending:
             self._pending.clear()
             return
@@ -57,7 +57,7 @@ class MetricsFile:
         self._pending.clear()
 
     def recent(self, n: int, samples: int) -> RecentMetrics:
-        """Every metric over the last n steps written, each of so many samples."""
+        """Mean and standard error of every metric over the last n logged steps; samples: batch size of a step."""
         lines = read_lines(self.file)[-n:]
         values = {k: [line[k] for line in lines if k in line] for k in {k for line in lines for k in line}}
         errors = {k: statistics.stdev(v) / len(v) ** 0.5 for k, v in values.items() if len(v) > 1}

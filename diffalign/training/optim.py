@@ -1,4 +1,4 @@
-"""Optimizers of the networks that train, with their lr schedules."""
+"""AdamW optimizers with learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffalign.networks.placement import trained_parameters
 
 @dataclass
 class Player:
-    """A trainable network with its optimizer and lr schedule, which is a function of the step and so has no state."""
+    """Trainable network, optimizer and lr schedule. The schedule is a function of the step and has no state."""
 
     module: nn.Module
     optimizer: Any
@@ -24,7 +24,7 @@ class Player:
     lr_cosine_steps: int | None = None
 
     def lr_at(self, step: int) -> float:
-        """The lr of the optimizer step after `step` training steps: linear warm-up, then constant or a cosine to 0."""
+        """Learning rate after `step` completed training steps: linear warm-up, then constant or cosine decay to 0."""
         if step < self.lr_warmup_steps or self.lr_cosine_steps is None:
             return self.lr * min(1.0, (step + 1) / max(1, self.lr_warmup_steps))
         done = (step - self.lr_warmup_steps) / max(1, self.lr_cosine_steps - self.lr_warmup_steps)
@@ -32,8 +32,8 @@ class Player:
 
 
 def check_adamw(cfg: dict[str, Any], section: str = "optimizer") -> list[str]:
-    """What cannot work in the section of an optimizer, one line each."""
-    problems = too_small(section, cfg, lr=0, weight_decay=0, lr_warmup_steps=0)  # lr 0 is a control
+    """Problems of an optimizer section of the config, one line each."""
+    problems = too_small(section, cfg, lr=0, weight_decay=0, lr_warmup_steps=0)  # lr 0 is allowed: a control run
     if not cfg["eps"] > 0:
         problems.append(f"'{section}.eps' = {cfg['eps']} must be positive")
     if len(cfg["betas"]) != 2 or not all(0 <= beta < 1 for beta in cfg["betas"]):
@@ -54,23 +54,23 @@ def adamw(
     lr_warmup_steps: int = 0,
     lr_cosine_steps: int | None = None,
 ) -> Player:
-    """A player stepped by AdamW (Loshchilov & Hutter, 2019) with linear warm-up, then constant lr or a cosine to 0.
+    """Network with AdamW (Loshchilov & Hutter, 2019): linear warm-up, then constant lr or cosine decay to 0.
 
     Args:
         lr: learning rate after warm-up, not scaled by batch or world size
-        betas: decay of the first and second moment
+        betas: decay rates of the first and second moment
         weight_decay: decoupled weight decay
         eps: added to the denominator
-        decay_vectors: false spares parameters of less than two dimensions (norms, biases, scales) the weight decay
-        lr_warmup_steps: optimizer steps from 0 to lr
-        lr_cosine_steps: steps after which a cosine has brought the lr to 0; constant when left out
+        decay_vectors: false: no weight decay on parameters with fewer than two dimensions (norms, biases, scales)
+        lr_warmup_steps: optimizer steps of the linear warm-up from 0 to lr
+        lr_cosine_steps: step at which the cosine decay reaches 0; the lr is constant when left out
     """
     parameters = trained_parameters(module)
     decayed = [p for p in parameters if decay_vectors or p.ndim >= 2]
-    spared = [p for p in parameters if not (decay_vectors or p.ndim >= 2)]
+    undecayed = [p for p in parameters if not (decay_vectors or p.ndim >= 2)]
     groups: list[Any] = [{"params": decayed}]
-    if spared:
-        groups.append({"params": spared, "weight_decay": 0.0})
+    if undecayed:
+        groups.append({"params": undecayed, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
         groups, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, eps=eps, fused=True
     )

@@ -1,6 +1,7 @@
-"""What the recipes in train/ share: the parts that an algorithm is made of, and how they are trained.
+"""Code shared by the recipes in train/: it builds the parts of an algorithm and trains them.
 
-`cfg.make("sampler", ...)` makes what the recipe gave to `config.parse` as `sampler=`, with the keys of that section.
+`cfg.make("sampler", ...)` calls the factory that the recipe passed to `config.parse` as `sampler=`, with the keys of
+that config section.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from diffalign.types import Cond
 
 
 def begin(cfg: Config) -> tuple[Run, Backbone]:
-    """The run, and the model that it trains, in the precision of the run."""
+    """Create the run and load the model to train, in the precision of the run."""
     run = cfg.make("run", cfg)
     return run, cfg.make("backbone", run.placement)
 
 
 class Parts:
-    """What a recipe makes an algorithm of that trains a denoiser, on images or on its own samples.
+    """Parts of a recipe that trains a denoiser, on images or on its own samples.
 
-    Positional: the configuration, the run, the backbone, the data set, and what makes the frozen reference of a
-    denoiser (None for methods without one).
+    Positional: the configuration, the run, the backbone, the data set, and a function that makes the frozen reference
+    of a denoiser (None for methods without a reference).
 
-    sampler    as the model samples                       in recipes with the section `sampler`
-    rewards    of the mixture of scorers                  in recipes with the section `reward`
-    noising    timesteps, noise and the errors' weights   in recipes with the section `noising`
-    reference  the denoiser as it is now, frozen; None without one
-    policy     the denoiser that trains, as prepared by accelerate
+    sampler    the model's sampler                        in recipes with the section `sampler`
+    rewards    rewards of the mixture of scorers          in recipes with the section `reward`
+    noising    timesteps, noise and loss weights          in recipes with the section `noising`
+    reference  frozen copy of the initial denoiser; None for methods without a reference
+    policy     trainable denoiser, prepared by accelerate
     """
 
     sampler: Sampler
@@ -72,7 +73,7 @@ class Parts:
 
     @property
     def dims(self) -> int:
-        """How many values a latent has."""
+        """Number of values in one latent."""
         return math.prod(self.backbone.latent_shape(self.resolution))
 
     @property
@@ -81,8 +82,7 @@ class Parts:
         return self.backbone.encode_text([""])
 
     def fit(self, algorithm: Algorithm, hooks: Sequence[Hook] = ()) -> None:
-        """Train to the end of the run. hooks: what this recipe has besides the shared ones; `standard_hooks` says when
-        they are called."""
+        """Train to the end of the run. hooks: additional hooks of the recipe; order: see `standard_hooks`."""
         cfg, run, backbone, sampler = self.cfg, self.run, self.backbone, getattr(self, "sampler", None)
         players, monitor = players_of(cfg, algorithm), None
         if "monitor" in cfg:
@@ -92,12 +92,12 @@ class Parts:
         loader = run.loader(self.data)
         if self.data.draws_per_sample and isinstance(algorithm, Denoising) and algorithm.remembers_reference:
             algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
-        self.reference = None  # the algorithm alone decides how long it is kept
+        self.reference = None  # the algorithm holds the only reference left, and may free it
         cfg.make("trainer", run, algorithm, players, every).fit(loader)
 
 
 def players_of(cfg: Config, algorithm: Algorithm) -> Mapping[str, Player]:
-    """The algorithm's networks with their optimizers, by the section `<player>_optimizer` or else by `optimizer`."""
+    """The algorithm's networks with their optimizers, from the section `<player>_optimizer` or else `optimizer`."""
     sections = {name: f"{name}_optimizer" for name in algorithm.players}
     return {
         name: cfg.make(sections[name] if sections[name] in cfg else "optimizer", module)
@@ -114,9 +114,9 @@ def fit_scorer(
     validation: Any,
     hooks: Sequence[Hook] = (),
 ) -> None:
-    """Train a scorer to the end of the run, validated on `validation`.
+    """Train a scorer to the end of the run, with validation on `validation`.
 
-    hooks: what this recipe has besides the shared ones; the recipe's `hooks` section says when they are called.
+    hooks: additional hooks of this recipe; the factory of its `hooks` section documents their order.
     """
     players = players_of(cfg, algorithm)
     every = cfg.make("hooks", run, scorer, validation, hooks)

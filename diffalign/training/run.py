@@ -1,4 +1,4 @@
-"""A run: its folder, its accelerator, its randomness and its metrics."""
+"""Training run: folder, accelerator, random draws and metrics."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
+from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
-from diffalign.data.source import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
 from diffalign.training.metrics import MetricsFile
@@ -31,21 +31,23 @@ Latents = TypeVar("Latents", bound=PreferenceLatents)
 
 MAY_CHANGE = ("run.", "hooks.", "trainer.steps", "trainer.grad_accum", "data.num_workers")
 MAY_NOT_CHANGE = ("run.seed", "run.deterministic", "hooks.ema_decay")
-"""What a resumed run may set differently from how it began, and what of that it may not. The checkpoint looks after
-trainer.grad_accum: it may change with the number of processes, so that a turn stays as many micro-batches."""
+"""Config keys (prefixes) that may differ when a run resumes, and exceptions that must stay the same.
+
+trainer.grad_accum may change together with the number of processes. `Checkpoint` verifies that their product, the
+number of micro-batches per optimizer step, stays the same."""
 
 
 class Run:
-    """Where a training run happens. Every rank has one; rank 0 writes.
+    """Training run with its folder. Every rank creates one; only rank 0 writes.
 
     Args:
         folder: receives config.yaml, metrics.jsonl, checkpoints/, samples/ and export/
-        seed: of every random draw of the run
-        mixed_precision: what networks that train compute their matrices in; what `accelerate launch` says when left out
-        tracker: sends the metrics to this tracker of accelerate's as well
-        log_every: steps between two writes of the metrics, which hold every step
+        seed: seed of every random draw of the run
+        mixed_precision: dtype of the trainable networks' matrix products; default: the setting of `accelerate launch`
+        tracker: accelerate tracker that receives the metrics as well
+        log_every: steps between two writes of the metrics; the metrics of every step are written
         resume: continue from the last checkpoint in `folder`
-        deterministic: the same bits at each run on a GPU too, at some cost in speed; what cannot be so stops the run
+        deterministic: bit-identical results on a GPU, at some cost in speed; a nondeterministic operation is an error
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Run:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `run` section, one line each."""
+        """Problems of a `run` section of the config, one line each."""
         problems = too_small("run", cfg, log_every=1)
         if not cfg["folder"].strip():
             problems.append("'run.folder' is empty; name the folder that receives the run")
@@ -98,11 +100,11 @@ class Run:
 
     @property
     def placement(self) -> Placement:
-        """Where this run's networks are, and what their matrices are computed in."""
+        """Device and compute dtype of this run's networks."""
         return placement_of(self.accelerator)
 
     def _claim(self, config: Config) -> None:
-        """Write config.yaml, or compare with the one that is there when resuming."""
+        """Write config.yaml; when resuming, compare the config with the existing file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         path, begun = self.folder / "config.yaml", self._begun()
@@ -124,10 +126,10 @@ class Run:
         write_whole(path, config.yaml())
 
     def _lock(self) -> None:
-        """Keep every other process out of the folder as long as this one lives. Raises FileExistsError where one is in.
+        """Lock the folder until this process ends. Raises FileExistsError if another run holds the lock.
 
-        A POSIX record lock, which the kernel drops with the process: unlike flock's, it is not kept by worker processes
-        that outlive a killed run for some seconds.
+        This is a POSIX record lock; the kernel releases it when the process ends. A flock would be inherited by worker
+        processes, which outlive a killed run for some seconds.
         """
         self._held = (self.folder / ".lock").open("a+")
         try:
@@ -147,16 +149,16 @@ class Run:
             self._held.flush()
 
     def _begun(self) -> bool:
-        """Whether a step was taken in the folder. One of a run that failed before that is as good as new."""
+        """Whether the folder holds a completed training step. A run that failed before it may start again."""
         rows = read_lines(self.metrics.file) if self.metrics.file.exists() else []
         return any(row["step"] > 0 for row in rows) or any((self.folder / "checkpoints").glob("step-*/state.json"))
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module as accelerate wants it for training (DDP and so on)."""
+        """Prepare a module for training with accelerate (DDP and so on)."""
         return prepare(module, self.accelerator)
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
-        """A preference data set of this run as latents, with its draws, ranks and folder."""
+        """Load a preference data set as latents, with the draws, ranks and folder of this run."""
         _check_size(encoder, config["resolution"])
         a, verify = (
             self.accelerator,
@@ -166,7 +168,7 @@ class Run:
         return kind(encoder, self.draws, self.folder, *ranks, verify, **config)
 
     def prompts(self, encoder: Any, **config: Any) -> Prompts:
-        """A list of prompts of this run with their text embeddings."""
+        """Load a list of prompts with their text embeddings."""
         _check_size(encoder, config["resolution"])
         a = self.accelerator
         prompts = Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
@@ -175,7 +177,7 @@ class Run:
         return prompts
 
     def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
-        """The training or validation part of a data set of this run, as groups of images for a scorer."""
+        """Load the training or validation split of a data set, as groups of images for a scorer."""
         a = self.accelerator
         path = (config.get("validation_path") if part == "validation" else None) or config["path"]
         verify = partial(check_same_data, self.folder, f"groups {part}", path, main=self.main)
@@ -183,7 +185,7 @@ class Run:
         return PreferenceGroups(prepare, self.folder, *ranks, part, verify, **config)
 
     def loader(self, dataset: KeyedDataset) -> KeyedLoader:
-        """This rank's micro-batches of the data set, on the device."""
+        """Loader of this rank's micro-batches, on the device."""
         return KeyedLoader(
             dataset,
             self.draws,
@@ -199,7 +201,7 @@ class Run:
         return self.accelerator.reduce(value, reduction="mean")
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The lists of all ranks as one."""
+        """Concatenate the lists of all ranks."""
         return gather_object(values)
 
     def print(self, *lines: str) -> None:
@@ -212,7 +214,7 @@ class Run:
 
 
 def _check_size(encoder: Any, resolution: int) -> None:
-    """Raise ValueError for images that a backbone cannot draw, before hours go into encoding them."""
+    """Raise ValueError for a resolution that the backbone does not support, before the images are encoded."""
     if hasattr(encoder, "latent_shape"):
         encoder.latent_shape(resolution)
 

@@ -22,25 +22,25 @@ from diffalign.types import Metrics
 
 
 class Hook:
-    """What else happens in a run. Every rank calls every hook. A subclass overrides what it needs."""
+    """Callback of the trainer. Every rank calls every hook. A subclass overrides the methods it needs."""
 
     def start(self, trainer: Trainer) -> None:
-        """Before the first step."""
+        """Called before the first step."""
 
     def after_step(self, trainer: Trainer) -> None:
-        """After each optimizer step of all players."""
+        """Called after each training step, when every player has made its optimizer steps."""
 
     def end(self, trainer: Trainer) -> None:
-        """After the last step."""
+        """Called after the last step."""
 
 
 class Trainer:
-    """Steps an algorithm's players for a number of optimizer steps.
+    """Training loop that updates the networks (players) of an algorithm.
 
     Args:
-        steps: training steps; one is every turn of the algorithm once
-        grad_accum: micro-batches a turn
-        max_grad_norm: gradients are clipped to this norm
+        steps: training steps; one training step runs each turn (optimizer step of one player) once
+        grad_accum: micro-batches per turn (gradient accumulation)
+        max_grad_norm: maximum norm for gradient clipping
     """
 
     def __init__(
@@ -58,29 +58,29 @@ class Trainer:
         self.steps, self.grad_accum, self.max_grad_norm = steps, grad_accum, max_grad_norm
         if algorithm.inner_gradients and run.accelerator.mixed_precision == "fp16":
             raise ValueError(
-                f"{type(algorithm).__name__} takes gradients inside its loss, which vanish in float16 unscaled; "
+                f"{type(algorithm).__name__} takes gradients inside its loss; unscaled, they underflow in float16; "
                 "set 'run.mixed_precision' to bf16 (or no)"
             )
-        self.step = 0  # training steps taken
-        self.stop = ""  # why to end before `steps`; set by a hook
+        self.step = 0  # completed training steps
+        self.stop = ""  # reason for an early stop; set by a hook
         self.interrupted = 0  # the signal that ends the run after this step, the same on every rank
-        self.micro = 0  # micro-batches used by this rank
+        self.micro = 0  # micro-batches consumed by this rank
         self._signals = Interruption("the run ends after this step; once more to end it at once" if run.main else "")
         for player in players.values():
             player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `trainer` section, one line each."""
+        """Problems of a `trainer` section of the config, one line each."""
         problems = too_small("trainer", cfg, steps=1, grad_accum=1)
         if not cfg["max_grad_norm"] > 0:
             problems.append(f"'trainer.max_grad_norm' = {cfg['max_grad_norm']} must be positive; 1e9 clips nothing")
         return problems
 
     def fit(self, loader: Any) -> None:
-        """Train to `steps`. loader.start(n) yields micro-batches from this rank's n-th on.
+        """Train until `steps`. loader.start(n) yields this rank's micro-batches, starting at the n-th.
 
-        On SIGTERM or SIGINT (signal n) it ends after the step at hand and its checkpoint: raises SystemExit(128 + n).
+        On SIGTERM or SIGINT (signal n) the current step is finished and saved; then it raises SystemExit(128 + n).
         """
         for hook in self.hooks:
             hook.start(self)
@@ -101,7 +101,7 @@ class Trainer:
                 for hook in self.hooks:
                     hook.after_step(self)
                 bar.update()
-                if self.step % self.run.log_every == 0 or self.last:  # not oftener: it waits for the device
+                if self.step % self.run.log_every == 0 or self.last:  # not more often: it synchronises with the device
                     self._show(bar, values)
                 if self.interrupted:
                     bar.close()
@@ -120,12 +120,12 @@ class Trainer:
         self.run.accelerator.end_training()
 
     def _show(self, bar: Any, values: Mapping[str, Tensor | float]) -> None:
-        """The loss and what the method is about, beside the progress bar."""
-        seen = {name.partition("/")[2]: float(values[name]) for name in self.algorithm.shown if name in values}
-        bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in seen.items()))
+        """Show the main metrics of the algorithm next to the progress bar."""
+        shown = {name.partition("/")[2]: float(values[name]) for name in self.algorithm.shown if name in values}
+        bar.set_postfix_str(", ".join(f"{name} {value:.3g}" for name, value in shown.items()))
 
     def _leave(self) -> NoReturn:
-        """End the process as a signal asked; the last step is saved."""
+        """Exit with the signal's status; the checkpoint of the last step is already written."""
         name = signal.Signals(self.interrupted).name
         self.run.print(f"ended by {name} after step {self.step}")
         self.run.metrics.flush()
@@ -139,21 +139,21 @@ class Trainer:
         return self.step >= self.steps or bool(self.stop)
 
     def take(self, turn: Turn, batches: Iterator[Any]) -> dict[str, Tensor | float]:
-        """Accumulate, clip and step one player; returns what to log, averaged over samples, micro-batches and ranks."""
+        """Optimizer step of one player, with accumulation and clipping. Returns metrics averaged over all samples."""
         player, accelerator = self.players[turn.player], self.run.accelerator
-        seen: list[Metrics] = []
+        collected: list[Metrics] = []
         used: list[Any] = []
         for k in range(self.grad_accum):
             batch = next(batches)
             last = k == self.grad_accum - 1
-            # accelerator.accumulate() keeps one counter for all players; with two of them it steps the wrong one.
+            # accelerator.accumulate() has one counter for all players; with two it synchronises at the wrong step.
             with nullcontext() if last else accelerator.no_sync(player.module):
                 loss, metrics = turn.loss(batch)
                 accelerator.backward(loss / self.grad_accum)
-            seen.append({"loss": loss.detach(), **metrics})
+            collected.append({"loss": loss.detach(), **metrics})
             used += self.algorithm.keys(batch)
             self.micro += 1
-        values: dict[str, Any] = self._mean(seen)
+        values: dict[str, Any] = self._mean(collected)
         if not torch.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
@@ -170,16 +170,16 @@ class Trainer:
         values["lr"] = lr
         return {f"{turn.player}/{name}": value for name, value in values.items()}
 
-    def _mean(self, seen: Sequence[Metrics]) -> dict[str, Tensor]:
-        """The mean of each metric over samples, micro-batches and ranks; NaN is left out, except of the loss."""
-        names = sorted(seen[0])
+    def _mean(self, collected: Sequence[Metrics]) -> dict[str, Tensor]:
+        """Mean of each metric over samples, micro-batches and ranks. NaN is ignored, except in the loss."""
+        names = sorted(collected[0])
         sums = []
         for name in names:
-            values = torch.cat([m[name].reshape(-1).float() for m in seen])
+            values = torch.cat([m[name].reshape(-1).float() for m in collected])
             valid = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
             sums.append(torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum()]))
         several = self.run.accelerator.num_processes > 1
-        if several:  # which signal came to any rank: all end after the same step, and need no reduction for that
+        if several:  # share the received signals in the same reduction: all ranks end after the same step
             sums.append(torch.stack([torch.full_like(sums[0][0], float(self._signals.signum == n)) for n in ENDING]))
         total = self.run.accelerator.reduce(torch.stack(sums), reduction="sum")
         if several and not self.interrupted:

@@ -22,7 +22,7 @@ from transformers import (
 
 from reward_models.clip.aesthetic import Head
 from reward_models.clip.text import has_tokenizer
-from reward_models.files import reachable, read_json
+from reward_models.files import first_line, reachable, read_json
 from reward_models.weights import WEIGHTS, find_file
 
 SOURCE, FILENAME = "THUDM/ImageReward", "ImageReward.pt"
@@ -122,7 +122,7 @@ def find_tokenizer(source: str | PathLike[str], vocabulary: int) -> Any:
         tokenizer = (BertTokenizerFast if bare else AutoTokenizer).from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"no tokenizer can be had from '{source}' ({str(error).strip().splitlines()[0]:.200}); without network, "
+            f"no tokenizer can be had from '{source}' ({first_line(error)}); without network, "
             "give tokenizer=FOLDER, which holds vocab.txt or tokenizer.json of bert-base-uncased"
         ) from error
     tokenizer.add_tokens(list(ADDED), special_tokens=True)

@@ -11,7 +11,7 @@ import open_clip
 from torch import nn
 
 from reward_models.clip.keys import is_transformers, to_open_clip
-from reward_models.files import read_json
+from reward_models.files import first_line, read_json
 from reward_models.settings import nearest
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state
 
@@ -78,7 +78,7 @@ def find_weights(architecture: str | Mapping[str, Any], source: str, filename: s
         except OSError as error:
             raise FileNotFoundError(
                 f"the weights '{source}' of {architecture} are not in the cache and cannot be downloaded; "
-                f"without network, give a file or folder ({str(error).splitlines()[0]:.200})"
+                f"without network, give a file or folder ({first_line(error)})"
             ) from error
     folder = Path(source)
     converted = folder.is_dir() and not (folder / (filename or WEIGHTS)).is_file()

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
+from reward_models import __version__
 from reward_models.loading import SCORERS, Dtype, load_scorer
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--version", action="version", version=f"reward-score of diffalign {version('diffalign')}")
+    add("--version", action="version", version=f"reward-score of diffalign {__version__}")
     add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
     add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
     add("--user", type=Path, metavar="FILE", help="score for this person (`diffalign user fit`): personal scorers only")

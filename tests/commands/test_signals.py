@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffalign import signals as interruption
+from diffalign import interruption
 from diffalign.commands import launch
 from diffalign.data.loader import KeyedLoader
 from diffalign.draws import Draws

@@ -1,4 +1,4 @@
-"""The cache with the encoders of a real pipeline."""
+"""The latent cache with the VAE and text encoder of a diffusers pipeline."""
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,7 +11,7 @@ from diffalign.data.images import square
 from diffalign.types import Cond
 
 
-def test_a_real_autoencoder_and_text_encoder_come_back_to_half_precision(tmp_path):
+def test_vae_latents_and_text_embeddings_are_cached_to_half_precision(tmp_path):
     """Cached latents are the scaled posterior mean: mode() * scaling_factor, not a sample."""
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=1, latent_channels=4, scaling_factor=0.7).eval()

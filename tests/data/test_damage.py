@@ -1,4 +1,4 @@
-"""One damaged record is one line with file, line, side and reason, and nothing else happens."""
+"""Damaged records are listed one by one with file, line, side and reason; the others are used unchanged."""
 
 import io
 import json
@@ -17,8 +17,8 @@ import torch
 from PIL import Image, features
 
 from diffalign.data import Dropped, PreferencePairs, Record, read_records
-from diffalign.data.entries import bad_label
-from diffalign.data.targets import read_targets
+from diffalign.data.entry_checks import bad_label
+from diffalign.data.image_folder import read_targets
 from diffalign.draws import Draws
 from diffalign.types import Cond
 from reward_models.images import decode
@@ -27,7 +27,7 @@ CASES = Path(__file__).parent / "cases"
 
 
 class Pool:
-    """Latents are the pixels averaged to 2 x 2; an embedding is the length of the prompt."""
+    """Encoder: latents are the pixels averaged to 2 x 2, an embedding is the prompt length."""
 
     fingerprint = "pool"
 
@@ -67,7 +67,11 @@ LINES = {
         1,
     ),
     "deep JSON": ("[" * 20_000, "bad line: not JSON that can be read: nested too deeply", None),
-    "deep JSON inside": ('{"a": ' + "[" * 9000 + "]" * 9000 + "}", "bad line: not JSON that can be read: nested", None),
+    "deep JSON inside": (
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}",
+        "bad line: not JSON that can be read: nested",
+        None,
+    ),
     "a label of 400 digits": (
         '{"prompt": "x", "chosen": "0.png", "rejected": "1.png", "prob": 1' + "0" * 400 + "}",
         "label out of range: 1000",
@@ -138,7 +142,7 @@ def test_a_damaged_line_is_dropped_alone(tmp_path, case):
     assert len(json.dumps(line)) < 700 and not re.search("0x[0-9a-f]{6}", line["reason"])
 
 
-def test_text_in_an_image_column_is_named(tmp_path):
+def test_text_in_an_image_column_raises_with_the_column(tmp_path):
     rows = {"caption": ["a"], "jpg_0": [png(0)], "jpg_1": [png(1)], "label_0": [1.0]}
     for values in (["a.png"], [3], [{"path": "a.png"}], [{"bytes": "a"}]):
         pq.write_table(pa.table(rows | {"jpg_1": values}), tmp_path / "a.parquet")
@@ -153,7 +157,7 @@ def test_text_in_an_image_column_is_named(tmp_path):
         assert len(list(read_records(tmp_path / "a.parquet"))) == 1
 
 
-def test_a_caption_that_is_no_text_drops_its_row_of_a_parquet_file(tmp_path):
+def test_a_parquet_row_with_an_undecodable_caption_is_dropped(tmp_path):
     caption = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary()).view(pa.string())
     images = {"jpg_0": [png(0)] * 3, "jpg_1": [png(1)] * 3, "label_0": [1.0] * 3}
     pq.write_table(pa.table({"caption": caption} | images), tmp_path / "a.parquet")
@@ -161,8 +165,8 @@ def test_a_caption_that_is_no_text_drops_its_row_of_a_parquet_file(tmp_path):
     assert (a.prompt, c.prompt) == ("a", "c") and bad == Dropped("a.parquet:1", "empty caption")
 
 
-def test_paths_of_published_data_sets_stay_in_their_folder(tmp_path):
-    """Lists that people make themselves may name images anywhere, as `diffalign user choose` does."""
+def test_paths_of_published_data_sets_must_stay_in_their_folder(tmp_path):
+    """Paths in user-made .jsonl files may be anywhere; `diffalign user choose` writes such files."""
     good(tmp_path / "data")
     shutil.copy(tmp_path / "data/0.png", tmp_path / "outside.png")
     absolute = str(tmp_path / "outside.png")
@@ -185,7 +189,7 @@ def test_paths_of_published_data_sets_stay_in_their_folder(tmp_path):
         assert record.images[0].read() == png(0)
 
 
-def test_names_in_two_folders_stay_in_them(tmp_path):
+def test_names_in_w_and_l_folders_must_stay_in_them(tmp_path):
     good(tmp_path / "w"), good(tmp_path / "l")
     rows = [
         {"image": "../../x.png", "prompt": "a"},
@@ -197,7 +201,7 @@ def test_names_in_two_folders_stay_in_them(tmp_path):
     assert (out.kind, nul.kind, kept.id) == ("bad path", "bad path", "0.png")
 
 
-def test_a_byte_order_mark_is_part_of_no_prompt(tmp_path):
+def test_byte_order_marks_are_removed_from_prompts(tmp_path):
     mark = "\ufeff"
     good(tmp_path / "w", 1), good(tmp_path / "l", 1)
     (tmp_path / "prompts.txt").write_text(f"{mark}small red circle\r\nb", encoding="utf-8", newline="")
@@ -216,7 +220,7 @@ def test_a_byte_order_mark_is_part_of_no_prompt(tmp_path):
     assert next(iter(read_records(tmp_path / "test.json"))).prompt == "a"
 
 
-def test_hidden_files_are_no_images(tmp_path):
+def test_hidden_files_are_skipped(tmp_path):
     for side in "wl":
         good(tmp_path / side, 1)
         (tmp_path / side / "._0.png").write_bytes(b"\0\5\x16\7")
@@ -224,7 +228,7 @@ def test_hidden_files_are_no_images(tmp_path):
     assert [r.id for r in read_records(tmp_path)] == ["0.png", "1.png"]
 
 
-def test_contradicting_labels_are_dropped_with_their_reason(tmp_path):
+def test_contradicting_labels_are_dropped_with_a_reason(tmp_path):
     n = 5
     table = {"caption": ["a"] * n, "jpg_0": [png(0)] * n, "jpg_1": [png(1)] * n}
     table |= {"label_0": [1.0, 1.0, 0.0, 0.5, 0.5], "label_1": [0.0, 1.0, 0.0, 0.5, 1.0]}
@@ -250,8 +254,8 @@ def test_contradicting_labels_are_dropped_with_their_reason(tmp_path):
     assert zero.reason == "label out of range: 0" and kept.ranks == (1, 2)
 
 
-def test_transparent_images_lie_over_white_in_training_as_in_scoring(tmp_path):
-    """Files that look the same give the same latents, whatever colour lies hidden below."""
+def test_transparent_images_are_composited_over_white_in_training_and_scoring(tmp_path):
+    """Latents do not depend on the colour of fully transparent pixels."""
     rows = []
     for k, below in enumerate([(0, 255, 0, 0), (0, 0, 0, 0)]):
         image = Image.new("RGBA", (8, 8), below)
@@ -317,7 +321,7 @@ WEIRD = [
 
 
 def changed(row, random):
-    """The row with one of its values, at any depth, replaced by something weird, or taken away."""
+    """The row with one of its values, at any depth, replaced by an odd value or removed."""
     row = json.loads(json.dumps(row))
     place, key = row, random.choice(list(row))
     while isinstance(place[key], (list, dict)) and len(place[key]) and random.random() < 0.5:
@@ -331,8 +335,8 @@ def changed(row, random):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_mutants_of_every_list_are_records_or_dropped_lines(tmp_path, name):
-    """Of values and of bytes. Whatever is kept can be looked at, and whatever is dropped can be listed."""
+def test_fuzzed_lists_give_records_or_dropped_lines(tmp_path, name):
+    """Values and bytes are fuzzed. Kept records can be read, and dropped ones can be written to the list."""
     good(tmp_path)
     random = np.random.default_rng(7)
     for _ in range(40):
@@ -359,7 +363,7 @@ def test_mutants_of_every_list_are_records_or_dropped_lines(tmp_path, name):
             assert len(found) == 12
 
 
-def test_mutants_of_a_parquet_file_are_records_or_a_value_error(tmp_path):
+def test_fuzzed_parquet_files_give_records_or_a_value_error(tmp_path):
     table = {
         "caption": ["é"] * 4,
         "jpg_0": [png(0)] * 4,
@@ -387,5 +391,5 @@ def test_mutants_of_a_parquet_file_are_records_or_a_value_error(tmp_path):
     assert refused > 20
 
 
-def test_integers_of_hundreds_of_digits_are_no_labels():
+def test_huge_integers_are_rejected_as_labels():
     assert bad_label(10**400) == "label out of range: 1" + "0" * 59 + "... (401 characters)"

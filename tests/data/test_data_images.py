@@ -1,4 +1,4 @@
-"""Bytes to square pixels."""
+"""Decoding and cropping of images."""
 
 import io
 
@@ -23,7 +23,7 @@ def noise(height, width, channels=3):
 
 
 def released(image, resolution):
-    """The transforms of the released training codes, and the crop ids that SDXL's is told: top, left."""
+    """The transforms of the released training code, with SDXL's crop conditions (top, left)."""
     resized = v2.Resize(resolution, v2.InterpolationMode.BILINEAR, antialias=True)(image)
     cropped = v2.functional.pil_to_tensor(v2.CenterCrop(resolution)(resized)) / 255
     return cropped, [round((side - resolution) / 2) for side in (resized.height, resized.width)]
@@ -36,7 +36,7 @@ def sizes():
 
 
 @pytest.mark.parametrize("resolution", [16, 23, 32])
-def test_the_centre_crop_is_that_of_torchvision_to_the_pixel(resolution):
+def test_the_centre_crop_equals_torchvision_exactly(resolution):
     for size in sizes():
         image = noise(*size)
         expected, crop = released(Image.fromarray(image), resolution)
@@ -45,8 +45,8 @@ def test_the_centre_crop_is_that_of_torchvision_to_the_pixel(resolution):
         assert found.size.tolist() == [*size, *crop, resolution, resolution], size
 
 
-def test_the_fraction_of_the_longer_side_is_cut_as_the_released_transforms_do():
-    """1024 x 768 at 512: 1024 * 512 / 768 = 682.67 becomes 682, and SDXL is told (682 - 512) / 2 = 85 from the left."""
+def test_the_longer_side_is_rounded_down_as_in_the_released_transforms():
+    """1024 x 768 at 512: 1024 * 512 / 768 = 682.67 becomes 682, and SDXL's left crop is (682 - 512) / 2 = 85."""
     image = noise(768, 1024)
     found = square(encoded(image), 512)
     assert found.size.tolist() == [768, 1024, 0, 85, 512, 512]
@@ -61,7 +61,7 @@ def test_the_fraction_of_the_longer_side_is_cut_as_the_released_transforms_do():
 
 
 @pytest.mark.parametrize("at, left", [(0.0, 0), (0.25, 4), (0.5, 8), (1.0, 16)])
-def test_where_the_longer_side_is_cropped(at, left):
+def test_crop_position_along_the_longer_side(at, left):
     image = noise(16, 32)
     expected = torch.from_numpy(image[:, left : left + 16]).permute(2, 0, 1) / 255
     torch.testing.assert_close(square(encoded(image), 16, at=at).pixels, expected)
@@ -77,8 +77,8 @@ def test_grey_palette_and_transparent_images_become_rgb():
     assert square(encoded(noise(16, 16, 4)), 16).pixels.shape == (3, 16, 16)
 
 
-def test_orientation_is_that_which_people_saw():
-    """EXIF orientation 3 means: turn by 180 degrees to view."""
+def test_exif_orientation_is_applied():
+    """EXIF orientation 3: rotate by 180 degrees."""
     image, exif = noise(16, 16), Image.Exif()
     exif[0x0112] = 3
     turned = square(encoded(np.ascontiguousarray(image[::-1, ::-1]), exif=exif), 16).pixels
@@ -86,7 +86,7 @@ def test_orientation_is_that_which_people_saw():
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_truncated_and_damaged_images_are_refused(format):
+def test_truncated_and_damaged_images_raise(format):
     data = encoded(noise(64, 64), format)
     for broken in (data[: len(data) // 2], data[:20], b"", b"not an image"):
         with pytest.raises(ValueError, match="corrupt image: "):
@@ -105,7 +105,7 @@ def test_every_flipped_byte_gives_an_image_or_a_value_error():
     assert refused > 10
 
 
-def test_strips_and_images_of_more_than_8_bits_are_refused():
+def test_long_strips_and_images_of_more_than_8_bits_raise():
     with pytest.raises(ValueError, match=r"unsupported image: 4000 x 2 pixels"):
         square(encoded(noise(2, 4000)), 16)
     with pytest.raises(ValueError, match=r"unsupported image: mode I(;16)? has"):

@@ -1,4 +1,4 @@
-"""The order of batches: a function of the seed and the position, whatever the ranks, workers and resumes."""
+"""Batch order is a function of seed and position; ranks, workers and resuming do not change it."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from diffalign.types import Cond
 
 
 class Pool:
-    """Latents are the pixels averaged to 2 x 2; an embedding is the length of the prompt."""
+    """Encoder: latents are the pixels averaged to 2 x 2, an embedding is the prompt length."""
 
     fingerprint = "pool"
 
@@ -71,13 +71,13 @@ def test_epochs_are_different_permutations_of_all_pairs(seven):
     assert keys[21:28] == [(3, seven.ids[k]) for k in order]  # tuples: lists would draw other numbers
 
 
-def test_one_process_with_two_steps_sees_what_two_processes_see(seven):
+def test_two_accumulation_steps_get_the_same_samples_as_two_processes(seven):
     one = take(loader_of(seven), 0, 10)
     ranks = [take(loader_of(seven, rank=r, world_size=2), 0, 5) for r in (0, 1)]
     assert_equal(one, [batch for both in zip(*ranks, strict=True) for batch in both])
 
 
-def test_starting_late_is_skipping_and_costs_nothing(seven):
+def test_resuming_at_a_later_batch_takes_no_time_for_skipped_ones(seven):
     loader = loader_of(seven, rank=1, world_size=2)
     assert_equal(take(loader, 0, 12)[9:], take(loader, 9, 3))
     started = time.monotonic()
@@ -86,7 +86,7 @@ def test_starting_late_is_skipping_and_costs_nothing(seven):
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
-def test_workers_change_nothing(tmp_path, cache):
+def test_workers_do_not_change_the_batches(tmp_path, cache):
     pairs = seven_pairs(tmp_path, "off" if cache == "off" else str(tmp_path / "cache"))
     state = torch.get_rng_state()
     assert_equal(take(loader_of(pairs), 2, 5), take(loader_of(pairs, num_workers=2), 2, 5))

@@ -1,4 +1,4 @@
-"""The cache of latents and text embeddings: what it computes, when, and what survives kills and crowds."""
+"""The cache of latents and text embeddings: contents, hits and misses, killed and concurrent builds, damage."""
 
 import io
 import json
@@ -28,7 +28,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Pool:
-    """An encoder whose latents are the pixels averaged to 2 x 2. Counts what it encodes."""
+    """Encoder whose latents are the pixels averaged to 2 x 2. Counts the encoded images and prompts."""
 
     def __init__(self, fingerprint="pool", pause=0.0):
         self.fingerprint, self.pause, self.images, self.prompts = fingerprint, pause, 0, []
@@ -59,7 +59,7 @@ def gallery(folder, n):
 
 
 def number(latent):
-    """The n of `solid`, from its latent."""
+    """n of the image `solid(path, n)`, from its latent."""
     red, green, _ = (round(x * 255) for x in latent.mean((1, 2)).tolist())
     return red + 256 * green
 
@@ -69,7 +69,7 @@ def numbers(cache, seen, **options):
     return [number(rows.read(i)["latent"]) for i in range(len(seen))]
 
 
-def test_every_latent_is_that_of_its_image_and_a_second_build_encodes_nothing(tmp_path):
+def test_latents_match_their_images_and_a_second_build_encodes_nothing(tmp_path):
     images = gallery(tmp_path / "images", 21)
     encoder = Pool()
     cache = LatentCache(tmp_path / "cache", encoder, 8, shard_size=8)
@@ -85,7 +85,7 @@ def test_every_latent_is_that_of_its_image_and_a_second_build_encodes_nothing(tm
     assert numbers(again, seen) == list(range(21))
 
 
-def test_mirrored_latents_are_those_of_the_mirrored_image(tmp_path):
+def test_hflip_latents_equal_latents_of_the_mirrored_image(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
     cache = LatentCache(tmp_path / "cache", Pool(), 8, hflip=True)
@@ -97,7 +97,7 @@ def test_mirrored_latents_are_those_of_the_mirrored_image(tmp_path):
     assert LatentCache(tmp_path / "cache", Pool(), 8).add_images([ImageRef(str(tmp_path / "a.png"))]) == [seen]
 
 
-def test_prompts_are_encoded_once_with_the_empty_one_and_pixel_sizes_stay_exact(tmp_path):
+def test_prompts_and_the_empty_prompt_are_encoded_once_and_sizes_stay_float32(tmp_path):
     cache = LatentCache(tmp_path, Pool(), 8, shard_size=2)
     cache.add_prompts(["one", "three", "one"])
     assert sorted(cache.encoder.prompts) == ["", "one", "three"]
@@ -113,7 +113,7 @@ def test_prompts_are_encoded_once_with_the_empty_one_and_pixel_sizes_stay_exact(
     assert again.encoder.prompts == ["five"]
 
 
-def test_changed_content_of_equal_size_and_time_is_another_entry_and_a_copy_elsewhere_is_not(tmp_path):
+def test_changed_content_with_equal_size_and_mtime_is_a_new_entry_and_a_copy_is_not(tmp_path):
     path = tmp_path / "a.bmp"
     ref, before = solid(path, 1), path.stat()
     cache = LatentCache(tmp_path / "cache", Pool(), 8)
@@ -129,7 +129,7 @@ def test_changed_content_of_equal_size_and_time_is_another_entry_and_a_copy_else
     assert cache.encoder.images == 0
 
 
-def test_another_encoder_or_resolution_is_another_cache(tmp_path):
+def test_other_encoders_and_resolutions_have_separate_caches(tmp_path):
     images = gallery(tmp_path / "images", 2)
     LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
     for encoder, resolution in ((Pool("other"), 8), (Pool(), 4)):
@@ -137,7 +137,7 @@ def test_another_encoder_or_resolution_is_another_cache(tmp_path):
         assert encoder.images == 2
 
 
-def test_bad_images_are_remembered_with_their_reason_and_missing_ones_are_not(tmp_path):
+def test_bad_images_are_cached_with_their_reason_and_missing_ones_are_not(tmp_path):
     (tmp_path / "bad.png").write_bytes((tmp_path / solid(tmp_path / "a.png", 3, 64).path).read_bytes()[:60])
     images = [ImageRef(str(tmp_path / name)) for name in ("bad.png", "a.png", "gone.png")]
     seen = []
@@ -154,7 +154,7 @@ def test_bad_images_are_remembered_with_their_reason_and_missing_ones_are_not(tm
 
 
 def build(folder, images, pause, options=None):
-    """Runs in a process of its own."""
+    """Build a cache; runs in a separate process."""
     torch.set_num_threads(1)
     cache = LatentCache(folder, Pool(pause=pause), 256, shard_size=4, **options or {})
     seen = cache.add_images(images)
@@ -164,8 +164,8 @@ def build(folder, images, pause, options=None):
         (folder / f"report-{options['rank']}.json").write_text(json.dumps(report))
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path):
-    """Shards of 4 images are encoded with a pause; the process is killed when two of the six shards are there."""
+def test_a_killed_build_resumes_from_its_complete_shards(tmp_path):
+    """Shards of 4 images are encoded with a pause; the process is killed after two of the six shards."""
     images = gallery(tmp_path / "images", 24)
     process = FORK.Process(target=build, args=(tmp_path / "cache", images, 0.2))
     process.start()
@@ -184,8 +184,8 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     assert numbers(cache, seen) == list(range(24))
 
 
-def test_what_a_kill_leaves_half_written_is_not_used(tmp_path):
-    """An array without its list of keys, one cut short, and temporary files."""
+def test_incomplete_shards_of_a_killed_build_are_ignored(tmp_path):
+    """A .rows file without its .json, a truncated one, and temporary files."""
     images = gallery(tmp_path / "images", 12)
     LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4).add_images(images)
     folder = tmp_path / f"cache/pool/squares-8-center-decoding-{DECODING}"
@@ -200,7 +200,7 @@ def test_what_a_kill_leaves_half_written_is_not_used(tmp_path):
     assert numbers(cache, seen) == list(range(12))
 
 
-def test_two_processes_building_the_same_cache_at_once_leave_a_correct_one(tmp_path):
+def test_two_concurrent_builds_of_one_cache_give_a_correct_one(tmp_path):
     images = gallery(tmp_path / "images", 40)
     processes = [FORK.Process(target=build, args=(tmp_path / "cache", images[k:] + images[:k], 0.01)) for k in (0, 6)]
     for process in processes:
@@ -214,7 +214,7 @@ def test_two_processes_building_the_same_cache_at_once_leave_a_correct_one(tmp_p
     assert numbers(cache, seen) == list(range(40))
 
 
-def test_the_ranks_of_a_run_share_the_work_and_agree(tmp_path):
+def test_ranks_divide_the_work_and_get_equal_results(tmp_path):
     """10 images and 10 prompts ("" to 8 letters and one more "") in shards of 4: rank 0 gets 6 and rank 1 gets 4."""
     images = [*gallery(tmp_path / "images", 10), ImageRef(str(tmp_path / "gone.png"))]
     barrier = FORK.Barrier(2)
@@ -237,12 +237,12 @@ def test_the_ranks_of_a_run_share_the_work_and_agree(tmp_path):
     assert cache.encoder.images == 0
 
 
-def test_ranks_need_a_place_to_meet(tmp_path):
+def test_several_ranks_need_an_exchange_folder(tmp_path):
     with pytest.raises(ValueError, match="2 processes needs an 'exchange' folder"):
         LatentCache(tmp_path, Pool(), 8, rank=0, world_size=2)
 
 
-def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path):
+def test_a_full_disk_raises_and_leaves_no_partial_shard(tmp_path):
     """No file may grow over 700 bytes: 16 rows of a float16 latent [3, 2, 2] and a float32 size [6] have 16 * 48."""
     images = gallery(tmp_path / "images", 20)
     cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=4)
@@ -260,13 +260,13 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_written(tmp_path):
     assert numbers(cache, cache.add_images(images)) == list(range(20))
 
 
-def test_a_folder_that_cannot_be_written_says_so(tmp_path):
+def test_an_unwritable_folder_raises(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write the cache in .*file/"):
         LatentCache(tmp_path / "file", Pool(), 8)
 
 
-def test_numbers_that_overflow_half_precision_stop_the_build(tmp_path):
+def test_float16_overflow_stops_the_build(tmp_path):
     class Hot(Pool):
         def encode_pixels(self, pixels):
             return super().encode_pixels(pixels) * 1e6
@@ -276,7 +276,7 @@ def test_numbers_that_overflow_half_precision_stop_the_build(tmp_path):
     assert not list((tmp_path / "cache").rglob("*.rows"))
 
 
-def test_a_damaged_list_of_keys_is_said_and_its_entries_are_made_anew(tmp_path, caplog):
+def test_a_damaged_json_file_is_reported_and_its_entries_are_recomputed(tmp_path, caplog):
     images = gallery(tmp_path / "images", 6)
     LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3).add_images(images)
     for content in (b"{", b"[]", b"\xff", b"{}", b'{"keys": 3, "fields": [], "sums": [], "bad": {}, "notes": {}}'):
@@ -287,8 +287,8 @@ def test_a_damaged_list_of_keys_is_said_and_its_entries_are_made_anew(tmp_path, 
         assert numbers(cache, cache.add_images(images)) == list(range(6)) and cache.encoder.images == 3
 
 
-def test_every_flipped_byte_of_a_cached_latent_is_noticed_and_it_is_made_anew(tmp_path, caplog):
-    """In this process by the encoder, and for later ones by setting the shard aside."""
+def test_every_flipped_byte_of_a_cached_latent_is_detected_and_the_entry_recomputed(tmp_path, caplog):
+    """This process recomputes the row; the shard is invalidated for later processes."""
     images = gallery(tmp_path / "images", 6)
     LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3).add_images(images)
     random, (file, *_) = np.random.default_rng(0), sorted((tmp_path / "cache/pool").rglob("*.rows"))
@@ -301,25 +301,25 @@ def test_every_flipped_byte_of_a_cached_latent_is_noticed_and_it_is_made_anew(tm
         data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
         file.write_bytes(data)
         assert all(torch.equal(rows.read(i)["latent"], whole[i]) for i in range(6))
-        assert cache.encoder.images in (1, 4) and len(rows.made) == 1, "one damaged, and three of the last round"
+        assert cache.encoder.images in (1, 4) and len(rows.recomputed) == 1, "one damaged, and three of the last round"
         assert not file.with_suffix(".json").exists()
-    assert f"cache file '{file}' is damaged: made anew" in caplog.text
+    assert f"cache file '{file}' is damaged: computed anew" in caplog.text
     again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
     assert numbers(again, again.add_images(images)) == list(range(6)) and again.encoder.images == 3
 
 
-def test_a_damaged_text_embedding_is_made_anew(tmp_path):
+def test_a_damaged_text_embedding_is_recomputed(tmp_path):
     cache = LatentCache(tmp_path, Pool(), 8)
     cache.add_prompts(["one", "three"])
     rows = cache.texts(["one", "three"])
     (file,) = tmp_path.rglob("*.rows")
     file.write_bytes(file.read_bytes()[:-1] + b"\x55")
     assert [cond_of(rows, i).tokens.unique().tolist() for i in range(2)] == [[3], [5]]
-    assert len(rows.made) == 1
+    assert len(rows.recomputed) == 1
 
 
-def test_what_is_not_supported_is_not_remembered(tmp_path):
-    """Tomorrow the package for it may be there."""
+def test_unsupported_images_are_not_cached_as_bad(tmp_path):
+    """A package that decodes them may be installed later."""
     Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
     for _ in range(2):
         cache = LatentCache(tmp_path / "cache", Pool(), 8)
@@ -328,7 +328,7 @@ def test_what_is_not_supported_is_not_remembered(tmp_path):
 
 
 def counted(monkeypatch):
-    """The paths that are read from now on."""
+    """List that collects the paths of all files read from now on."""
     read = []
 
     def spy(path):
@@ -339,8 +339,8 @@ def counted(monkeypatch):
     return read
 
 
-def test_a_second_start_reads_no_image_and_a_replaced_one_is_read_again(tmp_path, monkeypatch):
-    """Under the same name, with the same size in bytes."""
+def test_a_second_start_reads_only_replaced_images(tmp_path, monkeypatch):
+    """The replacement has the same name and the same size in bytes."""
     monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
     images = gallery(tmp_path / "images", 20)
     sizes = {os.path.getsize(ref.path) for ref in images}
@@ -362,8 +362,8 @@ def test_a_second_start_reads_no_image_and_a_replaced_one_is_read_again(tmp_path
     assert len(read) == 20 and other.encoder.images == 20, "another encoder needs the pixels"
 
 
-def test_images_that_changed_just_now_are_not_trusted_to_their_times(tmp_path, monkeypatch):
-    """Nor are files of file systems whose times are whole seconds, for two."""
+def test_times_of_recently_changed_images_are_not_trusted(tmp_path, monkeypatch):
+    """On file systems with times in whole seconds, "recently" means two seconds."""
     images = gallery(tmp_path / "images", 3)
     read = counted(monkeypatch)
     monkeypatch.setattr("diffalign.data.content_index.SETTLED", 60 * 10**9)
@@ -382,7 +382,7 @@ def test_images_that_changed_just_now_are_not_trusted_to_their_times(tmp_path, m
     assert len(read) == 12
 
 
-def test_a_damaged_entry_stops_a_worker_process_by_name_and_the_next_start_mends_it(tmp_path):
+def test_a_damaged_entry_stops_a_worker_process_with_its_file_and_the_next_start_repairs_it(tmp_path):
     images = gallery(tmp_path / "images", 4)
     cache = LatentCache(tmp_path / "cache", Pool(), 8)
     rows = cache.latents([s.digest for s in cache.add_images(images)], images)
@@ -402,7 +402,7 @@ def test_a_damaged_entry_stops_a_worker_process_by_name_and_the_next_start_mends
     assert numbers(again, again.add_images(images)) == list(range(4)) and again.encoder.images == 4
 
 
-def test_images_in_parquet_and_zip_files_are_known_by_the_file(tmp_path, monkeypatch):
+def test_images_in_parquet_and_zip_files_are_indexed_by_the_container(tmp_path, monkeypatch):
     monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), colour(5)).save(stream, "PNG")
@@ -420,7 +420,7 @@ def test_images_in_parquet_and_zip_files_are_known_by_the_file(tmp_path, monkeyp
         LatentCache(tmp_path / "cache", Pool(), 8).add_images(images)
 
 
-def test_what_is_known_of_files_survives_damage_and_is_put_together(tmp_path, monkeypatch):
+def test_the_content_index_survives_damage_and_merges_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr("diffalign.data.content_index.SETTLED", 0)
     monkeypatch.setattr("diffalign.data.content_index.FILES", 3)
     for start in range(0, 12, 2):
@@ -437,7 +437,7 @@ def test_what_is_known_of_files_survives_damage_and_is_put_together(tmp_path, mo
         assert cache.add_images(images) == seen and cache.encoder.images == 0
 
 
-def test_any_number_of_shards_is_read_within_64_open_files(tmp_path):
+def test_at_most_64_shard_files_are_open(tmp_path):
     shards = Shards(tmp_path)
     for k in range(200):
         shards.write([str(k)], {str(k): {"latent": torch.full((2,), k)}}, {})

@@ -1,4 +1,4 @@
-"""Prompts beyond the limit of a text encoder: how many, where the limit is, and the first of them, once."""
+"""Prompts beyond the token limit: one warning with their number, the limit and the first of them."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ SHORT = "small red circle on white"
 
 
 @pytest.mark.parametrize("model", [BASE, FLOW])
-def test_training_says_once_how_many_prompts_are_cut(tmp_path, caplog, capfd, model):
+def test_training_warns_once_about_truncated_prompts(tmp_path, caplog, capfd, model):
     backbone = load_backbone(torch.device("cpu"), path=str(model))
     limit = backbone.token_counts([])[0]
     longest = [LONG + "a", SHORT, LONG + LONG + LONG + "b"]
@@ -33,18 +33,18 @@ def test_training_says_once_how_many_prompts_are_cut(tmp_path, caplog, capfd, mo
         said = record.getMessage()
         counts = backbone.token_counts(prompts)[1]
         longer = [p for p, n in zip(prompts, counts, strict=True) if n > limit]
-        assert said.startswith(f"{len(longer)} of 3 prompts are longer than the text encoder reads") and longer
+        assert said.startswith(f"{len(longer)} of 3 prompts exceed the token limit of the text encoder") and longer
         assert f"the first: '{longer[0][:80]}...'" in said and f"tokens, {limit} are read)" in said
     assert "Token indices" not in capfd.readouterr().err
 
 
-def test_nothing_is_said_of_prompts_that_are_read_whole(tmp_path, caplog):
+def test_no_warning_for_prompts_within_the_limit(tmp_path, caplog):
     LatentCache(tmp_path, load_backbone(torch.device("cpu"), path=str(BASE)), 32).add_prompts([SHORT, "a " * 9])
     assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["playground_hps", "playground_vp_score"])
-def test_scoring_says_so_and_counts_in_the_meta_file(tmp_path, capsys, name):
+def test_scoring_warns_and_writes_the_count_to_the_meta_file(tmp_path, capsys, name):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
     rows = [{"image": "a.png", "prompt": p} for p in (SHORT, LONG + "x", LONG + "x", LONG + "y")]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -61,7 +61,7 @@ def test_scoring_says_so_and_counts_in_the_meta_file(tmp_path, capsys, name):
     assert json.loads((tmp_path / "s.csv.meta.json").read_text())["scorers"][name]["longer_prompts"] is None
 
 
-def test_the_limit_itself_is_no_cut():
+def test_prompts_of_exactly_the_limit_are_not_truncated():
     """Ten more words are ten more tokens."""
     scorer = load_scorer("playground_hps", "cpu")
     limit, (n,) = scorer.token_counts(["red " * 10])

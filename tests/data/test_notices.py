@@ -1,4 +1,4 @@
-"""What is strange and yet used is listed; and a run goes on with the data it began with, or not at all."""
+"""Notices about records that are used, and the data fingerprint that a resumed run must match."""
 
 import json
 import os
@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from diffalign.data import ImageRef, PreferenceGroups, PreferencePairs, Prompts, Record
-from diffalign.data.source import check_same_data, check_same_prompts
+from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.draws import Draws
 from diffalign.types import Cond
 
 
 class Pool:
-    """Latents are the pixels averaged to 2 x 2; an embedding is the length of the prompt."""
+    """Encoder: latents are the pixels averaged to 2 x 2, an embedding is the prompt length."""
 
     fingerprint = "pool"
 
@@ -71,7 +71,7 @@ def test_duplicates_both_directions_and_tiny_images_are_listed_and_used(tmp_path
     assert not (tmp_path / "run/notices.jsonl").exists()
 
 
-def test_validation_prompts_that_are_trained_on_are_listed(tmp_path):
+def test_validation_prompts_in_the_training_data_are_listed(tmp_path):
     images(tmp_path, 4, size=40)
     (tmp_path / "train.jsonl").write_text("\n".join([row("a", 0, 1), row("b", 2, 3), row("tie", 0, 1, prob=0.5)]))
     (tmp_path / "test.jsonl").write_text("\n".join([row("c", 0, 1), row("b", 0, 2), row("tie", 2, 3)]))
@@ -98,7 +98,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_that_has_a_checkpoint_goes_on_with_the_same_data_only(tmp_path, change):
+def test_a_run_with_a_checkpoint_resumes_only_with_the_same_data(tmp_path, change):
     images(tmp_path, 4)
     (tmp_path / "p.jsonl").write_text("\n".join([row("a", 0, 1), row("b", 2, 3)]))
     run, path = tmp_path / "run", str(tmp_path / "p.jsonl")
@@ -125,7 +125,7 @@ def test_a_run_that_has_a_checkpoint_goes_on_with_the_same_data_only(tmp_path, c
     start()
 
 
-def test_other_records_are_named_with_their_number_and_datasets_are_kept_apart(tmp_path):
+def test_changed_records_raise_with_their_count_for_each_dataset_separately(tmp_path):
     def records(n):
         return [Record(str(k), "a", (ImageRef("x.png"),), (0.0,)) for k in range(n)]
 
@@ -143,7 +143,7 @@ def test_other_records_are_named_with_their_number_and_datasets_are_kept_apart(t
     check_same_prompts(tmp_path, "p.txt", [("0", "a")], main=True)
 
 
-def test_prompts_are_kept_whole_by_the_cache(tmp_path):
+def test_prompts_recompute_damaged_cached_embeddings(tmp_path):
     (tmp_path / "p.txt").write_text("a\nb\n")
     prompts = Prompts(Pool(), tmp_path / "run", path=str(tmp_path / "p.txt"), cache=str(tmp_path / "cache"))
     (file,) = (tmp_path / "cache").rglob("*.rows")

@@ -1,4 +1,4 @@
-"""Crop and flip: drawn once a pair, from its key."""
+"""Random crop and flip: drawn once per pair, from its key."""
 
 import json
 
@@ -12,7 +12,7 @@ from diffalign.types import Cond
 
 
 class Pool:
-    """Latents are the pixels averaged to 2 x 2."""
+    """Encoder: latents are the pixels averaged to 2 x 2."""
 
     fingerprint = "pool"
 
@@ -29,7 +29,7 @@ def pairs_of(tmp_path, path, **config):
 
 
 def gradients(folder):
-    """One pair of 16 x 8 pictures whose red is 10 times the column; the loser's columns count from 1."""
+    """One pair of 16 x 8 images whose red is 10 times the column index; the loser's columns start at 1."""
     folder.mkdir()
     for side, start in (("w", 0), ("l", 1)):
         array = np.zeros((8, 16, 3), dtype=np.uint8)
@@ -41,8 +41,8 @@ def gradients(folder):
     return str(folder / "pairs.jsonl")
 
 
-def test_crop_and_flip_are_drawn_once_a_pair_from_its_key(tmp_path):
-    """Column c of a crop at u is picture column round(8 u) + c, both sides alike; a flip reverses the columns."""
+def test_crop_and_flip_are_drawn_once_per_pair_from_its_key(tmp_path):
+    """Column c of a crop at u is image column round(8 u) + c, in winner and loser; a flip reverses the columns."""
     pairs = pairs_of(tmp_path, gradients(tmp_path / "data"), cache="off", crop="random")
     draws, flips = Draws(0), set()
     for epoch in range(12):
@@ -58,7 +58,7 @@ def test_crop_and_flip_are_drawn_once_a_pair_from_its_key(tmp_path):
     assert len(flips) > 5
 
 
-def test_cached_flips_are_those_of_the_draws_and_of_the_pixels(tmp_path):
+def test_flips_from_the_cache_equal_flips_from_pixels(tmp_path):
     path = gradients(tmp_path / "data")
     cached = pairs_of(tmp_path, path)
     fresh = pairs_of(tmp_path, path, cache="off")

@@ -1,4 +1,4 @@
-"""Groups of prepared images: what a scorer trains on."""
+"""Ranked groups of preprocessed images, the training data of scorers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prepare(data):
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """20 prompts; number k has 2 + k % 3 images, ranked backwards, of brightness (image number) / 10."""
+    """A file of 20 prompts; prompt k has 2 + k % 3 images, ranked in reverse, of brightness (image number) / 10."""
     lines = []
     for k in range(20):
         names = [f"{k}_{j}.png" for j in range(2 + k % 3)]
@@ -39,7 +39,7 @@ def _groups(file: Path, part: str = "train", **config: object) -> PreferenceGrou
     return PreferenceGroups(prepare, file.parent / "run", part=part, path=str(file), **config)  # type: ignore[arg-type]
 
 
-def test_a_batch_holds_the_images_of_its_prompts_in_a_row(file: Path) -> None:
+def test_a_batch_concatenates_the_images_of_its_prompts(file: Path) -> None:
     groups = _groups(file, validation_share=1e-9)
     assert len(groups) == 20 and groups.aspects == ("overall",)
     batch = groups.collate([groups[0, 1], groups[3, 2]])
@@ -54,7 +54,7 @@ def test_a_batch_holds_the_images_of_its_prompts_in_a_row(file: Path) -> None:
 
 
 def test_aspects_are_ranked_by_their_ratings(file: Path) -> None:
-    """Larger ratings are better, smaller ranks are: so a rank is the rating with its sign turned."""
+    """Larger ratings are better, but smaller ranks are: a rank is the negative rating."""
     groups = _groups(file, aspects=("light", "same", "overall"), validation_share=1e-9)
     ranks: Tensor = groups[0, 0].ranks
     assert ranks.tolist() == [[0, -3, 2], [-1, -3, 1]]
@@ -62,7 +62,7 @@ def test_aspects_are_ranked_by_their_ratings(file: Path) -> None:
         _groups(file, aspects=("taste",))
 
 
-def test_no_prompt_is_in_both_parts_whatever_the_file_holds_besides(file: Path) -> None:
+def test_the_split_by_prompt_does_not_depend_on_other_records(file: Path) -> None:
     parts = [{r.prompt for r in _groups(file, part, validation_share=0.3).records} for part in ("train", "validation")]
     assert not parts[0] & parts[1] and len(parts[0] | parts[1]) == 20 and 1 <= len(parts[1]) <= 12
     lines = file.read_text().splitlines()
@@ -71,7 +71,7 @@ def test_no_prompt_is_in_both_parts_whatever_the_file_holds_besides(file: Path) 
     assert fewer == {p for p in parts[1] if int(p.split()[1]) >= 10}
 
 
-def test_a_validation_file_of_its_own(file: Path, tmp_path: Path) -> None:
+def test_a_separate_validation_file(file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text("\n".join(file.read_text().splitlines()[:4]) + "\n")
     train = _groups(file, validation_path=str(other))
@@ -90,7 +90,7 @@ def test_damaged_images_drop_their_group_with_a_reason(file: Path) -> None:
         _groups(file, validation_share=1e-9)
 
 
-def test_impossible_settings_are_listed(file: Path) -> None:
+def test_invalid_settings_are_reported(file: Path) -> None:
     cfg = {"path": str(file), "validation_path": None, "validation_share": 1.0, "batch_size": 0, "limit": None}
     problems = check_groups(cfg | {"num_workers": -1, "max_dropped": 2.0})
     assert [p.split("'")[1] for p in problems] == [

@@ -1,6 +1,6 @@
-"""Pairs: what is dropped, that nothing shifts, and what is drawn.
+"""Preference pairs: dropped records, alignment of ids with images and prompts, and random draws.
 
-Every picture carries its number in its colour and every prompt in its words, so that a shift by one is seen.
+Every image encodes its number in its colour and every prompt in its words, so that a shift by one is detected.
 """
 
 import io
@@ -23,7 +23,7 @@ W, L = 200, 100  # the blue of winners and losers
 
 
 class Pool:
-    """Latents are the pixels averaged to 2 x 2; an embedding is the number in the prompt, -1 for the empty one."""
+    """Encoder: latents are the pixels averaged to 2 x 2, an embedding is the number in the prompt (-1 if empty)."""
 
     fingerprint = "pool"
 
@@ -54,7 +54,7 @@ def truncated():
 
 
 def jsonl(folder, n, change=None):
-    """n pairs, number n in winner, loser and prompt; `change` maps a number to what differs in its line."""
+    """A file of n pairs; pair k has the number k in winner, loser and prompt. `change` maps k to changed fields."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for k in range(n):
@@ -82,7 +82,7 @@ def listed(tmp_path):
 
 
 def assert_nothing_shifted(pairs, expected, number_of_id):
-    """Every pair has the pictures and the prompt of its id, winner first, and the ids are the expected numbers."""
+    """Every pair has the images and the prompt of its id, winner first, and the ids are the expected numbers."""
     seen = []
     for index in range(len(pairs)):
         batch = pairs.collate([pairs[0, index]])
@@ -157,7 +157,7 @@ def test_too_much_damage_stops_before_anything_is_encoded(tmp_path):
     assert len(pairs_of(tmp_path, path, max_dropped=0.15)) == 17
 
 
-def test_ties_are_listed_but_are_no_damage(tmp_path):
+def test_ties_are_listed_but_do_not_count_as_damage(tmp_path):
     path = jsonl(tmp_path / "data", 4, {k: {"prob": 0.5} for k in (0, 2)})
     assert len(pairs_of(tmp_path, path, max_dropped=0.0)) == 2
     assert listed(tmp_path) == {"pairs.jsonl:1": "tie", "pairs.jsonl:3": "tie"}
@@ -185,7 +185,7 @@ def test_a_ranked_group_becomes_its_pairs_and_a_bad_image_drops_the_group(tmp_pa
     assert listed(tmp_path)["test.json:1"].startswith("missing image: ")
 
 
-def test_a_sample_keeps_its_id_and_draws_when_others_are_dropped(tmp_path):
+def test_ids_and_draws_do_not_depend_on_dropped_records(tmp_path):
     path = jsonl(tmp_path / "data", 6)
     whole = pairs_of(tmp_path, path, caption_dropout=0.5, hflip=True)
     (tmp_path / "data/1w.png").unlink()
@@ -197,7 +197,7 @@ def test_a_sample_keeps_its_id_and_draws_when_others_are_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
-def test_a_dropped_caption_is_the_empty_prompt_of_the_whole_pair(tmp_path, cache):
+def test_caption_dropout_gives_the_empty_prompt_to_the_whole_pair(tmp_path, cache):
     path = jsonl(tmp_path / "data", 20)
     pairs = pairs_of(tmp_path, path, caption_dropout=0.3, cache="off" if cache == "off" else str(tmp_path / "cache"))
     batch = pairs.encode(pairs.collate([pairs[2, i] for i in range(20)]))
@@ -206,7 +206,7 @@ def test_a_dropped_caption_is_the_empty_prompt_of_the_whole_pair(tmp_path, cache
     assert batch.cond.tokens[:, 0, 0].tolist() == [-1 if d else n for n, d in enumerate(dropped)]
 
 
-def test_a_batch_has_winners_first_and_what_the_types_say(tmp_path):
+def test_a_batch_has_winners_first_and_the_documented_shapes(tmp_path):
     path = jsonl(tmp_path / "data", 3, {1: {"prob": 0.9}})
     pairs = pairs_of(tmp_path, path)
     batch = pairs.collate([pairs[0, i] for i in (2, 1)])
@@ -235,7 +235,7 @@ def test_limit_takes_the_first_labelled_records(tmp_path):
     assert pairs.ids == [f"pairs.jsonl:{n}#0-1" for n in (2, 3, 4)]
 
 
-def test_impossible_settings_are_told_all_together(tmp_path):
+def test_invalid_settings_are_reported_together(tmp_path):
     given = {"path": str(tmp_path / "no"), "resolution": 0, "batch_size": 0, "crop": "random", "cache": None}
     given |= {
         "limit": 0,
@@ -286,7 +286,7 @@ def rank_of_two(tmp_path, path, rank, barrier):
     (tmp_path / f"{rank}.json").write_text(json.dumps([pairs.ids, numbers, pairs.encoder.calls]))
 
 
-def test_two_ranks_drop_and_keep_the_same(tmp_path):
+def test_two_ranks_drop_and_keep_the_same_records(tmp_path):
     path = jsonl(tmp_path / "data", 600)
     os.unlink(tmp_path / "data/3l.png")
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Prompts from files and from the playground, encoded once; images of a style or a subject with their captions."""
+"""Prompt files and playground prompts, encoded once; image folders with captions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from diffalign.data import Dropped, KeyedLoader, Prompts, TargetImages
+from diffalign.data.image_folder import read_targets
 from diffalign.data.prompts import find_prompts, read_prompts
-from diffalign.data.targets import read_targets
 from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
 
@@ -39,7 +39,7 @@ def test_prompts_are_encoded_once_and_drawn_by_key(tmp_path: Path, tiny_sd: Path
     assert next(iter(loader.start(2))).keys == batches[2].keys
 
 
-def test_playground_prompts_are_of_training_or_held_out() -> None:
+def test_playground_splits_are_disjoint_and_invalid_settings_are_reported() -> None:
     assert not set(find_prompts("playground").values()) & set(find_prompts("playground", held_out=True).values())
     cfg = {"path": "nowhere.txt", "batch_size": 0, "resolution": 32, "limit": None, "cache": None}
     assert Prompts.check(cfg) == [
@@ -53,7 +53,7 @@ def picture(file: Path, colour: str) -> None:
     Image.new("RGB", (40, 32), colour).save(file)
 
 
-def test_captions_of_targets_in_three_layouts(tmp_path: Path, tiny_sd: Path) -> None:
+def test_image_folder_captions_in_three_layouts(tmp_path: Path, tiny_sd: Path) -> None:
     style, subject, beside = tmp_path / "style", tmp_path / "subject", tmp_path / "beside"
     for folder in (style, subject, beside):
         picture(folder / "a.png", "red"), picture(folder / "b.jpg", "blue")
@@ -74,7 +74,7 @@ def test_captions_of_targets_in_three_layouts(tmp_path: Path, tiny_sd: Path) -> 
         TargetImages(backbone, Draws(0), tmp_path / "run", path=str(beside), **settings)
 
 
-def test_what_is_wrong_with_a_folder_of_targets(tmp_path: Path) -> None:
+def test_image_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder of images at"):
         read_targets(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no images"):
@@ -90,8 +90,8 @@ def test_what_is_wrong_with_a_folder_of_targets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
-def test_prompt_files_of_other_editors(tmp_path: Path, name: str) -> None:
-    """A byte order mark is dropped; other encodings, and lines that cannot be read, are named with file and line."""
+def test_prompt_file_encodings(tmp_path: Path, name: str) -> None:
+    """A byte order mark is removed. Other encodings and unreadable lines raise with file and line."""
     lines = ["small red circle on white"] * 2
     if name == "p.jsonl":
         lines = [json.dumps({"prompt": line}) for line in lines]
@@ -116,7 +116,7 @@ def test_prompt_files_of_other_editors(tmp_path: Path, name: str) -> None:
         ("{", "line 2 is not JSON: Expecting property name"),
     ],
 )
-def test_a_prompt_that_cannot_be_read_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_an_unusable_prompt_raises_with_its_line(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_prompts(tmp_path / "p.jsonl")

@@ -1,4 +1,4 @@
-"""Ranked and rated groups of images, each in the layout in which it is published."""
+"""Readers of ranked and rated image groups, in their published layouts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_ratings_are_ranked_by_their_mean_and_keep_their_aspects(tmp_path: Path)
     assert records(tmp_path) == [record]
 
 
-def test_a_ranking_goes_before_ratings_and_images_may_be_objects(tmp_path: Path) -> None:
+def test_ranking_takes_precedence_over_ratings_and_images_may_be_objects(tmp_path: Path) -> None:
     images = [{"path": f"images/{k}.webp", "generator": "sd15"} for k in range(3)]
     file = lines(tmp_path / "r.jsonl", rated(images=images, ranking=[3, 1, 2]), rated(ranking=[1, 2, 2], scores={}))
     first, second = records(file)
@@ -54,7 +54,7 @@ def test_a_ranking_goes_before_ratings_and_images_may_be_objects(tmp_path: Path)
     assert list(second.pairs()) == [(0, 1), (0, 2)] and second.aspects is None
 
 
-def test_equal_means_tie_in_whatever_order_the_aspects_are(tmp_path: Path) -> None:
+def test_equal_means_tie_for_any_order_of_the_aspects(tmp_path: Path) -> None:
     """0.1 + 0.2 + 0.3 is 0.6000000000000001 in floats, 0.3 + 0.2 + 0.1 is 0.6."""
     scores = {"a": [0.1, 0.3], "b": [0.2, 0.2], "c": [0.3, 0.1]}
     assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
@@ -78,14 +78,12 @@ def test_equal_means_tie_in_whatever_order_the_aspects_are(tmp_path: Path) -> No
         ({"ranking": [2, 2, 2]}, "tie"),
     ],
 )
-def test_a_rating_that_cannot_be_used_is_dropped_with_its_reason(
-    tmp_path: Path, changes: dict[str, object], reason: str
-) -> None:
+def test_invalid_ratings_are_dropped_with_a_reason(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
     dropped, kept = records(lines(tmp_path / "r.jsonl", rated(**changes), rated()))
     assert dropped == Dropped("r.jsonl:1", reason) and kept.id == "r.jsonl:2"
 
 
-def test_the_first_object_of_a_jsonl_file_says_what_it_is(tmp_path: Path) -> None:
+def test_the_layout_of_a_jsonl_file_is_detected_from_its_first_object(tmp_path: Path) -> None:
     file = tmp_path / "r.jsonl"
     file.write_text("no json\n" + json.dumps(rated()) + "\n")
     damaged, kept = records(file)
@@ -208,7 +206,7 @@ def test_image_reward_db_may_be_extracted(tmp_path: Path, place: str) -> None:
 
 
 def test_image_reward_db_drops_groups_and_shifts_nothing(tmp_path: Path) -> None:
-    """Prompts of 2, 3, 2, 3 images: a label of the first is gone, all of the second tie, the third lost an item."""
+    """Prompts of 2, 3, 2, 3 images: a label of the first is missing, all of the second tie, the third lacks an item."""
     items, _ = shard("test", 1, 4)
     items[0]["rank"] = None
     for k in (2, 3, 4):
@@ -222,7 +220,7 @@ def test_image_reward_db_drops_groups_and_shifts_nothing(tmp_path: Path) -> None
     assert kept.prompt == "prompt 1 3" and [ref.read() for ref in kept.images] == [picture(70 + k) for k in range(3)]
 
 
-def test_zip_files_that_are_damaged_or_incomplete_say_so(tmp_path: Path) -> None:
+def test_damaged_or_incomplete_zip_files_are_reported(tmp_path: Path) -> None:
     path = write_zip(tmp_path, "test", 1)
     with pytest.raises(FileNotFoundError, match=r"test_1\.zip' holds no gone\.webp"):
         ImageRef(str(path), member="gone.webp").read()
@@ -248,8 +246,8 @@ def _read_all(refs: list[ImageRef]) -> bool:
     return all(ref.read() == bytes([k]) * 100_000 for k, ref in enumerate(refs))
 
 
-def test_processes_that_were_forked_do_not_disturb_each_other(tmp_path: Path) -> None:
-    """They would share one place in an open file, and read each other's bytes."""
+def test_forked_processes_do_not_share_a_file_position(tmp_path: Path) -> None:
+    """With a shared open file they would read each other's bytes."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for k in range(20):
             archive.writestr(f"{k}.webp", bytes([k]) * 100_000)
@@ -259,7 +257,7 @@ def test_processes_that_were_forked_do_not_disturb_each_other(tmp_path: Path) ->
         assert pool.map(_read_all, [refs] * 30, chunksize=1) == [True] * 30
 
 
-def test_ties_are_kept_with_equal_ranks_when_asked_for(tmp_path: Path) -> None:
+def test_keep_ties_returns_ties_with_equal_ranks(tmp_path: Path) -> None:
     pairs = lines(
         tmp_path / "p.jsonl",
         {"prompt": "a", "chosen": "1", "rejected": "2", "prob": 0.5},

@@ -1,4 +1,4 @@
-"""Every layout of preference data: what is read, what is dropped, and why."""
+"""Readers of every layout of preference data: records, dropped entries and their reasons."""
 
 import io
 import json
@@ -83,7 +83,7 @@ def test_a_folder_of_shards_is_read_in_order_and_only_its_train_split(tmp_path):
     ]
 
 
-def test_parquet_reads_no_image_before_it_is_asked_for(tmp_path, monkeypatch):
+def test_parquet_images_are_read_lazily(tmp_path, monkeypatch):
     parquet(tmp_path / "a.parquet", 6)
     asked = []
     read = pq.ParquetFile.read_row_group
@@ -105,13 +105,13 @@ def test_parquet_images_may_be_the_structs_of_datasets_image(tmp_path):
     assert record.images[0].read() == picture(5)
 
 
-def test_an_image_that_is_null_is_missing(tmp_path):
+def test_a_null_image_counts_as_missing(tmp_path):
     parquet(tmp_path / "a.parquet", 2, jpg_1=[picture(1), None])
     with pytest.raises(FileNotFoundError, match="row 1 jpg_1 is null"):
         ImageRef(str(tmp_path / "a.parquet"), "jpg_1", 0, 1).read()
 
 
-def test_a_parquet_file_without_the_columns_names_them(tmp_path):
+def test_missing_parquet_columns_raise_with_their_names(tmp_path):
     pq.write_table(pa.table({"caption": ["a"], "jpg_0": [b""]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no column jpg_1, label_0; it has caption, jpg_0"):
         list(read_records(tmp_path / "a.parquet"))
@@ -154,7 +154,7 @@ def test_jsonl_paths_are_relative_to_the_file_and_prob_becomes_a_flip_probabilit
         (b"\xff\xfe{", "bad line: not UTF-8 text (byte 0xff)"),
     ],
 )
-def test_a_jsonl_line_that_cannot_be_used_is_dropped_with_its_reason(tmp_path, line, reason):
+def test_invalid_jsonl_lines_are_dropped_with_a_reason(tmp_path, line, reason):
     line = line if isinstance(line, bytes) else line.encode()
     (tmp_path / "x.jsonl").write_bytes(line + b'\n{"prompt": "a", "chosen": "1", "rejected": "2"}\n')
     dropped, kept = read_records(tmp_path / "x.jsonl")
@@ -192,7 +192,7 @@ def test_an_image_missing_on_one_side_shifts_no_prompt(tmp_path):
         b.images[0].read()
 
 
-def test_prompts_txt_of_another_length_stops(tmp_path):
+def test_prompts_txt_with_another_number_of_lines_raises(tmp_path):
     folders(tmp_path, ["a.png", "b.png"])
     (tmp_path / "prompts.txt").write_text("A\n")
     with pytest.raises(ValueError, match="1 lines for 2 images"):
@@ -210,7 +210,7 @@ def test_two_folders_with_prompts_by_name(tmp_path):
     assert b == Dropped("b.png", "no prompt: not in prompts.jsonl")
 
 
-def test_hpd_pairs_lie_in_the_subfolder_of_their_split(tmp_path):
+def test_hpd_images_are_found_in_the_subfolder_of_their_split(tmp_path):
     for n in range(4):
         put(tmp_path / f"train/{n}.jpg", n)
     entries = [
@@ -229,7 +229,7 @@ def test_hpd_pairs_lie_in_the_subfolder_of_their_split(tmp_path):
 
 
 def test_hpd_ranked_groups_expand_to_pairs_without_ties(tmp_path):
-    """Ranks 2, 1, 2: image 1 beats 0 and 2, which tie. Images lie beside the file here."""
+    """Ranks 2, 1, 2: image 1 beats 0 and 2, which tie. Images are beside the file here."""
     for n in range(3):
         put(tmp_path / f"{n}.jpg", n)
     entries = [
@@ -244,7 +244,7 @@ def test_hpd_ranked_groups_expand_to_pairs_without_ties(tmp_path):
     assert (tie.reason, missing.reason) == ("tie", "missing label")
 
 
-def test_what_is_no_data_set_says_what_was_expected(tmp_path):
+def test_unknown_layouts_raise_with_the_expected_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data set at .*; expected a \.parquet file or a folder"):
         read_records(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"no known data set; expected .*HPDv2 \.json"):

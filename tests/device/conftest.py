@@ -1,4 +1,4 @@
-"""Device of the tests in this folder: DIFFALIGN_TEST_DEVICE, by default a CUDA GPU if available, else `pretend`."""
+"""Device of the tests in this folder: DIFFALIGN_TEST_DEVICE, `cuda` on a machine with a GPU; by default `pretend`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from diffalign.training.run import Run
 
-NAME = os.environ.get("DIFFALIGN_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else pretend.NAME)
+NAME = os.environ.get("DIFFALIGN_TEST_DEVICE") or pretend.NAME
 
 
 @pytest.fixture(autouse=True)

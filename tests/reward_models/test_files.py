@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from reward_models.files import (
+    first_line,
     leads_out,
     open_file,
     parse_json,
@@ -132,3 +133,9 @@ def test_folders_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError("I/O error: No space left on device (os error 28)")
     assert caught.value.filename == str(folder)
     assert [x.name for x in tmp_path.iterdir()] == ["export"] and [x.name for x in folder.iterdir()] == ["second"]
+
+
+def test_an_error_without_a_message_is_named() -> None:
+    """Libraries raise NotImplementedError() and KeyError("") too."""
+    assert first_line(NotImplementedError()) == "NotImplementedError"
+    assert first_line(ValueError("one.\ntwo")) == "one"

@@ -1,1 +1,1 @@
-"""What happens around the steps of a run: checkpoints, sample grids, monitoring, validation, export."""
+"""Trainer hooks: checkpoints, sample grids, monitoring, validation, export."""

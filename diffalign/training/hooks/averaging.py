@@ -1,4 +1,4 @@
-"""The moving average of the weights, fed after every step."""
+"""Hook that updates the moving average (EMA) of the weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from diffalign.training.trainer import Hook, Trainer
 
 
 class Averaging(Hook):
-    """Feeds the moving average; must come before the hooks that use it."""
+    """Updates the EMA after every step; must come before the hooks that use it."""
 
     def __init__(self, ema: Ema):
         self.ema = ema

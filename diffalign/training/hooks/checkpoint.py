@@ -1,4 +1,4 @@
-"""Checkpoints: written every so many steps, and restored when a run resumes."""
+"""Checkpoints: saved at a fixed interval and loaded when a run resumes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from reward_models.files import put_folder, readable
 
 
 class Stateful(Protocol):
-    """Has something that a checkpoint must hold besides the players' weights."""
+    """Object with state that a checkpoint saves besides the players' weights."""
 
     def state(self) -> dict[str, Tensor]: ...
     def load(self, state: Mapping[str, Tensor]) -> None: ...
 
 
 class Checkpoint(Hook):
-    """Saves what resume needs, every so many steps (0 for never) and at the last one, and loads it.
+    """Saves and loads checkpoints for resuming: every `every` steps (0: never) and after the last step.
 
-    A checkpoint is written beside its final place and renamed when complete, so the newest one is always whole.
-    Only weights that train are in it. parts: whose state it holds besides, by name. The digests of its files are in it,
-    and what a disk has damaged is refused.
+    A checkpoint is written to a temporary folder and renamed when complete, so the newest one is never partial.
+    It holds only the trainable weights, and the state of `parts` (name -> object). It also holds checksums of its
+    files; a damaged checkpoint is not loaded.
     """
 
     def __init__(self, run: Run, ema: Ema | None, every: int, keep: int, parts: Mapping[str, Stateful] | None = None):
@@ -46,13 +46,13 @@ class Checkpoint(Hook):
         return sorted(p for p in self.folder.glob("step-*") if (p / "state.json").exists() and p.suffix != ".tmp")
 
     def restore(self, trainer: Trainer) -> None:
-        """Go on from the newest checkpoint of a run that resumes. Raises ValueError where that cannot be done."""
+        """Load the newest checkpoint if the run resumes. Raises ValueError if it cannot be loaded."""
         if self.run.main:
-            for unfinished in self.folder.glob("step-*.tmp"):  # of a kill while it was written
+            for unfinished in self.folder.glob("step-*.tmp"):  # the run was killed while writing it
                 shutil.rmtree(unfinished)
         found = self.complete() if self.run.resume else []
         if not found:
-            self.run.metrics.rewind(-1)  # nothing that was logged, not even before the first step
+            self.run.metrics.rewind(-1)  # delete all logged metrics, including those of step 0
             return
         path = found[-1]
         try:
@@ -68,14 +68,14 @@ class Checkpoint(Hook):
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             cure = f"to resume from '{found[-2].name}', the one before" if found[1:] else "and begin again at step 0"
             raise ValueError(f"checkpoint '{path}' cannot be read ({error}); delete that folder {cure}") from error
-        trainer.micro = self._position(trainer, used, turn)
+        trainer.micro = self._micro_batches_per_rank(trainer, used, turn)
         self.run.metrics.rewind(trainer.step)
         self.run.print(f"resumed from '{path}'")
 
-    def _position(self, trainer: Trainer, used: int, turn: int) -> int:
-        """Micro-batches that each process of this run has behind it, of those used so far by all processes together.
+    def _micro_batches_per_rank(self, trainer: Trainer, used: int, turn: int) -> int:
+        """Micro-batches consumed by each rank of this run, from the number `used` by all ranks together.
 
-        Raises ValueError where a turn would be another number of micro-batches than it was: another batch.
+        Raises ValueError if the effective batch (micro-batches per turn over all ranks) would change.
         """
         world = self.run.accelerator.num_processes
         if world * trainer.grad_accum != turn:
@@ -95,7 +95,7 @@ class Checkpoint(Hook):
             self.run.print(f"step {trainer.step} is saved; run.resume=true goes on from there" if self.every else none)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of this moment. Every rank calls it. Raises OSError when it cannot be written."""
+        """Write a checkpoint of the current step. Every rank calls it. Raises OSError if it cannot be written."""
         self.run.metrics.flush()
         final = self.folder / f"step-{trainer.step:06d}"
         temporary = final.with_suffix(".tmp")
@@ -104,7 +104,7 @@ class Checkpoint(Hook):
         self.run.accelerator.wait_for_everyone()
         try:
             self._write(trainer, temporary)
-        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has three names
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of the three
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
                 f"cannot write checkpoint '{final}' ({error}); make room and go on with run.resume=true, "
@@ -124,7 +124,7 @@ class Checkpoint(Hook):
                 save_file(self.ema.tensors(), folder / "ema.safetensors")
             for name, part in self.parts.items():
                 save_file(part.state(), folder / f"{name}.safetensors")
-            world = self.run.accelerator.num_processes  # of a resumed run it may be another
+            world = self.run.accelerator.num_processes  # a resumed run may have another world size
             state = {"step": trainer.step, "micro_batches": trainer.micro * world}
             state["micro_batches_a_turn"] = trainer.grad_accum * world
             (folder / "state.json").write_text(json.dumps(state))
@@ -134,7 +134,7 @@ class Checkpoint(Hook):
 
 
 class Restore(Hook):
-    """The first hook: loads the newest checkpoint of a run that resumes, so that all others find the run as it was."""
+    """First hook: loads the newest checkpoint if the run resumes, before any other hook starts."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
@@ -144,11 +144,13 @@ class Restore(Hook):
 
 
 def in_order(checkpoint: Checkpoint, hooks: Sequence[Hook]) -> list[Hook]:
-    """Restored before any other hook looks at the run; saved after all of them have, so that a kill between loses
-    nothing of theirs, and a step that one of them declares the last is saved as well."""
+    """Order of the hooks: load the checkpoint first, save it last.
+
+    Saving last includes the state of all other hooks, and also the final step if a hook stops the run early.
+    """
     return [Restore(checkpoint), *hooks, checkpoint]
 
 
 def check_checkpoints(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in the keys about checkpoints of a `hooks` section, one line each."""
+    """Problems of the checkpoint keys of a `hooks` section, one line each."""
     return too_small("hooks", cfg, checkpoint_every=0, keep_checkpoints=1)

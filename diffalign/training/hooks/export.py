@@ -1,4 +1,4 @@
-"""The export at the end of a run, and its verification."""
+"""Hooks that export the model at the end of a run and verify the export."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffalign.training.trainer import Hook, Trainer
 
 
 class Export(Hook):
-    """At the end: `export/` in diffusers layout."""
+    """Writes `export/` in diffusers layout at the end of the run."""
 
     def __init__(self, run: Run, backbone: Backbone, averaged: Any):
         self.run, self.backbone, self.averaged = run, backbone, averaged
@@ -25,7 +25,7 @@ class Export(Hook):
 
 
 class Verify(Hook):
-    """The last hook: holds what was exported against the run. The other processes do not wait for it."""
+    """Last hook: compares the export with the trained model, on rank 0. The other ranks do not wait."""
 
     def __init__(self, run: Run, backbone: Backbone, averaged: Any, resolution: int):
         self.run, self.backbone, self.averaged, self.resolution = run, backbone, averaged, resolution

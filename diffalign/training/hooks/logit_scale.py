@@ -1,4 +1,4 @@
-"""The limit on CLIP's logit scale while a scorer trains."""
+"""Hook that clamps CLIP's logit scale while a scorer trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watches a run that climbs rewards for the ways in which rewards are hacked, and says so in plain words."""
+"""Hook that detects reward hacking during reward training and prints warnings."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ LIMITS = {
     "contrast": (1.25, "contrast is {:.0%} higher than at the start"),
     "high_frequency": (1.5, "fine noise or texture is {:.0%} stronger than at the start"),
 }
-"""Measure -> how many times its start it may reach, and what is said beyond."""
+"""Measure -> (maximum ratio to its initial value, warning when it is exceeded)."""
 CHUNK = 8
-"""Prompts whose samples are measured at a time, at most."""
+"""Maximum number of prompts whose samples are measured at once."""
 LEAST_DIVERSITY = 0.5
 MOST_CLAMPED = 0.05
 
 
 class Monitor(Hook):
-    """Looks at samples of fixed prompts and noise, before the first step and every so many steps.
+    """Measures samples of fixed prompts and noise, before the first step and every `every` steps.
 
-    Positional: the run, the backbone, its sampler, the rewards that are trained on, and what loads scorers by name.
+    Positional: the run, the backbone, its sampler, the training rewards, and a function that loads scorers by name.
 
-    `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, clamped, diversity (the distance of samples of
-    one prompt), warnings (how many), trained_gain and held_out_gain: how far the mean score rose, in standard
-    deviations of the scores at the start.
+    `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, clamped, diversity (distance between samples of
+    one prompt) and warnings (their number). It also gets trained_gain and held_out_gain: the increase of the mean
+    score since the start, in standard deviations of the initial scores.
 
     Args:
-        prompts: .txt or .jsonl of prompts that are not trained on, or playground; nothing is watched without
-        prompt_count: how many of them, each drawn twice
-        held_out: a scorer that is never trained on (name, folder or package.module:Class)
-        every: steps between looks
+        prompts: .txt or .jsonl of held-out prompts, or playground; the monitor is off without it
+        prompt_count: number of prompts; each is sampled twice
+        held_out: scorer that is not part of the reward (name, folder or package.module:Class)
+        every: steps between measurements
         stop: end the run at the first warning
     """
 
@@ -69,11 +69,11 @@ class Monitor(Hook):
             self.prompts = list(find_prompts(prompts, held_out=True).values())[:prompt_count]
             self.cond = backbone.encode_text(self.prompts)
         self.before: dict[str, Tensor] = {}
-        self.best: dict[str, Tensor] = {}  # the look that the held-out scorer liked most
+        self.best: dict[str, Tensor] = {}  # the measurement with the highest mean held-out score
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `monitor` section, one line each."""
+        """Problems of a `monitor` section of the config, one line each."""
         problems = [f"'monitor.{k}' = {cfg[k]} must be 1 or more" for k in ("every", "prompt_count") if cfg[k] < 1]
         if cfg["prompts"] is None:
             return problems
@@ -84,21 +84,21 @@ class Monitor(Hook):
         return problems
 
     def start(self, trainer: Trainer) -> None:
-        """Measure the model as it begins; a resumed run has read what was measured then from its checkpoint."""
+        """Measure the initial model. A resumed run has loaded this measurement from its checkpoint."""
         if self.prompts and trainer.step == 0:
             self.before = self.best = self._measure()
             self._warn(trainer, self.before)
 
     def state(self) -> dict[str, Tensor]:
-        """The looks that later ones are compared with, and the steps of the warnings."""
-        looks = {"before": self.before, "best": self.best}
-        found = {f"{look}/{name}": value.clone() for look, values in looks.items() for name, value in values.items()}
+        """The initial and best measurements, and the steps with warnings."""
+        stored = {"before": self.before, "best": self.best}
+        found = {f"{key}/{name}": value.clone() for key, values in stored.items() for name, value in values.items()}
         return found | {"warned": torch.tensor(self.warned, dtype=torch.int64)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state()`."""
         self.before, self.best = (
-            {k.removeprefix(look): v for k, v in state.items() if k.startswith(look)} for look in ("before/", "best/")
+            {k.removeprefix(key): v for k, v in state.items() if k.startswith(key)} for key in ("before/", "best/")
         )
         self.warned = state["warned"].tolist()
 
@@ -111,54 +111,56 @@ class Monitor(Hook):
             self.run.print(f"{len(self.warned)} warnings of the monitor, the first at step {self.warned[0]}")
 
     def _measure(self) -> dict[str, Tensor]:
-        """Every measure of each sample [2N], or pair of samples [N], on the CPU. The ranks share the prompts, and every
-        rank gets all of the measures, so that all come to the same conclusions."""
+        """Every measure of each sample [2N] or pair of samples [N], on the CPU.
+
+        The prompts are split over the ranks. Every rank gets all measures, so that all ranks warn and stop together.
+        """
         accelerator, n = self.run.accelerator, len(self.prompts)
         size = min(CHUNK, -(-n // accelerator.num_processes))
         chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
         mine = chunks[accelerator.process_index :: accelerator.num_processes]
-        parts = sorted(self.run.gather([(chunk.start, self._look(chunk)) for chunk in mine]))
+        parts = sorted(self.run.gather([(chunk.start, self._measure_chunk(chunk)) for chunk in mine]))
         return {name: torch.cat([part[name] for _, part in parts], dim=1).flatten() for name in parts[0][1]}
 
     @torch.no_grad()
-    def _look(self, chunk: range) -> dict[str, Tensor]:
-        """Every measure of both samples of some prompts: [2, n], or [1, n] of the pair, on the CPU."""
+    def _measure_chunk(self, chunk: range) -> dict[str, Tensor]:
+        """Every measure of the prompts in `chunk`: [2, n] for the two samples or [1, n] for the pair, on the CPU."""
         prompts = [self.prompts[i] for i in chunk] * 2
         keys = [(i // len(chunk), prompt) for i, prompt in enumerate(prompts)]
         images: list[Tensor] = []
         trained, held_out = [], []
         for some in drawn(self.backbone, self.sampler, self.cond.at(torch.tensor(chunk).repeat(2)), keys):
             done = sum(len(x) for x in images)
-            theirs = prompts[done : done + len(some)]
+            batch_prompts = prompts[done : done + len(some)]
             images.append(some)
-            trained.append(self.rewards.raw_scores(some, theirs))
+            trained.append(self.rewards.raw_scores(some, batch_prompts))
             if self.scorer is not None:
-                held_out.append(self.scorer.score(some, theirs))
+                held_out.append(self.scorer.score(some, batch_prompts))
         found = {**image_statistics(torch.cat(images)), "trained": torch.cat(trained)}
         if held_out:
             found["held_out"] = torch.cat(held_out)
         return {name: value.float().cpu().reshape(-1, len(chunk)) for name, value in found.items()}
 
     def _warn(self, trainer: Trainer, now: dict[str, Tensor]) -> None:
-        """Log the measures and say what is suspicious about them."""
+        """Log the measures and print a warning for each sign of reward hacking."""
         values = {k: v.mean() for k, v in now.items() if k not in ("trained", "held_out")}
         gains = {k: (now[k] - self.before[k]) / self.before[k].std() for k in ("trained", "held_out") if k in now}
         values |= {f"{k}_gain": v.mean() for k, v in gains.items()}
-        said = hacking_signs(self.before, self.best, now)
-        values["warnings"] = torch.tensor(float(len(said)))
+        warnings = hacking_signs(self.before, self.best, now)
+        values["warnings"] = torch.tensor(float(len(warnings)))
         self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
         if "held_out" in now and now["held_out"].mean() > self.best["held_out"].mean():
             self.best = now
-        for line in said:
+        for line in warnings:
             self.run.print(f"step {trainer.step}: {line}")
-        if said:
+        if warnings:
             self.warned.append(trainer.step)
             if self.stop:
-                trainer.stop = f"the monitor warned: {said[0]}"
+                trainer.stop = f"the monitor warned: {warnings[0]}"
 
 
 def image_statistics(pixels: Tensor) -> dict[str, Tensor]:
-    """Images [2N, 3, H, W] in [0, 1], first and last N of the same prompts -> measures [2N], diversity [N]."""
+    """Measures [2N] of images [2N, 3, H, W] in [0, 1]; images i and N + i share a prompt, diversity is [N]."""
     grey = pixels.mean(1, keepdim=True)
     smooth = F.avg_pool2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return {
@@ -171,9 +173,9 @@ def image_statistics(pixels: Tensor) -> dict[str, Tensor]:
 
 
 def hacking_signs(before: Mapping[str, Tensor], best: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> list[str]:
-    """What the measures say about reward hacking, in plain words; empty for nothing.
+    """Signs of reward hacking, one warning each; empty if there are none.
 
-    Those of the look of images are compared with before, the held-out scorer's with its best.
+    Image statistics are compared with the initial ones, the held-out score with its best value so far.
     """
     said = []
     for name, (limit, words) in LIMITS.items():

@@ -1,4 +1,4 @@
-"""Samples of a model while it trains, a few at a time, and the grid of some of them."""
+"""Samples of the model during training, in batches, and the hook that writes sample grids."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from diffalign.types import Cond, Key
 from reward_models.files import replacing, writing
 
 PIXELS = 8 * 512 * 512
-"""How many are sampled at a time; their decoding is bounded by the backbone."""
+"""Maximum number of pixels sampled at once. The backbone limits the batch size of decoding itself."""
 
 
 @torch.no_grad()
 def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key]) -> Iterator[Tensor]:
-    """What the denoiser draws for a cond and keys of batch B, a few images [b, 3, H, W] in [0, 1] at a time."""
+    """Sample one image per key. Yields batches of images [b, 3, H, W] in [0, 1]; cond has batch axis len(keys)."""
     width = backbone.factor * sampler.shape[-1]
     size = max(1, PIXELS // width**2)
     for i in range(0, len(keys), size):
@@ -32,7 +32,7 @@ def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key])
 
 
 class SampleGrid(Hook):
-    """Draws the same prompts from the same noise every so many steps, step 0 first: `samples/step-000500.png`.
+    """Writes a grid of fixed prompts and noise at step 0 and every `every` steps: `samples/step-000500.png`.
 
     Raises FloatingPointError when a sample is not finite, which a PNG would show as black.
     """

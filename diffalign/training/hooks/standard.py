@@ -1,4 +1,4 @@
-"""The hooks of recipes that train a denoiser, in their order."""
+"""Standard hooks of the recipes that train a denoiser."""
 
 from __future__ import annotations
 
@@ -38,31 +38,32 @@ def standard_hooks(
     sample_guidance: float = 7.5,
     verify_export: bool = True,
 ) -> list[Hook]:
-    """The hooks of every recipe that trains a backbone's denoiser; samples are `resolution` pixels wide and high.
+    """Hooks of every recipe that trains a backbone's denoiser, in order. Samples are `resolution` pixels wide and high.
 
-    algorithm  whose state checkpoints hold, where it has one
-    sampler    draws the sample grid, instead of DDIM by sample_steps and sample_guidance
-    monitor    watches the run, and may stop it
-    own        the recipe's own, after those that look at the run and before the checkpoint: what they change is saved,
-               a step that they declare the last one as well, and at the end they may add to the export
+    algorithm  its state, if it has any, is saved in checkpoints
+    sampler    sampler of the sample grid; DDIM with sample_steps and sample_guidance by default
+    monitor    detects reward hacking; it may stop the run
+    own        the recipe's own hooks. They run after the monitor, the sample grid and the export, and before the
+               checkpoint. So the checkpoint includes their changes, they may stop the run, and they may add files to
+               the export
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
-        keep_checkpoints: how many checkpoints to keep, the newest ones
+        keep_checkpoints: number of newest checkpoints to keep
         ema_decay: keep a moving average of the weights with this decay; samples and export use it
         sample_every: steps between sample grids; 0 for never
-        sample_prompts: prompts of the sample grid, each with the same noise every time
-        sample_steps: DDIM steps of the sample grid, in recipes without a sampler of their own
+        sample_prompts: prompts of the sample grid; the noise of each is fixed
+        sample_steps: DDIM steps of the sample grid, in recipes without a `sampler` section
         sample_guidance: guidance scale of the sample grid, in the same recipes
-        verify_export: load the export in a fresh process with plain diffusers and compare it with the run
+        verify_export: load the export with plain diffusers in a new process and compare it with the trained model
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
     averaged = ema.applied if ema else nullcontext
-    held: dict[str, Stateful] = {} if monitor is None else {"monitor": monitor}
+    stateful: dict[str, Stateful] = {} if monitor is None else {"monitor": monitor}
     if algorithm is not None and type(algorithm).state is not Algorithm.state:
-        held["algorithm"] = algorithm
+        stateful["algorithm"] = algorithm
     hooks: list[Hook] = [Averaging(ema)] if ema else []
-    if monitor is not None:  # before what acts on the last step, which it may declare
+    if monitor is not None:  # first, because it may stop the run: the others act on the last step
         hooks.append(monitor)
     if sample_every and sample_prompts:
         if sampler is None:
@@ -70,12 +71,12 @@ def standard_hooks(
             sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
     hooks += [Export(run, backbone, averaged), *own]
-    hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, held), hooks)
+    hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, stateful), hooks)
     return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
 
 
 def check_hooks(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in a `hooks` section, one line each."""
+    """Problems of a `hooks` section of the config, one line each."""
     problems = check_checkpoints(cfg) + too_small("hooks", cfg, sample_every=0, sample_steps=1, sample_guidance=0)
     if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
         problems.append(f"'hooks.ema_decay' = {cfg['ema_decay']} must lie between 0 and 1, or be null")

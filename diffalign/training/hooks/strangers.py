@@ -1,4 +1,4 @@
-"""Validation of a personal scorer while it trains: how well it predicts strangers from a few of their choices."""
+"""Validation of a personal scorer: accuracy on held-out people (strangers), fitted from a few of their choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reward_models.accuracy import interval
 from reward_models.files import read_lines, replacing_folder, write_lines
 
 BINS = 10
-"""Of the calibration error."""
+"""Number of bins of the calibration error."""
 
 
 def stranger_hooks(
@@ -31,21 +31,20 @@ def stranger_hooks(
     validate_every: int = 500,
     shots: tuple[int, ...] = (4, 20),
 ) -> list[Hook]:
-    """The hooks of the recipe that trains a personal scorer. own: the recipe's own, which may change weights before
-    they are validated.
+    """Hooks of the recipe that trains a personal scorer. own: the recipe's own hooks; they run before validation.
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
-        keep_checkpoints: how many checkpoints to keep, the newest ones
+        keep_checkpoints: number of newest checkpoints to keep
         validate_every: steps between validations on strangers; the last step is always validated
-        shots: from how many choices a stranger is fitted; the rest of their choices is predicted
+        shots: numbers of choices from which a stranger is fitted; the remaining choices are predicted
     """
     checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
     return in_order(checkpoint, [*own, Strangers(run, scorer, choices, validate_every, shots)])
 
 
 def check_stranger_hooks(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in this `hooks` section, one line each."""
+    """Problems of this `hooks` section, one line each."""
     problems = check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1)
     if min(cfg["shots"], default=1) < 1:
         problems.append(f"'hooks.shots' = {list(cfg['shots'])} must be 1 or more each")
@@ -56,10 +55,10 @@ stranger_hooks.check = check_stranger_hooks  # type: ignore[attr-defined]
 
 
 class Strangers(Hook):
-    """Fits every stranger from their first choices and predicts the others; exports the scorer at the end.
+    """Fits every stranger to their first choices and predicts the rest; exports the scorer at the end.
 
-    `<run>/validation.jsonl` gets a line for each number of choices: accuracy (mean over strangers, 95 % bootstrap over
-    them), the expected calibration error of the predicted probabilities, and how uncertain the taste leaves them.
+    `<run>/validation.jsonl` gets a line for each number of choices: accuracy (mean over strangers with 95 % bootstrap
+    interval), expected calibration error of the predicted probabilities, and their posterior uncertainty (doubt).
     """
 
     def __init__(self, run: Run, scorer: Any, choices: PersonalChoices, every: int, shots: tuple[int, ...]):
@@ -80,22 +79,22 @@ class Strangers(Hook):
     def end(self, trainer: Trainer) -> None:
         if self.run.main:
             head, choices = self.scorer.head, self.choices
-            self.scorer.standardise([head.fit(*self._place(choices.of(name))) for name in choices.people])
+            self.scorer.standardise([head.fit(*self._on_device(choices.of(name))) for name in choices.people])
             with replacing_folder(self.export) as temporary:
                 self.scorer.save(temporary)
             self.run.print(f"exported: '{self.export}'; `diffalign user fit` makes a user of a few choices")
         self.run.accelerator.wait_for_everyone()
 
-    def _place(self, choices: Any) -> Any:
+    def _on_device(self, choices: Any) -> Any:
         return [z.to(self.run.device) for z in choices]
 
     @torch.no_grad()
     def measure(self, step: int, shots: int) -> dict[str, Any]:
-        """One line of validation.jsonl: 0 shots is what anybody would choose."""
+        """One line of validation.jsonl. 0 shots: prediction for a person without any choices."""
         head = self.scorer.head
         right, chances, spread = [], [], []
         for name in self.choices.strangers:
-            z_w, z_l = self._place(self.choices.of(name))
+            z_w, z_l = self._on_device(self.choices.of(name))
             if len(z_w) < 2 * shots:
                 continue
             if shots:
@@ -124,7 +123,7 @@ class Strangers(Hook):
 
 
 def calibration_error(chances: torch.Tensor) -> float:
-    """Expected calibration error of the probabilities [n] given to what was then chosen (Guo et al., 2017)."""
+    """Expected calibration error of the predicted probabilities [n] of the chosen images (Guo et al., 2017)."""
     confidence, right = torch.maximum(chances, 1 - chances), (chances > 0.5).float()
     bins = ((confidence - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
     gaps = [(right[bins == k] - confidence[bins == k]).sum().abs() for k in range(BINS)]

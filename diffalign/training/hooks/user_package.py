@@ -1,4 +1,4 @@
-"""What lies beside an exported user adapter, so that people without diffalign can use it."""
+"""User embeddings and README beside an exported user adapter, for use without diffalign."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ image = pipe("{prompt}", ip_adapter_image_embeds=embeds).images[0]
 
 
 def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
-    """What cannot work in an `adapter` section with this `backbone` section, one line each."""
+    """Problems of an `adapter` section with this `backbone` section, one line each."""
     problems = []
     if backbone["lora_rank"]:
         problems.append("'backbone.lora_rank' must be 0: what trains is the adapter, whose rank is 'adapter.rank'")
@@ -49,7 +49,7 @@ def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
     try:
         family = family_of(find_pipeline(backbone["path"]))
     except (OSError, ValueError):
-        return problems  # reported where it is loaded
+        return problems  # reported when the backbone is loaded
     if not issubclass(supported_families().get(family, UNetBackbone), UNetBackbone):
         problems.append(f"'backbone.path' holds a {family}; user adapters are for Stable Diffusion and SDXL")
     return problems
@@ -59,7 +59,7 @@ add_user_adapter.check = check_adapter  # type: ignore[attr-defined]
 
 
 class UserPackage(Hook):
-    """At the end, writes users.safetensors (each user's mean embedding [T, D]) and README.md into the export."""
+    """Writes users.safetensors (mean embedding [T, D] of each user) and README.md into the export at the end."""
 
     def __init__(self, run: Run, backbone: Backbone, users: Mapping[str, Tensor]):
         self.run, self.backbone, self.users = run, backbone, users

@@ -1,4 +1,4 @@
-"""Validation of a scorer while it trains: accuracy on held-out prompts, the best weights kept, an early stop."""
+"""Validation of a scorer during training: accuracy on held-out prompts, best weights, early stopping."""
 
 from __future__ import annotations
 
@@ -31,21 +31,20 @@ def scorer_hooks(
     validate_every: int = 100,
     patience: int | None = None,
 ) -> list[Hook]:
-    """The hooks of every recipe that trains a scorer. own: the recipe's own, which may change weights before they are
-    validated.
+    """Hooks of every recipe that trains a scorer. own: the recipe's own hooks; they run before validation.
 
     Args:
         checkpoint_every: steps between checkpoints (for resume); the last step always writes one; 0 for never
-        keep_checkpoints: how many checkpoints to keep, the newest ones
+        keep_checkpoints: number of newest checkpoints to keep
         validate_every: steps between validations, step 0 and the last one included; the best weights are exported
-        patience: stop after so many validations in a row without a better one; never when left out
+        patience: stop after this number of validations in a row without improvement; never if not set
     """
     checkpoint = Checkpoint(run, None, checkpoint_every, keep_checkpoints)
     return in_order(checkpoint, [*own, Validation(run, scorer, validation, validate_every, patience)])
 
 
 def check_scorer_hooks(cfg: dict[str, Any]) -> list[str]:
-    """What cannot work in this `hooks` section, one line each."""
+    """Problems of this `hooks` section, one line each."""
     return check_checkpoints(cfg) + too_small("hooks", cfg, validate_every=1, patience=1)
 
 
@@ -53,11 +52,10 @@ scorer_hooks.check = check_scorer_hooks  # type: ignore[attr-defined]
 
 
 class Validation(Hook):
-    """Measures the share of held-out pairs that the scorer puts in the right order, a tie being wrong.
+    """Measures pairwise accuracy on the validation split; a tie counts as wrong.
 
-    `<run>/validation.jsonl` gets a line each time; `<run>/export/` holds the weights of the best one, which
-    `load_scorer` reads. Where the scorer can take the mean and standard deviation of its logits, so that its scores are
-    standardised, it gets those of the validation images.
+    `<run>/validation.jsonl` gets one line per validation. `<run>/export/` holds the best weights, for `load_scorer`.
+    If the scorer standardises its scores, its logit mean and standard deviation are set from the validation images.
     """
 
     def __init__(self, run: Run, scorer: Any, groups: PreferenceGroups, every: int, patience: int | None):
@@ -66,7 +64,7 @@ class Validation(Hook):
         self.rows: list[dict[str, Any]] = []
 
     def start(self, trainer: Trainer) -> None:
-        if trainer.step:  # resumed: what came later will come again
+        if trainer.step:  # resumed: later validations are repeated
             rows = read_lines(self.file) if self.file.exists() else []
             self.rows = [row for row in rows if row["step"] <= trainer.step]
         else:
@@ -86,7 +84,7 @@ class Validation(Hook):
 
     @torch.no_grad()
     def measure(self, step: int) -> None:
-        """Validate; export when it is the best so far. Every rank calls it."""
+        """Validate, and export the scorer if it is the best so far. Every rank calls it."""
         right, pairs, logits = self._score()
         if bad := int((~torch.isfinite(logits)).any(1).sum()):
             raise FloatingPointError(
@@ -107,7 +105,7 @@ class Validation(Hook):
         self.run.accelerator.wait_for_everyone()
 
     def _score(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Pairs put right [A], pairs [A] and logits [N, A] of all validation groups, the ranks sharing the work."""
+        """Correct pairs [A], all pairs [A] and logits [N, A] of the validation groups, computed on all ranks."""
         groups, a = self.groups, self.run.accelerator
         mine = range(a.process_index, len(groups), a.num_processes)
         loader: DataLoader[Any] = DataLoader(

@@ -1,4 +1,4 @@
-"""What a run was trained on: `data.json` in its folder, so that it goes on with the same data or not at all."""
+"""Fingerprint of the training data: `data.json` in the run folder. A run resumes only with the same data."""
 
 from __future__ import annotations
 
@@ -16,29 +16,35 @@ from reward_models.files import read_json, write_whole
 def check_same_data(
     folder: Path, name: str, path: str, records: Sequence[Record], images: Iterable[ImageRef], *, main: bool
 ) -> None:
-    """Write what the data are to `<folder>/data.json` under `name`, or compare with what is there since the run has a
-    checkpoint. Raises ValueError when the records, or the sizes or times of their images, are others."""
+    """Fingerprint of a data set: written to `<folder>/data.json` under `name`, compared once the run has a checkpoint.
+
+    Raises ValueError when the records differ, or the sizes or modification times of the image files.
+    """
     found = {"path": path, "count": len(records), "records": _records(records), "images": _images(images)}
     _compare(folder / "data.json", name, found, main)
 
 
 def check_same_prompts(folder: Path, path: str, prompts: Iterable[tuple[str, str]], *, main: bool) -> None:
-    """The same for prompts with their ids."""
+    """Fingerprint of (id, prompt) pairs; written and compared as in `check_same_data`."""
     rows = [f"{id}\0{prompt}" for id, prompt in prompts]
     _compare(folder / "data.json", "prompts", {"path": path, "count": len(rows), "records": _digest(rows)}, main)
 
 
 def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
     before = read_json(file) if file.exists() else {}
-    begun = any((file.parent / "checkpoints").glob("step-*"))
-    if begun and name in before:
+    has_checkpoint = any((file.parent / "checkpoints").glob("step-*"))
+    if has_checkpoint and name in before:
         changed = [key for key in ("count", "records", "images") if before[name].get(key) != found.get(key)]
         if changed:
-            what = {"count": "other records", "records": "other records", "images": "images of other sizes or times"}
+            what = {
+                "count": "other records",
+                "records": "other records",
+                "images": "images of other sizes or times",
+            }
             count = f" ({before[name]['count']} before, {found['count']} now)" if changed[0] == "count" else ""
             raise ValueError(
                 f"the data of '{found['path']}' changed since '{file.parent}' began: {what[changed[0]]}{count}; put "
-                f"them back, choose another run.folder, or delete '{file}' to go on all the same"
+                f"them back, choose another run.folder, or delete '{file}' to resume with the changed data"
             )
     elif main:
         write_whole(file, json.dumps({**before, name: found}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Which records can be used: reading them, setting aside what is damaged, and saying so."""
+"""Filtering of records: drops damaged ones, lists them with reasons, and stops the run above a limit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from diffalign.data.entries import side_of
+from diffalign.data.entry_checks import side_of
 from diffalign.data.image_checks import ImageCheck
 from diffalign.data.readers import read_records
 from diffalign.data.records import Dropped, ImageRef, Record
@@ -17,31 +17,34 @@ from reward_models.files import write_lines
 logger = logging.getLogger(__name__)
 
 Verify = Callable[[Sequence[Record], Sequence[ImageRef]], None]
-"""What is told of the records and images of a data set before any image is read; it may refuse them."""
+"""Callback with the records and image references of a data set, before any image is read. It may raise."""
 NO_PREFERENCE = ("tie", "not labelled")
-"""Records that say nothing about preference. They are listed like damaged ones but do not count as damage: one record
-in eight of Pick-a-Pic is a tie."""
+"""Kinds of records without a preference label. They are listed like damaged ones but do not count as damage:
+one record in eight of Pick-a-Pic is a tie."""
 
 
 def read_some(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]]:
-    """The first `limit` usable records of a data set, or all, and what had to be dropped on the way."""
+    """The first `limit` usable records of a data set (None: all), and the records dropped before them."""
     records: list[Record] = []
     dropped: list[Dropped] = []
-    for one in read_records(path):
-        if isinstance(one, Dropped):
-            dropped.append(one)
+    for record in read_records(path):
+        if isinstance(record, Dropped):
+            dropped.append(record)
         else:
-            records.append(one)
+            records.append(record)
             if len(records) == limit:
                 break
     return records, dropped
 
 
-def usable_records(records: Sequence[Record], seen: dict[ImageRef, ImageCheck]) -> tuple[list[Record], list[Dropped]]:
-    """Split off the records with an image that cannot be used, or with the same image as winner and loser."""
+def usable_records(records: Sequence[Record], checks: dict[ImageRef, ImageCheck]) -> tuple[list[Record], list[Dropped]]:
+    """Separate the usable records from those to drop.
+
+    A record is dropped when one of its images cannot be used, or when a winner and its loser are the same image.
+    """
     usable, dropped = [], []
     for record in records:
-        images = [seen[ref] for ref in record.images]
+        images = [checks[ref] for ref in record.images]
         bad = next((k for k, image in enumerate(images) if image.reason), None)
         if bad is not None:
             dropped.append(Dropped(record.id, images[bad].reason, _side(record, bad), str(record.images[bad])))
@@ -53,38 +56,42 @@ def usable_records(records: Sequence[Record], seen: dict[ImageRef, ImageCheck]) 
 
 
 class Notice(NamedTuple):
-    """A record that is used although something about it is strange: `kind` or `kind: detail`."""
+    """Warning about a record that is used nevertheless; `notice` is `kind` or `kind: detail`."""
 
     id: str
     notice: str
 
 
-def notices_of(records: Sequence[Record], seen: dict[ImageRef, ImageCheck]) -> Iterator[Notice]:
-    """Preferences that come twice, by the same person or nobody named, or also the other way round; tiny images."""
+def notices_of(records: Sequence[Record], checks: dict[ImageRef, ImageCheck]) -> Iterator[Notice]:
+    """Notices of duplicate preferences, contradicting preferences, and tiny images.
+
+    A duplicate is the same preference by the same annotator, or with no annotator. "both directions" is the reverse
+    preference for the same two images.
+    """
     first: dict[int, int] = {}
     for number, record in enumerate(records):
-        images = [seen[ref] for ref in record.images]
+        images = [checks[ref] for ref in record.images]
         for k, image in enumerate(images):
             if image.note:
                 yield Notice(record.id, f"tiny image: {_side(record, k)} is {image.note}")
         found = {"duplicate": -1, "both directions": -1}
         for w, l_ in record.pairs():
             better, worse = images[w].digest, images[l_].digest
-            said = hash((record.prompt, better, worse))  # not the texts: a million of them would take gigabytes
-            same = first.setdefault(hash((said, record.annotator)), number)
-            first.setdefault(said, number)
-            other = first.get(hash((record.prompt, worse, better)), number)
+            pair = hash((record.prompt, better, worse))  # hashes, since a million prompts would take gigabytes
+            same = first.setdefault(hash((pair, record.annotator)), number)
+            first.setdefault(pair, number)
+            reverse = first.get(hash((record.prompt, worse, better)), number)
             found["duplicate"] = same if same < number else found["duplicate"]
-            found["both directions"] = other if other < number else found["both directions"]
+            found["both directions"] = reverse if reverse < number else found["both directions"]
         for kind, before in found.items():
             if before >= 0:
                 yield Notice(record.id, f"{kind}: {records[before].id}")
 
 
-def trained_on(records: Sequence[Record], path: str | None) -> Iterator[Notice]:
-    """Validation records whose prompts are also those of training, read from `path`."""
+def train_prompt_overlap(records: Sequence[Record], path: str | None) -> Iterator[Notice]:
+    """Notices of validation records whose prompt is also in the training data at `path` (None: no check)."""
     if path is not None:
-        prompts = {one.prompt: one.id for one in read_records(path, keep_ties=True) if isinstance(one, Record)}
+        prompts = {r.prompt: r.id for r in read_records(path, keep_ties=True) if isinstance(r, Record)}
         for record in records:
             if record.prompt in prompts:
                 yield Notice(record.id, f"prompt of training: {prompts[record.prompt]}")
@@ -97,13 +104,16 @@ def _side(record: Record, k: int) -> str:
 
 
 class DropReport:
-    """Lists what was dropped, and stops the run when it is too much."""
+    """Report of dropped records. Writes them to `file` and stops the run above the share `max_dropped`."""
 
     def __init__(self, file: Path, main: bool, path: str, max_dropped: float):
         self.file, self.main, self.path, self.max_dropped = file, main, path, max_dropped
 
     def stop_if_damaged(self, usable: int, dropped: Sequence[Dropped]) -> None:
-        """Write the list. Raises ValueError when more than max_dropped is damaged or nothing is left."""
+        """Write the dropped records to the file.
+
+        Raises ValueError when more than max_dropped of the records are damaged, or no usable record is left.
+        """
         if self.main:
             rows = ({name: value for name, value in d._asdict().items() if value} for d in dropped)
             write_lines(self.file, rows)
@@ -118,14 +128,14 @@ class DropReport:
             )
 
     def summary(self, usable: int, pairs: int, dropped: Sequence[Dropped]) -> None:
-        """One line in the log: a warning when something was dropped."""
+        """Log the counts in one line, as a warning if any record was dropped."""
         if self.main:
             level = logging.WARNING if dropped else logging.INFO
             what = f"; dropped {len(dropped)} ({_counts(dropped)}), listed in '{self.file}'" if dropped else ""
             logger.log(level, "%d pairs from %d records of '%s'%s", pairs, usable, self.path, what)
 
     def notice(self, notices: Callable[[], Iterable[Notice]]) -> None:
-        """List what is strange but used, and say how much it is, in one line; nothing where nothing is."""
+        """Write the notices to the notices file and log their counts in one line. Without any, the file is removed."""
         if not self.main:
             return
         found = list(notices())

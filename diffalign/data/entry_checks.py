@@ -1,4 +1,7 @@
-"""What the readers share: the lines of a file, where images lie, and why an entry cannot be used."""
+"""Checks of data set entries, shared by the readers: JSON lines, image paths, prompts, labels, annotators.
+
+The `bad_*` functions return the reason why a value cannot be used, or "" when it can.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Records = Iterator[Record | Dropped]
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
-    """(id, object) of every line that is not blank; a Dropped in place of what is no JSON object."""
+    """(id, object) of every line that is not blank. A line that is not a JSON object gives a Dropped instead."""
     for number, text in enumerate(raw_lines(path), 1):
         id = f"{path.name}:{number}"
         if not text.strip():
@@ -29,39 +32,39 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
 
 
 def bad_prompt(text: Any) -> str:
-    """Why a prompt cannot be used, or nothing."""
+    """Why a prompt cannot be used, or ""."""
     if not isinstance(text, str) or not text.strip():
         return "empty caption"
     return "" if is_unicode(text) else "bad caption: not valid Unicode"
 
 
 def bad_path(name: str, *, inside: bool = False) -> str:
-    """Why no image can lie at this path, or nothing. With inside, it must not lead out of the data set's folder."""
+    """Why an image path cannot be used, or "". With inside=True, it must stay in the data set's folder."""
     if reason := bad_name(name):
         return f"bad path: {reason}"
     return f"bad path: '{name[:80]}' leads out of the data set's folder" if inside and leads_out(name) else ""
 
 
 def bad_label(value: Any, valid: Callable[[float], bool] = math.isfinite) -> str:
-    """Why a label cannot be used, or nothing."""
+    """Why a label cannot be used, or "". `valid` is true for numbers in range."""
     if value is None or value != value:
         return "missing label"
     try:
-        fine = not isinstance(value, bool) and isinstance(value, (int, float)) and valid(float(value))
+        ok = not isinstance(value, bool) and isinstance(value, (int, float)) and valid(float(value))
     except OverflowError:  # an integer of hundreds of digits
-        fine = False
-    return "" if fine else f"label out of range: {_short(value)}"
+        ok = False
+    return "" if ok else f"label out of range: {_short(value)}"
 
 
 def bad_labels(values: Any, count: int, valid: Callable[[float], bool] = math.isfinite) -> str:
-    """Why the labels of `count` images cannot be used, or nothing."""
+    """Why the labels of `count` images cannot be used, or ""."""
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != count:
         return f"bad entry: needs one label for each of {count} images, got {_short(values)}"
     return next(filter(None, (bad_label(value, valid) for value in values)), "")
 
 
 def bad_images(id: str, names: Sequence[str], *, inside: bool = False) -> Dropped | None:
-    """The first of a record's image paths that cannot be used, as what it makes of the record."""
+    """Dropped record for its first image path that cannot be used, or None when all paths can."""
     for k, name in enumerate(names):
         if reason := bad_path(name, inside=inside):
             return Dropped(id, reason, side_of(k, len(names)))
@@ -69,20 +72,20 @@ def bad_images(id: str, names: Sequence[str], *, inside: bool = False) -> Droppe
 
 
 def side_of(k: int, count: int) -> str:
-    """How the k-th image of a record is called where the layout gives it no better name."""
+    """Name of the k-th image of a record in reports, for layouts without chosen and rejected."""
     return f"image {k + 1} of {count}"
 
 
 def files(folder: Path, names: Sequence[str]) -> tuple[ImageRef, ...]:
-    """The images at paths relative to a folder."""
-    place = str(folder)
-    return tuple([ImageRef(os.path.join(place, name)) for name in names])  # pathlib's `/` takes ten times as long
+    """References to the images at paths relative to a folder."""
+    root = str(folder)
+    return tuple([ImageRef(os.path.join(root, name)) for name in names])  # pathlib's `/` takes ten times as long
 
 
 def bad_annotator(value: Any) -> str:
-    """Why the name or number of a person cannot be used, or nothing."""
-    fine = value is None or (isinstance(value, (str, int, float)) and not bad_name(str(value)))
-    return "" if fine else f"bad annotator: {_short(value)}"
+    """Why an annotator's name or number cannot be used, or ""."""
+    ok = value is None or (isinstance(value, (str, int, float)) and not bad_name(str(value)))
+    return "" if ok else f"bad annotator: {_short(value)}"
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Images that a model should learn to draw: a style, or a subject."""
+"""Folders of captioned images for fine-tuning on a style or a subject."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.entries import bad_path, bad_prompt, json_lines
+from diffalign.data.entry_checks import bad_path, bad_prompt, json_lines
 from diffalign.data.latents import Example, PreferenceLatents, check_latents
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import read_text
@@ -14,14 +14,15 @@ from reward_models.images import SUFFIXES, is_image
 
 
 class TargetImages(PreferenceLatents):
-    """Single images with their captions, from a folder.
+    """Single captioned images from a folder, used as training targets.
 
-    The captions lie in metadata.jsonl ({"file_name": ..., "text": ...}, the layout of Hugging Face image folders), in a
-    .txt file beside each image, or, one for all images as in DreamBooth, in prompt.txt.
+    Captions are in metadata.jsonl ({"file_name": ..., "text": ...}, the layout of Hugging Face image folders), in a
+    .txt file beside each image, or in prompt.txt with one caption for all images, as in DreamBooth.
     """
 
     @staticmethod
     def read(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]]:
+        """The first `limit` records of the folder (None: all), and the dropped entries."""
         found = read_targets(Path(path).expanduser())
         records = [one for one in found if isinstance(one, Record)]
         return records[:limit], [one for one in found if isinstance(one, Dropped)]
@@ -33,7 +34,7 @@ class TargetImages(PreferenceLatents):
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `data` section, one line each."""
+        """Problems with a `data` section, one line each."""
         problems = [p for p in check_latents(cfg) if not p.startswith("'data.path'")]
         try:
             read_targets(Path(cfg["path"]).expanduser())
@@ -43,22 +44,22 @@ class TargetImages(PreferenceLatents):
 
 
 def read_targets(folder: Path) -> list[Record | Dropped]:
-    """A record for each image of the folder, in sorted order.
+    """Records of a folder of captioned images, sorted by file name; images without a usable caption are Dropped.
 
-    Raises FileNotFoundError when it does not exist, ValueError when it holds no images or no captions.
+    Raises FileNotFoundError when the folder does not exist, ValueError when it has no images or no captions.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images at '{folder}'")
     names = sorted(f.name for f in folder.iterdir() if is_image(f.name))
     if not names:
         raise ValueError(f"'{folder}' holds no images ({', '.join(SUFFIXES)})")
-    one, listed = folder / "prompt.txt", folder / "metadata.jsonl"
+    shared, metadata = folder / "prompt.txt", folder / "metadata.jsonl"
     found: list[Record | Dropped] = []
     captions: dict[str, Any] = {}
-    if one.exists():
-        captions = dict.fromkeys(names, read_text(one).strip())
-    elif listed.exists():
-        captions, found = _metadata(listed)
+    if shared.exists():
+        captions = dict.fromkeys(names, read_text(shared).strip())
+    elif metadata.exists():
+        captions, found = _metadata(metadata)
     else:
         for name in names:
             file = (folder / name).with_suffix(".txt")
@@ -82,7 +83,7 @@ def read_targets(folder: Path) -> list[Record | Dropped]:
 
 
 def _metadata(file: Path) -> tuple[dict[str, Any], list[Record | Dropped]]:
-    """The captions by file name, and the lines that give none."""
+    """Captions by file name, and the lines without a usable caption."""
     captions: dict[str, Any] = {}
     bad: list[Record | Dropped] = []
     for id, line in json_lines(file):

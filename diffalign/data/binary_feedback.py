@@ -1,4 +1,4 @@
-"""Single images that people liked or did not."""
+"""Single images with binary feedback (preferred or not), as Diffusion-KTO uses them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from diffalign.draws import Draws
 
 
 class LikedImages(PreferenceLatents):
-    """Every image of every prompt once: its score is 1 if it was ever preferred to another, else 0 (Diffusion-KTO)."""
+    """Unpaired images with binary labels: score 1 if the image won any comparison, else 0 (Diffusion-KTO).
+
+    Each image of a prompt is one example, however many pairs contain it.
+    """
 
     @staticmethod
     def examples(records: Sequence[Record]) -> Iterator[Example]:
@@ -26,24 +29,24 @@ class LikedImages(PreferenceLatents):
 
     @property
     def liked(self) -> list[int]:
-        """The numbers of the examples that were liked."""
+        """Indices of the examples with score 1."""
         return self._scores.nonzero()[:, 0].tolist()
 
     @property
     def disliked(self) -> list[int]:
-        """The numbers of the others."""
+        """Indices of the examples with score 0."""
         return (self._scores == 0).nonzero()[:, 0].tolist()
 
 
 class Balanced:
-    """LikedImages drawn with replacement, a fixed share of them liked, as Diffusion-KTO trains.
+    """Class-balanced sampling of LikedImages: with replacement, a fixed share of positive examples (Diffusion-KTO).
 
-    Positional: the images and the run's draws. Draws are a function of (epoch, slot), stream "balance".
+    Positional: the images and the run's draws. Each draw is a function of (epoch, slot), stream "balance".
 
     Args:
-        positive_ratio: share of liked images among those drawn; null for every image once an epoch, as they come
+        positive_ratio: share of liked images among the samples; null samples every image once an epoch
 
-    Raises ValueError when there is no image of either kind.
+    Raises ValueError when all images have the same label.
     """
 
     def __init__(self, images: LikedImages, draws: Draws, *, positive_ratio: float | None = 0.8):
@@ -56,7 +59,7 @@ class Balanced:
 
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
-        """What cannot work in a `balance` section."""
+        """Problems with a `balance` section."""
         ratio = cfg["positive_ratio"]
         if ratio is None or 0 < ratio < 1:
             return []
@@ -66,13 +69,13 @@ class Balanced:
         return len(self.images)
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
-        """The image in slot `index` of `epoch`, from place = (epoch, index)."""
+        """The image drawn for a slot of an epoch; place = (epoch, slot)."""
         epoch, slot = place
         if self.positive_ratio is None:
             return self.images[place]
-        which, among = self.draws.uniform([(epoch, slot, 0), (epoch, slot, 1)], stream="balance").tolist()
-        these = self.classes[which < self.positive_ratio]
-        index = these[int(among * len(these))]
+        class_draw, index_draw = self.draws.uniform([(epoch, slot, 0), (epoch, slot, 1)], stream="balance").tolist()
+        candidates = self.classes[class_draw < self.positive_ratio]
+        index = candidates[int(index_draw * len(candidates))]
         return self.images.draw((epoch, f"{slot} {self.images.ids[index]}"), index)
 
     def collate(self, items: Sequence[Item]) -> Any:
