@@ -16,8 +16,8 @@ from reward_models.files import read_json, write_whole
 # Guidance scale 1 (off): guidance makes all samples similar, which leaves little difference to prefer.
 SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 1 --size 32 --batch-size 64"
 STORY = f"""
-# Align the shipped 1.3 M parameter Stable Diffusion with Diffusion-DPO: a LoRA, its reference is the same U-Net with the
-# adapters off. The 2,000 preference pairs ship too: two samples of this model for each caption, chosen by simulated
+# Align the shipped 1.3 M parameter Stable Diffusion with Diffusion-DPO: a LoRA, its reference is the same U-Net with
+# the adapters off. The 2,000 preference pairs ship too: two samples of this model for each caption, chosen by simulated
 # people. They prefer vivid colours, well-placed objects and clean images, and they make errors.
 diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/run data.cache=OUT/cache
 # Captions with combinations of colour, shape and background that are not in the model's training data.
