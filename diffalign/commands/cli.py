@@ -66,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", help="data.cache of the runs ($DIFFALIGN_CACHE, or ~/.cache/diffalign)")
     p.add_argument("--clear", action="store_true", help="delete them; later runs recompute what they need")
     p.set_defaults(run=_cache)
-    p = commands.add_parser("demo", help="pairs, alignment, preference and report from the shipped model; CPU, minutes")
+    p = commands.add_parser("demo", help="alignment, preference and report of the shipped model; CPU, minutes")
     p.add_argument("--out", type=Path, default=Path("demo"), help="output folder")
+    p.add_argument("--seed", type=int, default=0, help="of the training and of the images; 0")
     p.add_argument("--random-labels", action="store_true", help="also train on random labels, as a control")
     p.set_defaults(run=_demo)
     _playground(commands.add_parser("playground", help="the small world behind the demo and the tests"))
@@ -174,7 +175,7 @@ def _cache(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from diffalign.commands.demo import demo
 
-    return demo(args.out, random_labels=args.random_labels)
+    return demo(args.out, seed=args.seed, random_labels=args.random_labels)
 
 
 def _prompts(args: argparse.Namespace) -> int:

@@ -14,12 +14,13 @@ from diffalign.report.comparison import label_effect, sentence
 from reward_models.files import read_json, write_whole
 
 # Guidance scale 1 (off): guidance makes all samples similar, which leaves little difference to prefer.
-SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 1 --size 32 --batch-size 64"
+SAMPLING = "--samples-per-prompt 2 --steps 10 --guidance 1 --size 32 --batch-size 64 --seed SEED"
+SEEDS = "run.seed=SEED backbone.seed=SEED"
 STORY = f"""
 # Align the shipped 1.3 M parameter Stable Diffusion with Diffusion-DPO: a LoRA, its reference is the same U-Net with
 # the adapters off. The 2,000 preference pairs ship too: two samples of this model for each caption, chosen by simulated
 # people. They prefer vivid colours, well-placed objects and clean images, and they make errors.
-diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/run data.cache=OUT/cache
+diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/run data.cache=OUT/cache {SEEDS}
 # Captions with combinations of colour, shape and background that are not in the model's training data.
 diffalign playground prompts --n 128 --held-out --out OUT/held_out.jsonl
 # The same prompts and the same noise for the base model ...
@@ -32,13 +33,13 @@ diffalign eval win_rate OUT/base OUT/aligned --scorer diffalign.playground:Judge
 # A report that opens from disk, with the images before and after.
 diffalign eval report --base OUT/base --aligned OUT/aligned --win-rate OUT/win_rate.json --run OUT/run --out OUT/report
 """
-"""Commands of the demo. OUT is replaced by its output folder."""
+"""Commands of the demo. OUT is replaced by its output folder, SEED by the seed."""
 CONTROL = f"""
 # The control run: the same pairs with random labels. A gain in this run does not come from preferences.
 diffalign playground unpack playground_own --n 2000 --out OUT/pairs
 diffalign playground label OUT/pairs --labels random --min-margin 0 --out OUT/random.jsonl
 diffalign train --num-processes 1 diffusion_dpo --config playground run.folder=OUT/random_run data.cache=OUT/cache \
-    data.path=OUT/random.jsonl
+    data.path=OUT/random.jsonl {SEEDS}
 diffalign generate --pipeline playground --lora OUT/random_run/export --prompts OUT/held_out.jsonl {SAMPLING} \
     --out OUT/random
 diffalign eval win_rate OUT/base OUT/random --scorer diffalign.playground:Judge --out OUT/random.json
@@ -46,10 +47,11 @@ diffalign eval win_rate OUT/base OUT/random --scorer diffalign.playground:Judge 
 """Additional commands of the control run, which separates the effect of the labels from that of training itself."""
 
 
-def demo(out: Path, *, random_labels: bool = False) -> int:
+def demo(out: Path, *, seed: int = 0, random_labels: bool = False) -> int:
     """Run the demo; with `random_labels` the control run too.
 
     It trains a LoRA by Diffusion-DPO on shipped pairs, measures the preference on held-out prompts and writes a report.
+    seed: of the LoRA, of the training and of the noise of all images.
 
     Writes everything under `out`, `out/summary.json` last. Returns the exit code of the first command that fails, or 0.
     """
@@ -63,7 +65,7 @@ def demo(out: Path, *, random_labels: bool = False) -> int:
         if line.startswith("#"):
             print(f"\n{line}", flush=True)
             continue
-        words = [word.replace("OUT/", f"{out}{os.sep}") for word in line.split()]
+        words = [word.replace("SEED", str(seed)).replace("OUT/", f"{out}{os.sep}") for word in line.split()]
         print(f"$ {shlex.join(words)}", flush=True)
         command = [sys.executable, "-m", "diffalign", *words[1:]]
         code = launch.call(command, environment)

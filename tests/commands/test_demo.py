@@ -68,3 +68,11 @@ def test_images_are_drawn_without_guidance_everywhere() -> None:
         words = shlex.split(line, comments=True)
         if words[1:2] == ["generate"]:
             assert words[words.index("--guidance") + 1] == "1", line
+
+
+def test_the_seed_reaches_training_and_images(tmp_path: Path, commands: list[list[str]]) -> None:
+    assert story.demo(tmp_path / "demo", seed=7) == 0
+    assert not any("SEED" in word for words in commands for word in words)
+    assert [words[-2:] for words in commands if words[0] == "train"] == [["run.seed=7", "backbone.seed=7"]]
+    seeds = [words[words.index("--seed") + 1] for words in commands if words[0] == "generate"]
+    assert seeds == ["7", "7"]
