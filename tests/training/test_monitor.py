@@ -32,7 +32,7 @@ def looked(images: torch.Tensor, held_out: float = 0.0, trained: float = 0.0) ->
     return {**image_statistics(images), "held_out": scores + held_out, "trained": scores + trained}
 
 
-def test_measures_of_known_images() -> None:
+def test_image_statistics_by_hand() -> None:
     """Half of the pixels pure red, half black: saturation 1/2, grey level 1/3 or 0, all clamped; two equal halves."""
     image = torch.zeros(1, 3, 8, 8)
     image[:, 0, :, :4] = 1
@@ -44,7 +44,7 @@ def test_measures_of_known_images() -> None:
     assert image_statistics(noise)["high_frequency"][0] > 5 * found["high_frequency"][0]
 
 
-def test_what_is_said_and_when_nothing_is() -> None:
+def test_warnings_and_when_there_are_none() -> None:
     before = looked(IMAGES)
     assert hacking_signs(before, before, before) == []
     assert hacking_signs(before, before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
@@ -65,7 +65,7 @@ def test_what_is_said_and_when_nothing_is() -> None:
     assert "fell by" in hacking_signs(before, before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
 
 
-def test_problems_of_its_settings() -> None:
+def test_invalid_monitor_settings_are_reported() -> None:
     cfg = {"prompts": "nowhere.txt", "prompt_count": 0, "every": 0, "held_out": None, "stop": False}
     assert len(Monitor.check(cfg)) == 3
     assert Monitor.check({**cfg, "prompts": None, "prompt_count": 4, "every": 5}) == []
@@ -80,7 +80,7 @@ def hacked(folder: Path) -> list[str]:
     return settings
 
 
-def test_a_hacked_run_is_stopped_and_says_why(
+def test_reward_hacking_stops_the_run_with_a_warning(
     tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A scorer that likes nothing but colour, climbed fast; the HPS-style one is held out."""

@@ -133,7 +133,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: P
     assert all(torch.allclose(first[f][k], second[f][k], atol=1e-5) for f in first for k in first[f])
 
 
-def test_a_run_says_what_it_does_and_leaves_what_it_promises(
+def test_printed_lines_and_files_of_a_run(
     tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -192,7 +192,7 @@ def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, 
     assert held == [(1, 0, 0), (2, 0, 0), (1, 0, 0)]
 
 
-def test_a_longer_run_continues_a_finished_one(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "long", pairs_file))
     recipe("diffusion_dpo", *arguments(tmp_path / "short", pairs_file, "trainer.steps=3"))
     recipe("diffusion_dpo", *arguments(tmp_path / "short", pairs_file, "run.resume=true"))
@@ -210,7 +210,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_samples(
         recipe("diffusion_dpo", *broken)
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
+def test_a_full_disk_during_a_checkpoint_keeps_the_previous_one(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch
+) -> None:
     """The disk fills while the checkpoint of step 4 is written: one error, and the run resumes from step 2."""
     from accelerate import Accelerator
 
@@ -231,7 +233,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, pairs_file: Path, recipe: Cal
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_a_damaged_checkpoint_raises_with_its_path(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
     file = tmp_path / "run/checkpoints/step-000002/trained_0.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -276,7 +278,7 @@ def test_every_config_error_is_reported_before_anything_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_resuming_with_other_data_is_refused(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
     assert json.loads((tmp_path / "run/data.json").read_text())["PreferencePairs"]["count"] > 0
     image = pairs_file.parent / "chosen0.png"
