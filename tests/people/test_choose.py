@@ -52,7 +52,7 @@ def _winners(file: Path) -> dict[str, str]:
 # The file
 
 
-def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
+def test_choices_are_read_as_preference_pairs(tmp_path: Path) -> None:
     """The true winner is read back wherever it stood on the page, also from another folder and through a link."""
     pairs = _pairs(tmp_path / "data")
     (tmp_path / "far" / "away").mkdir(parents=True)
@@ -72,7 +72,7 @@ def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
     }
 
 
-def test_restart_continues(tmp_path: Path) -> None:
+def test_a_restart_continues_with_the_open_pairs(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "new" / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     choices.choose(pairs[2].id, 1)
@@ -84,7 +84,7 @@ def test_restart_continues(tmp_path: Path) -> None:
     assert list(ChoiceLog(file, pairs).answers) == [2, 1, 3]
 
 
-def test_a_pair_is_decided_once(tmp_path: Path) -> None:
+def test_a_second_choice_for_a_pair_is_ignored(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     assert choices.choose(pairs[0].id, 1) and choices.choose(pairs[1].id, None)
@@ -95,7 +95,7 @@ def test_a_pair_is_decided_once(tmp_path: Path) -> None:
     assert choices.current() == pairs[2]
 
 
-def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
+def test_undo_removes_the_last_choice_only(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     assert choices.last is None and not choices.undo(pairs[0].id)
@@ -113,7 +113,7 @@ def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["choices.jsonl", "choices.jsonl.skipped"])
-def test_cut_off_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Wherever a crash cuts the last line, the others stay and the pair is open again."""
     pairs, image = _pairs(tmp_path), None if name.endswith("skipped") else 1
     whole = ChoiceLog(tmp_path / "choices.jsonl", pairs)
@@ -134,7 +134,7 @@ def test_cut_off_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCa
     assert choices.open == [2, 3] and (tmp_path / name).read_bytes() == both
 
 
-def test_choice_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_is_synced_to_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk records nothing, says so, and leaves no half line for the next choice to be appended to."""
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
@@ -178,7 +178,7 @@ def test_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
         ChoiceLog(file, pairs)
 
 
-def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None:
+def test_pick_is_called_once_per_pair_with_the_open_indices(tmp_path: Path) -> None:
     pairs, asked = _pairs(tmp_path), []
 
     def pick(answers: Mapping[int, int], open: Sequence[int]) -> int:
@@ -198,7 +198,7 @@ def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None
     assert asked == [({}, [0, 1, 2, 3]), ({3: 1}, [0, 2]), ({3: 1, 2: 0}, [0])]
 
 
-def test_errors_of_pick_come_out(tmp_path: Path) -> None:
+def test_an_invalid_index_from_pick_raises(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
     choices = ChoiceLog(tmp_path / "choices.jsonl", pairs, lambda answers, open: 1)
     choices.choose(pairs[1].id, 0)
@@ -206,7 +206,7 @@ def test_errors_of_pick_come_out(tmp_path: Path) -> None:
         choices.current()
 
 
-def test_sides_are_balanced_and_stay(tmp_path: Path) -> None:
+def test_left_and_right_are_balanced_and_the_same_at_every_start(tmp_path: Path) -> None:
     pairs = [Pair(f"{i:05d}", "p", (tmp_path, tmp_path)) for i in range(400)]
     flipped = sum(pair.shown == (1, 0) for pair in pairs)
     assert 160 < flipped < 240, "four standard deviations around one half"
@@ -248,7 +248,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def test_listens_on_this_machine_only_and_says_so_in_its_headers(server: Server) -> None:
+def test_server_listens_on_localhost_with_strict_headers(server: Server) -> None:
     assert server.server_address[0] == "127.0.0.1" and server.url == f"http://127.0.0.1:{server.server_port}/"
     for path in ("/", "/more", "/image?pair=00000%2F0%20%26%3F&image=0", "/nothing"):
         _, text, headers = _ask(server, "GET", path)
@@ -264,7 +264,7 @@ def test_listens_on_this_machine_only_and_says_so_in_its_headers(server: Server)
     assert not re.search(rb"https?:|//[a-z]|@import|url\(| style=| on\w+=", text), "nothing from elsewhere"
 
 
-def test_other_hosts_are_refused(server: Server) -> None:
+def test_requests_with_another_host_header_are_refused(server: Server) -> None:
     port, body = server.server_port, {"token": server.token, "pair": "00000/0 &?", "image": 0}
     for host in (
         "evil.example",
@@ -281,7 +281,7 @@ def test_other_hosts_are_refused(server: Server) -> None:
     assert _ask(server, "GET", "/", Host=f"localhost:{port}")[0] == 200
 
 
-def test_posts_from_elsewhere_are_refused(server: Server) -> None:
+def test_posts_from_another_origin_are_refused(server: Server) -> None:
     good = {"token": server.token, "pair": "00000/0 &?", "image": 0}
 
     def post(body: Any, path: str = "/choose", **headers: str) -> int:
@@ -308,7 +308,7 @@ def test_posts_from_elsewhere_are_refused(server: Server) -> None:
     assert post(good, Origin=f"http://localhost:{port}") == 200 and server.choices.answers == {0: 0}
 
 
-def test_posts_can_be_repeated(server: Server) -> None:
+def test_repeated_posts_have_no_further_effect(server: Server) -> None:
     body = {"token": server.token, "pair": "00000/0 &?", "image": 1}
     answers = [json.loads(_ask(server, "POST", path, body)[1]) for path in ("/choose", "/choose", "/undo", "/undo")]
     assert answers == [{"done": True}, {"done": False}] * 2
@@ -326,7 +326,7 @@ def test_two_tabs_at_once_record_one_choice(server: Server) -> None:
     assert len(server.choices.file.read_text().splitlines()) == 1
 
 
-def test_images_are_served_by_pair_and_nothing_else_is(server: Server, tmp_path: Path) -> None:
+def test_only_the_images_of_pairs_are_served(server: Server, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     status, text, headers = _ask(server, "GET", "/image?pair=00001%2F0%20%26%3F&image=1")
     assert (status, headers["Content-Type"], text[:4]) == (200, "image/png", b"\x89PNG")
@@ -348,7 +348,7 @@ def test_images_are_served_by_pair_and_nothing_else_is(server: Server, tmp_path:
         assert (status, text) == (404, b"nothing here"), path
 
 
-def test_images_that_cannot_be_shown_are_not_found(tmp_path: Path) -> None:
+def test_unreadable_images_give_404(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 3)
     pairs[0].images[0].unlink()
     pairs[1].images[0].write_bytes(pairs[1].images[1].read_bytes()[:60])
@@ -360,7 +360,7 @@ def test_images_that_cannot_be_shown_are_not_found(tmp_path: Path) -> None:
             assert f"{i}-0.png' cannot be shown".encode() in text
 
 
-def test_a_failing_pick_is_told_on_the_page_and_in_the_terminal(
+def test_an_error_in_pick_is_shown_on_the_page_and_in_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with _running(ChoiceLog(tmp_path / "choices.jsonl", _pairs(tmp_path), lambda answers, open: 99)) as server:
@@ -411,7 +411,7 @@ def _prefer(page: Any, pair: Pair, image: int, key: bool) -> None:
         page.keyboard.press(f"Arrow{side.title()}") if key else page.click(f"#{side}")
 
 
-def test_two_servers_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_server_on_the_same_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second one says so and touches nothing; the kernel frees the file when the first is killed."""
     choose = runpy.run_path(str(ROOT / "tools" / "user.py"))["main"]
     told, tell = os.pipe()
@@ -494,7 +494,7 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
     assert _winners(file) == wanted and len(wanted) == 12 and page.title() == "12 of 10 chosen"
 
 
-def test_what_a_hasty_hand_does_counts_once(page: Any, tmp_path: Path) -> None:
+def test_double_clicks_and_repeated_keys_count_once(page: Any, tmp_path: Path) -> None:
     """Double clicks, a key that is held down or pressed with Alt, while a slow pick looks for the next pair."""
     pairs = _pairs(tmp_path, 8)
 
@@ -521,7 +521,7 @@ def test_what_a_hasty_hand_does_counts_once(page: Any, tmp_path: Path) -> None:
         assert _prompt(page) == "prompt 1" and len(server.choices.answers) == 1
 
 
-def test_missing_image_is_told_and_the_pair_can_be_passed(page: Any, tmp_path: Path) -> None:
+def test_a_missing_image_is_reported_and_the_pair_can_be_skipped(page: Any, tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 2)
     pairs[0].images[1].unlink()
     with _running(ChoiceLog(tmp_path / "choices.jsonl", pairs)) as server:
