@@ -31,7 +31,7 @@ def test_recipes_are_listed_with_their_configs(capsys: pytest.CaptureFixture[str
     assert "generate " in tools and "user " in tools
 
 
-def test_tools_are_commands_and_generate_is_known_after_eval_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_are_commands_also_after_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(launch, "start", lambda *given, **how: started.append((*given, how)) or 0)
     words, tools = ["--help", "--out=x"], launch.ROOT / "tools"
@@ -44,7 +44,7 @@ def test_tools_are_commands_and_generate_is_known_after_eval_too(monkeypatch: py
 
 
 @pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
-def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_recipes_raise_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "dpo", *more]) == 2
     said = capsys.readouterr().err
     assert "no train recipe 'dpo'; known recipes: " in said and "inpo, kto" in said
@@ -54,7 +54,7 @@ def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsy
         launch.find("eval", "score")
 
 
-def test_prompts_labels_and_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_playground_prompts_and_label_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Six prompts with two rendered samples each: one vivid and in place, one pale and off it."""
     from torchvision.utils import save_image
 
@@ -93,7 +93,7 @@ def test_prompts_labels_and_controls(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no annotator 'me'" in capsys.readouterr().err
 
 
-def test_playground_build_runs_from_nothing_and_resumes(tmp_path: Path) -> None:
+def test_playground_build_starts_and_resumes(tmp_path: Path) -> None:
     sizes = {"autoencoder_steps": 2, "unet_steps": 2, "images": 64, "samples": 8}
     card = build(tmp_path / "base", tmp_path / "work", **sizes)
     assert {"psnr", "colour", "shape", "score", "unet_steps"} <= card.keys()

@@ -113,7 +113,7 @@ def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
     assert same_runs(parts, whole)
 
 
-def test_where_no_checkpoints_are_wanted_a_signal_writes_none(
+def test_a_signal_writes_no_checkpoint_when_they_are_disabled(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     signalled(monkeypatch, signal.SIGTERM, 2)
@@ -137,14 +137,14 @@ with asked.caught():
 
 
 @pytest.mark.parametrize(("first", "second"), [(15, 15), (2, 2), (15, 2)])
-def test_the_second_signal_ends_it_at_once(first: int, second: int) -> None:
+def test_the_second_signal_ends_the_process_at_once(first: int, second: int) -> None:
     command = [sys.executable, "-c", TWICE, str(first), str(second)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-second, f"first {first}\n")
     assert "once more" in done.stderr
 
 
-def test_signals_that_a_process_was_started_to_ignore_stay_ignored() -> None:
+def test_signals_ignored_at_start_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         asked = interruption.Interruption()
@@ -190,7 +190,9 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
     [(signal.SIGTERM, 1, ""), (signal.SIGINT, 1, ""), (signal.SIGTERM, 1, "cpu"), (signal.SIGINT, 2, "")],
     ids=["alone", "alone-int", "accelerate", "torchrun"],
 )
-def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path: Path, signum: int, processes: int, config: str) -> None:
+def test_a_signal_to_the_launcher_reaches_the_run_and_its_exit_code_is_returned(
+    tmp_path: Path, signum: int, processes: int, config: str
+) -> None:
     """Through accelerate's launcher and torchrun too; the exit code is the run's, and there is no traceback."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
@@ -205,12 +207,12 @@ def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path: Path, signum: int,
     assert "ended with" not in out and "Traceback" not in err, err
 
 
-def test_what_a_command_is_killed_by_is_its_exit_code() -> None:
+def test_exit_codes_of_killed_commands() -> None:
     assert launch.call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
     assert launch.call([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
 
 
-def test_a_killed_command_line_leaves_no_run_behind(tmp_path: Path, recipe: Callable) -> None:
+def test_killing_the_command_ends_its_run(tmp_path: Path, recipe: Callable) -> None:
     """SIGTERM to `diffalign train`: the run ends with it, and goes on from where it was."""
     words = settings(tmp_path / "parts", *OFFLINE, "trainer.steps=400", "hooks.checkpoint_every=300", "run.log_every=1")
     command = [sys.executable, "-m", "diffalign.commands.cli", "train", "--num-processes=1", "diffusion_dpo", *words]
@@ -298,7 +300,7 @@ class Hit(torch.utils.data.Dataset):
         return batch
 
 
-def test_workers_leave_signals_to_the_run() -> None:
+def test_loader_workers_ignore_signals() -> None:
     loader = KeyedLoader(Hit(), Draws(0), batch_size=2, num_workers=1, device=torch.device("cpu"))  # type: ignore[arg-type]
     batches = loader.start(0)
     assert [len(next(batches).keys) for _ in range(6)] == [2] * 6
@@ -322,7 +324,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path, re
 
 
 @pytest.mark.parametrize("name", ["diffusion_dpo", "diff_instruct_star"])
-def test_a_folder_without_a_step_is_unused(
+def test_a_run_folder_without_a_finished_step_can_be_reused(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Whether the run failed while it loaded or after the monitor's first look; with other settings, resumed or not."""
@@ -345,7 +347,7 @@ def test_a_folder_without_a_step_is_unused(
         recipe(name, *words, "optimizer.lr=3e-5")
 
 
-def test_flipped_bytes_in_a_checkpoint_are_refused_by_name(tmp_path: Path, recipe: Callable) -> None:
+def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recipe: Callable) -> None:
     """Of every file, and the message says what the run can go on from."""
     words = settings(tmp_path / "run", *WATCHED, "trainer.steps=4", "hooks.checkpoint_every=2", "hooks.sample_every=0")
     recipe("refl", *words)
@@ -379,7 +381,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_checksums_go_below_folders(tmp_path: Path) -> None:
+def test_checksums_include_files_in_subfolders(tmp_path: Path) -> None:
     """As engines that shard write them."""
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/0.distcp").write_bytes(b"abc")
