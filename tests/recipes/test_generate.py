@@ -137,7 +137,7 @@ def test_an_image_depends_on_its_prompt_id_and_not_on_the_others(model: Path, wh
     assert np.abs(other - same).max() > 10, "the same words under another id start from other noise"
 
 
-def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: Path, forks: Any) -> None:
+def test_two_processes_generate_the_images_of_one(model: Path, whole: Path, tmp_path: Path, forks: Any) -> None:
     """Two gloo processes with the environment that `accelerate launch --cpu` gives them."""
     code = "import runpy, sys; sys.exit(runpy.run_path(sys.argv[1])['main'](sys.argv[2:]))"
     two = forks.run(code, str(ROOT / "tools" / "generate.py"), *_arguments(model, tmp_path / "two"), processes=2)
@@ -152,7 +152,7 @@ def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: P
     assert np.abs(_pixels(tmp_path / "two") - _pixels(whole)).max() <= (0 if torch.get_num_threads() == 1 else 1)
 
 
-def test_lora_changes_the_images_and_is_told_by_its_weights(
+def test_a_lora_changes_the_images_and_is_identified_by_its_weights(
     model: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = tmp_path / "lora"
@@ -184,7 +184,9 @@ def _adapted(pipeline: Path, **config: Any) -> Any:
     [{}, {"use_rslora": True}, {"alpha_pattern": {"to_v": 1}, "rank_pattern": {"to_q": 3}}, {"use_dora": True}],
     ids=["plain", "rslora", "patterns", "dora"],
 )
-def test_a_lora_as_peft_saves_it_is_loaded(model: Path, whole: Path, tmp_path: Path, config: dict[str, Any]) -> None:
+def test_a_lora_in_the_layout_of_peft_is_loaded(
+    model: Path, whole: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
     """The images are those of the network that peft itself has merged the adapter into."""
     adapted = _adapted(model / "pipeline", **config)
     adapted.save_pretrained(tmp_path / "lora")
@@ -239,7 +241,7 @@ SPOILT = ["other names", "diffusers, other names", "other shapes", "nothing lear
 
 
 @pytest.mark.parametrize("kind", [*SPOILT, "two files", "damaged", "no weights"])
-def test_a_lora_that_changes_nothing_never_passes_for_one(
+def test_a_lora_without_effect_is_reported(
     model: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = tmp_path / "lora"

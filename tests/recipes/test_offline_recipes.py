@@ -41,7 +41,7 @@ def test_two_steps_on_every_family(
     assert not torch.equal(before, images())
 
 
-def test_the_exporter_verifies_packed_latents_too(
+def test_exports_with_packed_latents_are_verified(
     tmp_path: Path, tiny_flux: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [f"backbone.path={tiny_flux}", "backbone.lora_rank=2", f"run.folder={tmp_path / 'run'}"]

@@ -90,7 +90,7 @@ def test_two_steps_on_every_family(
     assert not torch.equal(before, images())
 
 
-def test_the_runs_own_samples_come_out_of_stock_diffusers(
+def test_stock_diffusers_reproduces_the_sample_grid_from_the_export(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last sample grid of a few-step run, to 1e-4, from its export with the model's few-step scheduler."""
@@ -175,7 +175,7 @@ def test_two_players_killed_and_resumed_equal_never_killed(
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_customisation_of_a_folder(tmp_path: Path, recipe: Callable) -> None:
+def test_pso_customize_trains_on_a_folder_of_images(tmp_path: Path, recipe: Callable) -> None:
     (tmp_path / "images").mkdir()
     for k in range(3):
         Image.new("RGB", (40, 32), (200, 30 * k, 10)).save(tmp_path / "images" / f"{k}.png")
@@ -198,7 +198,9 @@ def test_offline_pso_trains_the_samplers_timesteps(tmp_path: Path, pairs_file: P
     }  # fmt: skip
 
 
-def test_what_cannot_work_is_said_at_once(tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_of_online_recipes_are_reported_at_start(
+    tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = ["algorithm.first_step=99", "sampler.steps=0", "reward.weights=[1,2]", "monitor.every=0", "data.path=x.csv"]
     with pytest.raises(SystemExit):
         recipe("refl", "--config=playground", f"run.folder={tmp_path / 'run'}", *wrong)

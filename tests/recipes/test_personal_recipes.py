@@ -81,7 +81,7 @@ def test_every_head_trains_and_loads(tmp_path: Path, people: Path, recipe: Calla
     assert scorer.score(images, prompts).isfinite().all(), "for anybody"
 
 
-def test_from_choices_to_images(
+def test_personal_workflow_from_choices_to_images(
     tmp_path: Path, people: Path, encoder: Path, users: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """fit, reward-score --user, ppd, and the adapter in `diffalign generate` and in stock diffusers."""
@@ -124,7 +124,7 @@ def test_from_choices_to_images(
     assert image.size == (32, 32)
 
 
-def test_the_card_runs_as_it_stands(
+def test_the_code_in_the_exported_readme_runs(
     tmp_path: Path, people: Path, users: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The README.md beside an export is Python that stock diffusers executes."""
@@ -195,7 +195,7 @@ def test_killed_and_resumed_equals_never_killed(
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_what_is_wrong_is_said(
+def test_wrong_personal_settings_and_files_are_reported(
     tmp_path: Path,
     people: Path,
     encoder: Path,

@@ -61,7 +61,7 @@ def _pixels(ref: Any) -> torch.Tensor:
     return data.view(1, 32, 32, 3).permute(0, 3, 1, 2).float() / 255
 
 
-def test_what_is_written_is_what_the_reader_reads(
+def test_the_reader_reads_what_rank_images_writes(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Three images a prompt from two folders; the numbers are the scorers' own, phi is counted from them by hand."""
@@ -120,7 +120,7 @@ def test_prompts_with_few_images_are_left_out_and_counted(
     assert "none of the 3 prompts has 4 images" in capsys.readouterr().err
 
 
-def test_what_cannot_be_compared_is_refused(
+def test_images_that_cannot_be_compared_are_refused(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = _model(tmp_path / "other", [(1.0, 0.0)], PROMPTS[::-1])
