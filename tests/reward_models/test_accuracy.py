@@ -58,7 +58,7 @@ def test_every_definition_on_two_prompts(metric, first, second, value) -> None: 
     assert (result.prompts, result.pairs, result.ties, result.score_ties) == (2, 7, 1, 1)
 
 
-def test_equal_scores_go_by_the_order_of_the_images_in_hps_inversion_only() -> None:
+def test_hps_inversion_breaks_equal_scores_by_image_order() -> None:
     assert hps_inversion((1, 1), (0, 1)) == (1, 1)
     assert hps_inversion((1, 1), (1, 0)) == (0, 1)
     assert mps_inversion((1, 1), (1, 0)) == (1, 1)
@@ -106,7 +106,7 @@ def _random(seed: int, prompts: int = 40) -> list[Group]:
     return [Group(str(k), rng.integers(6, size=n) / 8, rng.integers(1, 5, size=n)) for k, n in enumerate(sizes)]
 
 
-def test_the_opposite_scorer_is_right_where_this_one_is_wrong() -> None:
+def test_a_scorer_and_its_negation_sum_to_one() -> None:
     """Without ties in the scores a definition and its opposite add up to 1, tau-b to 0; with them, strict and ge do."""
     for group in _random(0):
         (right, counted), (other, _) = strict(*group[1:]), ge(-np.asarray(group.scores), group.ranks)
@@ -142,7 +142,7 @@ def test_the_interval_resamples_prompts_not_pairs() -> None:
     assert accuracy("ir_micro", _random(4), seed=1) != accuracy("ir_micro", _random(4), seed=2)
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     """200 samples of 60 prompts right with probability 0.7: nominal coverage 95 %, percentile bootstrap 92 to 95 %."""
     rng = np.random.default_rng(5)
     covered = 0
@@ -153,7 +153,7 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 175 <= covered <= 199
 
 
-def test_what_cannot_be_counted_is_refused() -> None:
+def test_invalid_metrics_and_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="no metric 'ir'; known: hps_inversion, "):
         accuracy("ir", GROUPS)
     with pytest.raises(ValueError, match="at least 2 prompts with something to count; got 1"):

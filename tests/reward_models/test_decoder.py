@@ -53,7 +53,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_png_with_long_text_or_profile_is_whole(kind: str, behind: bool) -> None:
+def test_a_png_with_long_text_or_profile_is_decoded(kind: str, behind: bool) -> None:
     expected = torch.from_numpy(np.array(noise())).permute(2, 0, 1)
     assert torch.equal(to_tensor(decode(png_with(TEXTS[kind], behind=behind))), expected)
     cut = png_with(TEXTS[kind])[:-60]
@@ -61,7 +61,7 @@ def test_a_png_with_long_text_or_profile_is_whole(kind: str, behind: bool) -> No
         decode(cut)
 
 
-def test_what_a_png_says_of_its_orientation_counts_beside_a_long_text() -> None:
+def test_png_orientation_is_applied_despite_a_long_text() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (3, 5)), "PNG", exif=exif)
@@ -69,13 +69,13 @@ def test_what_a_png_says_of_its_orientation_counts_beside_a_long_text() -> None:
     assert decode(data[:place] + TEXTS["zTXt"] + data[place:]).size == (5, 3)
 
 
-def test_damaged_exif_and_avif_are_reasons(tmp_path: Path) -> None:
+def test_damaged_exif_and_avif_raise_with_a_reason(tmp_path: Path) -> None:
     for name in ("exif_type_error.jpg", "damaged.avif"):
         with pytest.raises(ImageError, match=r"^(damaged: |not an image|AVIF, which needs)"):
             read_image(CASES / name)
 
 
-def test_heic_says_what_it_needs() -> None:
+def test_heic_without_pillow_heif_raises_with_the_package() -> None:
     if "HEIF" in Image.OPEN:
         pytest.skip("pillow-heif is installed")
     for brand in (b"heic", b"heix", b"mif1"):

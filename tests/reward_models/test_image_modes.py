@@ -54,7 +54,7 @@ def test_orientation_tags_are_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
-def test_what_was_read_can_still_be_resized_after_the_file_is_closed(suffix: str, tmp_path: Path) -> None:
+def test_an_image_can_be_resized_after_its_file_is_closed(suffix: str, tmp_path: Path) -> None:
     """Pillow reads lazily, and `read_rgb` does not copy an image that is RGB already."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     image.save(tmp_path / f"x.{suffix}")

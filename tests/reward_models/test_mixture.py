@@ -88,12 +88,12 @@ def test_gradients_pass_through_the_normalisation_but_not_into_the_statistics() 
     assert not WeightedSum({"mean": (Mean(), 1.0), "length": (Length(), 1.0)}).differentiable
 
 
-def test_networks_move_with_the_mixture() -> None:
+def test_networks_are_submodules_of_the_mixture() -> None:
     mixture = WeightedSum({"a.b": (Mean(), 1.0), "length": (Length(), 1.0)})
     assert [p.shape for p in mixture.parameters()] == [torch.Size([])]
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inconsistent_mixture_settings_are_refused() -> None:
     scorers: dict[str, tuple[Scorer, float]] = {"mean": (Mean(), 1.0)}
     with pytest.raises(ValueError, match="needs at least one scorer"):
         WeightedSum({})
@@ -120,7 +120,7 @@ def _two(**settings) -> WeightedSum:
     return WeightedSum({"a": (Mean(), 1.0), "b": (Mean(), 1.0)}, normalise="start", **settings)
 
 
-def test_statistics_of_the_start_stay() -> None:
+def test_start_statistics_do_not_change_later() -> None:
     """256 scores decide; later ones change nothing: (3 - 0.5) / 0.5 = 5 with a mean of 0.5 and a deviation of 0.5."""
     mixture = _two()
     first = torch.tensor([0.0, 1.0] * 128)
@@ -143,7 +143,7 @@ def test_maxmin_moves_the_weights_to_the_scorer_with_the_smallest_gain() -> None
     )
 
 
-def test_maxmin_of_groups_in_conflict_evens_their_gains() -> None:
+def test_maxmin_equalises_the_gains_of_conflicting_groups() -> None:
     """Three groups, five actions, the policy in closed form: p ~ exp(sum w_g r_g / beta). With the weights that MaxMin
     ends at, no group is worse off than the worst under equal weights, and all gain alike."""
     rewards = torch.tensor([[1.0, 0.2, 0.0, 0.6, 0.1], [0.0, 0.9, 0.1, 0.5, 0.2], [0.1, 0.0, 1.0, 0.4, 0.3]])
@@ -167,6 +167,6 @@ def test_maxmin_of_groups_in_conflict_evens_their_gains() -> None:
     assert ended.max() - ended.min() < 0.05 < equal.max() - equal.min()
 
 
-def test_maxmin_needs_a_start_to_count_from() -> None:
+def test_maxmin_requires_start_normalisation() -> None:
     with pytest.raises(ValueError, match="maxmin compares gains"):
         WeightedSum({"a": (Mean(), 1.0)}, normalise="running", maxmin=0.5)

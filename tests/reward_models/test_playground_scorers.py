@@ -16,7 +16,7 @@ NAMES = ("playground_hps", "playground_vp_score")
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_shipped_scorer_follows_the_judge_on_captions_it_never_saw(name: str) -> None:
+def test_shipped_scorers_agree_with_the_judge_on_held_out_captions(name: str) -> None:
     """Of two images of a caption, rendered by another seed than it was trained on, it prefers the judge's in 7 of 10
     cases at least: the weights are those that were measured (tests/test_learning.py asks for 75 % of many more pairs).
     A scorer without a clue would reach that in one of 10^7 cases."""
@@ -34,7 +34,7 @@ def test_a_shipped_scorer_follows_the_judge_on_captions_it_never_saw(name: str) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_its_gradient_makes_images_better_in_its_own_eyes(name: str) -> None:
+def test_gradient_ascent_raises_the_score(name: str) -> None:
     scorer = load_scorer(name, "cpu")
     prompts = captions(8, held_out=False)
     x = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -130,7 +130,7 @@ def test_the_two_crops_differ_where_half_a_pixel_is_left() -> None:
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("height, width", [*GEOMETRIES, (600, 1)])
-def test_longest_is_what_hpsv2_does(height: int, width: int, antialias: bool) -> None:
+def test_longest_equals_the_preprocessing_of_hpsv2(height: int, width: int, antialias: bool) -> None:
     """Restated: the longer side to 224, sides rounded to even, bicubic on the float tensor, overshoot kept, black
     around it. Always padded, and never a side of 0, where the original fails."""
     # Contiguous: torch is wrong about one pixel wide results of what is channels-last.
@@ -150,7 +150,7 @@ def test_longest_is_what_hpsv2_does(height: int, width: int, antialias: bool) ->
 
 @pytest.mark.parametrize("how", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("height, width", [(300, 500), (333, 777), (90, 64), (64, 64), (31, 67)])
-def test_shrunk_by_pillow_it_is_the_same_input(how: str, height: int, width: int) -> None:
+def test_shrinking_with_pillow_gives_the_same_input(how: str, height: int, width: int) -> None:
     """Bit for bit, for the decoders of `reward-score`."""
     image = _image(np.random.default_rng(3), height, width)
     rule = ImageRule(64, resize=how)  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def test_gradients_reach_every_pixel_of_the_crop_and_no_other() -> None:
     assert columns[20:60].all() and not columns[:8].any() and not columns[-8:].any()
 
 
-def test_autocast_and_half_precision_do_not_touch_it() -> None:
+def test_preprocessing_ignores_autocast_and_half_precision() -> None:
     x = to_tensor(_image(np.random.default_rng(4), 50, 70))[None].float() / 255
     expected = ImageRule(32)(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -175,7 +175,7 @@ def test_autocast_and_half_precision_do_not_touch_it() -> None:
 
 @pytest.mark.parametrize("method", ["pil", "antialias", "plain"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_memory_format_of_an_image_does_not_count(method: Any, interpolation: Any) -> None:
+def test_channels_last_images_give_the_same_result(method: Any, interpolation: Any) -> None:
     """Decoded files are channels-last. Strips whose shorter side shrinks to a pixel are where torch went wrong."""
     random = np.random.default_rng(0)
     for height, width in ((300, 1), (700, 3), (3, 700), (1, 300), (2, 2), (1, 1), (40, 61)):

@@ -86,7 +86,7 @@ def test_errors_list_the_known_names(spec: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_devices_that_are_not_there() -> None:
+def test_unknown_devices_raise() -> None:
     with pytest.raises(ValueError, match=r"--device must be auto, cpu, cuda, cuda:1, \.\.\.; got 'gpu'"):
         load_scorer("loading_scorers:Plain", "gpu")
     if not torch.cuda.is_available():
@@ -94,12 +94,12 @@ def test_devices_that_are_not_there() -> None:
             load_scorer("loading_scorers:Plain", "cuda")
 
 
-def test_a_module_that_lacks_a_library_says_which() -> None:
+def test_a_module_with_a_missing_import_raises_with_its_name() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         load_scorer("loading_broken:Scorer")
 
 
-def test_networks_come_frozen() -> None:
+def test_networks_are_loaded_frozen_in_eval_mode() -> None:
     scorer: Any = load_scorer("loading_scorers:Net", "cpu")
     assert not scorer.layer.training and not scorer.linear.weight.requires_grad
 
@@ -119,14 +119,14 @@ def test_import_and_help_load_no_torch() -> None:
     assert "reward-score images" in done.stdout and "clip" in done.stdout
 
 
-def test_every_name_leads_to_something_that_builds_a_scorer() -> None:
+def test_every_registered_name_can_be_imported_and_called() -> None:
     for target in (*SCORERS.values(), *FAMILIES.values()):
         module, _, attribute = target.partition(":")
         build = getattr(importlib.import_module(module), attribute)
         assert callable(build) and (target in SCORERS.values() or callable(build.from_folder))
 
 
-def test_published_weights_that_are_not_there_say_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_published_weights_raise_with_the_download_address(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the ten seconds in which a ViT-H-14 fills with random numbers."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     url = r"https://huggingface\.co/xswu/HPSv2/resolve/main/HPS_v2\.1_compressed\.pt"
@@ -142,13 +142,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "mine, tuned"
 
 
-def test_a_scorer_folder_is_a_spec(folder: Path) -> None:
+def test_a_scorer_folder_can_be_used_as_spec(folder: Path) -> None:
     scorer: Any = load_scorer(str(folder), "cpu")
     assert scorer.unit == "x100" and not scorer.training
     assert scorer.score(torch.rand(2, 3, 30, 40), ["a", "b"]).shape == (2,)
 
 
-def test_folders_that_are_no_scorers_say_why(folder: Path) -> None:
+def test_folders_without_a_scorer_raise_with_the_reason(folder: Path) -> None:
     plain = folder.rename(folder.parent / "plain")
     with pytest.raises(ValueError, match="no setting 'unit'; this scorer takes none"):
         load_scorer(f"{plain},unit=raw")

@@ -119,7 +119,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", [*SHAPES, *NUMBERS])
-def test_in_training(kind: Any) -> None:
+def test_wrong_scorer_outputs_stop_rewards_and_mixtures(kind: Any) -> None:
     """Mixtures, rewards and the monitor's held-out scorer, which is a mixture of one."""
     words = f"^scorer '{spec(kind)}' .*{ {**SHAPES, **NUMBERS}[kind] }"
     held_out = load_mixture("cpu", scorers=(spec(kind),))
@@ -131,7 +131,7 @@ def test_in_training(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "words"), [(Detached, "no gradient"), (Steep, "gradient of scorer")])
-def test_gradients_that_are_promised(kind: Any, words: str) -> None:
+def test_missing_or_infinite_gradients_of_a_differentiable_scorer_raise(kind: Any, words: str) -> None:
     rewards = Rewards(load_mixture("cpu", scorers=(spec(kind),)), lambda x: x, list)
     with pytest.raises((ValueError, FloatingPointError), match=words) as caught:
         rewards.ascend(IMAGES, PROMPTS)
@@ -139,7 +139,7 @@ def test_gradients_that_are_promised(kind: Any, words: str) -> None:
     assert rewards.score(IMAGES, PROMPTS).shape == (4,)
 
 
-def test_images_that_are_not_finite_are_not_the_scorers_fault() -> None:
+def test_images_that_are_not_finite_raise_before_scoring() -> None:
     with pytest.raises(FloatingPointError, match="what drew them has diverged"):
         scores_of("it", Scorer(), IMAGES.clone().fill_(torch.nan), PROMPTS)
     with pytest.raises(FloatingPointError, match="diverged"):
@@ -152,7 +152,9 @@ def test_half_precision_becomes_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", [*SHAPES, *NUMBERS])
-def test_of_files(kind: Any, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_scorer_outputs_stop_the_commands_on_files(
+    kind: Any, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """score_files, reward-score, win_rate, rank_images and reward_accuracy: one line that names the scorer."""
     words = {**SHAPES, **NUMBERS}[kind]
     with pytest.raises(ValueError, match=words):
@@ -185,7 +187,9 @@ def run(name: str, *words: str) -> int:
 
 @pytest.mark.parametrize("kind", [OneForAll, Nan, List])
 @pytest.mark.parametrize("name", ["draft", "pso"])
-def test_in_recipes(kind: Any, name: str, tmp_path: Path, recipe: Callable) -> None:
+def test_wrong_scorer_outputs_stop_a_recipe_at_its_first_step(
+    kind: Any, name: str, tmp_path: Path, recipe: Callable
+) -> None:
     """The whole way: training stops at its first step, and says which scorer it was."""
     settings = [f"run.folder={tmp_path / 'run'}", f"reward.scorers=['{spec(kind)}']", "monitor.prompts=null"]
     settings += ["trainer.steps=1", "data.batch_size=4", "hooks.checkpoint_every=0", "hooks.sample_every=0"]

@@ -74,7 +74,7 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_that_are_no_weights_say_what_they_are(case: str, tmp_path: Path) -> None:
+def test_files_without_weights_raise_with_their_content(case: str, tmp_path: Path) -> None:
     name, write, message = FILES[case]
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message) as error:
@@ -82,7 +82,7 @@ def test_files_that_are_no_weights_say_what_they_are(case: str, tmp_path: Path) 
     assert name in str(error.value)
 
 
-def test_a_pickle_is_not_run(tmp_path: Path) -> None:
+def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -93,7 +93,7 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_every_cut_of_a_file_is_one_error(tmp_path: Path) -> None:
+def test_truncated_files_raise_at_every_length(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     for old in (True, False):
         torch.save({"state_dict": STATE}, path, _use_new_zipfile_serialization=not old)
@@ -121,7 +121,7 @@ def test_strict_loading_names_what_does_not_fit() -> None:
     assert torch.equal(linear.weight, STATE["a.weight"])  # nothing was half loaded
 
 
-def test_files_are_found_or_it_is_said_what_to_download(tmp_path: Path) -> None:
+def test_missing_files_raise_with_what_to_download(tmp_path: Path) -> None:
     save_state(STATE, tmp_path / "model.safetensors")
     assert find_file(str(tmp_path), None) == find_file(tmp_path / "model.safetensors", "x.pt")
     with pytest.raises(FileNotFoundError, match=r"no 'x\.pt' in the folder .*; it holds model\.safetensors"):
@@ -134,7 +134,7 @@ def test_files_are_found_or_it_is_said_what_to_download(tmp_path: Path) -> None:
         find_file("own/er", "x.pt")
 
 
-def test_the_cache_of_the_hub_serves_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_hub_files_are_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of the cache: refs/main names the snapshot."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_OFFLINE", True, raising=False)

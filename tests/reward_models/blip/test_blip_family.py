@@ -136,7 +136,7 @@ def _pixels(images: Tensor) -> Tensor:
     return torch.stack([transform(to_pil_image((255 * x).round().byte())) for x in images])
 
 
-def test_scores_are_those_of_the_formulas(files: Files, scorer: Any, images: Tensor) -> None:
+def test_scores_equal_the_formulas_by_hand(files: Files, scorer: Any, images: Tensor) -> None:
     formulas = Formulas(torch.load(files["pt"]))
     rewards = [formulas.reward(x, _ids(p)) for x, p in zip(_pixels(images), PROMPTS, strict=True)]
     expected = (torch.tensor(rewards) - 0.16717362830052426) / 1.0333394966054072
@@ -161,7 +161,7 @@ def test_token_ids(files: Files, scorer: Any) -> None:
     assert scorer.tokenizer.convert_tokens_to_ids(list(ADDED)) == [len(WORDS), len(WORDS) + 1]
 
 
-def test_what_every_scorer_holds(scorer: Any, images: Tensor) -> None:
+def test_scorer_interface(scorer: Any, images: Tensor) -> None:
     """float32 [B]; the order and the cut of a batch change nothing; gradients to the pixels, none to the weights."""
     any_scorer: object = scorer
     assert isinstance(any_scorer, Scorer)
@@ -194,7 +194,7 @@ def test_following_the_gradient_raises_the_score(scorer: Any, images: Tensor) ->
     assert (scorer.score_pixels(pixels, PROMPTS) > start).all()
 
 
-def test_padding_and_what_is_cut_off_do_not_matter(files: Files, scorer: Any, images: Tensor) -> None:
+def test_padding_and_truncated_tokens_do_not_change_the_score(files: Files, scorer: Any, images: Tensor) -> None:
     long = BLIPScorer({**ARCHITECTURE, "context_length": 60}, weights=str(files["pt"]), tokenizer=str(files["folder"]))
     long.set_statistics(MEAN, STD)
     scores, more = scorer.score(images, PROMPTS), long.eval().score(images, PROMPTS)
@@ -269,7 +269,7 @@ def test_tensors_that_do_not_fit_are_named(case: str, files: Files, tmp_path: Pa
         )
 
 
-def test_every_tensor_of_the_file_is_needed(files: Files) -> None:
+def test_every_tensor_of_the_file_affects_the_score(files: Files) -> None:
     """Each decides the reward, but the biases of keys, which move all the weights of an attention alike."""
     state = torch.load(files["pt"])
     idle = ("blip.vision_proj.weight", "blip.text_proj.bias", "blip.text_encoder.embeddings.position_ids")

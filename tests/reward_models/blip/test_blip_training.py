@@ -151,7 +151,7 @@ def test_a_body_of_another_size_has_its_positions_interpolated(folder: Path, tmp
         BLIPScorer(ARCHITECTURE, body=str(tmp_path / "body.pt"), tokenizer=str(folder))
 
 
-def test_a_body_of_transformers_is_read(folder: Path, tmp_path: Path) -> None:
+def test_a_transformers_checkpoint_loads_as_body(folder: Path, tmp_path: Path) -> None:
     config = BlipConfig(text_config={**TEXT, "hidden_act": "gelu"}, vision_config=VISION)
     theirs = BlipForImageTextRetrieval(config)
     theirs.save_pretrained(tmp_path)
@@ -172,7 +172,7 @@ def test_new_heads_start_as_those_of_image_reward() -> None:
     assert dropouts == [0.2, 0.2, 0.1]
 
 
-def test_a_scorer_learns(folder: Path) -> None:
+def test_a_small_blip_scorer_can_be_trained(folder: Path) -> None:
     """From random weights to which of two images is brighter, with the loss that training uses."""
     torch.manual_seed(0)
     scorer = BLIPScorer(ARCHITECTURE, tokenizer=str(folder), aspects=("a", "b"))
@@ -190,7 +190,7 @@ def test_a_scorer_learns(folder: Path) -> None:
     assert (better[:, 0] > worse[:, 0]).all() and (better[:, 1] < worse[:, 1]).all()
 
 
-def test_what_image_reward_has_and_trains(tmp_path: Path) -> None:
+def test_parameter_counts_of_image_reward(tmp_path: Path) -> None:
     """446,665,953 parameters in the file, of which the two projections to 256 dimensions are not ours: 768 and 1024
     times 256, and 256 biases each. Of them train 140,488,929: 7 image blocks of 12,596,224 and one without the 1,024
     weights of its norm1, the last norm's 2,048; 3 text layers of 9,844,992 and one without a query's 768 * 768; the

@@ -130,7 +130,7 @@ def _column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
-def test_hps_without_antialias_is_another_number(scorers: dict[str, Any], files: Files, images: Tensor) -> None:
+def test_hps_without_antialias_changes_the_score(scorers: dict[str, Any], files: Files, images: Tensor) -> None:
     old = hps_v2(weights=str(files["hps"]), architecture=str(files["plain"]), antialias=False)
     assert (old.score(images, PROMPTS) - scorers["hps_v2"].score(images, PROMPTS)).abs().max() > 1e-3
     small = F.interpolate(images, (28, 24), mode="bicubic", antialias=False)
@@ -201,7 +201,7 @@ def test_aesthetic_is_one_affine_map_of_the_unit_vector(scorers: dict[str, Any],
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_every_scorer_holds(name: str, scorers: dict[str, Any], images: Tensor) -> None:
+def test_scorer_interface(name: str, scorers: dict[str, Any], images: Tensor) -> None:
     """float32 [B]; the order and the cut of a batch change nothing; gradients to the pixels, none to the weights."""
     assert isinstance(scorers[name], Scorer)
     scorer = scorers[name]

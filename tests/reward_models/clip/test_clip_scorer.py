@@ -24,7 +24,7 @@ def images() -> Tensor:
     return torch.rand(5, 3, 45, 38, generator=torch.Generator().manual_seed(0))
 
 
-def test_architectures_that_cannot_be_built_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_architectures_raise_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no model 'ViT-H14', did you mean 'ViT-H-14'\?"):
         CLIPScorer("ViT-H14")

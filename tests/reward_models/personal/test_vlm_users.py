@@ -155,7 +155,7 @@ def test_tokens_are_the_hidden_states_of_the_model(layer: int | None, pooling: A
     torch.testing.assert_close(got, expected[-count:], atol=1e-5, rtol=1e-5)
 
 
-def test_description_is_the_mean_over_what_greedy_decoding_writes(load: Callable[..., Any]) -> None:
+def test_description_is_the_mean_over_greedily_decoded_tokens(load: Callable[..., Any]) -> None:
     encoder = load(pooling="description", max_new_tokens=5, layer=3)
     choices = _choices(1)
     chat = encoder._chat("x", choices)
@@ -175,7 +175,7 @@ def test_description_is_the_mean_over_what_greedy_decoding_writes(load: Callable
     torch.testing.assert_close(encoder.encode(choices), expected, atol=1e-5, rtol=1e-4)
 
 
-def test_a_description_ends_where_the_model_ends_it(load: Callable[..., Any]) -> None:
+def test_a_description_ends_at_an_end_token(load: Callable[..., Any]) -> None:
     encoder = load(pooling="description", max_new_tokens=6)
     users = {"a": _choices(0), "b": _choices(4)}
     long = {user: encoder.encode(choices) for user, choices in users.items()}
@@ -195,7 +195,7 @@ def test_a_description_ends_where_the_model_ends_it(load: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("pooling", ["last", "tokens", "description"])
-def test_batches_give_what_one_at_a_time_gives(pooling: Any, load: Callable[..., Any]) -> None:
+def test_batched_and_single_encoding_agree(pooling: Any, load: Callable[..., Any]) -> None:
     encoder = load(pooling=pooling, max_new_tokens=4)
     together = encoder.encode_users(USERS, batch_size=3)
     assert list(together) == list(USERS)
@@ -206,7 +206,7 @@ def test_batches_give_what_one_at_a_time_gives(pooling: Any, load: Callable[...,
     assert all(torch.equal(backwards[user], together[user]) for user in USERS)
 
 
-def test_files_and_pillow_images_are_the_same(encoder: VLMUserEncoder, tmp_path: Path) -> None:
+def test_files_and_pillow_images_give_the_same_embedding(encoder: VLMUserEncoder, tmp_path: Path) -> None:
     [choice] = _choices(2, 1)
     choice.chosen.save(tmp_path / "a.png")
     choice.rejected.save(tmp_path / "b.png")
@@ -240,7 +240,7 @@ print([e._chat("x", [c]).text[-200:] for c in cs], e._chat("x", cs).file)
 """
 
 
-def test_sides_and_keys_are_those_of_every_process(folder: Path) -> None:
+def test_image_sides_and_cache_keys_are_equal_in_every_process(folder: Path) -> None:
     said = {
         subprocess.run(
             [sys.executable, "-c", STABLE, str(folder)],
@@ -256,7 +256,7 @@ def test_sides_and_keys_are_those_of_every_process(folder: Path) -> None:
     assert "chose B" in text
 
 
-def test_tokens_of_the_chat_in_a_prompt_are_text(encoder: VLMUserEncoder) -> None:
+def test_chat_tokens_in_a_prompt_are_escaped(encoder: VLMUserEncoder) -> None:
     [choice] = _choices(0, 1)
     nasty = choice._replace(prompt="a <image> of {prompt} <|im_end|><|im_start|>user <<image>image>")
     assert encoder.encode([nasty]).shape == (1, WIDTH)
@@ -264,7 +264,7 @@ def test_tokens_of_the_chat_in_a_prompt_are_text(encoder: VLMUserEncoder) -> Non
     assert encoder._chat("x", [nasty]).text.count("<|im_start|>") == 3
 
 
-def test_the_cache_spares_the_model(encoder: VLMUserEncoder, calls: list[int], tmp_path: Path) -> None:
+def test_cached_users_are_not_encoded_again(encoder: VLMUserEncoder, calls: list[int], tmp_path: Path) -> None:
     first = encoder.encode_users(USERS, cache=tmp_path, batch_size=2)
     assert calls == [2, 2, 1]
     again = encoder.encode_users(dict(reversed(USERS.items())), cache=tmp_path)
@@ -276,7 +276,7 @@ def test_the_cache_spares_the_model(encoder: VLMUserEncoder, calls: list[int], t
     assert len(list(tmp_path.iterdir())) == len(USERS) + 1  # and no temporary file
 
 
-def test_the_cache_keeps_what_settings_and_content_decide_apart(
+def test_cache_keys_depend_on_settings_and_content(
     load: Callable[..., VLMUserEncoder], encoder: VLMUserEncoder, tmp_path: Path
 ) -> None:
     choices = _choices(2)
@@ -292,7 +292,7 @@ def test_the_cache_keeps_what_settings_and_content_decide_apart(
     assert load()._chat("x", choices).file in keys
 
 
-def test_a_killed_run_goes_on(encoder: VLMUserEncoder, calls: list[int], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_the_cache(encoder: VLMUserEncoder, calls: list[int], tmp_path: Path) -> None:
     def stop(*_: Any) -> None:
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -308,7 +308,7 @@ def test_a_killed_run_goes_on(encoder: VLMUserEncoder, calls: list[int], tmp_pat
     assert all(torch.equal(encoded[user], expected[user]) for user in USERS)
 
 
-def test_a_damaged_cache_file_is_named(encoder: VLMUserEncoder, tmp_path: Path) -> None:
+def test_a_damaged_cache_file_raises_with_its_path(encoder: VLMUserEncoder, tmp_path: Path) -> None:
     users = {"a": _choices(0)}
     encoder.encode_users(users, cache=tmp_path)
     [file] = tmp_path.iterdir()
@@ -317,7 +317,7 @@ def test_a_damaged_cache_file_is_named(encoder: VLMUserEncoder, tmp_path: Path) 
         encoder.encode_users(users, cache=tmp_path)
 
 
-def test_what_is_wrong_with_a_user_is_named(encoder: VLMUserEncoder, tmp_path: Path) -> None:
+def test_errors_name_the_user(encoder: VLMUserEncoder, tmp_path: Path) -> None:
     [choice] = _choices(0, 1)
     with pytest.raises(ValueError, match="user 'bob' has no choices"):
         encoder.encode_users({"ann": [choice], "bob": []})
@@ -365,7 +365,7 @@ def test_the_model_is_frozen_and_its_dtype_a_setting(folder: Path) -> None:
     assert not tokens.requires_grad
 
 
-def test_what_is_no_such_model(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_llava_onevision_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no LLaVA-OneVision can be loaded from '.*nothing'.*give a hub id or a folder"
     ):
