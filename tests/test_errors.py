@@ -89,11 +89,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PIPELINES = {
-    "variant": "holds only the variant 'fp16' of its weights (text_encoder/model.fp16.safetensors)",
+    "variant": "contains only the variant 'fp16' of its weights (text_encoder/model.fp16.safetensors)",
     "empty": "has no weights in unet/",
     "cut": "cut",
     "json": "model_index.json' is not JSON",
-    "list": "names no pipeline",
+    "list": "has no pipeline class",
     "one.safetensors": "is a single file; a pipeline is a folder in diffusers layout",
     "nowhere": "there is no folder",
     "prompts.txt/nowhere": "prompts.txt/nowhere",
@@ -184,7 +184,7 @@ def test_run_folders_that_are_there_or_damaged(
     settings = ["--config=playground", f"data.path={pairs_file}", *SHORT, "hooks.verify_export=false"]
     settings += ["hooks.checkpoint_every=1"]
     recipe("sft", *settings, f"run.folder={tmp_path / 'run'}")
-    assert "already holds a run; continue it with run.resume=true" in sft()
+    assert "already contains a run; continue it with run.resume=true" in sft()
     metrics, config = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "config.yaml"
     whole, settings_of = metrics.read_text(), config.read_text()
     metrics.write_text('{"step": 0, oops}\n' + whole)

@@ -124,7 +124,7 @@ def test_the_second_optimizer_is_called_by_its_name(sections: Callable) -> None:
 def test_methods_without_a_reference_remember_none(sections: Callable) -> None:
     for recipe in ("sft", "mapo"):
         said = problems(recipe, sections(recipe), "data.draws_per_sample=2")
-        assert len(said) == 1 and "this method has none" in said[0]
+        assert len(said) == 1 and "this method has no reference" in said[0]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])

@@ -104,9 +104,9 @@ def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
     assert ended.value.code == 128 + signum
     assert [signal.getsignal(s) for s in SIGNALS] == before
     said = capfd.readouterr()
-    assert f"step {step} is saved; run.resume=true goes on from there" in said.out
+    assert f"step {step} is saved; resume with run.resume=true" in said.out
     assert f"ended by {signal.Signals(signum).name} after step {step}\n" in said.out
-    assert "the run ends after this step; once more to end it at once" in said.err
+    assert "the run ends after this step; send the signal once more to end it at once" in said.err
     assert metrics(parts) == [row for row in metrics(whole) if row["step"] <= step]
     assert (parts / f"checkpoints/step-{step:06d}/state.json").exists() and not (parts / "export").exists()
     recipe(name, *settings(parts, *more, "run.resume=true"))
@@ -120,7 +120,7 @@ def test_a_signal_writes_no_checkpoint_when_they_are_disabled(
     with pytest.raises(SystemExit):
         recipe("diffusion_dpo", *settings(tmp_path, *OFFLINE, "hooks.checkpoint_every=0", "hooks.sample_every=0"))
     said = capfd.readouterr().out
-    assert "no checkpoint is written, for 'hooks.checkpoint_every' is 0" in said and "run.resume" not in said
+    assert "no checkpoint is written, because 'hooks.checkpoint_every' is 0" in said and "run.resume" not in said
     assert not (tmp_path / "checkpoints").exists() and [row["step"] for row in metrics(tmp_path)] == [1, 2]
 
 
@@ -222,7 +222,7 @@ def test_killing_the_command_ends_its_run(tmp_path: Path, recipe: Callable) -> N
         until(lambda: run.poll() is not None or (log.exists() and log.read_text().count("\n") > 2), 120)
         assert run.poll() is None, run.communicate()[1]
         second = [*settings(tmp_path / "parts", *OFFLINE), "run.resume=true"]
-        with pytest.raises(FileExistsError, match=r"another run is in '.*parts' now \(process \d+ on .*\); wait"):
+        with pytest.raises(FileExistsError, match=r"another run is using '.*parts' \(process \d+ on .*\); wait"):
             recipe("diffusion_dpo", *second)
         run.send_signal(signal.SIGTERM)
         out, err = run.communicate(timeout=60)
@@ -315,7 +315,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path, re
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         for more in ([], ["run.resume=true"]):
-            with pytest.raises(FileExistsError, match=r"another run is in '.*' now \(process 7 on there\)"):
+            with pytest.raises(FileExistsError, match=r"another run is using '.*' \(process 7 on there\)"):
                 recipe("diffusion_dpo", *words, *more)
         assert {p.name for p in tmp_path.iterdir()} == {".lock"}
         holder.kill()
@@ -343,7 +343,7 @@ def test_a_run_folder_without_a_finished_step_can_be_reused(
             assert "optimizer" in (tmp_path / "config.yaml").read_text()
     recipe(name, *words, "optimizer.lr=3e-5")
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2][not watched :]
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match="already contains a run"):
         recipe(name, *words, "optimizer.lr=3e-5")
 
 
@@ -370,7 +370,7 @@ def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recip
         recipe("refl", *words, "run.resume=true")
     shutil.rmtree(checkpoint)
     flip(checkpoint.with_name("step-000002") / "optimizer.bin")
-    with pytest.raises(ValueError, match=r"damaged: optimizer\.bin\); delete that folder and begin again at step 0"):
+    with pytest.raises(ValueError, match=r"damaged: optimizer\.bin\); delete that folder to start again at step 0"):
         recipe("refl", *words, "run.resume=true")
 
 

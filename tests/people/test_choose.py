@@ -159,7 +159,9 @@ def test_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
     choices = ChoiceLog(file, pairs)
     choices.choose(pairs[1].id, 0)
     choices.choose(pairs[2].id, None)
-    with pytest.raises(ValueError, match=r"choices\.jsonl:1 is about pair '00001.*not among these 1 pairs; go on with"):
+    with pytest.raises(
+        ValueError, match=r"choices\.jsonl:1 is about pair '00001.*not among these 1 pairs; use the prompts"
+    ):
         ChoiceLog(file, pairs[:1])
     with pytest.raises(ValueError, match=r"choices\.jsonl\.skipped:1 is about pair '00002.*start another file"):
         ChoiceLog(file, pairs[:2])
@@ -171,10 +173,10 @@ def test_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
         ChoiceLog(file, pairs * 2)
     line = file.read_bytes()
     file.write_bytes(line * 2)
-    with pytest.raises(ValueError, match=r"choices\.jsonl:2 chooses again in pair '00001"):
+    with pytest.raises(ValueError, match=r"choices\.jsonl:2 repeats the choice of pair '00001"):
         ChoiceLog(file, pairs)
     file.write_bytes(b'{"prompt": "pro\n' + line)
-    with pytest.raises(ValueError, match=r"choices\.jsonl:1 is no JSON object; delete the line"):
+    with pytest.raises(ValueError, match=r"choices\.jsonl:1 is not a JSON object; delete the line"):
         ChoiceLog(file, pairs)
 
 
@@ -202,7 +204,7 @@ def test_an_invalid_index_from_pick_raises(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
     choices = ChoiceLog(tmp_path / "choices.jsonl", pairs, lambda answers, open: 1)
     choices.choose(pairs[1].id, 0)
-    with pytest.raises(ValueError, match="pick gave pair 1, which is none of the 3 open ones"):
+    with pytest.raises(ValueError, match="pick returned pair 1, which is not one of the 3 open pairs"):
         choices.current()
 
 
@@ -365,7 +367,7 @@ def test_an_error_in_pick_is_shown_on_the_page_and_in_the_terminal(
 ) -> None:
     with _running(ChoiceLog(tmp_path / "choices.jsonl", _pairs(tmp_path), lambda answers, open: 99)) as server:
         status, text, _ = _ask(server, "GET", "/")
-    assert status == 500 and text == b"ValueError: pick gave pair 99, which is none of the 4 open ones"
+    assert status == 500 and text == b"ValueError: pick returned pair 99, which is not one of the 4 open pairs"
     assert "Traceback" in capfd.readouterr().err
 
 
@@ -424,14 +426,14 @@ def test_a_second_server_on_the_same_file_is_refused(tmp_path: Path, capsys: pyt
         os.read(told, 1)
         assert choose(["choose", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
-        assert "choices.jsonl' is being written by another" in said and len(said.splitlines()) == 1
+        assert "choices.jsonl' is in use by another" in said and len(said.splitlines()) == 1
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["choices.jsonl.lock"]
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
     (tmp_path / "images").mkdir()
     assert choose(["choose", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 2
-    assert "being written" not in capsys.readouterr().err, "now it is the empty folder"
+    assert "in use by another" not in capsys.readouterr().err, "now it is the empty folder"
 
 
 def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:

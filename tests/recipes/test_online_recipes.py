@@ -208,5 +208,5 @@ def test_wrong_settings_of_online_recipes_are_reported_at_start(
     for words in ("first_step' = 99", "'sampler.steps' = 0", "2 numbers for 1 scorers", "'monitor.every' = 0", "x.csv"):
         assert words in said, said
     judge = "reward.scorers=['diffalign.playground:Judge']"
-    with pytest.raises(ValueError, match=r"gives no gradient; ReFL needs one that does"):
+    with pytest.raises(ValueError, match=r"gives no gradient; ReFL needs a differentiable scorer"):
         recipe("refl", "--config=playground", f"run.folder={tmp_path / 'run'}", judge, *TINY, "monitor.prompts=null")

@@ -157,7 +157,7 @@ def test_one_sentence_says_what_was_preferred_and_how_surely() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt_id 'b' has 1 sample.* --samples-per-prompt 2"):
         compare([0.0, 1.0, 2.0], [0.0, 1.0, 2.0], ["a", "a", "b"], name="s", choice_temperature=None)
-    with pytest.raises(ValueError, match="all images of the base score the same"):
+    with pytest.raises(ValueError, match="all images of the base have the same score"):
         label_effect([1.0] * 4, [1.0, 2.0, 3.0, 4.0], [0.0] * 4, IDS)
     with pytest.raises(ValueError, match="at least 2 prompts"):
         compare([0.0, 1.0], [1.0, 2.0], ["a", "a"], name="s", choice_temperature=None)

@@ -247,7 +247,7 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed of prompt_id '00000'"):
         read_pairs(base, reseeded)
     manifest.write_text(manifest.read_text() * 2)
-    with pytest.raises(ValueError, match="line 3: prompt_id '00000', sample 0 comes twice"):
+    with pytest.raises(ValueError, match="line 3: prompt_id '00000', sample 0 is listed twice"):
         read_manifest(reseeded)
     manifest.write_text('{"image": "x.png", "prompt": "a"}\n')
     with pytest.raises(ValueError, match="line 1 has no prompt_id, sample"):
@@ -259,7 +259,7 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
 def test_win_rates_of_other_folders_are_refused(tmp_path: Path) -> None:
     arguments = _comparison(tmp_path, ["a", "b", "c"])
     arguments["win_rates"]["pairs"].pop()
-    with pytest.raises(ValueError, match="5 other pairs than the 6"):
+    with pytest.raises(ValueError, match="belong to 5 other pairs than the 6"):
         write_report(tmp_path / "report", **arguments)
     arguments["win_rates"]["scorers"][0].pop("people_prefer")
     with pytest.raises(ValueError, match="earlier version"):
@@ -277,7 +277,7 @@ def test_win_rates_of_other_folders_are_refused(tmp_path: Path) -> None:
         ({"prompt": ["a"]}, "line 2: image and prompt must be text"),
         ({"prompt_id": [1]}, "line 2: prompt_id must be"),
         ("{", "line 2 is not JSON: Expecting property name"),
-        ("[" * 20_000, "line 2 is not JSON that can be read: nested too deeply"),
+        ("[" * 20_000, "line 2 is not readable JSON: nested too deeply"),
         ("[1]", "line 2 has no image, prompt, prompt_id, sample"),
     ],
 )

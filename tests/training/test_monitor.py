@@ -55,8 +55,8 @@ def test_warnings_and_when_there_are_none() -> None:
     for images, words in (
         (loud, "more saturated"),
         ((IMAGES + noise).clamp(0, 1), "fine noise"),
-        (torch.cat([IMAGES[:16], IMAGES[:16]]), "losing its diversity"),
-        (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "of the pixels are clamped"),
+        (torch.cat([IMAGES[:16], IMAGES[:16]]), "losing diversity"),
+        (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "more pixels are clamped"),
         (2 * IMAGES, "contrast is"),
     ):
         assert any(words in line for line in hacking_signs(before, before, looked(images))), words
@@ -86,7 +86,7 @@ def test_reward_hacking_stops_the_run_with_a_warning(
     """A scorer that likes nothing but colour, climbed fast; the HPS-style one is held out."""
     recipe("r0", *hacked(tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "the monitor warned:" in said and "warnings of the monitor, the first at step" in said
+    assert "the monitor warned:" in said and "warnings of the monitor, the first one at step" in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 0 and rows[0]["monitor/trained_gain"] == 0
     last = rows[-1]["step"]

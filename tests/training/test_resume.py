@@ -157,9 +157,7 @@ def test_resuming_on_another_number_of_processes_is_exact(
 def test_resuming_with_another_accumulation_is_refused(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *offline(tmp_path / "run", pairs_file, "trainer.steps=2", "trainer.grad_accum=2"))
     resumed = offline(tmp_path / "run", pairs_file, "trainer.steps=3", "run.resume=true")
-    words = (
-        r"accumulated 2 micro-batches over all processes, now it would be 3 on each of 1; set 'trainer.grad_accum' to 2"
-    )
+    words = r"used 2 micro-batches per optimizer step .*; now it would be 1 x 3; set 'trainer.grad_accum' to 2"
     with pytest.raises(ValueError, match=words):
         recipe("diffusion_dpo", *resumed, "trainer.grad_accum=3")
     recipe("diffusion_dpo", *resumed, "trainer.grad_accum=2")

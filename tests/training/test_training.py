@@ -153,11 +153,9 @@ def test_printed_lines_and_files_of_a_run(
         assert f"policy/{name}" in last
     assert "perf/samples_per_second" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert any("@t" in key for key in last)
-    with pytest.raises(FileExistsError, match=r"already holds a run; continue it with run\.resume=true"):
+    with pytest.raises(FileExistsError, match=r"already contains a run; continue it with run\.resume=true"):
         recipe("diffusion_dpo", *arguments(folder, pairs_file))
-    with pytest.raises(
-        ValueError, match=r"other settings than it began with: run\.seed, algorithm\.beta, hooks\.ema_decay"
-    ):
+    with pytest.raises(ValueError, match=r"with changed settings: run\.seed, algorithm\.beta, hooks\.ema_decay"):
         changed = ["algorithm.beta=9", "hooks.ema_decay=0.9", "run.seed=9", "hooks.keep_checkpoints=9"]
         recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", *changed))
 
@@ -286,7 +284,7 @@ def test_resuming_with_other_data_is_refused(tmp_path: Path, pairs_file: Path, r
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     try:
         with pytest.raises(
-            ValueError, match=r"the data of '.*' changed since '.*run' began: images of other sizes or ti"
+            ValueError, match=r"the data of '.*' changed since the start of '.*run': images of other sizes or ti"
         ):
             recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
     finally:
