@@ -89,7 +89,7 @@ def interval(
     """
     first = np.asarray(values, dtype=np.float64)
     if len(first) < 2:
-        raise ValueError(f"an interval needs at least 2 prompts with something to count; got {len(first)}")
+        raise ValueError(f"an interval needs at least 2 prompts with counted pairs; got {len(first)}")
     rows = np.stack([first, np.ones(len(first)) if counts is None else np.asarray(counts)], axis=1)
     means = bootstrap(rows, np.random.default_rng(seed), resamples)
     low, high = np.quantile(means[:, 0] / means[:, 1], QUANTILES)
@@ -229,7 +229,7 @@ def win_rates(scores: ArrayLike) -> NDArray[np.float64]:
     """
     table = np.asarray(scores, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1 or table.shape[1] < 2:
-        raise ValueError(f"win rates need scores [R, K] with R of 1 or more and K of 2 or more; got {[*table.shape]}")
+        raise ValueError(f"win rates need scores [R, K] with R >= 1 scorers and K >= 2 images; got {[*table.shape]}")
     if not np.isfinite(table).all():
         row, column = np.argwhere(~np.isfinite(table))[0].tolist()
         raise ValueError(f"scores[{row}, {column}] is not finite; score that image again")

@@ -45,7 +45,7 @@ class NetworkScorer(nn.Module, ABC):
         Raises ImageError for what cannot be read. For folders, `reward-score` decodes ahead and goes on after a kill.
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
-            raise ValueError(f"one prompt for each image is needed; got {len(images)} images and {prompts!r:.80}")
+            raise ValueError(f"expected one prompt per image; got {len(images)} images and {prompts!r:.80}")
         scores = [
             self.score_pixels(self.prepare(images[i : i + batch_size]), prompts[i : i + batch_size]).cpu()
             for i in range(0, len(images), batch_size)

@@ -33,10 +33,10 @@ def open_file(path: PathLike) -> BinaryIO:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:  # NUL, or lone surrogates
-        raise OSError(errno.EINVAL, f"no file can have this name: {bad_name(str(path)) or error}", str(path)) from error
+        raise OSError(errno.EINVAL, f"invalid file name: {bad_name(str(path)) or error}", str(path)) from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(errno.EINVAL, "a folder, a pipe or a device, and not a file", str(path))
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device instead of a file", str(path))
     return os.fdopen(file, "rb")
 
 
@@ -86,14 +86,14 @@ def parse_json(text: str | bytes) -> Any:
     try:
         return json.loads(text if isinstance(text, str) else text.decode())  # left to itself, json guesses encodings
     except RecursionError as error:
-        raise ValueError("not JSON that can be read: nested too deeply") from error
+        raise ValueError("not readable JSON: nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.object[error.start]:#x})") from error
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if error.lineno > 1 else ""
         raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}") from error
     except ValueError as error:
-        raise ValueError("not JSON that can be read: a number has thousands of digits") from error
+        raise ValueError("not readable JSON: a number has thousands of digits") from error
 
 
 def read_json(path: PathLike) -> Any:
@@ -115,7 +115,7 @@ def read_lines(path: PathLike) -> list[dict[str, Any]]:
         try:
             rows.append(parse_json(line))
             if not isinstance(rows[-1], dict):
-                raise ValueError("no JSON object")
+                raise ValueError("not a JSON object")
         except ValueError as error:
             if not line.endswith("\n"):
                 break
@@ -126,7 +126,7 @@ def read_lines(path: PathLike) -> list[dict[str, Any]]:
 def bad_name(name: str) -> str:
     """Why no file can have this name, or nothing."""
     if "\0" in name:
-        return "it holds a NUL"
+        return "it contains a NUL character"
     return "" if is_unicode(name) else "it is not valid Unicode"
 
 
@@ -276,4 +276,4 @@ def missing(name: str, error: Exception) -> str:
     """The reason why a hub id cannot be loaded, in one line, from the exception of a library."""
     if not reachable():
         return f"'{name}' is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
-    return f"the hub does not give '{name}': {first_line(error)}"
+    return f"the hub cannot provide '{name}': {first_line(error)}"

@@ -123,9 +123,9 @@ def _reason(data: bytes, error: Exception) -> ImageError:
     """Why Pillow could not open an image."""
     brands = data[8:64] if data[4:8] == b"ftyp" else b""
     if any(brand in brands for brand in (b"heic", b"heix", b"hevc")) and "HEIF" not in Image.OPEN:
-        return UnsupportedImage("HEIC, which needs another package: pip install pillow-heif")
+        return UnsupportedImage("HEIC is supported only with another package: pip install pillow-heif")
     if b"avif" in brands and "AVIF" not in Image.OPEN:
-        return UnsupportedImage("AVIF, which needs Pillow 11.3 or newer: pip install --upgrade pillow")
+        return UnsupportedImage("AVIF is supported only by Pillow 11.3 or newer: pip install --upgrade pillow")
     if isinstance(error, Image.DecompressionBombError):
         return UnsupportedImage(one_line(error))
     if isinstance(error, Image.UnidentifiedImageError):  # its message is a memory address
@@ -160,7 +160,7 @@ def _tensor(image: Image.Image) -> Tensor:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as RGB, upright, what is transparent over white. Raises ImageError for over 8 bits a channel."""
     if image.mode.startswith(("I", "F")):
-        raise UnsupportedImage(f"mode {image.mode} has more than 8 bits a channel; save it with 8")
+        raise UnsupportedImage(f"mode {image.mode} has more than 8 bits per channel; save it with 8 bits")
     # Neither turned nor converted where there is nothing to do: both copy the whole image, a third of the time.
     upright = ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
     if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:

@@ -66,7 +66,7 @@ def load_scorer(
     scorer: Any = _build(spec)
     missing = [part for part in ("differentiable", "unit", "score") if not hasattr(scorer, part)]
     if missing:
-        raise ValueError(f"'{spec}' is no scorer: it has no attribute {', '.join(missing)}")
+        raise ValueError(f"'{spec}' is not a scorer: it has no attribute {', '.join(missing)}")
     if isinstance(scorer, torch.nn.Module):
         place(scorer, where, dtype, compile=compile)
     return scorer
@@ -89,7 +89,7 @@ def _read_folder(spec: str, folder: str, settings: str) -> Any:
     config = read_config(folder)
     family, known = config["family"], f"known: {', '.join(FAMILIES)}"
     if family not in FAMILIES:
-        raise ValueError(f"'{folder}/{CONFIG}': no family '{family}'{nearest(family, FAMILIES)}; {known}")
+        raise ValueError(f"'{folder}/{CONFIG}': unknown family '{family}'{nearest(family, FAMILIES)}; {known}")
     build = partial(_find(FAMILIES[family]).from_folder, folder, config)
     values = _settings(spec, settings, build)
     try:
@@ -133,12 +133,12 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
         if not equals or key not in known:
             raise ValueError(
                 f"scorer '{spec}': no setting '{key}'{nearest(key, known)}; "
-                + (f"known: {', '.join(known)}" if known else "this scorer takes none")
+                + (f"known: {', '.join(known)}" if known else "this scorer has no settings")
             )
         hint = hints.get(key, str)
         kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
         if not any(get_origin(kind) is Literal or kind in (str, int, float, bool) for kind in kinds):
-            raise ValueError(f"scorer '{spec}': '{key}' can be set from Python only: it is a {hint}")
+            raise ValueError(f"scorer '{spec}': '{key}' can be set in Python only: its type is {hint}")
         try:
             values[key] = from_text(text, hint)
         except TypeError:
@@ -146,7 +146,7 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     wiring = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     python_only = [p.name for p in parameters if p.kind in wiring and p.default is p.empty]
     if python_only:
-        raise ValueError(f"scorer '{spec}' can be built from Python only: it needs {', '.join(python_only)}")
+        raise ValueError(f"scorer '{spec}' can be built in Python only: it needs {', '.join(python_only)}")
     needed = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in values]
     if needed:
         raise ValueError(f"scorer '{spec}' needs {needed[0]}: write '{spec},{needed[0]}=...'")

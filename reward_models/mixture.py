@@ -49,13 +49,13 @@ class WeightedSum(nn.Module):
         if not scorers:
             raise ValueError("WeightedSum needs at least one scorer")
         if (normalise == "fixed") != (statistics is not None):
-            raise ValueError(f"normalise='fixed' needs statistics, and nothing else takes them; it is '{normalise}'")
-        if maxmin and normalise != "start":
-            raise ValueError(f"maxmin compares gains, so it needs normalise='start'; it is '{normalise}'")
-        if statistics is not None and statistics.keys() != scorers.keys():
             raise ValueError(
-                f"statistics must be given for {', '.join(scorers)}; got {', '.join(statistics) or 'none'}"
+                f"statistics are required with normalise='fixed' and allowed only with it; got normalise='{normalise}'"
             )
+        if maxmin and normalise != "start":
+            raise ValueError(f"maxmin compares gains since the start, so it needs normalise='start'; got '{normalise}'")
+        if statistics is not None and statistics.keys() != scorers.keys():
+            raise ValueError(f"expected statistics of {', '.join(scorers)}; got {', '.join(statistics) or 'none'}")
         self.scorers, self.normalise = {name: scorer for name, (scorer, _) in scorers.items()}, normalise
         self.weights = {name: float(weight) for name, (_, weight) in scorers.items()}
         self.differentiable = all(scorer.differentiable for scorer in self.scorers.values())
@@ -112,7 +112,7 @@ class WeightedSum(nn.Module):
             std = (self.squares[i] / self.count.clamp(min=1)).sqrt().item()
             if not std > 0:
                 raise ValueError(
-                    f"the scores of '{name}' seen so far ({int(self.count)}) do not differ, so they cannot be "
+                    f"the {int(self.count)} scores of '{name}' so far do not differ, so they cannot be "
                     "normalised; give `update` more of them, or fixed statistics"
                 )
             found[name] = (parts[name] - self.mean[i].item()) / std
@@ -126,10 +126,10 @@ class WeightedSum(nn.Module):
         Raises ValueError if normalise is neither `running` nor `start`, or for scores that are not finite.
         """
         if not self.learns:
-            raise ValueError(f"update is for normalise='running' and 'start'; it is '{self.normalise}'")
+            raise ValueError(f"`update` needs normalise='running' or 'start'; got '{self.normalise}'")
         scores = torch.stack([parts[name].detach().to(self.mean.device).double() for name in self.scorers])
         if not scores.isfinite().all():
-            raise ValueError("scores that are nan or infinite cannot be taken into the statistics")
+            raise ValueError("the statistics cannot be updated with scores that are nan or infinite")
         if self.normalise == "running" or self.count < START:
             batch, new = scores.mean(1), scores.shape[1]
             total, step = self.count + new, batch - self.mean
@@ -176,7 +176,7 @@ def check_mixture(cfg: dict[str, Any]) -> list[str]:
     scorers, weights = cfg["scorers"], cfg["weights"]
     problems = [] if scorers else ["'reward.scorers' is empty; name at least one scorer"]
     if len(set(scorers)) < len(scorers):
-        problems.append(f"'reward.scorers' names one twice: {', '.join(scorers)}")
+        problems.append(f"'reward.scorers' has a duplicate: {', '.join(scorers)}")
     if weights and len(weights) != len(scorers):
         problems.append(f"'reward.weights' has {len(weights)} numbers for {len(scorers)} scorers")
     if cfg.get("maxmin") and cfg["normalise"] != "start":

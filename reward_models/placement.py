@@ -22,7 +22,7 @@ def find_device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ...; got '{name}'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} asks for a GPU, but torch sees none here; use cpu")
+        raise ValueError(f"--device {name} needs a GPU, but torch finds none; use cpu")
     return device
 
 

@@ -230,7 +230,7 @@ def pass_order(height: int, width: int, to_height: int, to_width: int, interpola
             return rows_first if same[0] else rows_first[::-1]
         if not same[0]:
             raise RuntimeError(
-                f"Pillow {PILLOW} resizes {width} x {height} to {to_width} x {to_height} in a way unknown here; use "
+                f"Pillow {PILLOW} resizes {width} x {height} to {to_width} x {to_height} in an unknown way; use "
                 "method 'antialias', and report it"
             )
     return rows_first

@@ -65,12 +65,14 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"{expected} {what}")
     low, high = torch.stack(images.detach().aminmax()).tolist()
     if low != low:
-        raise FloatingPointError(f"the images to be scored hold nan ({what}): what drew them has diverged")
+        raise FloatingPointError(
+            f"the images to be scored contain nan ({what}): the model that generated them has diverged"
+        )
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(f"{expected} {what} with values from {low:.3g} to {high:.3g}")
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(
-            f"one prompt for each image is needed; got {prompts if isinstance(prompts, str) else len(prompts)!r} "
+            f"expected one prompt per image; got {prompts if isinstance(prompts, str) else len(prompts)!r} "
             f"for {len(images)} images"
         )
 
@@ -90,7 +92,7 @@ def scores_of(name: str, scorer: Scorer, images: Tensor, prompts: Sequence[str])
             "a score must be a finite number"
         )
     if scorer.differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
-        raise ValueError(f"scorer '{name}' says that it is differentiable, but its scores carry no gradient")
+        raise ValueError(f"scorer '{name}' has differentiable = True, but its scores have no gradient")
     return scores
 
 

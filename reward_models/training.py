@@ -116,7 +116,7 @@ def check_to_train(cfg: dict[str, Any]) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"'scorer.trains': '{pattern}' is no regular expression: {error}")
+            problems.append(f"'scorer.trains': '{pattern}' is not a regular expression: {error}")
     if cfg["architecture"].endswith(".json") and not Path(cfg["architecture"]).is_file():
         problems.append(f"'scorer.architecture': no file '{cfg['architecture']}'")
     return problems
@@ -134,7 +134,9 @@ def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in module.named_parameters()]
     idle = [p for p in patterns if not any(re.fullmatch(p, name) for name in names)]
     if idle:
-        raise ValueError(f"'scorer.trains': {', '.join(idle)} matches no parameter; the first is '{names[0]}'")
+        raise ValueError(
+            f"'scorer.trains': {', '.join(idle)} matches no parameter; the first parameter is '{names[0]}'"
+        )
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(not patterns or any(re.fullmatch(p, name) for p in patterns))
 

@@ -42,10 +42,10 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
     if path.is_dir():
         if not (path / filename).is_file():
             there = ", ".join(sorted(x.name for x in path.iterdir())[:10]) or "nothing"
-            raise FileNotFoundError(f"no '{filename}' in the folder '{path}'; it holds {there}")
+            raise FileNotFoundError(f"no '{filename}' in the folder '{path}'; it contains {there}")
         return path / filename
     if not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"'{source}' is no file, no folder and no hub id owner/name")
+        raise FileNotFoundError(f"'{source}' is not a file, a folder or a hub id owner/name")
     reachable()
     try:
         return Path(hf_hub_download(str(source), filename))
@@ -56,7 +56,7 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
         )
         url = f"https://huggingface.co/{source}/resolve/main/{filename}"
         raise FileNotFoundError(
-            f"'{source}' is no local file or folder, and '{filename}' of that hub id cannot be had: {why}. "
+            f"'{source}' is not a local file or folder, and '{filename}' of that hub id cannot be downloaded: {why}. "
             f"Download {url} and give the path of the file or of its folder"
         ) from error
 
@@ -73,12 +73,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"'{path}' holds no state dict but {_kind(state)}")
+        raise ValueError(f"'{path}' contains {_kind(state)} instead of a state dict")
     other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise ValueError(
-            f"'{path}' holds no state dict: under '{other}' lies {_kind(state[other])}, not a tensor; "
-            "expected names and tensors, at the top or under 'state_dict'"
+            f"'{path}' contains no state dict: the value of '{other}' is {_kind(state[other])}, not a tensor; "
+            "expected tensors by name, at the top level or under 'state_dict'"
         )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -105,7 +105,7 @@ def load_strict(
     missing = [x for x in wanted if x not in state]
     wrong = [_listed("missing", missing), _listed("unexpected", extra), _listed("of another shape", shapes)]
     if any(wrong):
-        raise ValueError(f"the tensors in '{where}' are not those of the model: {'; '.join(filter(None, wrong))}")
+        raise ValueError(f"the tensors in '{where}' do not match the model: {'; '.join(filter(None, wrong))}")
     module.load_state_dict({x: state[x] for x in wanted}, strict=True)
 
 
@@ -121,10 +121,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of reward_config.json of a scorer folder. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' is no scorer folder: it has no {CONFIG}")
+        raise FileNotFoundError(f"'{folder}' is not a scorer folder: it has no {CONFIG}")
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("family"), str):
-        raise ValueError(f"'{path}' must be an object with the text 'family', which names the kind of scorer")
+        raise ValueError(f"'{path}' must be an object with the string 'family', the kind of scorer")
     return config
 
 
@@ -137,7 +137,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged, or no safetensors file ({error}); download it again") from error
+        raise ValueError(f"'{path}' is damaged or not a safetensors file ({error}); download it again") from error
 
 
 def _load_torch(path: Path) -> Any:
@@ -146,10 +146,10 @@ def _load_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]*)", str(error))
         if named is None:
-            raise ValueError(f"'{path}' is no file of torch.save, or damaged; download it again") from error
+            raise ValueError(f"'{path}' is damaged or not a file of torch.save; download it again") from error
         raise ValueError(
-            f"'{path}' holds pickled Python objects ({named[1]}), which can run code when read, so it is not. "
-            "Where you trust it, save its state_dict() to a file"
+            f"'{path}' contains pickled Python objects ({named[1]}) and is not loaded, because they can run code. "
+            "If you trust the file, save only its state_dict() to a new file"
         ) from error
     except _DAMAGE as error:
         if "TorchScript" in str(error):

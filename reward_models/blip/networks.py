@@ -122,15 +122,15 @@ def find_tokenizer(source: str | PathLike[str], vocabulary: int) -> Any:
         tokenizer = (BertTokenizerFast if bare else AutoTokenizer).from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"no tokenizer can be had from '{source}' ({first_line(error)}); without network, "
+            f"no tokenizer can be loaded from '{source}' ({first_line(error)}); without network, "
             "give tokenizer=FOLDER, which holds vocab.txt or tokenizer.json of bert-base-uncased"
         ) from error
     tokenizer.add_tokens(list(ADDED), special_tokens=True)
     last = tokenizer.convert_tokens_to_ids(list(ADDED))
     if last != [vocabulary - 2, vocabulary - 1]:
         raise ValueError(
-            f"the tokenizer '{source}' gives {' and '.join(ADDED)} the ids {last}, the model has {vocabulary} tokens, "
-            "of which they are the last two: it is the tokenizer of another model"
+            f"the tokenizer '{source}' has the ids {last} for {' and '.join(ADDED)}, but the model needs the last two "
+            f"of its {vocabulary} ids; it belongs to another model"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer '{source}' has no padding token")

@@ -258,7 +258,9 @@ def vp_score(
     if (Path(weights) / CONFIG).is_file():
         extra = [key for key, value in given.items() if value is not None]
         if extra:
-            raise ValueError(f"vp_score: '{weights}' is a scorer folder: its {CONFIG} says {extra[0]}; leave it out")
+            raise ValueError(
+                f"vp_score: '{weights}' is a scorer folder: its {CONFIG} already sets {extra[0]}; leave it out"
+            )
         return BLIPScorer.from_folder(weights, read_config(weights)).eval().requires_grad_(False)
     if (mean is None) != (std is None):
         raise ValueError(f"vp_score needs both mean and std of the rewards, or neither; got {mean} and {std}")
@@ -280,9 +282,9 @@ def _published(
 def _checked_weights(aspects: tuple[str, ...], weights: Sequence[float] | None) -> tuple[float, ...]:
     """A weight for each head, equal ones by default. Raises ValueError."""
     if len(set(aspects)) != len(aspects) or not all(x.isidentifier() and x != "layers" for x in aspects):
-        raise ValueError(f"aspects must be different names of letters, digits and _; got {', '.join(aspects)}")
+        raise ValueError(f"aspects must be distinct names of letters, digits and _; got {', '.join(aspects)}")
     count = max(len(aspects), 1)
     values = tuple(float(x) for x in weights) if weights is not None else (1.0,) * count
     if len(values) != count or min(values) < 0 or sum(values) <= 0:
-        raise ValueError(f"aspect_weights must be {count} numbers from 0, not all 0; got {list(values)}")
+        raise ValueError(f"aspect_weights must be {count} numbers of 0 or more, not all 0; got {list(values)}")
     return values

@@ -23,18 +23,20 @@ def convert(source: str | PathLike[str], out: str | PathLike[str], to: Layout = 
     """
     source, out = Path(source), Path(out)
     if to not in get_args(Layout):
-        raise ValueError(f"convert writes {', '.join(get_args(Layout))}; got '{to}'")
+        raise ValueError(f"the layout must be one of {', '.join(get_args(Layout))}; got '{to}'")
     if not source.is_file():
-        raise FileNotFoundError(f"'{source}' does not exist, or is no file")
+        raise FileNotFoundError(f"'{source}' does not exist or is not a file")
     if out.suffix != ".safetensors":
-        raise ValueError(f"the file to write must end in .safetensors; got '{out}'")
+        raise ValueError(f"the output file must end in .safetensors; got '{out}'")
     if out.exists():
         raise ValueError(f"'{out}' exists; delete it or choose another name")
     state = read_state(source)
     if to != "safetensors":
         transformers = is_transformers(state)
         if not transformers and not {"visual.proj", "token_embedding.weight", "text_projection"} <= state.keys():
-            raise ValueError(f"'{source}' is no CLIP checkpoint of open_clip or transformers, so '{to}' cannot be had")
+            raise ValueError(
+                f"'{source}' is not a CLIP checkpoint of open_clip or transformers, so it cannot be converted to '{to}'"
+            )
         if transformers and to == "open_clip":
             state = to_open_clip(state)
         elif not transformers and to == "hf":

@@ -69,7 +69,7 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             three = [_QKV.sub(f".self_attn.{x}_proj.", key) for x in "qkv"]
             missing = [x for x in three if x not in state]
             if missing:
-                raise ValueError(f"'{missing[0]}' is missing, though '{key}' is there")
+                raise ValueError(f"'{missing[0]}' is missing, although '{key}' exists")
             if attention[1] == "q":
                 name = _QKV.sub(".attn.in_proj_", key)
                 out[_renamed(name, _TOWERS, {})] = torch.cat([state[x] for x in three])

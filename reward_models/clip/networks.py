@@ -40,14 +40,14 @@ def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"architecture '{architecture}' lacks {', '.join(missing)}")
     if config.get("custom_text") or config["text_cfg"].get("hf_model_name") or "multimodal_cfg" in config:
-        raise ValueError(f"architecture '{architecture}' is no plain CLIP; the scorer `clip` takes it as its model")
+        raise ValueError(f"architecture '{architecture}' is not a plain CLIP; the scorer `clip` supports it as `model`")
     return config
 
 
 def check_model_name(name: str) -> None:
     """Raise ValueError, with the nearest known name, unless open_clip knows the model."""
     if open_clip.get_model_config(name) is None:
-        raise ValueError(f"open_clip knows no model '{name}'{nearest(name, open_clip.list_models())}")
+        raise ValueError(f"open_clip has no model '{name}'{nearest(name, open_clip.list_models())}")
 
 
 def build_clip(config: Mapping[str, Any]) -> Any:
@@ -92,5 +92,5 @@ def load_clip(network: nn.Module, path: str | PathLike[str]) -> None:
         try:
             state = to_open_clip(state)
         except ValueError as error:
-            raise ValueError(f"the tensors in '{path}' are not those of the model: {error}") from error
+            raise ValueError(f"the tensors in '{path}' do not match the model: {error}") from error
     load_strict(network, state, where=path, ignore=_OPENAI_EXTRAS)

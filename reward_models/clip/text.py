@@ -56,11 +56,11 @@ def find_tokenizer(source: str | PathLike[str] | None, text: Mapping[str, Any]) 
     if source is None:
         return open_clip.SimpleTokenizer(context_length=context)
     if not Path(source).is_dir():
-        raise FileNotFoundError(f"the tokenizer '{source}' is no folder")
+        raise FileNotFoundError(f"the tokenizer '{source}' is not a folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"no tokenizer of transformers can be read from '{source}': {error}") from error
+        raise ValueError(f"no transformers tokenizer can be loaded from '{source}': {error}") from error
     _check(tokenizer, text, source)
     return TransformersTokenizer(tokenizer, context)
 
@@ -88,12 +88,14 @@ def _check(tokenizer: Any, text: Mapping[str, Any], source: str | PathLike[str])
     """The text is pooled where it ends. By default that is where its largest id is, which must then be the end's."""
     size, end, where = len(tokenizer), tokenizer.eos_token_id, f"the tokenizer '{source}'"
     if size > text.get("vocab_size", 49408):
-        raise ValueError(f"{where} has {size} tokens, the model {text.get('vocab_size', 49408)} (text_cfg.vocab_size)")
+        raise ValueError(
+            f"{where} has {size} tokens, but the model {text.get('vocab_size', 49408)} (text_cfg.vocab_size)"
+        )
     if tokenizer.pad_token_id is None or end is None:
         raise ValueError(f"{where} needs an end-of-text and a padding token")
     pool = text.get("pool_type", "argmax")
     if (pool == "argmax" and end != size - 1) or (pool == "eos" and end != text.get("eos_id", 2)):
         raise ValueError(
-            f"{where} ends texts with id {end}, and the model reads them there by text_cfg.pool_type='{pool}'; "
+            f"{where} ends texts with id {end}, but text_cfg.pool_type='{pool}' does not pool at that token; "
             f"set text_cfg pool_type='eos' and eos_id={end}"
         )

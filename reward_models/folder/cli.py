@@ -72,7 +72,7 @@ def main(
         print(f"reward-score: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("reward-score: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("reward-score: interrupted; to resume, run the same command with --resume", file=sys.stderr)
         return 130
 
 
@@ -110,14 +110,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got '{text}'")
+        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more; got '{text}'")
     return int(text)
 
 
 def _info(words: Sequence[str]) -> int:
     from reward_models.folder.cards import CARDS, card_text
 
-    parser = _Parser(prog="reward-score info", description="What a scorer is: source, input, unit, known failures.")
+    parser = _Parser(prog="reward-score info", description="Card of a scorer: source, input, unit, known failures.")
     parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; all in short without it")
     name = parser.parse_args(words).name
     print(card_text(name) if name else "\n".join(f"{name:<22}{card.title}" for name, card in CARDS.items()))
@@ -169,7 +169,9 @@ def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], N
     job["images or prompts"] = items.digest
     done = read_journals(args.out, job, Outcomes(len(items), len(args.scorer), size)).done
     if done.any() and not args.resume:
-        raise ValueError(f"'{find_journals(args.out)[0]}' is left from an unfinished run; add --resume, or delete it")
+        raise ValueError(
+            f"'{find_journals(args.out)[0]}' belongs to an unfinished run; add --resume, or delete the file"
+        )
     scorers = {name: load_scorer(name, args.device, dtype=args.dtype, compile=args.compile) for name in args.scorer}
     wait()  # nobody writes while another still looks at what is done
     # The last bits of a score depend on the batch it is computed in, so batches are cut before they are shared or

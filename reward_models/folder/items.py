@@ -99,7 +99,9 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     folder = images if images.is_dir() else images.parent
     if images.suffix.lower() in (".jsonl", ".csv") and images.is_file():
         if prompts is not None:
-            raise ValueError(f"'{images}' is a list with prompts of its own; --prompts is for folders and images")
+            raise ValueError(
+                f"'{images}' is a list with its own prompts; --prompts can be used with folders and images only"
+            )
         rows: Iterable[Row] = _listed(images, prompt)
     elif images.is_dir() and prompt is None and prompts is None and (images / "manifest.jsonl").exists():
         rows = _listed(images / "manifest.jsonl", None, inside=True)
@@ -111,7 +113,7 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     if not items:
         raise ValueError(f"no images in '{images}'; known suffixes: {' '.join(SUFFIXES)}")
     if len(items.faults) == len(items):
-        raise ValueError(f"nothing in '{prompts or images}' can be scored: {items[0].image}: {items.faults[0]}")
+        raise ValueError(f"no entry of '{prompts or images}' can be scored: {items[0].image}: {items.faults[0]}")
     return items
 
 
@@ -138,7 +140,7 @@ def _beside(folder: Path, names: list[str]) -> Iterator[Row]:
 
     missing = [name for name in names if not file(name).is_file()]
     if missing:
-        raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, first '{missing[0]}'; {SOURCES}")
+        raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, such as '{missing[0]}'; {SOURCES}")
     for name in names:
         try:
             yield Row(name, "".join(text_lines(file(name))).strip())

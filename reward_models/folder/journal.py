@@ -90,7 +90,9 @@ def read_journals(out: Path, job: Job, outcomes: Outcomes) -> Outcomes:
         before = json.loads(next(lines, json.dumps(job)))
         other = [key for key in job if before.get(key) != job[key]]
         if other:
-            raise ValueError(f"'{path}' was begun with {_said(other[0], before)}; give the same, or delete it")
+            raise ValueError(
+                f"'{path}' was started with {_said(other[0], before)}; use the same setting, or delete the file"
+            )
         for row in map(json.loads, lines):
             outcomes.add(row["batch"], row["results"])
     return outcomes

@@ -87,7 +87,7 @@ def longer_line(name: str, longer: Mapping[str, Any]) -> str:
     """What `longer_prompts` found, for the terminal."""
     return (
         f"{longer['count']} of {longer['of']} prompts are longer than the {longer['limit']} tokens that '{name}' reads "
-        f"and are cut there; the first: '{longer['first'][:80]}...'"
+        f"and are truncated; the first: '{longer['first'][:80]}...'"
     )
 
 

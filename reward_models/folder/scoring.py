@@ -55,7 +55,7 @@ def score_files(
     be read or whose score is not finite. Command lines that go on with the other files use `score_items`.
     """
     if len(files) != len(prompts):
-        raise ValueError(f"one prompt for each file is needed; got {len(prompts)} for {len(files)} files")
+        raise ValueError(f"expected one prompt per file; got {len(prompts)} prompts for {len(files)} files")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]

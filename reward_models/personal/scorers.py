@@ -174,7 +174,7 @@ def load_features(spec: str, device: str | torch.device) -> CLIPFeatures:
     """A scorer on CLIP, frozen. Raises ValueError if its features cannot be loaded."""
     scorer = load_scorer(spec, device)
     if not isinstance(scorer, CLIPFeatures):
-        raise ValueError(f"'{spec}' gives no features of images and texts; use one on CLIP: clip, hps_v2.1, pickscore")
+        raise ValueError(f"'{spec}' has no image and text features; use a scorer on CLIP: clip, hps_v2.1, pickscore")
     return scorer
 
 
@@ -192,17 +192,17 @@ def save_user(path: str | PathLike[str], tokens: Tensor, taste: Taste | None = N
 def load_user(path: str | PathLike[str], scorer: PersonalScorer) -> Taste:
     """Read the user file of `save_user` for this scorer. Raises FileNotFoundError, or ValueError with the reason."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no user file '{path}'; `diffalign user fit` makes one of some choices")
+        raise FileNotFoundError(f"no user file '{path}'; `diffalign user fit` writes one from choices")
     try:
         with safe_open(path, "pt") as file:
             made_by = (file.metadata() or {}).get("made_by")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged, or no user file ({error}); fit it again") from error
+        raise ValueError(f"'{path}' is damaged or not a user file ({error}); fit the user again") from error
     if "mean" not in state or made_by != scorer.fingerprint:
         raise ValueError(
-            f"'{path}' was not fitted with this scorer (made by '{made_by}', the scorer is '{scorer.fingerprint}'); "
-            "fit it again with `diffalign user fit`"
+            f"'{path}' was fitted with another scorer (fingerprint '{made_by}', this scorer: '{scorer.fingerprint}'); "
+            "fit the user again with `diffalign user fit`"
         )
     return Taste(state["mean"], state["samples"])
 
@@ -263,9 +263,11 @@ def check_head(cfg: dict[str, Any]) -> list[str]:
     """The errors of a `scorer` section of a config, one line each."""
     problems = [f"'scorer.{k}' = {cfg[k]} must be 1 or more" for k in ("size", "latent") if cfg[k] < 1]
     if cfg["hidden"] < (0 if cfg["head"] == "pal" else 1):
-        problems.append(f"'scorer.hidden' = {cfg['hidden']} must be positive; only PAL has a linear map")
+        problems.append(
+            f"'scorer.hidden' = {cfg['hidden']} must be positive; 0 (a linear map) is for 'scorer.head' = pal only"
+        )
     if cfg["head"] != "pal" and (cfg["variant"], cfg["distance"]) != ("A", "euclid"):
-        problems.append("'scorer.variant' and 'scorer.distance' have an effect on 'scorer.head' = pal only")
+        problems.append("'scorer.variant' and 'scorer.distance' are used only with 'scorer.head' = pal; leave them out")
     if not cfg["spread"] > 0:
         problems.append(f"'scorer.spread' = {cfg['spread']} must be positive")
     return problems

@@ -151,7 +151,7 @@ class VLMUserEncoder:
             return list(self._describe(inputs).cpu())
         mask = inputs["attention_mask"]
         if self.length > (shortest := int(mask.sum(1).min())):
-            raise ValueError(f"tokens={self.length}, but a prompt has only {shortest}")
+            raise ValueError(f"tokens={self.length}, but the shortest prompt has only {shortest} tokens")
         positions = (mask.cumsum(1) - 1).clamp(min=0)  # those without the padding; in bfloat16 an offset is not free
         settings: dict[str, Any] = {"output_hidden_states": True, "use_cache": False, "logits_to_keep": 1}
         states = self.model(**inputs, position_ids=positions, **settings).hidden_states[self.layer]
@@ -223,7 +223,7 @@ def _read_cached(path: Path) -> Tensor:
     try:
         return load_file(path)["tokens"]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"'{path}' in the cache is damaged ({error}); delete it, and it is made again") from error
+        raise ValueError(f"'{path}' in the cache is damaged ({error}); delete it to compute it again") from error
 
 
 def _sha1(*parts: bytes) -> str:

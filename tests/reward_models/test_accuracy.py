@@ -156,7 +156,7 @@ def test_intervals_have_their_nominal_coverage() -> None:
 def test_invalid_metrics_and_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="no metric 'ir'; known: hps_inversion, "):
         accuracy("ir", GROUPS)
-    with pytest.raises(ValueError, match="at least 2 prompts with something to count; got 1"):
+    with pytest.raises(ValueError, match="at least 2 prompts with counted pairs; got 1"):
         accuracy("ge", GROUPS[:1])
     with pytest.raises(ValueError, match=r"one number for each of two or more images; got \(3,\), \(2,\)"):
         strict((1, 2, 3), (1, 2))

@@ -57,7 +57,7 @@ def test_json_that_cannot_be_read_is_a_value_error_of_one_short_line(text: str |
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(OSError, match=f"a folder, a pipe or a device, and not a file: '{path}'"):
+        with pytest.raises(OSError, match=f"a folder, a pipe or a device instead of a file: '{path}'"):
             open_file(path)
     for name in ("a\0b", "a\ud83d", "x" * 300):
         with pytest.raises(OSError):

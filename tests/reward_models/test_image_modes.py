@@ -38,7 +38,7 @@ def test_grey_one_bit_and_print_colours_become_rgb() -> None:
 def test_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path) -> None:
     """Pillow's own conversion would turn every 16-bit grey above 255 white."""
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match="more than 8 bits a channel; save it with 8"):
+    with pytest.raises(ImageError, match="more than 8 bits per channel; save it with 8 bits"):
         read_image(tmp_path / "deep.png")
 
 

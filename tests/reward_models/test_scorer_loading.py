@@ -66,17 +66,17 @@ def test_settings_get_the_types_of_the_constructor() -> None:
         ("hps_v2,unit=x10", "'unit' must be one of raw, x100, logit; got 'x10'"),
         ("hps_v2,antialias=no", "'antialias' must be true or false; got 'no'"),
         ("social_reward", "scorer 'social_reward' needs weights: write 'social_reward,weights=...'"),
-        ("reward_models.mixture:WeightedSum", "can be built from Python only: it needs scorers"),
+        ("reward_models.mixture:WeightedSum", "can be built in Python only: it needs scorers"),
         ("clip,modle=x", "scorer 'clip,modle=x': no setting 'modle', did you mean 'model'?; known: model, pretrained"),
         ("clip,weight=two", "scorer 'clip,weight=two': 'weight' must be float; got 'two'"),
         ("clip,weight", "no setting 'weight'"),
         ("loading_scorers:Plain,n=1.5", "'n' must be int; got '1.5'"),
         ("loading_scorers:Plain,on=yes", "'on' must be true or false; got 'yes'"),
         ("loading_scorers:Plain,how=c", "'how' must be one of a, b; got 'c'"),
-        ("loading_scorers:Plain,table=x", "'table' can be set from Python only"),
-        ("loading_scorers:Net,n=1", "no setting 'n'; this scorer takes none"),
+        ("loading_scorers:Plain,table=x", "'table' can be set in Python only"),
+        ("loading_scorers:Net,n=1", "no setting 'n'; this scorer has no settings"),
         ("loading_scorers:Plian", "'loading_scorers' has no Plian, did you mean 'Plain'?"),
-        ("loading_scorers:Half", "'loading_scorers:Half' is no scorer: it has no attribute differentiable, score"),
+        ("loading_scorers:Half", "'loading_scorers:Half' is not a scorer: it has no attribute differentiable, score"),
         ("no_such_module:Scorer", "no module 'no_such_module'; expected no_such_module.py in this folder"),
     ],
 )
@@ -90,7 +90,7 @@ def test_unknown_devices_raise() -> None:
     with pytest.raises(ValueError, match=r"--device must be auto, cpu, cuda, cuda:1, \.\.\.; got 'gpu'"):
         load_scorer("loading_scorers:Plain", "gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="--device cuda asks for a GPU"):
+        with pytest.raises(ValueError, match="--device cuda needs a GPU"):
             load_scorer("loading_scorers:Plain", "cuda")
 
 
@@ -130,7 +130,7 @@ def test_missing_published_weights_raise_with_the_download_address(monkeypatch: 
     """Before the ten seconds in which a ViT-H-14 fills with random numbers."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     url = r"https://huggingface\.co/xswu/HPSv2/resolve/main/HPS_v2\.1_compressed\.pt"
-    with pytest.raises(FileNotFoundError, match=f"cannot be had: .* Download {url} and give the path"):
+    with pytest.raises(FileNotFoundError, match=f"cannot be downloaded: .* Download {url} and give the path"):
         load_scorer("hps_v2.1")
 
 
@@ -150,14 +150,14 @@ def test_a_scorer_folder_can_be_used_as_spec(folder: Path) -> None:
 
 def test_folders_without_a_scorer_raise_with_the_reason(folder: Path) -> None:
     plain = folder.rename(folder.parent / "plain")
-    with pytest.raises(ValueError, match="no setting 'unit'; this scorer takes none"):
+    with pytest.raises(ValueError, match="no setting 'unit'; this scorer has no settings"):
         load_scorer(f"{plain},unit=raw")
-    with pytest.raises(FileNotFoundError, match="is no scorer folder: it has no reward_config"):
+    with pytest.raises(FileNotFoundError, match="is not a scorer folder: it has no reward_config"):
         load_scorer(str(folder.parent))
     config = json.loads((plain / "reward_config.json").read_text())
     for change, message in (
-        ({"family": "clap"}, r"no family 'clap', did you mean 'clip'\?; known: clip, "),
-        ({"family": 3}, "must be an object with the text 'family'"),
+        ({"family": "clap"}, r"unknown family 'clap', did you mean 'clip'\?; known: clip, "),
+        ({"family": 3}, "must be an object with the string 'family'"),
         ({"rule": {"size": 28, "shape": 1}}, r"does not describe a scorer of family 'clip': TypeError.*shape"),
         ({"architecture": {"embed_dim": 4}}, "lacks vision_cfg, text_cfg"),
     ):

@@ -140,7 +140,7 @@ def test_missing_or_infinite_gradients_of_a_differentiable_scorer_raise(kind: An
 
 
 def test_images_that_are_not_finite_raise_before_scoring() -> None:
-    with pytest.raises(FloatingPointError, match="what drew them has diverged"):
+    with pytest.raises(FloatingPointError, match="the model that generated them has diverged"):
         scores_of("it", Scorer(), IMAGES.clone().fill_(torch.nan), PROMPTS)
     with pytest.raises(FloatingPointError, match="diverged"):
         check_images(torch.where(IMAGES > 0.99, torch.nan, IMAGES), PROMPTS)

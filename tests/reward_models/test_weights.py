@@ -59,17 +59,17 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"Python objects \(torch\.nn.*Linear\).*state_dict",
     ),
     "cut": ("x.pt", _cut, "is damaged or cut off"),
-    "cut safetensors": ("x.safetensors", _cut_safetensors, "is damaged, or no safetensors file"),
+    "cut safetensors": ("x.safetensors", _cut_safetensors, "is damaged or not a safetensors file"),
     "empty": ("x.bin", lambda p: p.write_bytes(b""), r"is damaged or cut off \(EOFError\); download it again"),
-    "web page": ("x.pt", lambda p: p.write_text("<html>404</html>"), r"no file of torch\.save, or damaged; download"),
+    "web page": ("x.pt", lambda p: p.write_text("<html>404</html>"), r"damaged or not a file of torch\.save; download"),
     "lfs pointer": (
         "x.safetensors",
         lambda p: p.write_text("version https:"),
-        "is damaged, or no safetensors",
+        "is damaged or not a safetensors",
     ),
-    "tensor": ("x.pt", lambda p: torch.save(torch.zeros(2), p), "holds no state dict but a Tensor"),
-    "nothing": ("x.pt", lambda p: torch.save({}, p), "holds no state dict but an empty dict"),
-    "other": ("x.pt", lambda p: torch.save({"net": STATE}, p), r"under 'net' lies a dict with a\.weight, a\.bias"),
+    "tensor": ("x.pt", lambda p: torch.save(torch.zeros(2), p), "contains a Tensor instead of a state dict"),
+    "nothing": ("x.pt", lambda p: torch.save({}, p), "contains an empty dict instead of a state dict"),
+    "other": ("x.pt", lambda p: torch.save({"net": STATE}, p), r"the value of 'net' is a dict with a\.weight, a\.bias"),
 }
 
 
@@ -115,7 +115,7 @@ def test_strict_loading_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError) as error:
         load_strict(module, wrong, where="weights.pt", ignore=["b.6"])
     assert str(error.value) == (
-        "the tensors in 'weights.pt' are not those of the model: 1 missing: a.bias; "
+        "the tensors in 'weights.pt' do not match the model: 1 missing: a.bias; "
         "6 unexpected: b.0, b.1, b.2, b.3, b.4 and 1 more; 1 of another shape: a.weight [3, 2] (expected [2, 3])"
     )
     assert torch.equal(linear.weight, STATE["a.weight"])  # nothing was half loaded
@@ -124,9 +124,9 @@ def test_strict_loading_names_what_does_not_fit() -> None:
 def test_missing_files_raise_with_what_to_download(tmp_path: Path) -> None:
     save_state(STATE, tmp_path / "model.safetensors")
     assert find_file(str(tmp_path), None) == find_file(tmp_path / "model.safetensors", "x.pt")
-    with pytest.raises(FileNotFoundError, match=r"no 'x\.pt' in the folder .*; it holds model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no 'x\.pt' in the folder .*; it contains model\.safetensors"):
         find_file(str(tmp_path), "x.pt")
-    with pytest.raises(FileNotFoundError, match=r"'no/such/file\.pt' is no file, no folder and no hub id"):
+    with pytest.raises(FileNotFoundError, match=r"'no/such/file\.pt' is not a file, a folder or a hub id"):
         find_file("no/such/file.pt", None)
     with pytest.raises(
         FileNotFoundError, match=r"HF_HUB_OFFLINE is set.*https://huggingface\.co/own/er/resolve/main/x"
@@ -165,13 +165,15 @@ def test_convert_to_safetensors_keeps_everything(tmp_path: Path) -> None:
     _assert_equal(read_state(tmp_path / "out.safetensors"), state)
     with pytest.raises(ValueError, match="exists; delete it or choose another name"):
         convert(tmp_path / "ImageReward.pt", tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match="is no CLIP checkpoint of open_clip or transformers, so 'hf' cannot be had"):
+    with pytest.raises(
+        ValueError, match="is not a CLIP checkpoint of open_clip or transformers, so it cannot be converted to 'hf'"
+    ):
         convert(tmp_path / "ImageReward.pt", tmp_path / "hf.safetensors", "hf")
     with pytest.raises(ValueError, match=r"must end in \.safetensors; got"):
         convert(tmp_path / "ImageReward.pt", tmp_path / "out.bin")
-    with pytest.raises(ValueError, match="convert writes safetensors, hf, open_clip; got 'onnx'"):
+    with pytest.raises(ValueError, match="the layout must be one of safetensors, hf, open_clip; got 'onnx'"):
         convert(tmp_path / "ImageReward.pt", tmp_path / "x.safetensors", "onnx")  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
         convert(tmp_path / "none.pt", tmp_path / "x.safetensors")
 
 

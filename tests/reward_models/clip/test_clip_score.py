@@ -166,7 +166,7 @@ def test_images_of_other_dtype_or_shape_are_refused(clip: CLIPScore) -> None:
         clip.score(torch.zeros(1, 1, 8, 8), ["x"])
     with pytest.raises(ValueError, match=r"with values from -1 to 1"):
         clip.score(torch.tensor([-1.0, 1.0]).repeat(96).view(1, 3, 8, 8), ["x"])
-    with pytest.raises(ValueError, match="one prompt for each image is needed; got 1 for 2 images"):
+    with pytest.raises(ValueError, match="one prompt per image; got 1 for 2 images"):
         check_images(torch.zeros(2, 3, 8, 8), ["x"])
     with pytest.raises(ValueError, match="got 'xy' for 2 images"):
         check_images(torch.zeros(2, 3, 8, 8), "xy")

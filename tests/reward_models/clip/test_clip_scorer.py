@@ -34,7 +34,7 @@ def test_invalid_architectures_raise_with_the_reason(monkeypatch: pytest.MonkeyP
         CLIPScorer({"embed_dim": 4, "vision_cfg": VISION})
     with pytest.raises(ValueError, match=r"cannot build this architecture: .*depth"):
         CLIPScorer({**ARCHITECTURE, "depth": 2})
-    with pytest.raises(ValueError, match="'ViT-B-16-SigLIP' is no plain CLIP; the scorer `clip` takes it"):
+    with pytest.raises(ValueError, match="'ViT-B-16-SigLIP' is not a plain CLIP; the scorer `clip` supports it"):
         CLIPScorer("ViT-B-16-SigLIP")
     with pytest.raises(FileNotFoundError, match="the weights 'openai' of ViT-B-32-quickgelu are not in the cache"):
         CLIPScorer("ViT-B-32-quickgelu", weights="openai")
@@ -71,11 +71,11 @@ def test_a_tokenizer_that_the_model_cannot_read_is_refused(tmp_path: Path) -> No
     transformers_clip_tokenizer(TEXT).save(tmp_path)
     CLIPScorer(ARCHITECTURE, tokenizer=str(tmp_path))
     for text, message in (
-        ({"vocab_size": 100}, r"has 49408 tokens, the model 100"),
+        ({"vocab_size": 100}, r"has 49408 tokens, but the model 100"),
         ({"pool_type": "eos"}, r"set text_cfg pool_type='eos' and eos_id=49407"),
     ):
         with pytest.raises(ValueError, match=message):
             CLIPScorer({**ARCHITECTURE, "text_cfg": {**TEXT, **text}}, tokenizer=str(tmp_path))
     CLIPScorer({**ARCHITECTURE, "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 49407}}, tokenizer=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="the tokenizer 'nowhere' is no folder"):
+    with pytest.raises(FileNotFoundError, match="the tokenizer 'nowhere' is not a folder"):
         CLIPScorer(ARCHITECTURE, tokenizer="nowhere")

@@ -205,7 +205,7 @@ def test_score_files_returns_scores_in_order(images: Path, clip: str) -> None:
     assert scores.shape == (10,) and scores.dtype == torch.float32
     alone = torch.cat([score_files(load_clip(clip), [f], [f.name]) for f in files])
     torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="got 1 for 10 files"):
+    with pytest.raises(ValueError, match="got 1 prompts for 10 files"):
         score_files(load_clip(clip), files, ["x"])
 
 
@@ -259,7 +259,7 @@ def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path:
         (["info", "hps"], "no card of 'hps', did you mean 'hps_v2'?"),
         (["convert", "nowhere.pt", "x.safetensors"], "'nowhere.pt' does not exist"),
         (["IMAGES", "--scorer", "clip"], "the following arguments are required: --out; see --help"),
-        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--batch-size", "0"], "must be a whole number from 1"),
+        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--batch-size", "0"], "must be an integer of 1 or more"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--prompt", "x", "--prompts", "y"], "not allowed with"),
     ],
 )

@@ -18,7 +18,7 @@ CASES = Path(__file__).parents[2] / "data" / "cases"
 FINE = {"image": "0.png", "prompt": "a red circle"}
 
 LINES = {
-    "NUL": (json.dumps({**FINE, "image": "a\0b.png"}), "bad name: it holds a NUL"),
+    "NUL": (json.dumps({**FINE, "image": "a\0b.png"}), "bad name: it contains a NUL"),
     "half a character": (json.dumps({**FINE, "image": "\ud83d.png"}), "bad name: it is not valid Unicode"),
     "half a character in a prompt": (json.dumps({**FINE, "prompt": "\ud83d"}), "bad prompt: it is not valid Unicode"),
     "deep": ("[" * 20_000, "nested too deeply"),

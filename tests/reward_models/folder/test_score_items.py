@@ -73,7 +73,7 @@ def test_manifest_in_the_folder(folder: Path) -> None:
 def test_text_files_beside_the_images(folder: Path) -> None:
     for i, name in enumerate(("2.txt", "10.txt", "a/1.txt")):
         (folder / name).write_text(f"prompt {i}\n")
-    with pytest.raises(ValueError, match=r"no prompt for 1 of 4 images, first 'a/sub/3.webp'; give --prompt TEXT"):
+    with pytest.raises(ValueError, match=r"no prompt for 1 of 4 images, such as 'a/sub/3.webp'; give --prompt TEXT"):
         read_items(folder)
     (folder / "a/sub/3.txt").write_text("prompt 3\n")
     assert [p for _, p in _pairs(folder)] == ["prompt 0", "prompt 1", "prompt 2", "prompt 3"]

@@ -181,4 +181,4 @@ def test_convert_writes_the_requested_names(tmp_path: Path, capsys: pytest.Captu
     assert "written: " in capsys.readouterr().out
     assert load_file(tmp_path / "a.safetensors")["a.weight"].tolist() == state["a.weight"].tolist()
     assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors"), "--to", "hf"]) == 1
-    assert "is no CLIP checkpoint" in capsys.readouterr().err
+    assert "is not a CLIP checkpoint" in capsys.readouterr().err

@@ -80,9 +80,9 @@ def test_killed_and_resumed_equals_uninterrupted(
         file.write(b'{"batch": 9, "results": [[0.')  # what a kill in the middle of a write leaves
 
     assert main(_arguments(images, out, red)) == 1
-    assert "is left from an unfinished run; add --resume, or delete it" in capsys.readouterr().err
+    assert "belongs to an unfinished run; add --resume, or delete the file" in capsys.readouterr().err
     assert main([*_arguments(images, out, red), "--resume", "--scorer", "resume_scorers:Blue"]) == 1
-    assert "was begun with --scorer resume_scorers:Red; " in capsys.readouterr().err
+    assert "was started with --scorer resume_scorers:Red; " in capsys.readouterr().err
     seen = sys.modules["resume_scorers"].Red.batches
     seen.clear()
     assert main([*_arguments(images, out, red), "--resume"]) == 0
@@ -97,12 +97,12 @@ def test_killed_and_resumed_equals_uninterrupted(
     [
         (
             ["--scorer", "resume_scorers:Blue"],
-            "was begun with --scorer resume_scorers:Red; give the same, or delete it",
+            "was started with --scorer resume_scorers:Red; use the same setting, or delete the file",
         ),
-        (["--batch-size", "4"], "was begun with --batch-size 2; "),
-        (["--dtype", "bf16"], "was begun with --dtype fp32; "),
-        (["--compile"], "was begun with no --compile; "),
-        (["--prompt", "x"], "was begun with other images or prompts; "),
+        (["--batch-size", "4"], "was started with --batch-size 2; "),
+        (["--dtype", "bf16"], "was started with --dtype fp32; "),
+        (["--compile"], "was started with no --compile; "),
+        (["--prompt", "x"], "was started with other images or prompts; "),
     ],
 )
 def test_resume_refuses_settings_that_change_the_scores(

@@ -313,7 +313,7 @@ def test_a_damaged_cache_file_raises_with_its_path(encoder: VLMUserEncoder, tmp_
     encoder.encode_users(users, cache=tmp_path)
     [file] = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=rf"{file.name}' in the cache is damaged .*; delete it, and it is made again"):
+    with pytest.raises(ValueError, match=rf"{file.name}' in the cache is damaged .*; delete it to compute it again"):
         encoder.encode_users(users, cache=tmp_path)
 
 
@@ -349,7 +349,7 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str, load: Cal
 
 
 def test_more_tokens_than_the_prompt_has(load: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="tokens=5000, but a prompt has only"):
+    with pytest.raises(ValueError, match="tokens=5000, but the shortest prompt has only"):
         load(pooling="tokens", tokens=5000).encode(_choices(0))
 
 
