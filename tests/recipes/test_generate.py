@@ -207,34 +207,34 @@ def _spoil(folder: Path, kind: str) -> str:
     state = load_file(file)
     if kind == "other names":
         save_file({f"base_model.model.other.{k}": v for k, v in state.items()}, file)
-        return "no layer of the model took a weight"
+        return "has no weights for any layer of this model"
     if kind == "diffusers, other names":
         file.unlink()
         names = {k.replace("base_model.model", "nowhere"): v for k, v in state.items()}
         save_file(names, folder / "pytorch_lora_weights.safetensors")
-        return "no layer of the model took a weight"
+        return "has no weights for any layer of this model"
     if kind == "other shapes":
         save_file({k: torch.cat([v, v], dim=1 if "lora_A" in k else 0) for k, v in state.items()}, file)
         return "does not fit this model"
     if kind == "nothing learned":
         save_file({k: v * ("lora_A" in k) for k, v in state.items()}, file)
-        return "changes nothing"
+        return "has no effect"
     if kind == "alpha 0":
         settings = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 0}))
-        return "changes nothing"
+        return "has no effect"
     if kind == "no config":
         (folder / "adapter_config.json").unlink()
         return "adapter_config.json"
     if kind == "two files":
         file.rename(folder / "a.safetensors")
         save_file(state, folder / "b.safetensors")
-        return "name the file to load"
+        return "give the path of one file"
     if kind == "damaged":
         file.write_bytes(file.read_bytes()[:100])
-        return "no readable safetensors file"
+        return "not a readable safetensors file"
     file.unlink()
-    return "holds no LoRA"
+    return "contains no LoRA"
 
 
 SPOILT = ["other names", "diffusers, other names", "other shapes", "nothing learned", "alpha 0", "no config"]
@@ -247,7 +247,7 @@ def test_a_lora_without_effect_is_reported(
     lora = tmp_path / "lora"
     _adapted(model / "pipeline").save_pretrained(lora)
     said = _spoil(lora, kind)
-    zero = said == "changes nothing"  # what a run with lr 0 leaves, a control
+    zero = said == "has no effect"  # what a run with lr 0 leaves, a control
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == (0 if zero else 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1 and said in lines[0] and f"'--lora {lora}'" in lines[0], lines
@@ -275,8 +275,8 @@ def test_bad_input_is_refused_before_anything_loads(
         ("a.csv", "x", "must end in .txt"),
         ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', "line 2 needs a string"),
         ("b.jsonl", '{"prompt": "x"\n', "line 1 is not JSON"),
-        ("c.jsonl", '{"prompt": "x", "prompt_id": 1}\n{"prompt": "y", "prompt_id": "1"}', "comes twice"),
-        ("a.txt", "\n", "holds no prompts"),
+        ("c.jsonl", '{"prompt": "x", "prompt_id": 1}\n{"prompt": "y", "prompt_id": "1"}', "is used twice"),
+        ("a.txt", "\n", "contains no prompts"),
     ):
         (tmp_path / name).write_text(text)
         assert generate.main(_arguments(model, tmp_path / "out", "--prompts", str(tmp_path / name))) == 2

@@ -213,16 +213,16 @@ def test_wrong_personal_settings_and_files_are_reported(
     with pytest.raises(SystemExit):
         recipe("ppd", "--config=playground", f"data.path={people}", f"backbone.path={tiny_sd3}")
     said = capsys.readouterr().err
-    assert "user adapters are for Stable Diffusion and SDXL" in said and "`diffalign user embed` writes it" in said
+    assert "user adapters support Stable Diffusion and SDXL only" in said and "`diffalign user embed` writes it" in said
     save_file({"nobody": torch.zeros(2, 1, 3)}, tmp_path / "other.safetensors")
     settings = [f"data.path={people}", f"users.path={tmp_path / 'other.safetensors'}", f"run.folder={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match="no annotator of the pairs has an embedding"):
         recipe("ppd", "--config=playground", *settings)
     scorer: Any = load_scorer(str(encoder), "cpu")
-    with pytest.raises(ValueError, match="was not fitted with this scorer"):
+    with pytest.raises(ValueError, match="was fitted with another scorer"):
         load_user(tmp_path / "other.safetensors", scorer)
     (tmp_path / "cut.safetensors").write_bytes(b"12345")
-    with pytest.raises(ValueError, match="is damaged, or no user file"):
+    with pytest.raises(ValueError, match="is damaged or not a user file"):
         load_user(tmp_path / "cut.safetensors", scorer)
     with pytest.raises(FileNotFoundError, match="no user file"):
         load_user(tmp_path / "none.safetensors", scorer)
