@@ -1,4 +1,4 @@
-"""Files of weights: find them, read them without running code, load them strictly, write them whole or not at all."""
+"""Weight files: find, read without executing code, load strictly, write atomically."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _DAMAGE = (RuntimeError, EOFError, struct.error, LookupError, ValueError, TypeEr
 
 
 def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
-    """The file behind a local file, a local folder that holds `filename`, or a hub id `owner/name` that does.
+    """Local path of a weight file: a file, or `filename` in a local folder or at a hub id `owner/name`.
 
-    filename None stands for `model.safetensors`. A hub id is looked up in the local cache first and downloaded
-    otherwise; HF_HUB_OFFLINE and HF_HOME are honoured. Raises FileNotFoundError that says where to put what.
+    The default filename is `model.safetensors`. Files of a hub id are read from the local cache, or downloaded if
+    missing; HF_HUB_OFFLINE and HF_HOME are respected. Raises FileNotFoundError with what to download.
     """
     path, filename = Path(source), filename or WEIGHTS
     if path.is_file():
@@ -49,7 +49,7 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
     reachable()
     try:
         return Path(hf_hub_download(str(source), filename))
-    except (OSError, ValueError, EntryNotFoundError) as error:  # not there, not reachable, not allowed, or offline
+    except (OSError, ValueError, EntryNotFoundError) as error:  # missing, unreachable, forbidden, or offline
         offline = isinstance(error, LocalEntryNotFoundError)
         why = (
             "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set" if offline else first_line(error)
@@ -62,10 +62,10 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of what torch.save wrote, on the CPU in the dtype of the file.
+    """Tensors of a .safetensors file or a torch.save file, on the CPU in the dtype of the file.
 
-    Nothing in the file is executed. A dict under `state_dict` or `model` is unwrapped, and `module.`, which parallel
-    training puts before every name, is taken off. Raises ValueError for files that are damaged or hold something else.
+    No code in the file is executed. A dict under `state_dict` or `model` is unwrapped. The prefix `module.` of DDP is
+    removed. Raises ValueError for damaged files and for other content.
     """
     path = Path(path)
     state: Any = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
@@ -88,12 +88,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], *, where: str | os.PathLike[str], ignore: Sequence[str] = ()
 ) -> None:
-    """Copy a state dict into a module, in the module's dtype: all its tensors, and nothing else.
+    """Copy a state dict into a module, in the module's dtype. Names and shapes must match exactly.
 
     where   the file, for the error
-    ignore  patterns such as `blip.vision_proj.*` of names that the file may have and the module needs not
+    ignore  patterns of names in the file to skip, such as `blip.vision_proj.*`
 
-    Raises ValueError that names the first missing, unexpected and mis-shaped tensors.
+    Raises ValueError with the first missing, unexpected and mis-shaped tensors.
     """
     wanted = module.state_dict()
     extra = [x for x in state if x not in wanted and not any(fnmatchcase(x, pattern) for pattern in ignore)]
@@ -112,7 +112,7 @@ def load_strict(
 def save_state(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, with text beside them: all of the file appears, or none of it."""
+    """Write tensors and text metadata as a safetensors file, atomically."""
     with replacing(path) as temporary, writing(temporary):
         save_file({key: _own(value) for key, value in state.items()}, temporary, dict(metadata or {}))
 
@@ -129,7 +129,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write reward_config.json, whole or not at all. Write it last: it makes the folder a scorer."""
+    """Write reward_config.json atomically. Write it last: a folder with this file is a scorer folder."""
     write_whole(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -161,7 +161,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous and in memory of its own: safetensors writes no views."""
+    """The tensor on the CPU, contiguous and in its own memory: safetensors does not write views."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()

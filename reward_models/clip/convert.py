@@ -1,4 +1,4 @@
-"""A published checkpoint as safetensors, on request with the names of the other library."""
+"""Conversion of checkpoints to safetensors, optionally to the tensor names of open_clip or transformers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Layout = Literal["safetensors", "hf", "open_clip"]
 def convert(source: str | PathLike[str], out: str | PathLike[str], to: Layout = "safetensors") -> Path:
     """Write the tensors of a .pt, .pth, .bin or .safetensors file as safetensors; returns the path.
 
-    to  safetensors keeps names, shapes and dtypes, of any model; `hf` gives a CLIP model the names of transformers'
-        CLIPModel, `open_clip` those of open_clip
+    to  safetensors keeps names, shapes and dtypes of any model; `hf` converts a CLIP model to the names of
+        transformers' CLIPModel, `open_clip` to those of open_clip
 
-    Nothing in the file is executed, and all of the new file appears or none of it. Raises ValueError for damaged files,
-    models that are no CLIP, and an `out` that exists.
+    No code in the file is executed, and the new file is written atomically. Raises ValueError for damaged files, for
+    models other than CLIP, and for an existing `out`.
     """
     source, out = Path(source), Path(out)
     if to not in get_args(Layout):
@@ -41,5 +41,5 @@ def convert(source: str | PathLike[str], out: str | PathLike[str], to: Layout = 
             state = to_open_clip(state)
         elif not transformers and to == "hf":
             state = to_transformers(state)
-    save_state(state, out, {"format": "pt"})  # without which transformers refuses the file
+    save_state(state, out, {"format": "pt"})  # transformers requires it
     return out

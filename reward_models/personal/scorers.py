@@ -79,7 +79,7 @@ class PersonalScorer(NetworkScorer):
     pair_features = staticmethod(pair_features)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """Token limit of prompts, and the number of tokens of each prompt."""
         return self.features.token_counts(prompts)
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class ForUser(NetworkScorer):
         return self.score_pixels(pixels, prompts)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """Token limit of prompts, and the number of tokens of each prompt."""
         return self.scorer.token_counts(prompts)
 
 
