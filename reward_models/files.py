@@ -84,9 +84,8 @@ def _decoded(path: PathLike, data: bytes, number: int) -> str:
 def parse_json(text: str | bytes) -> Any:
     """JSON -> objects. Raises ValueError with a message of one line for any invalid text."""
     try:
-        return json.loads(
-            text if isinstance(text, str) else text.decode()
-        )  # json.loads(bytes) would guess the encoding
+        # json.loads(bytes) would guess the encoding.
+        return json.loads(text if isinstance(text, str) else text.decode())
     except RecursionError as error:
         raise ValueError("not readable JSON: nested too deeply") from error
     except UnicodeDecodeError as error:
