@@ -144,7 +144,7 @@ def resize(
 
 
 def _filter(x: Tensor, blocks: Sequence[Band], axis: int) -> Tensor:
-    """One pass of Pillow's resize along an axis, rounded to 8 bits. In float64, which autocast does not change."""
+    """One pass of Pillow's resize along an axis, rounded to 8 bits. Always in float64, also under mixed precision."""
     parts = []
     for first, last, matrix in blocks:
         weights = torch.from_numpy(matrix).to(x.device)

@@ -55,7 +55,7 @@ def test_unknown_recipes_raise_with_the_known_ones(more: list[str], capsys: pyte
 
 
 def test_playground_prompts_and_label_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Six prompts with two rendered samples each: one vivid and in place, one pale and off it."""
+    """Six prompts with two rendered samples each: one vivid and well placed, one pale and displaced."""
     from torchvision.utils import save_image
 
     from diffalign.playground.world import imagine, parse
@@ -118,9 +118,9 @@ assert not generate(words)
 
 
 def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
-    """Unpacked where nothing of the checkout is: recipes, configs, weights and pairs travel in the wheel."""
+    """Unpacked outside the checkout: recipes, configs, weights and pairs are in the wheel."""
     wheels, copy = tmp_path / "wheels", tmp_path / "copy"
-    # setuptools leaves a build folder where it builds, and takes what an older one holds.
+    # setuptools leaves a build folder, and would include the files of an older one.
     shutil.copytree(
         ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
     )

@@ -1,4 +1,4 @@
-"""What the commands have in common: versions, the cache, scorers of one's own, tables, and what is left unsaid."""
+"""Common parts of the commands: versions, the cache, custom scorers, tables, and hidden warnings."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_version_option_of_both_commands_run_as_modules(
 def test_a_scorer_module_in_the_working_folder_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Callable
 ) -> None:
-    """For reward-score, and in recipes."""
+    """In reward-score and in recipes."""
     (tmp_path / "my_own_scorers.py").write_text(SCORER)
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -65,7 +65,7 @@ def test_a_scorer_module_in_the_working_folder_is_found(
 
 
 def test_cache_command_shows_and_clears_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Only what is ours: a cache in somebody's home must not take it along."""
+    """Deletes only files of the cache: a cache in a home folder must not delete others."""
     folder = tmp_path / "home"
     for name in ("d452e3e546b2ea2e/prompts", "d452e3e546b2ea2e-bf16/squares-32-center", "files", "photos", "a/b"):
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What the demo runs, and the summary it writes of what the commands found."""
+"""Commands of the demo, and the summary of their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEYS += ["match_change", "diversity_change", "direction", "n", "seconds", "expor
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs nothing but the win rates, whose files are written; the commands in order."""
+    """The commands in order. None is run; win rate commands write a fixed file."""
     called: list[list[str]] = []
 
     def call(command: list[str], environment: dict[str, str]) -> int:

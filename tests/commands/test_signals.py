@@ -1,4 +1,4 @@
-"""Runs that are asked to end, folders that are in use, checkpoints that a disk has damaged."""
+"""Signals to runs, run folders in use, and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_runs(a: Path, b: Path) -> bool:
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    """A run of six steps; checkpoints, sample grids and looks fall on other steps than most signals."""
+    """A run of six steps; checkpoints, sample grids and monitor measurements are at other steps than most signals."""
     words = ["--config=playground", f"run.folder={folder}", "trainer.steps=6", "data.batch_size=4", "data.limit=16"]
     words += ["hooks.checkpoint_every=4", "hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white]"]
     return [*words, "hooks.verify_export=false", "hooks.ema_decay=0.9", *more]
@@ -65,11 +65,11 @@ WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "reward.normalise=runnin
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, signum: int, step: int) -> None:
-    """The signal comes while this step is taken."""
+    """Send the signal during this step."""
     take = Trainer.take
 
     def taken(self: Trainer, *arguments: Any) -> Any:
-        if self.step + 1 == step and not self._signals.signum:  # once, though a step may have several turns
+        if self.step + 1 == step and not self._signals.signum:  # once, although a step may have several turns
             signal.raise_signal(signum)
         return take(self, *arguments)
 
@@ -94,7 +94,7 @@ def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
     step: int,
     more: list[str],
 ) -> None:
-    """Nothing else happens there that happens at a last step: no look of the monitor, no grid, no export."""
+    """The step is not treated as the last one: no measurement of the monitor, no sample grid, no export."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe(name, *settings(whole, *more))
     before = [signal.getsignal(s) for s in SIGNALS]
@@ -199,7 +199,7 @@ def test_a_signal_to_the_launcher_reaches_the_run_and_its_exit_code_is_returned(
     command = [sys.executable, "-c", STARTS, str(script), str(tmp_path), str(processes), config]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         until(lambda: len(list(tmp_path.glob("ready-*"))) == processes)
-        time.sleep(0.3)  # torchrun looks at its children four times a second
+        time.sleep(0.3)  # torchrun polls its children four times a second
         parent.send_signal(signum)
         out, err = parent.communicate(timeout=60)
     assert parent.returncode == 128 + signum, err
@@ -213,7 +213,7 @@ def test_exit_codes_of_killed_commands() -> None:
 
 
 def test_killing_the_command_ends_its_run(tmp_path: Path, recipe: Callable) -> None:
-    """SIGTERM to `diffalign train`: the run ends with it, and goes on from where it was."""
+    """SIGTERM to `diffalign train` ends the run, which can be resumed."""
     words = settings(tmp_path / "parts", *OFFLINE, "trainer.steps=400", "hooks.checkpoint_every=300", "run.log_every=1")
     command = [sys.executable, "-m", "diffalign.commands.cli", "train", "--num-processes=1", "diffusion_dpo", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -275,13 +275,13 @@ def test_two_processes_end_after_the_same_step(tmp_path: Path, recipe: Callable,
 
 
 class Plain(NamedTuple):
-    """A batch of nothing but its keys."""
+    """A batch with keys only."""
 
     keys: list[Any]
 
 
 class Hit(torch.utils.data.Dataset):
-    """Whatever ends a run comes to its worker processes as well."""
+    """Data set in whose worker processes the signals are raised as well."""
 
     draws_per_sample = None
 
@@ -327,7 +327,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path, re
 def test_a_run_folder_without_a_finished_step_can_be_reused(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whether the run failed while it loaded or after the monitor's first look; with other settings, resumed or not."""
+    """After a failure during loading or after the monitor's first measurement; with other settings, resumed or not."""
     watched = [] if name == "diffusion_dpo" else ["monitor.every=2", "monitor.prompt_count=3", "run.log_every=1"]
     words = settings(tmp_path, *watched, "trainer.steps=2")
 
@@ -348,7 +348,7 @@ def test_a_run_folder_without_a_finished_step_can_be_reused(
 
 
 def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recipe: Callable) -> None:
-    """Of every file, and the message says what the run can go on from."""
+    """For every file; the message names the checkpoint to resume from."""
     words = settings(tmp_path / "run", *WATCHED, "trainer.steps=4", "hooks.checkpoint_every=2", "hooks.sample_every=0")
     recipe("refl", *words)
     checkpoint = tmp_path / "run/checkpoints/step-000004"
@@ -375,14 +375,14 @@ def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recip
 
 
 def flip(file: Path) -> None:
-    """One bit in the middle."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
 def test_checksums_include_files_in_subfolders(tmp_path: Path) -> None:
-    """As engines that shard write them."""
+    """As sharded optimizer states of FSDP."""
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/0.distcp").write_bytes(b"abc")
     write_checksums(tmp_path)

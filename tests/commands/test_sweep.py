@@ -37,7 +37,7 @@ def sweep(recipe: Callable, name: str, *words: str) -> int:
 
 
 def test_a_sweep_trains_evaluates_and_resumes(here: Path, recipe: Callable, started: list, capsys: Any) -> None:
-    """Two points; after one lost its result and its export, as if killed, only that one is trained, from its step."""
+    """Two points. After the result and export of one are deleted, as after a kill, only this point resumes training."""
     words = [*TINY, "run.folder=s", "--sweep", "optimizer.lr=0,1e-3", "optimizer.lr_warmup_steps=0"]
     words += ["--sweep-prompts", "prompts.txt"]
     assert sweep(recipe, "diffusion_dpo", *words) == 0
@@ -64,7 +64,7 @@ def test_a_sweep_trains_evaluates_and_resumes(here: Path, recipe: Callable, star
 
     started.clear()
     assert sweep(recipe, "diffusion_dpo", *words) == 0
-    assert [call[0] for call in started] == ["generate", "win_rate"]  # the check of the scorer alone
+    assert [call[0] for call in started] == ["generate", "win_rate"]  # only the check of the scorer
     assert json.loads((here / "s" / "sweep.json").read_text()) == found
 
     killed = here / "s" / "sweep-optimizer.lr=1e-3"
@@ -85,7 +85,7 @@ def test_a_sweep_trains_evaluates_and_resumes(here: Path, recipe: Callable, star
 def test_a_failed_point_does_not_stop_a_two_axis_sweep(
     here: Path, recipe: Callable, started: list, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """The two points with seed 1 fail, as does the exit code; the others have their rows."""
+    """The two points with seed 1 fail, and the exit code shows it; the other points have rows."""
     start = launch.start
 
     def failing(recipe: Path, words: Sequence[str], **settings: Any) -> int:
@@ -193,7 +193,7 @@ def test_a_scorer_without_match_can_have_the_verdict_better() -> None:
 
 
 def test_advice_and_table() -> None:
-    """The best is the point that people prefer most often among those that hold match and diversity."""
+    """The best point has the highest preference rate among those that keep match and diversity."""
 
     def row(beta: int, **change: Any) -> dict[str, Any]:
         about = {"values": [f"algorithm.beta={beta}"], "accuracy": 0.6, "loss": 0.65, "seconds": None}

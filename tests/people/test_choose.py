@@ -1,4 +1,4 @@
-"""The page on which a person chooses: its file, its refusals, and all of it in a real browser."""
+"""The page of `diffalign user choose`: its file, refused requests, and use in a real browser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TAG = "\"><img src=x onerror=\"document.title='hacked'\"> & 'quoted'"
 
 
 def _pairs(folder: Path, n: int = 4, prompts: Sequence[str] = ()) -> list[Pair]:
-    """Pairs of one shade each: image 0 of every pair is dark, image 1 light."""
+    """Pairs of plain images: image 0 of every pair is dark, image 1 is light."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for i in range(n):
@@ -43,7 +43,7 @@ def _pairs(folder: Path, n: int = 4, prompts: Sequence[str] = ()) -> list[Pair]:
 
 
 def _winners(file: Path) -> dict[str, str]:
-    """prompt -> the name of the image that read_records takes for the better one."""
+    """prompt -> name of the better image according to read_records."""
     records = list(read_records(file))
     assert all(isinstance(r, Record) for r in records)
     return {r.prompt: Path(r.images[w].path).name for r in records if isinstance(r, Record) for w, _ in r.pairs()}
@@ -53,7 +53,7 @@ def _winners(file: Path) -> dict[str, str]:
 
 
 def test_choices_are_read_as_preference_pairs(tmp_path: Path) -> None:
-    """The true winner is read back wherever it stood on the page, also from another folder and through a link."""
+    """The winner is read back for both positions on the page, also from another folder and through a symbolic link."""
     pairs = _pairs(tmp_path / "data")
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
@@ -61,7 +61,7 @@ def test_choices_are_read_as_preference_pairs(tmp_path: Path) -> None:
         choices = ChoiceLog(folder / "choices.jsonl", pairs)
         assert choices.choose(pairs[0].id, 0) and choices.choose(pairs[1].id, 1) and choices.choose(pairs[2].id, None)
         assert _winners(choices.file) == {"prompt 0": "0-0.png", "prompt 1": "1-1.png"}
-        for record in read_records(folder):  # the folder holds one data set: skips are no second one
+        for record in read_records(folder):  # the folder has one data set: the file of skips is not a second one
             assert isinstance(record, Record) and all(image.read() for image in record.images)
     line = json.loads((tmp_path / "data" / "choices.jsonl").read_text().splitlines()[1])
     assert line == {
@@ -114,7 +114,7 @@ def test_undo_removes_the_last_choice_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["choices.jsonl", "choices.jsonl.skipped"])
 def test_an_incomplete_last_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Wherever a crash cuts the last line, the others stay and the pair is open again."""
+    """For every truncation of the last line, the other lines are kept and the pair is open again."""
     pairs, image = _pairs(tmp_path), None if name.endswith("skipped") else 1
     whole = ChoiceLog(tmp_path / "choices.jsonl", pairs)
     whole.choose(pairs[0].id, image)
@@ -129,13 +129,13 @@ def test_an_incomplete_last_line_is_dropped(tmp_path: Path, name: str, caplog: p
         assert (tmp_path / name).read_bytes() == first and choices.open == [1, 2, 3]
     choices.choose(pairs[1].id, image)
     assert (tmp_path / name).read_bytes() == both
-    (tmp_path / name).write_bytes(both[:-1])  # as editors leave a file: only the newline is missing
+    (tmp_path / name).write_bytes(both[:-1])  # as some editors save a file: only the newline is missing
     choices = ChoiceLog(tmp_path / "choices.jsonl", pairs)
     assert choices.open == [2, 3] and (tmp_path / name).read_bytes() == both
 
 
 def test_a_choice_is_synced_to_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk records nothing, says so, and leaves no half line for the next choice to be appended to."""
+    """A full disk records nothing, raises, and leaves no partial line."""
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     synced: list[bytes] = []
@@ -389,32 +389,32 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A tab that fails the test for anything its console complains about, but images that are meant to be missing."""
+    """Browser tab that fails the test for console errors, except for images that are missing on purpose."""
     page, complaints = browser.new_page(), []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
     page.on("dialog", lambda dialog: complaints.append(dialog.message))
     yield page
     page.close()
-    meant = ("status of 404", "status of 403", "ERR_CONNECTION_REFUSED")  # images and servers that are gone
+    meant = ("status of 404", "status of 403", "ERR_CONNECTION_REFUSED")  # missing images and stopped servers
     assert [c for c in complaints if not any(x in c for x in meant)] == []
 
 
 def _prompt(page: Any) -> str:
-    """The prompt of the pair that is shown, once it can be answered."""
+    """The prompt of the shown pair, once its buttons are enabled."""
     page.wait_for_selector("#left:enabled")
     return page.inner_text("#prompt")
 
 
 def _prefer(page: Any, pair: Pair, image: int, key: bool) -> None:
-    """Choose an image of the pair that is shown, and wait for the next page."""
+    """Choose an image of the shown pair, and wait for the next page."""
     side = "left" if pair.shown[0] == image else "right"
     with page.expect_navigation():
         page.keyboard.press(f"Arrow{side.title()}") if key else page.click(f"#{side}")
 
 
 def test_a_second_server_on_the_same_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second one says so and touches nothing; the kernel frees the file when the first is killed."""
+    """The second server fails and changes nothing. The kernel releases the lock when the first is killed."""
     choose = runpy.run_path(str(ROOT / "tools" / "user.py"))["main"]
     told, tell = os.pipe()
     holder = os.fork()
@@ -437,7 +437,7 @@ def test_a_second_server_on_the_same_file_is_refused(tmp_path: Path, capsys: pyt
 
 
 def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
-    """With a reload, a restart in the middle, a pair that cannot be told, an undo, and prompts like markup."""
+    """With a reload, a restart in the middle, a skipped pair, an undo, and prompts with HTML."""
     pairs, file = _pairs(tmp_path, 13, ["plain", SCRIPT, TAG]), tmp_path / "choices.jsonl"
     by_prompt = {pair.prompt: pair for pair in pairs}
     wanted: dict[str, str] = {}
@@ -451,7 +451,7 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
     with _running(backwards, wanted=10, after="diffalign <next>") as server:
         page.goto(server.url)
         assert page.inner_text("#progress") == "0 of 10 chosen" and page.is_disabled("#undo")
-        for step in range(3):  # among them SCRIPT and TAG: they are text, and the colours are those of their images
+        for step in range(3):  # SCRIPT and TAG are shown as text, with the colours of their images
             pair = by_prompt[_prompt(page)]
             assert page.inner_text("#prompt") == pair.prompt == pairs[step].prompt
             assert page.title() == f"{step} of 10 chosen" and page.locator("main img").count() == 2
@@ -473,14 +473,14 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
         assert _prompt(page) == taken_back and page.inner_text("#progress") == "4 of 10 chosen"
         port = server.server_port
 
-    page.keyboard.press("ArrowLeft")  # nobody there to record it
+    page.keyboard.press("ArrowLeft")  # no server to record it
     page.wait_for_selector("#message:visible")
     assert "does not answer" in page.inner_text("#message")
     del wanted[taken_back]
     assert _winners(file) == wanted
 
     with _running(ChoiceLog(file, pairs), port=port, wanted=10, after="diffalign <next>") as server:
-        page.keyboard.press("ArrowLeft")  # the page of the server before
+        page.keyboard.press("ArrowLeft")  # the page of the previous server
         page.wait_for_selector("text=reload it")
         page.reload()
         assert page.inner_text("#progress") == "4 of 10 chosen"
@@ -497,7 +497,7 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
 
 
 def test_double_clicks_and_repeated_keys_count_once(page: Any, tmp_path: Path) -> None:
-    """Double clicks, a key that is held down or pressed with Alt, while a slow pick looks for the next pair."""
+    """Double clicks, a key that is held down or pressed with Alt, while a slow `pick` selects the next pair."""
     pairs = _pairs(tmp_path, 8)
 
     def slow(answers: Mapping[int, int], open: Sequence[int]) -> int:

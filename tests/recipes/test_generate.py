@@ -100,7 +100,7 @@ def test_samples_and_prompts_differ(whole: Path) -> None:
 def test_resumes_after_a_kill_with_identical_output(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while writing the second image of the second batch: its temporary file is left and nothing else of it."""
+    """Killed while writing the second image of the second batch: only its temporary file is left."""
     replace, done = os.replace, list[Path]()
 
     def killed(source: Path, target: Path) -> None:
@@ -122,7 +122,7 @@ def test_resumes_after_a_kill_with_identical_output(
 
 
 def test_batch_size_does_not_change_the_noise(model: Path, whole: Path, tmp_path: Path) -> None:
-    """Other kernels may round the last bits of a float, so a pixel may move by one level but no more."""
+    """Other kernels may round the last bits of a float, so pixels may differ by one level."""
     assert generate.main(_arguments(model, tmp_path, "--batch-size", "10")) == 0
     assert np.abs(_pixels(whole) - _pixels(tmp_path)).max() <= 1
 
@@ -143,12 +143,12 @@ def test_two_processes_generate_the_images_of_one(model: Path, whole: Path, tmp_
     two = forks.run(code, str(ROOT / "tools" / "generate.py"), *_arguments(model, tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == f"10 images of 5 prompts in '{tmp_path / 'two'}'", "only the main process talks"
-    # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other made the rest.
+    # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other process generated the rest.
     assert "6/6" in two.stderr
     ours, theirs = _files(whole), _files(tmp_path / "two")
     assert ours.keys() == theirs.keys()
     assert ours["manifest.jsonl"] == theirs["manifest.jsonl"]
-    # This process may use another number of threads than those two, which may round the last bits of a float otherwise.
+    # Another number of threads may change the last bits of a float.
     assert np.abs(_pixels(tmp_path / "two") - _pixels(whole)).max() <= (0 if torch.get_num_threads() == 1 else 1)
 
 
@@ -161,14 +161,14 @@ def test_a_lora_changes_the_images_and_is_identified_by_its_weights(
     (lora / "pytorch_lora_weights.safetensors").write_bytes(weights)
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 0
     assert (_pixels(tmp_path / "out") != _pixels(whole)).mean() > 0.1
-    # Trained again in the same place: the old images must not be taken for those of the new weights.
+    # Retrained weights at the same path: images of the old weights must not be reused.
     (lora / "pytorch_lora_weights.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 2
     assert "lora_weights = 'sha256" in capsys.readouterr().err
 
 
 def _adapted(pipeline: Path, **config: Any) -> Any:
-    """The pipeline's U-Net as a PeftModel whose LoRA does something."""
+    """The pipeline's U-Net as a PeftModel with a LoRA that has an effect."""
     unet: Any = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
     torch.manual_seed(0)
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["to_q", "to_v"], **config}
@@ -187,7 +187,7 @@ def _adapted(pipeline: Path, **config: Any) -> Any:
 def test_a_lora_in_the_layout_of_peft_is_loaded(
     model: Path, whole: Path, tmp_path: Path, config: dict[str, Any]
 ) -> None:
-    """The images are those of the network that peft itself has merged the adapter into."""
+    """The images equal those of the network with the adapter merged by peft."""
     adapted = _adapted(model / "pipeline", **config)
     adapted.save_pretrained(tmp_path / "lora")
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
@@ -202,7 +202,7 @@ def test_a_lora_in_the_layout_of_peft_is_loaded(
 
 
 def _spoil(folder: Path, kind: str) -> str:
-    """Turn a folder with peft's files into one that does nothing to the model; returns what should be said of it."""
+    """Change a folder of peft so that its LoRA has no effect; returns the expected message."""
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     if kind == "other names":
@@ -247,7 +247,7 @@ def test_a_lora_without_effect_is_reported(
     lora = tmp_path / "lora"
     _adapted(model / "pipeline").save_pretrained(lora)
     said = _spoil(lora, kind)
-    zero = said == "has no effect"  # what a run with lr 0 leaves, a control
+    zero = said == "has no effect"  # as a control run with lr 0 exports it
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == (0 if zero else 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1 and said in lines[0] and f"'--lora {lora}'" in lines[0], lines
@@ -301,7 +301,7 @@ def test_pixels_that_are_not_finite_are_never_saved(
 
 
 def test_flux_packs_its_latents(tiny_flux: Path, tmp_path: Path) -> None:
-    """The images are those of the stock pipeline from the same noise, packed two by two as it sees it."""
+    """The images equal those of the stock pipeline from the same packed noise."""
     (tmp_path / "prompts.txt").write_text("a red cat\nblue\n")
     out, settings = tmp_path / "out", ["--steps=2", "--guidance=3.5", "--size=32", "--max-sequence-length=16"]
     files = [f"--pipeline={tiny_flux}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--device=cpu"]

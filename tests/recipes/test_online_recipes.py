@@ -1,4 +1,4 @@
-"""Recipes that train on samples of their own: families, exports, two processes, a kill and resume, wrong settings."""
+"""Online recipes: families, exports, two processes, a kill and resume, wrong settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DARK = ["reward.scorers=['tests_dark:Dark']", "monitor.prompts=null"]
 
 @pytest.fixture(autouse=True)
 def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scorer of the user's own, which likes dark images; also for processes that are started."""
+    """A custom scorer of darkness, importable by child processes."""
     code = "class Dark:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
     (tmp_path / "tests_dark.py").write_text(code + "        return -images.mean((1, 2, 3))\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -58,7 +58,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def test_two_steps_on_every_family(
     tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, family: str, name: str
 ) -> None:
-    """Two steps, saved, loaded by stock diffusers; of Diff-Instruct* two LoRAs on one network."""
+    """Two steps; stock diffusers loads the export. Diff-Instruct* has two LoRAs on one network."""
     model, out = request.getfixturevalue(family), tmp_path / "run"
     settings = [f"run.folder={out}", f"data.path={prompts(tmp_path)}", "data.batch_size=2", f"backbone.path={model}"]
     settings += ["backbone.max_sequence_length=8", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0", *TINY]
@@ -129,7 +129,7 @@ def test_two_players_on_two_processes_equal_one(
     tmp_path: Path, recipe: Callable, two_processes: Callable, shared: bool
 ) -> None:
     teacher = ["teacher.path=playground_one_step"] if shared else []
-    # Running statistics see accumulated micro-batches one after the other, and those of two processes together.
+    # Running statistics get accumulated micro-batches one after the other, but those of two processes together.
     more = [*teacher, "trainer.steps=2", "hooks.checkpoint_every=0", "reward.normalise=none"]
     recipe("diff_instruct_star", *two_players(tmp_path / "one", *more, "data.batch_size=2", "trainer.grad_accum=2"))
     launched = two_processes("diff_instruct_star", *two_players(tmp_path / "two", *more, "data.batch_size=2"))
@@ -182,7 +182,7 @@ def test_pso_customize_trains_on_a_folder_of_images(tmp_path: Path, recipe: Call
     (tmp_path / "images" / "prompt.txt").write_text("red circle on white")
     settings = [f"run.folder={tmp_path / 'run'}", f"data.path={tmp_path / 'images'}", "data.batch_size=2", *BARE]
     settings += ["trainer.steps=3", "algorithm.redraw_every=2", "subject.prompt=circle on white"]
-    settings += ["data.draws_per_sample=2"]  # the draws return, but the reference draws the losers and must stay
+    settings += ["data.draws_per_sample=2"]  # draws repeat, but the reference samples the losers and is not released
     recipe("pso_customize", "--config=playground", *settings)
     rows = metrics(tmp_path / "run")
     assert rows[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-5) and len(rows) == 3

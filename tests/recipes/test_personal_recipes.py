@@ -1,4 +1,4 @@
-"""From choices of many persons to images for one: all of it by commands, resume, two processes, SDXL, errors."""
+"""Personal recipes from choices of many people to images for one: commands, resume, two processes, SDXL, errors."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_personal_workflow_from_choices_to_images(
 def test_the_code_in_the_exported_readme_runs(
     tmp_path: Path, people: Path, users: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README.md beside an export is Python that stock diffusers executes."""
+    """The Python code in the README.md of an export runs with stock diffusers."""
     settings = [f"data.path={people}", f"users.path={users}", f"run.folder={tmp_path / 'run'}", "trainer.steps=1"]
     recipe("ppd", "--config=playground", *settings, "data.limit=40", "hooks.verify_export=false", *BARE)
     monkeypatch.chdir(tmp_path / "run" / "export")
@@ -145,7 +145,7 @@ def test_two_steps_on_sdxl(tmp_path: Path, people: Path, users: Path, recipe: Ca
 def test_two_processes_equal_one(
     tmp_path: Path, people: Path, users: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """With users mixed here and there, and no draw that depends on the rank."""
+    """With user mixing; random numbers do not depend on the rank."""
     more = [f"data.path={people}", f"users.path={users}", "trainer.steps=2", "data.limit=40", "algorithm.beta=10"]
     more += ["algorithm.user_mixing=0.5", "hooks.verify_export=false", *BARE]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -153,7 +153,7 @@ def test_two_processes_equal_one(
     launched = two_processes("ppd", "--config=playground", f"run.folder={two}", "data.batch_size=4", *more)
     assert launched.returncode == 0, launched.stderr[-3000:]
     first, second = (load_file(folder / "export" / FILE) for folder in (one, two))
-    # The first step moves values only; one part in ten thousand of what moved is the bound.
+    # The first step changes values only; the tolerance is 1e-4 of the change.
     assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
 
 

@@ -1,4 +1,4 @@
-"""The recipes that train scorers: what they write, that resuming is exact, what HPSv2 trains."""
+"""Recipes that train scorers: their files, exact resume, and the trainable weights of HPSv2."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_scorer_is_trained_validated_exported_and_resumed_exactly(
 
 
 def test_training_stops_early_without_better_validation(tmp_path: Path, ratings: Path, recipe: Callable) -> None:
-    """With lr 0 nothing changes: after the two validations that patience allows, at step 4 of 100."""
+    """With lr 0 nothing changes, so it stops after the two validations of `patience`, at step 4 of 100."""
     arguments = _arguments(tmp_path, ratings, "trainer.steps=100", "optimizer.lr=0", "hooks.patience=2")
     recipe("hps", *arguments)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4

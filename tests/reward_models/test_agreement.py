@@ -24,7 +24,7 @@ def test_win_rates_without_ties_sum_to_half_the_images() -> None:
 
 
 def test_a_tie_is_a_win_for_neither() -> None:
-    """C = (1, 1, 0): the equal pair gives nothing, each beats the third; of 2 comparisons. Their sum is below 3/2."""
+    """C = (1, 1, 0) of 2 comparisons: the tie counts for neither, and both beat the third. The sum is below 3/2."""
     assert win_rates(np.array([[2.0, 2.0, 1.0]])).tolist() == [0.5, 0.5, 0.0]
 
 

@@ -1,4 +1,4 @@
-"""Which scorers are a calibrated choice, and what of: differences over the temperature are logits."""
+"""Choice temperatures: score differences over the temperature are logits of choices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_other_scorers_and_mixtures_have_no_choice_temperature() -> None:
 
 
 def test_choice_temperatures_of_the_shipped_scorers() -> None:
-    """Standardised rewards are divided by the deviation of their head, so differences times it are logits."""
+    """Standardised rewards are divided by the std of their head, so differences times this std are logits."""
     assert choice_temperature_of(load_scorer("playground_hps", "cpu")) == 1.0
     scorer = load_scorer("playground_vp_score", "cpu")
     assert isinstance(scorer, BLIPScorer)

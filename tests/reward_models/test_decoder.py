@@ -1,4 +1,4 @@
-"""The one decoder: what damaged files give, and what only looks damaged."""
+"""The decoder on damaged files, and on valid files that Pillow rejects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_with(*chunks: bytes, behind: bool = False) -> bytes:
-    """A PNG with more chunks, before its pixels or behind them."""
+    """A PNG with additional chunks before or after its pixels."""
     data = encoded(noise(), "PNG")
     place = data.index(b"IEND") - 4 if behind else data.index(b"IDAT") - 4
     return data[:place] + b"".join(chunks) + data[place:]
@@ -94,7 +94,7 @@ def test_one_list_of_suffixes_without_hidden_files(tmp_path: Path) -> None:
 
 
 def mutants(data: bytes, count: int, random: np.random.Generator) -> list[bytes]:
-    """Flipped, overwritten, cut, repeated and inserted bytes, more of them in the head, where the structure is."""
+    """Flipped, overwritten, truncated, repeated and inserted bytes, mostly in the header."""
     found = []
     for _ in range(count):
         new = bytearray(data)
@@ -132,7 +132,7 @@ def seeds() -> dict[str, bytes]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_three_thousand_damaged_images_give_an_image_or_a_reason() -> None:
-    """No other error, no memory address, one line."""
+    """Only ImageError, in one line, without a memory address."""
     random, refused, total, start = np.random.default_rng(13), 0, 0, time.monotonic()
     for name, data in seeds().items():
         decode(data)

@@ -1,4 +1,4 @@
-"""Reading text and JSON, and writing whole files."""
+"""Reading text and JSON, and atomic writing."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_folders_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     folder, before = tmp_path / "export", os.umask(0o027)
     try:
         for text in ("first", "second"):
-            (tmp_path / ".export.tmp").mkdir()  # of a process that was killed
+            (tmp_path / ".export.tmp").mkdir()  # left by a killed process
             with replacing_folder(folder) as temporary:
                 assert not temporary.exists()
                 temporary.mkdir()

@@ -1,4 +1,4 @@
-"""What becomes of palettes, grey, transparency, 16 bits and orientation tags; docs/preprocessing.md says why."""
+"""Decoding of palettes, grey, transparency, 16 bits and orientation tags, as in docs/preprocessing.md."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path) -> None:
 
 
 def test_orientation_tags_are_applied(tmp_path: Path) -> None:
-    """Tag 6: the camera was held upright, the file lies on its side. 3 high and 5 wide becomes 5 high and 3 wide."""
+    """Tag 6: an upright photograph stored on its side. 3 high and 5 wide becomes 5 high and 3 wide."""
     lying = Image.fromarray(np.arange(45, dtype=np.uint8).reshape(3, 5, 3))
     exif = Image.Exif()
     exif[0x0112] = 6

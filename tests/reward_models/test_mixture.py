@@ -1,4 +1,4 @@
-"""Several scorers as one: weights, normalisation, gradients."""
+"""Weighted sums of scorers: weights, normalisation, gradients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_fixed_normalisation() -> None:
 
 
 def test_running_normalisation() -> None:
-    """0, 0.5, 1 and 0.5 have mean 0.5 and variance 0.125, however they are cut into batches; 1 is then 1.41421."""
+    """0, 0.5, 1 and 0.5 have mean 0.5 and variance 0.125, for any batch sizes; 1 is then 1.41421."""
     values = [0.0, 0.5, 1.0, 0.5]
     for cut in (1, 2, 3):
         mixture = WeightedSum({"mean": (Mean(), 1.0)}, normalise="running")
@@ -65,7 +65,7 @@ def test_running_normalisation() -> None:
         assert mixture.count == 4
     before = mixture.mean.clone()
     mixture.train().score(_grey(0.1, 0.2), ["x", "y"])
-    assert torch.equal(mixture.mean, before)  # only update changes it
+    assert torch.equal(mixture.mean, before)  # only `update` changes the statistics
 
 
 def test_running_statistics_survive_a_checkpoint() -> None:
@@ -121,7 +121,7 @@ def _two(**settings) -> WeightedSum:
 
 
 def test_start_statistics_do_not_change_later() -> None:
-    """256 scores decide; later ones change nothing: (3 - 0.5) / 0.5 = 5 with a mean of 0.5 and a deviation of 0.5."""
+    """The first 256 scores fix the statistics: (3 - 0.5) / 0.5 = 5 with mean 0.5 and std 0.5."""
     mixture = _two()
     first = torch.tensor([0.0, 1.0] * 128)
     mixture.update({"a": first, "b": first})
@@ -144,13 +144,13 @@ def test_maxmin_moves_the_weights_to_the_scorer_with_the_smallest_gain() -> None
 
 
 def test_maxmin_equalises_the_gains_of_conflicting_groups() -> None:
-    """Three groups, five actions, the policy in closed form: p ~ exp(sum w_g r_g / beta). With the weights that MaxMin
-    ends at, no group is worse off than the worst under equal weights, and all gain alike."""
+    """Three groups, five actions, the policy in closed form: p ~ exp(sum w_g r_g / beta). With the final weights of
+    MaxMin, no group has a smaller gain than the smallest under equal weights, and all gains are equal."""
     rewards = torch.tensor([[1.0, 0.2, 0.0, 0.6, 0.1], [0.0, 0.9, 0.1, 0.5, 0.2], [0.1, 0.0, 1.0, 0.4, 0.3]])
     names = ("a", "b", "c")
     mixture = WeightedSum({n: (Mean(), 1.0) for n in names}, normalise="start", maxmin=5)
     everything = {n: rewards[k].repeat(52) for k, n in enumerate(names)}
-    mixture.update(everything)  # the reference: every action alike, 260 scores
+    mixture.update(everything)  # the reference: a uniform policy, 260 scores
     units = torch.stack(list(mixture.normalised({n: rewards[k] for k, n in enumerate(names)}).values()))
 
     def gains(weights: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""load_scorer: names, settings and their types, classes of the user's own."""
+"""load_scorer: names, settings and their types, custom classes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_every_registered_name_can_be_imported_and_called() -> None:
 
 
 def test_missing_published_weights_raise_with_the_download_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the ten seconds in which a ViT-H-14 fills with random numbers."""
+    """The error comes before the ten seconds of random initialisation of a ViT-H-14."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     url = r"https://huggingface\.co/xswu/HPSv2/resolve/main/HPS_v2\.1_compressed\.pt"
     with pytest.raises(FileNotFoundError, match=f"cannot be downloaded: .* Download {url} and give the path"):

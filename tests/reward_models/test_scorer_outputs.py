@@ -1,4 +1,4 @@
-"""Every use of a scorer checks its answer: what is no float32 [B], or not finite, is an error that names the scorer."""
+"""Every use of a scorer checks its output: other than finite float32 [B] raises an error with the scorer's name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Scorer:
-    """Brightness, given back as somebody's scorer might do."""
+    """Brightness, returned in the ways of custom scorers."""
 
     differentiable, unit = True, "raw"
 
@@ -86,7 +86,7 @@ class Detached(Scorer):
 
 
 class Steep(Scorer):
-    """The root of nothing: its scores are finite, their gradients are not."""
+    """Square root of 0: finite scores with infinite gradients."""
 
     def answer(self, scores: Tensor) -> Any:
         return (scores * 0).sqrt()
@@ -190,7 +190,7 @@ def run(name: str, *words: str) -> int:
 def test_wrong_scorer_outputs_stop_a_recipe_at_its_first_step(
     kind: Any, name: str, tmp_path: Path, recipe: Callable
 ) -> None:
-    """The whole way: training stops at its first step, and says which scorer it was."""
+    """Full recipes: training stops at its first step with the name of the scorer."""
     settings = [f"run.folder={tmp_path / 'run'}", f"reward.scorers=['{spec(kind)}']", "monitor.prompts=null"]
     settings += ["trainer.steps=1", "data.batch_size=4", "hooks.checkpoint_every=0", "hooks.sample_every=0"]
     with pytest.raises((ValueError, FloatingPointError), match=f"scorer '{spec(kind)}'"):

@@ -1,4 +1,4 @@
-"""Files of weights: found, read without running code, loaded strictly, written whole; and converted."""
+"""Weight files: finding, reading without executing code, strict loading, atomic writing, and conversion."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_layout_gives_the_same_tensors(tmp_path: Path) -> None:
         _assert_equal(read_state(tmp_path / f"{i}.pt"), STATE)
     save_state(prefixed, tmp_path / "x.safetensors")
     _assert_equal(read_state(tmp_path / "x.safetensors"), STATE)
-    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}  # no parallel training wrote this
+    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}  # not written by parallel training
     torch.save(mixed, tmp_path / "mixed.pt")
     assert read_state(tmp_path / "mixed.pt").keys() == mixed.keys()
 
@@ -118,7 +118,7 @@ def test_strict_loading_names_what_does_not_fit() -> None:
         "the tensors in 'weights.pt' do not match the model: 1 missing: a.bias; "
         "6 unexpected: b.0, b.1, b.2, b.3, b.4 and 1 more; 1 of another shape: a.weight [3, 2] (expected [2, 3])"
     )
-    assert torch.equal(linear.weight, STATE["a.weight"])  # nothing was half loaded
+    assert torch.equal(linear.weight, STATE["a.weight"])  # nothing was loaded partially
 
 
 def test_missing_files_raise_with_what_to_download(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_convert_to_safetensors_keeps_everything(tmp_path: Path) -> None:
 
 
 def test_convert_there_and_back(tmp_path: Path) -> None:
-    """And transformers itself reads the file as its own."""
+    """transformers loads the file as well."""
     vision = {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14}
     network = open_clip.CLIP(8, vision, {"vocab_size": 60, "width": 16, "heads": 2, "layers": 1})
     torch.save({"state_dict": network.state_dict()}, tmp_path / "HPS.pt")

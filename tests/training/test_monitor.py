@@ -1,4 +1,4 @@
-"""The monitor: silent on images that stay as they are, plain words on each way of hacking, a run that it stops."""
+"""The monitor: no warning for unchanged images, a warning for each sign of reward hacking, and stopping a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = torch.cat([imagine([parse(p) for p in PROMPTS], seed=s).render() for s 
 
 @pytest.fixture(autouse=True)
 def saturation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The colour of the pixels, whatever they show: a scorer made to be hacked, also for processes that are started."""
+    """Scorer of pixel saturation, easy to hack; importable by child processes."""
     code = "class Saturation:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
     code += "        return 10 * (images.amax(1) - images.amin(1)).mean((1, 2))\n"
     (tmp_path / "tests_saturation.py").write_text(code)
@@ -83,7 +83,7 @@ def hacked(folder: Path) -> list[str]:
 def test_reward_hacking_stops_the_run_with_a_warning(
     tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A scorer that likes nothing but colour, climbed fast; the HPS-style one is held out."""
+    """Trains on the saturation scorer with a high learning rate; the HPS-style scorer is held out."""
     recipe("r0", *hacked(tmp_path / "run"))
     said = capsys.readouterr().out
     assert "the monitor warned:" in said and "warnings of the monitor, the first one at step" in said
@@ -93,13 +93,13 @@ def test_reward_hacking_stops_the_run_with_a_warning(
     assert last < 40 and rows[-1]["monitor/trained_gain"] > 0
     assert (tmp_path / "run" / "export").exists()
     checkpoints = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert f"step-{last:06d}" in checkpoints  # a run that is stopped is saved
+    assert f"step-{last:06d}" in checkpoints  # a stopped run writes a checkpoint
 
 
 def test_two_processes_stop_a_hacked_run_at_the_same_step(
     tmp_path: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """Each measures half of the prompts; both see all measures, say the same and end together."""
+    """Each process measures half of the prompts. Both get all measurements, print the same and end together."""
     settings = hacked(tmp_path / "two")
     done = two_processes("r0", *settings, "data.batch_size=4")
     assert done.returncode == 0, done.stderr[-3000:]

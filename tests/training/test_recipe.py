@@ -1,4 +1,4 @@
-"""What recipes share: the order of their hooks, whose optimizer is whose, and a recipe of one's own."""
+"""Parts shared by recipes: the order of hooks, optimizers of players, and a custom recipe."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def main(argv=None):
 
 
 def test_a_custom_recipe_uses_its_own_algorithm_optimizer_and_hooks(tmp_path: Path, pairs_file: Path) -> None:
-    """Its hook finds a resumed run restored, the step that it declares the last is saved with the weight that it
-    changed, and the export is there when it ends."""
+    """Its hook starts after the restore. The step declared as the last is saved with the changed weight, and
+    the export exists at the end."""
     (tmp_path / "train").mkdir()
     (tmp_path / "train/nothing.py").write_text(OWN)
     own = runpy.run_path(str(tmp_path / "train/nothing.py"))
@@ -123,7 +123,7 @@ def test_custom_hooks_run_before_validation_in_scorer_recipes(hooks: Callable, s
 
 @pytest.mark.parametrize("file", sorted((ROOT / "train").glob("*.py")), ids=lambda file: file.stem)
 def test_recipes_do_not_call_the_shared_factories(file: Path) -> None:
-    """A recipe names the trainer, the optimizer and the hooks in its configuration, and calls none of them."""
+    """A recipe names the trainer, the optimizer and the hooks in its configuration, and does not call them."""
     called = [n.func for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
     names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called}
     shared = {

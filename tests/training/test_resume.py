@@ -1,4 +1,4 @@
-"""Runs that go on where they were: the monitor's memory, sample grids, early stops, other numbers of processes."""
+"""Resumed runs: the state of the monitor, sample grids, early stops, other numbers of processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def as_killed_after(step: int, whole: Path, broken: Path) -> Path:
-    """The folder of a run that was killed some time after the checkpoint of a step: what came later is there too."""
+    """Folder of a run killed some time after the checkpoint of a step, with the files written after it."""
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "export")
     for checkpoint in (broken / "checkpoints").iterdir():
@@ -68,7 +68,7 @@ def test_hook_order_is_the_same_in_every_recipe(
 def test_the_monitor_state_is_restored_on_resume(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best look, though later ones were seen before the kill; one line a step, in order; no grid lost."""
+    """The best measurement is restored, though later ones preceded the kill. One line per step; all grids exist."""
     looks: list[tuple[int, float, float]] = []
     start = Monitor.start
 
@@ -139,7 +139,7 @@ def offline(folder: Path, pairs: Path, *more: str) -> list[str]:
 def test_resuming_on_another_number_of_processes_is_exact(
     tmp_path: Path, pairs_file: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """One process accumulating 2, then two without, then one again: the same samples in the same steps as ever."""
+    """One process with accumulation 2, then two without, then one again: every step uses the same samples."""
     whole = tmp_path / "whole"
     recipe("diffusion_dpo", *offline(whole, pairs_file, "trainer.steps=6", "trainer.grad_accum=2"))
     moved = as_killed_after(2, whole, tmp_path / "moved")
@@ -166,7 +166,7 @@ def test_resuming_with_another_accumulation_is_refused(tmp_path: Path, pairs_fil
 def test_two_players_resume_on_two_processes_with_equal_monitor_values(
     tmp_path: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """Rollouts, both players' positions, and the monitor, whose three prompts the two processes share."""
+    """Covers rollouts, positions of both players, and a monitor with three prompts on two processes."""
     settings = ["--config=playground", *WATCHED, "data.batch_size=2", "algorithm.aux_rounds=2", "hooks.sample_every=0"]
     whole = tmp_path / "whole"
     recipe("diff_instruct_star", *settings, f"run.folder={whole}", "trainer.steps=4", "trainer.grad_accum=2")

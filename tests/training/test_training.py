@@ -161,7 +161,7 @@ def test_printed_lines_and_files_of_a_run(
 
 
 def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
-    """While it trains: LoRA one U-Net; full two (the reference's), or one where the reference is remembered."""
+    """During training: one U-Net with a LoRA; two with full fine-tuning, or one with stored reference errors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_raises_with_its_path(tmp_path: Path, pairs_file: P
 
 
 def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path, forks: Any) -> None:
-    """bf16 autocast over a bf16 base; in a process of its own, for accelerate keeps one precision a process."""
+    """bf16 autocast over a bf16 base; in its own process, because accelerate keeps one precision per process."""
     settings = [
         "run.mixed_precision=bf16",
         "backbone.dtype=bf16",

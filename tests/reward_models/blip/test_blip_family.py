@@ -1,4 +1,4 @@
-"""ImageReward: twins of some ten thousand weights in the layout of the published file."""
+"""ImageReward on tiny models with the layout of the published file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Files = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A twin of the published folder: ImageReward.pt, a bare dict with what no score depends on; BERT's vocab.txt."""
+    """A tiny version of the published folder: ImageReward.pt with its unused tensors, and BERT's vocab.txt."""
     folder = tmp_path_factory.mktemp("published")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (folder / "twin.json").write_text(json.dumps(ARCHITECTURE))
@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def _state(scorer: BLIPScorer, seed: int) -> dict[str, Tensor]:
-    """Random tensors, none of them neutral, with the published names."""
+    """Random tensors with the published names; no zeros or ones that would hide an error."""
     generator, state = torch.Generator().manual_seed(seed), {}
     for name, x in to_published(scorer.state_dict()).items():
         state[name] = torch.randn(x.shape, generator=generator) * 0.3 + (0.7 if "norm" in name.lower() else 0)
@@ -68,7 +68,7 @@ def images() -> Tensor:
 
 
 class Formulas:
-    """ImageReward's network from its formulas and the published names, in float64, a text at a time without padding."""
+    """ImageReward's network from its formulas and published names, in float64, one text at a time without padding."""
 
     def __init__(self, state: dict[str, Tensor]):
         self.state = {key: x.double() for key, x in state.items()}
@@ -123,7 +123,7 @@ class Formulas:
 
 
 def _ids(prompt: str) -> list[int]:
-    """[CLS], the words, [SEP], at most 35: word pieces written down by hand for the prompts of this file."""
+    """[CLS], the words, [SEP], at most 35: word pieces of this file's prompts by hand."""
     pieces = prompt.lower().replace("dogs", "dog ##s").replace(",", " ,").split()
     ids = [2, *(WORDS.index(x) for x in pieces)]
     return [*ids[:34], 3]
@@ -150,7 +150,7 @@ def test_scores_equal_the_formulas_by_hand(files: Files, scorer: Any, images: Te
 
 
 def test_token_ids(files: Files, scorer: Any) -> None:
-    """Lower case, 35 ids, [CLS] first and not [ENC], whose id and [DEC]'s are the last two."""
+    """Lower case, 35 ids, starting with [CLS] and not [ENC]; the ids of [DEC] and [ENC] are the last two."""
     ids, mask = scorer.tokenize(PROMPTS)
     assert ids.shape == mask.shape == (5, 35) and ids.dtype == torch.int64
     for i, prompt in enumerate(PROMPTS):
@@ -162,7 +162,7 @@ def test_token_ids(files: Files, scorer: Any) -> None:
 
 
 def test_scorer_interface(scorer: Any, images: Tensor) -> None:
-    """float32 [B]; the order and the cut of a batch change nothing; gradients to the pixels, none to the weights."""
+    """float32 [B], independent of batch order and size; gradients to the pixels, none to the weights."""
     any_scorer: object = scorer
     assert isinstance(any_scorer, Scorer)
     assert scorer.differentiable and not scorer.training
@@ -204,7 +204,7 @@ def test_padding_and_truncated_tokens_do_not_change_the_score(files: Files, scor
 
 
 def test_text_encoder_has_no_causal_mask(scorer: Any, images: Tensor) -> None:
-    """With a causal mask [CLS], the first, would see no word, and every prompt would score the same."""
+    """With a causal mask, [CLS] would not attend to any word, and all prompts would have the same score."""
     scores = scorer.score(images[:1].expand(3, -1, -1, -1), ["a red cube", "a red dog", "two dogs"])
     assert torch.pdist(scores[:, None]).min() > 1e-3
 
@@ -270,7 +270,7 @@ def test_tensors_that_do_not_fit_are_named(case: str, files: Files, tmp_path: Pa
 
 
 def test_every_tensor_of_the_file_affects_the_score(files: Files) -> None:
-    """Each decides the reward, but the biases of keys, which move all the weights of an attention alike."""
+    """Every tensor changes the reward, except key biases, which shift all attention logits equally."""
     state = torch.load(files["pt"])
     idle = ("blip.vision_proj.weight", "blip.text_proj.bias", "blip.text_encoder.embeddings.position_ids")
     pixels = _pixels(torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3)))

@@ -1,4 +1,4 @@
-"""The names of ImageReward's tensors, published and in transformers' modules."""
+"""Conversion of ImageReward's tensor names between the published ones and transformers'."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT = {
 
 
 def _published_names() -> set[str]:
-    """Written out from the list of keys in the published file: section 4.1 of the specification."""
+    """The list of keys in the published file, section 4.1 of the specification."""
     both = ("weight", "bias")
     names = {"blip.visual_encoder.cls_token", "blip.visual_encoder.pos_embed"}
     names |= {f"blip.visual_encoder.{x}.{y}" for x in ("patch_embed.proj", "norm") for y in both}

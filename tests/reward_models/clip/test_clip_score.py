@@ -53,7 +53,7 @@ def images() -> Tensor:
 
 
 def _cosines(folder: Path, images: Tensor, texts: list[str]) -> Tensor:
-    """By open_clip's own functions, and Pillow."""
+    """Reference with open_clip's functions and Pillow."""
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     pixels = torch.stack([transform(to_pil_image((255 * x).round().byte())) for x in images])
@@ -65,7 +65,7 @@ def _cosines(folder: Path, images: Tensor, texts: list[str]) -> Tensor:
 
 def test_equals_open_clip(clip: CLIPScore, folder: Path, images: Tensor) -> None:
     cosines = _cosines(folder, images, ["A photo depicts " + p for p in PROMPTS])
-    assert cosines.min() < 0 < cosines.max()  # both sides of the clamp are seen
+    assert cosines.min() < 0 < cosines.max()  # scores on both sides of the clamp
     scores = clip.score(images, PROMPTS)
     assert scores.shape == (5,) and scores.dtype == torch.float32
     torch.testing.assert_close(scores, 2.5 * cosines.clamp(min=0), atol=1e-5, rtol=0)
@@ -87,7 +87,7 @@ def test_scores_do_not_depend_on_batch_order_and_size(clip: CLIPScore, images: T
 
 
 def test_frozen_but_differentiable_in_the_pixels(clip: CLIPScore, images: Tensor) -> None:
-    """Images at the clamp have no gradient, all others a finite one that is not zero, and that leads uphill."""
+    """Images at the clamp have no gradient; others have a finite nonzero one that raises the score."""
     x = images.clone().requires_grad_()
     scores = clip.score(x, PROMPTS)
     (gradient,) = torch.autograd.grad(scores.sum(), x)
@@ -100,7 +100,7 @@ def test_frozen_but_differentiable_in_the_pixels(clip: CLIPScore, images: Tensor
 
 
 def test_prompt_features_do_not_depend_on_the_cache(folder: Path) -> None:
-    """Bit for bit: a resumed run meets the prompts in other company."""
+    """Bit for bit: after a resume, prompts are encoded in other batches."""
     texts = [f"prompt {i}" for i in range(TEXT_CHUNK + 3)]
     one, other = (CLIPScore(model=f"local-dir:{folder}") for _ in range(2))
     other.encode_text(texts[2:5])
@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_loaded_are_one_clear_error(folder: Path, tmp_pat
     with pytest.raises(ValueError, match="cannot load model 'ViT-B-32' with pretrained 'laion9b'"):
         CLIPScore(pretrained="laion9b")
     (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
-    with pytest.raises(ValueError, match="could not be loaded"):  # never random weights
+    with pytest.raises(ValueError, match="could not be loaded"):  # does not fall back to random weights
         CLIPScore(model=f"local-dir:{tmp_path}")
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}")
     with pytest.raises(ValueError, match="cannot load model 'local-dir:"):

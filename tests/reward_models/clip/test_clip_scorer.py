@@ -1,4 +1,4 @@
-"""A CLIP scorer of one's own: architectures, tokenizers, training, and what is saved of it."""
+"""Trainable CLIP scorers: architectures, tokenizers, training, and saving."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_invalid_architectures_raise_with_the_reason(monkeypatch: pytest.MonkeyP
 def test_training_updates_both_towers_and_clears_the_prompt_cache(images: Tensor, tmp_path: Path) -> None:
     scorer = CLIPScorer(ARCHITECTURE, ImageRule(SIZE, resize="longest", method="antialias", clamp=False))
     torch.manual_seed(5)
-    with torch.no_grad():  # no biases of zero, no weights of one, a text that matters
+    with torch.no_grad():  # randomise zeros and ones, so that every tensor and the text affect the score
         for name, parameter in scorer.named_parameters():
             if name != "clip.logit_scale":
                 parameter.normal_(0, 0.3)

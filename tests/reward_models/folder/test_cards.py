@@ -1,4 +1,4 @@
-"""Reward cards: one for every name, and nothing in them that the code contradicts."""
+"""Reward cards: one per scorer, consistent with the code."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ SCORERS = """
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The spec of a tiny CLIP with random weights."""
     path = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(8)  # whose scores are above zero
+    torch.manual_seed(8)  # with scores above zero
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
@@ -135,7 +135,7 @@ def test_two_scorers_over_subfolders_in_every_format(
 def test_pillow_shrinks_in_the_threads_for_scorers_of_one_rule_and_the_table_stays_the_same(
     images: Path, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scorers of one rule get small images of one size; one more with another rule, and they get the whole ones."""
+    """Scorers with a common rule get small images of one size; with an additional rule, they get the full images."""
     shapes: set[tuple[int, ...]] = set()
     whole_rule = ImageRule.__call__
 
@@ -215,7 +215,7 @@ def _arguments(images: Path, out: Path, *scorers: str) -> list[str]:
 
 
 def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path: Path) -> None:
-    """Threads stand for the processes: they share nothing but the files and the barrier. Batches are shared whole."""
+    """Threads simulate processes that share only files and the barrier. Whole batches are distributed."""
     whole, out, barrier, codes = tmp_path / "one.jsonl", tmp_path / "two.jsonl", threading.Barrier(2, timeout=60), {}
     assert main([*_arguments(images, whole, clip, "command_scorers:Red"), "--batch-size", "6"]) == 0
     seen = sys.modules["command_scorers"].Red.batches

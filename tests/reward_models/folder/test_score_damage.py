@@ -107,7 +107,7 @@ def test_bad_csv_rows_are_listed_with_their_reason(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["list.jsonl", "list.csv"])
 def test_fuzzed_lists_give_items_or_a_named_error(tmp_path: Path, name: str) -> None:
-    """Whatever is read can be written to a table, and good lines before a bad one stay what they are."""
+    """Everything that is read can be written to a table, and good lines before a bad one are unchanged."""
     random, refused = np.random.default_rng(5), 0
     rows = [json.dumps({"image": f"{k}.png", "prompt": f"prompt é {k}"}, ensure_ascii=False) for k in range(8)]
     if name == "list.csv":

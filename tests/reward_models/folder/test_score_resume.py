@@ -1,4 +1,4 @@
-"""`reward-score --resume` after a kill, and several processes: nothing lost, nothing twice, the same bytes."""
+"""`reward-score --resume` after a kill, and with several processes: the same bytes, no row lost or repeated."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     done = 2 * (journal.read_bytes().count(b"\n") - 1)
     assert 6 <= done < 20
     with journal.open("ab") as file:
-        file.write(b'{"batch": 9, "results": [[0.')  # what a kill in the middle of a write leaves
+        file.write(b'{"batch": 9, "results": [[0.')  # incomplete line after a kill
 
     assert main(_arguments(images, out, red)) == 1
     assert "belongs to an unfinished run; add --resume, or delete the file" in capsys.readouterr().err
@@ -116,7 +116,7 @@ def test_resume_refuses_settings_that_change_the_scores(
 
 
 def _stopped_at(images: Path, out: Path, *, batch: int) -> bytes:
-    """The journal of a run whose scorer failed at a batch."""
+    """Journal of a run with a scorer that failed at a batch."""
     red = sys.modules.get("resume_scorers") or importlib.import_module("resume_scorers")
     red.Red.stops = len(red.Red.batches) + batch
     assert main(_arguments(images, out, "resume_scorers:Red")) == 1
@@ -126,7 +126,7 @@ def _stopped_at(images: Path, out: Path, *, batch: int) -> bytes:
 
 
 def test_failed_images_are_not_scored_again_on_resume(images: Path, tmp_path: Path) -> None:
-    """0.png is damaged when the first run reads it, and whole when the second could."""
+    """0.png is damaged during the first run, and intact during the second."""
     out, red, whole = tmp_path / "s.csv", "resume_scorers:Red", (images / "0.png").read_bytes()
     (images / "0.png").write_text("no image")
     _stopped_at(images, out, batch=3)

@@ -1,4 +1,4 @@
-"""The encoder of users by a vision-language model: a twin of the real class with random weights, loaded from disk."""
+"""The user encoder with a vision-language model: the real class at tiny size with random weights, loaded from disk."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from reward_models.personal.vlm_users import QUESTION, Choice, VLMUserEncoder, l
 SIZE, DEPTH, WIDTH, EYES = 28, 4, 32, 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
 IMAGE = 256 + SPECIAL.index("<image>")
-# As the published one does, it puts the images of a turn before all its text.
+# Like the published template, it puts the images of a turn before all its text.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -44,11 +44,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA-OneVision of some ten thousand weights, as save_pretrained writes it."""
+    """A tiny LLaVA-OneVision, written by save_pretrained."""
     path = tmp_path_factory.mktemp("vlm")
     vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     vocabulary |= {token: 256 + i for i, token in enumerate(SPECIAL)}
-    (path / "vocab.json").write_text(json.dumps(vocabulary))  # files are the one way in that versions 4 and 5 share
+    (path / "vocab.json").write_text(json.dumps(vocabulary))  # only loading from files works in transformers 4 and 5
     (path / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = Qwen2TokenizerFast.from_pretrained(path, eos_token="<|im_end|>")
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
@@ -109,12 +109,12 @@ USERS = {name: _choices(i, 1 + i % 3) for i, name in enumerate(["zoe", "adam", "
 
 
 def _reference(encoder: VLMUserEncoder, choices: list[Choice], layer: int) -> Tensor:
-    """The model's own hidden states [L, D] of an unpadded chat whose ids are put together here, token by token."""
+    """Reference hidden states [L, D] of an unpadded chat with ids assembled token by token."""
     tokenizer, images, ids = encoder.processor.tokenizer, [], []
 
     def add(text: str) -> None:
         for piece in text.split("<image>")[:-1]:
-            ids.extend(tokenizer(piece)["input_ids"] + [IMAGE] * (EYES + 1))  # and one token that ends an image
+            ids.extend(tokenizer(piece)["input_ids"] + [IMAGE] * (EYES + 1))  # and one end-of-image token
         ids.extend(tokenizer(text.split("<image>")[-1])["input_ids"])
 
     for choice in choices:
@@ -166,7 +166,7 @@ def test_description_is_the_mean_over_greedily_decoded_tokens(load: Callable[...
         for _ in range(5):  # without a cache of keys, one token after the other
             logits = encoder.model(input_ids=ids, **inputs).logits[0, -1]
             if ids.shape[1] == length:
-                logits[258] = -torch.inf  # a description has a token at least
+                logits[258] = -torch.inf  # a description has at least one token
             ids = torch.cat([ids, logits.argmax()[None, None]], dim=1)
         states = encoder.model(input_ids=ids, **inputs, output_hidden_states=True).hidden_states[3]
     written = ids[0, length:].tolist()
@@ -183,7 +183,7 @@ def test_a_description_ends_at_an_end_token(load: Callable[..., Any]) -> None:
     inputs = encoder.processor(text=[chat.text], images=[chat.images], return_tensors="pt")
     written = encoder.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, -6:].tolist()
     end = next(i for i in range(6) if written[i] != written[0])
-    encoder.model.generation_config.eos_token_id = [258, written[end]]  # now a ends there
+    encoder.model.generation_config.eos_token_id = [258, written[end]]  # user a ends there
     short = {user: encoder.encode(choices) for user, choices in users.items()}
     assert not torch.allclose(short["a"], long["a"], atol=1e-3)
     encoder.length = end
