@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> None:
-    """Write a JSON list atomically, one object per line."""
+    """A JSON list, one object a line; the file is either the old one or the new one, whole."""
     write_whole(path, "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 

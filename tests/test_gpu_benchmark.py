@@ -77,7 +77,7 @@ def driver(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """benchmark("measuring") imports that module of benchmarks/."""
+    """benchmark("measuring") is that module of benchmarks/."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
 
@@ -242,7 +242,7 @@ def test_the_busy_share_counts_kernels_that_overlap_once(benchmark: Any) -> None
 def test_on_a_gpu_steps_are_timed_by_events_and_memory_counts_from_fresh(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replaces torch.cuda: every event takes 50 ms, and memory is 3, then 7 GB."""
+    """torch.cuda in the place of which a clock stands that gives every event 50 ms, and 3, then 7 GB of memory."""
     measuring = benchmark("measuring")
 
     class Event:
@@ -297,7 +297,7 @@ def own_accelerator() -> Iterator[None]:
 
 
 def test_ours_and_the_baseline_are_measured_at_tiny_size(tmp_path: Path, benchmark: Any, own_accelerator: None) -> None:
-    """Cases of the worker: real recipes on pipelines with random weights."""
+    """What the worker runs: real recipes on pipelines of random weights."""
     gpu, cases = benchmark("gpu"), benchmark("gpu_cases")
     place = {"scratch": tmp_path, "tiny": True, "until": time.monotonic() + 60, "matmul": 1.0}
     found: dict[str, Any] = {}

@@ -85,9 +85,9 @@ def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int
 
 def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Images [P, each, 3, SIZE, SIZE], ratings int [P, each, aspects] and ranks [P, each] of P captions."""
-    asked = [parse(text) for text in texts for _ in range(each)]
+    wishes = [parse(text) for text in texts for _ in range(each)]
     repeated = [text for text in texts for _ in range(each)]
-    images, g = draw(asked, seed=seed), torch.Generator().manual_seed(seed)
+    images, g = draw(wishes, seed=seed), torch.Generator().manual_seed(seed)
     measured = Judge().measure(images, repeated)
     following = torch.stack([measured[x] for x in ("colour", "shape", "background", "size")]).mean(0)
     values = torch.stack([following, measured["vivid"], measured["clean"], measured["place"]], dim=1)
@@ -98,10 +98,10 @@ def _rated(texts: Sequence[str], each: int, temperature: float, seed: int) -> tu
     return images.unflatten(0, (-1, each)), rated.unflatten(0, (-1, each)), ranks
 
 
-def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
+def draw(wishes: Sequence[Wish], *, seed: int) -> Tensor:
     """One image per wish, [N, 3, SIZE, SIZE] in [0, 1]: half with a changed attribute, some noisy or blurred."""
     dice, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    images = imagine([_missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
+    images = imagine([_missed(wish, dice) if dice.random() < 0.5 else wish for wish in wishes], seed=seed).render()
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.2, blurred, images)
