@@ -73,7 +73,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
     loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
     if args.groups and len(loaded) < 2:
-        raise ValueError("--groups compares groups of people; give a --scorer for each of two or more")
+        raise ValueError("--groups compares two or more groups of people; give one --scorer per group")
     scorers = []
     for spec, scorer in loaded.items():
         scorers.append(_result(spec, scorer, pairs, args))
@@ -166,7 +166,9 @@ def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
     )
     before, after = sum(base) / len(base), sum(aligned) / len(aligned)
     if not before:
-        raise ValueError("all samples of each prompt of the base are the same image; generate with the noise of a seed")
+        raise ValueError(
+            "all samples of a prompt in the base folder are the same image; generate them from different noise"
+        )
     moved = Estimate(*(x / before for x in change(base, aligned, list(groups), seed=seed)))
     how = "root mean square pixel distance of samples of a prompt, the change relative to the base's"
     return {"base": before, "aligned": after, **moved.named("change"), "measured_by": how}
@@ -176,7 +178,7 @@ def equal_line(equal: int, n: int) -> str:
     """Warning about pairs with two identical images: `equal` of n."""
     if equal < n:
         return f"{equal} of {n} pairs are the same image twice, byte for byte"
-    return f"all {n} pairs are the same image twice, byte for byte: both models are one; was the aligned one loaded?"
+    return f"all {n} pairs are the same image twice, byte for byte; was the aligned model loaded?"
 
 
 def _prompt_diversity(files: Sequence[Path]) -> float:
@@ -197,11 +199,13 @@ def groups_line(results: Sequence[dict[str, Any]]) -> str:
 
     found = [headline(result) for result in results]
     if len({key for key, _ in found}) > 1:
-        raise ValueError("--groups compares groups by one measure; some of these scorers have no choice_temperature")
+        raise ValueError(
+            "--groups compares groups by one measure; but some of these scorers have no choice_temperature"
+        )
     shares = [share.value for _, share in found]
     worst = results[shares.index(min(shares))]
     mean = sum(shares) / len(shares)
-    return f"{len(results)} groups: mean {_words(found[0][0])} {_share(mean)}; the worst off is {line(worst)}"
+    return f"{len(results)} groups: mean {_words(found[0][0])} {_share(mean)}; the lowest is {line(worst)}"
 
 
 def line(result: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
-"""A small text-to-image world with shipped weights and an exact judge: alignment proved on a laptop.
+"""Test bed for alignment on a CPU: a small text-to-image world with shipped weights and an exact judge.
 
 BASE is the shipped StableDiffusionPipeline, FLOW a StableDiffusion3Pipeline of the same world, PAIRS the shipped
-preference pairs (samples of BASE, labelled by simulated annotators). Whatever takes the path of a model or of a data
-set takes the word `playground` for BASE and PAIRS, and `playground_flow` for FLOW. STUDENTS draw in so many steps;
-they were distilled from BASE by `diffalign train distill` and are `playground_one_step` and `playground_four_step`.
+preference pairs (samples of BASE, labelled by simulated annotators). Paths of models and data
+sets may be `playground` (BASE and PAIRS) or `playground_flow` (FLOW). STUDENTS are few-step models by their number of
+steps, distilled from BASE by `diffalign train distill`: `playground_one_step` and `playground_four_step`.
 """
 
 from pathlib import Path

@@ -135,7 +135,7 @@ def label_effect(
     """
     sd = float(np.std(np.asarray(base, dtype=np.float64)))
     if not sd:
-        raise ValueError("all images of the base score the same, so no effect can be measured; use another scorer")
+        raise ValueError("all images of the base have the same score, so no effect can be measured; use another scorer")
     return Estimate(*(x / sd for x in change(random, true, prompt_ids, seed=seed)))
 
 
