@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from diffalign.commands import launch
-from diffalign.report.comparison import label_effect, sentence
+from diffalign.report.preference_rate import label_effect, sentence
 from reward_models.files import read_json, write_whole
 
 # Guidance scale 1 (off): guidance makes all samples similar, which leaves little difference to prefer.

@@ -15,11 +15,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffalign.report.comparison import HEADLINES, headline, sentence, signed, verdict
 from diffalign.report.curves import draw_curves, read_metrics
+from diffalign.report.equal_noise import holm
 from diffalign.report.grid import shown, write_grid
 from diffalign.report.manifest import Pair, read_pairs
-from diffalign.report.win_rate import holm
+from diffalign.report.preference_rate import HEADLINES, headline, sentence, signed, verdict
 from reward_models.files import read_json, read_text, replacing, write_whole
 
 EXTREMES, RANDOM = 12, 24

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.report import comparison
-from diffalign.report.comparison import HEADLINES, headline
+from diffalign.report.preference_rate import HEADLINES, headline
 from reward_models.files import read_json, read_lines
 
 DRIFT = 0.1

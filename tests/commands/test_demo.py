@@ -11,7 +11,7 @@ import pytest
 
 from diffalign.commands import demo as story
 from diffalign.commands import launch
-from diffalign.report.comparison import compare
+from diffalign.report.preference_rate import compare
 
 IDS = ["a", "a", "b", "b"]
 BASE, ALIGNED, RANDOM = [0.0, 4.0, 0.0, 4.0], [3.0, 6.0, 2.0, 6.0], [1.0, 6.0, -1.0, 5.0]
@@ -54,7 +54,7 @@ def test_fields_of_the_demo_summary(tmp_path: Path, commands: list[list[str]], c
 def test_random_labels_add_the_label_effect_to_the_summary(
     tmp_path: Path, commands: list[list[str]], capsys: Any
 ) -> None:
-    """As by hand in test_comparison.py."""
+    """As by hand in test_preference_rate.py."""
     assert story.demo(tmp_path / "demo", random_labels=True) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert sorted(summary) == sorted([*KEYS, "label_effect_sd"]) and summary["label_effect_sd"] == 0.75

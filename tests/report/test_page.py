@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from diffalign.report import compare, read_manifest, read_pairs, write_report
-from diffalign.report.comparison import GAIN
 from diffalign.report.curves import POINTS, draw_curves, read_metrics
 from diffalign.report.grid import CELL, shown
 from diffalign.report.page import choose
+from diffalign.report.preference_rate import GAIN
 
 SCRIPT = "<script>alert(1)</script>"
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from diffalign.report.win_rate import TIE, paired_win_rate, sign_flip
+from diffalign.report.equal_noise import TIE, paired_win_rate, sign_flip
 from reward_models.accuracy import interval
 
 VISIBLE = 0.2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffalign.report import paired_win_rate
-from diffalign.report.comparison import GAIN, change, compare, headline, label_effect, preferred, sentence, verdict
+from diffalign.report.preference_rate import GAIN, change, compare, headline, label_effect, preferred, sentence, verdict
 
 IDS = ["a", "a", "b", "b"]
 
