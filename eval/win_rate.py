@@ -7,7 +7,7 @@
 
 BASE and ALIGNED are folders written by tools/generate.py from the same prompts and seed, with two samples per prompt or
 more. Use at least one scorer that was not used as a training reward. Prints a line for each scorer, a line for prompt
-match (if a scorer measures it) and a line for the diversity of the samples of a prompt. FILE.json holds the numbers, see
+match (if a scorer measures it) and a line for the diversity of the samples of a prompt. FILE.json has the numbers, see
 `compare` of diffalign/report/preference_rate.py, and the scores of every pair, from which eval/report.py makes a page.
 """
 
