@@ -2,19 +2,19 @@
 
     python benchmarks/gpu.py                             # on an H100 or H200
     python benchmarks/gpu.py --only sdxl-lora-2 scoring  # some of the cases
-    python benchmarks/gpu.py --tiny                      # every case at tiny size on a CPU: does it run?
+    python benchmarks/gpu.py --tiny                      # every case at tiny size on a CPU, as a check
 
-The tests of tests/device on the GPU, training steps of SD1.5 and SDXL size against the released ones, other recipes,
-scoring, the demo. Models have random weights. Ours and the baseline run one after the other; each is the median of its
-steps, timed by events of the device. Writes results/gpu.json, a list of one object a case, after every new
-result: a run that is stopped or killed loses nothing. A case that fails, or takes too long, is recorded with
-its `error`, and the next one runs in a new process; one that does not fit into --seconds any more is skipped and says
-so: a second call with --only runs it. Results of cases that are not run again are kept.
+The cases are tests/device on the GPU, training steps of SD1.5 and SDXL size against the released steps, other recipes,
+scoring, and the demo. Models have random weights. Ours and the baseline run one after the other; each result is the
+median of its steps, timed by device events. results/gpu.json, a list with one object per case, is written after every
+new result, so an interrupted run loses nothing. A case that fails or exceeds its time is recorded with its `error`, and
+the next case runs in a new process. A case that does not fit into --seconds is skipped with a note; run it with --only.
+Results of cases that are not run again are kept.
 
-  ours, baseline     rates in `unit`; of the tests how many passed, and of how many; of the demo seconds
-  peak_gb_*          GB (2^30 bytes) of the allocator at most, weights, encoding and the reference's pass included
-  matmul_share       of ours: operations a step, recomputed ones among them, over the rate of an 8192^3 bf16 product
-  gpu_busy           of ours: share of a step in which a kernel runs, under the profiler: a lower bound
+  ours, baseline     rates in `unit`; for tests the numbers of passed and of all tests; for the demo seconds
+  peak_gb_*          peak memory of the allocator, GB (2^30 bytes), with weights, encoding and the reference
+  matmul_share       ours: operations per second, with recomputation, over the rate of an 8192^3 bf16 product
+  gpu_busy           ours: share of a step in which a kernel runs, under the profiler (a lower bound)
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """What is measured, in which unit, and about how many seconds it takes on an H200: it gets twice as many.
+    """A case: name, unit, and expected seconds on an H200. The time limit is twice that.
 
-    run   a function of gpu_cases with its settings, or of gpu_jobs where it is a command
-    like  the case whose figures are the baseline here, and which of its sides
+    run   a function of gpu_cases with its settings, or of gpu_jobs for a command
+    like  the case and its side that serve as the baseline
     """
 
     title: str
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
 
 def dpo(size: str, rank: int, batch: int, seconds: float, words: str = "", **settings: Any) -> Case:
-    """Diffusion-DPO against the released step; the shipped config of the size says the rest."""
+    """Diffusion-DPO against the released step, with the shipped config of the model size."""
     config = {"sd15": "sd15_lora" if rank else "sd15", "sdxl": "sdxl"}[size]
     like, run = settings.pop("like", None), settings.pop("run", "pairs")
     title = f"diffusion_dpo, {SIZES[size]}, {'LoRA' if rank else 'full'}, {batch} pair{'s' * (batch > 1)}{words}"
@@ -65,7 +65,7 @@ def dpo(size: str, rank: int, batch: int, seconds: float, words: str = "", **set
 
 
 def other(name: str, size: str, batch: int, seconds: float, config: str, *more: str, **settings: Any) -> Case:
-    """A few steps of another recipe; ViT-H scores where there is something to score."""
+    """A few steps of another recipe; rewards use a scorer of ViT-H size."""
     unit = "pairs" if name == "inpo" else "prompts"
     title = f"{name}, {SIZES[size]}, batch {batch}"
     settings = {"name": name, "size": size, "batch": batch, "config": config, "more": more} | settings
@@ -98,11 +98,11 @@ CASES = {
     "xformers": dpo("sd15", 8, 8, 12, ", xformers against sdpa", run="xformers", like=("sd15-lora-8", "ours")),
 }
 TOGETHER = {"tests": device_tests, "demo": demo}
-"""Programs of their own. They and `prepare` are not timed, so they run at the same time, before everything else."""
+"""Cases that run as separate programs. They and `prepare` are not timed, so they run at the same time, first."""
 
 
 class Session:
-    """One call: the rows found so far, the time that is left, and the file that always holds them."""
+    """State of one call: the rows so far, the remaining time, and the result file."""
 
     def __init__(self, out: Path, device: str, seconds: float, commit: str | None, tiny: bool = False):
         self.out, self.device, self.commit, self.tiny = out, device, commit, tiny
@@ -114,7 +114,7 @@ class Session:
         return self.end - time.monotonic()
 
     def run(self, keys: Sequence[str], scratch: Path, logs: Path) -> None:
-        """Run the cases, in their own order; models and data lie in `scratch`, what is printed in `logs`."""
+        """Run the cases in their order; models and data are in `scratch`, printed output in `logs`."""
         worker = Worker(logs / "worker.log")
         sizes = sorted({CASES[key].settings["size"] for key in keys if "size" in CASES[key].settings})
         jobs: list[tuple[str, Job]] = []
@@ -151,7 +151,7 @@ class Session:
             worker.close()
 
     def follow(self, jobs: list[tuple[str, Job]]) -> None:
-        """Go round the jobs until all have ended."""
+        """Advance the jobs in turn until all have ended."""
         while jobs:
             time.sleep(0.02)
             for key, job in list(jobs):
@@ -171,7 +171,7 @@ class Session:
         return CASES[key].title + (", tiny" if self.tiny else "")
 
     def take(self, key: str, found: Found) -> None:
-        """Add what a case has found, and what follows from it."""
+        """Add results of a case, and values derived from them."""
         if text := found.pop("traceback", None):
             print(text, file=sys.stderr, flush=True)
         row = self.rows[key]
@@ -181,7 +181,7 @@ class Session:
         self.save()
 
     def close(self, key: str) -> None:
-        """A case has ended: complete its row and print it."""
+        """Complete and print the row of a case that has ended."""
         if self.rows[key]["error"] == UNFINISHED:
             del self.rows[key]["error"]
         if like := CASES[key].like:
@@ -192,13 +192,13 @@ class Session:
         print(json.dumps(self.rows[key]), flush=True)
 
     def found(self, key: str, what: str) -> Any:
-        """What this call, or one before on the same device, has found for a case."""
+        """Results of a case from this call, or from an earlier call on the same device."""
         rows = [r for r in self.before if r["device"] == self.device] + [*self.rows.values()]
         values = [r[what] for r in rows if r["case"] == self.title(key) and r[what] is not None]
         return values[-1] if values else None
 
     def save(self) -> None:
-        """Write all rows. One of an earlier call stays until this call has found something for its case."""
+        """Write all rows. The row of an earlier call is kept until this call has a result for its case."""
         kept = {row["case"] for row in self.before if row["device"] == self.device}
         new = {
             row["case"]: row
@@ -214,27 +214,27 @@ class Session:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--seconds", type=float, default=540, help="what does not fit into them is skipped; 540")
-    parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to see that everything runs")
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="time limit; cases that do not fit are skipped (540)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU, to check that everything runs")
     parser.add_argument(
         "--out", type=Path, help="file of the results; results/gpu.json, with --tiny one in the temp folder"
     )
-    parser.add_argument(
-        "--commit", default=commit(), help="written beside the results; what git says where there is git"
-    )
-    parser.add_argument("--logs", type=Path, help="folder for what the cases print; not kept when left out")
+    parser.add_argument("--commit", default=commit(), help="commit stored with the results; default: from git")
+    parser.add_argument("--logs", type=Path, help="folder for the output of the cases; default: not kept")
     args = parser.parse_args()
     if args.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         device = cpu()
     else:
-        import torch  # not above: a worker imports this file, and --help must not wait for it
+        import torch  # lazy: a worker imports this file, and --help must start fast
 
         if not torch.cuda.is_available():
             parser.error("torch sees no GPU here; --tiny runs every case at tiny size on the CPU")
         device = torch.cuda.get_device_name()
     out = args.out or (Path(tempfile.gettempdir(), "gpu_tiny.json") if args.tiny else RESULTS / "gpu.json")
-    sys.path.append(str(ROOT))  # the worker gets it: nothing need be installed
+    sys.path.append(str(ROOT))  # for the worker, so that nothing needs to be installed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     session = Session(out, device, args.seconds, args.commit, args.tiny)

@@ -1,6 +1,6 @@
-"""The cases of benchmarks/gpu.py that run in its worker process: each yields results as soon as they are measured.
+"""Cases of benchmarks/gpu.py that run in its worker process. Each reports results as soon as they are measured.
 
-Ours is the recipe's own `main` with the shipped config of a real size, stopped after enough measured steps.
+Our side is the recipe's `main` with the shipped config of a real model size, stopped after enough measured steps.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ Report = Callable[..., None]
 QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]
 ENDLESS = ["trainer.steps=1000000000", "trainer.grad_accum=1", "run.mixed_precision=bf16", "backbone.dtype=bf16"]
 PAIRS = {"sd15": 32, "sdxl": 8}
-"""Pairs on disk: enough for an epoch of some steps, few enough to be encoded in seconds."""
+"""Number of pairs on disk: enough for an epoch of several steps, and encoded within seconds."""
 WORKERS = 8
 PROMPTS = 16
 
 
 class Place(NamedTuple):
-    """What every case gets: where files are kept, whether models are tiny, when it has to be over by `time.monotonic`,
-    and the measured matmul rate."""
+    """Arguments of every case: file folder, whether models are tiny, deadline by `time.monotonic`, matmul rate."""
 
     scratch: Path
     tiny: bool
@@ -47,12 +46,12 @@ class Place(NamedTuple):
         return torch.device("cpu" if self.tiny else "cuda")
 
     def ours(self, report: Report, amount: float, *, part: float = 4, **counts: int) -> Iterator[None]:
-        """Watches our side, timed for a part of the time that is left at most."""
+        """Measures our side, for at most a part of the remaining time."""
         limits: Any = {"seconds": (self.until - time.monotonic()) / part, "inside_until": self.until}
         return watch(report, "ours", amount, self.device, **counts, **limits, matmul=self.matmul)
 
     def baseline(self, report: Report, amount: float, *, part: float = 2, **counts: int) -> Iterator[None]:
-        """Watches the other side."""
+        """Measures the baseline side."""
         seconds = (self.until - time.monotonic()) / part
         return watch(report, "baseline", amount, self.device, **counts, seconds=seconds)
 
@@ -70,7 +69,7 @@ class Place(NamedTuple):
 
 
 def prepare(report: Report, place: Place, sizes: Sequence[str]) -> None:
-    """Make models and pairs of these sizes, while nothing is timed."""
+    """Create models and pairs of these sizes, while nothing is timed."""
     started = time.perf_counter()
     for name in sizes:
         place.pairs(name)
@@ -96,7 +95,7 @@ def pairs(
     warmup: int = 3,
     steps: int = 10,
 ) -> None:
-    """Diffusion-DPO on pairs by train/diffusion_dpo.py, and the released step on the same ones."""
+    """Diffusion-DPO by train/diffusion_dpo.py, and the released step on the same pairs."""
     settings = [f"data.draws_per_sample={2 if size == 'sd15' else 1}", f"backbone.lora_rank={rank}", *more]
     recipe(place, place.ours(report, batch, warmup=warmup, steps=steps), "diffusion_dpo", config, size, batch, settings)
     if not baseline:
@@ -121,7 +120,7 @@ def algorithm(
     warmup: int = 1,
     steps: int = 4,
 ) -> None:
-    """A few steps of another recipe, which has no baseline."""
+    """A few steps of another recipe, without a baseline."""
     settings = [value.format(pipeline=place.pipeline(size)) for value in more]
     recipe(place, place.ours(report, batch, warmup=warmup, steps=steps), name, config, size, batch, settings)
 
@@ -129,7 +128,7 @@ def algorithm(
 def recipe(
     place: Place, watching: Iterator[None], name: str, config: str, size: str, batch: int, settings: Sequence[str]
 ) -> None:
-    """Run train/<name>.py on a model of random weights, with every training step watched, until that is over."""
+    """Run train/<name>.py on a model with random weights until enough training steps are measured."""
     main = runpy.run_path(str(launch.find("train", name)))["main"]
     data = place.pairs(size) if name in ("diffusion_dpo", "inpo") else _prompts(place.scratch / "prompts.txt")
     online = data.suffix == ".txt"
@@ -147,11 +146,11 @@ def recipe(
 
 
 class Measured(Exception):
-    """Enough steps were measured: leaves the recipe, so that no export is written."""
+    """Raised after enough measured steps; leaves the recipe before it writes an export."""
 
 
 class Clock:
-    """A hook that counts a training step as one turn of a `watch`."""
+    """Hook that advances a `watch` by one step after every training step."""
 
     def __init__(self, watching: Iterator[None]):
         self.watching = watching
@@ -168,7 +167,7 @@ class Clock:
 
 
 def watched(watching: Iterator[None], run: Callable[[], Any]) -> None:
-    """Run a recipe whose trainer has one hook more, the clock, behind its own."""
+    """Run a recipe with the hook `clock` added after its own hooks."""
     fit = Trainer.fit
 
     def timed(self: Trainer, loader: Any) -> None:
@@ -191,7 +190,7 @@ def _prompts(file: Path) -> Path:
 
 
 def scoring(report: Report, place: Place, *, images: int) -> None:
-    """`reward-score` with ViT-H-14 on files, and the published loop that takes one at a time."""
+    """`reward-score` with ViT-H-14 on files, and the published loop over single images."""
     scorer = (vit_tiny() if place.tiny else vit_h()).to(place.device).eval().requires_grad_(False)
     prompts = scoring_loops.make_prompts(images)
     with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
@@ -218,5 +217,5 @@ RUNS = {function.__name__: function for function in (prepare, matmul, pairs, alg
 
 
 def run(report: Report, case: str, place: dict[str, Any], **settings: Any) -> None:
-    """What the worker of benchmarks/gpu.py calls: one of RUNS at a Place."""
+    """Entry point of the worker of benchmarks/gpu.py: runs one of RUNS at a Place."""
     RUNS[case](report, Place(**place), **settings)  # type: ignore[operator]

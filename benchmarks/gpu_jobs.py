@@ -1,6 +1,6 @@
-"""Jobs of benchmarks/gpu.py: each is a generator that yields its results so far and keeps a time limit.
+"""Jobs of benchmarks/gpu.py: each is a generator that yields results so far and enforces a time limit.
 
-Closing or deleting a job kills its child processes. No torch here: the worker alone imports it.
+Closing or deleting a job kills its child processes. Only the worker imports torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from results_file import ROOT
 Found = dict[str, Any]
 Job = Iterator[Found]
 TAIL = 2000
-"""Characters of a failed command's output that are kept."""
+"""Number of characters kept of a failed command's output."""
 
 
 class Worker:
     """A process that runs the functions of gpu_cases one after the other, so that torch is imported once.
 
-    After a case that failed or took too long it is killed, and the next case gets a new one. What cases print goes to
+    It is killed after a case that failed or exceeded its time, and the next case gets a new one. Printed output goes to
     `log`.
     """
 
@@ -41,9 +41,9 @@ class Worker:
         self.process: Any = None
 
     def ask(self, function: str, seconds: float, **settings: Any) -> Job:
-        """Run `module:function(report, **settings)`; yields what it reports, and its `error` where it failed."""
+        """Run `module:function(report, **settings)`; yields its reports, and `error` if it failed."""
         if self.process is None or not self.process.is_alive():
-            # Spawned, not forked: a fork of a process that has used CUDA cannot.
+            # Spawned, not forked: CUDA cannot be used in a fork of a process that has used it.
             context = multiprocessing.get_context("spawn")
             self.pipe, theirs = context.Pipe()
             self.process = context.Process(target=serve, args=(theirs, str(self.log)))
@@ -70,14 +70,14 @@ class Worker:
                 self.kill()
 
     def close(self) -> None:
-        """Let the process end by itself, which it does at once between two cases."""
+        """Wait for the process to end, which it does at once between two cases."""
         if self.process is not None:
             self.pipe.close()
             self.process.join(5)
             self.kill()
 
     def kill(self) -> None:
-        """End the process and those it started, such as the workers of its data loaders."""
+        """Kill the process and its child processes, such as data loader workers."""
         if self.process is not None:
             kill_group(self.process.pid)
             self.process.kill()
@@ -86,7 +86,7 @@ class Worker:
 
 
 def serve(pipe: Any, log: str) -> None:
-    """The worker's life: take a case, run it, report; until the other end of the pipe is gone, or a case fails."""
+    """Loop of the worker: receive a case, run it, report; until the pipe is closed or a case fails."""
     os.setpgid(0, 0)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -99,28 +99,29 @@ def serve(pipe: Any, log: str) -> None:
         module, _, function = name.partition(":")
         try:
             getattr(import_module(module), function)(lambda **found: pipe.send(found), **settings)
-        except Exception as error:  # whatever fails in one case, the next ones run
+        except Exception as error:  # a failure of one case must not stop the others
             traceback.print_exc()
             sys.stderr.flush()
             pipe.send({"error": last_line(error), "traceback": traceback.format_exc()})
-            return  # the device may be in any state
+            return  # the state of the device is unknown
         pipe.send({"done": True})
 
 
 def last_line(error: BaseException) -> str:
-    """What a traceback ends with, and where: the innermost line of this repository, else of all."""
+    """Last line of a traceback, with the innermost location in this repository, else of all."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames[1:] if f.filename.startswith(str(ROOT))]  # the first is the worker's
+    ours = [f for f in frames[1:] if f.filename.startswith(str(ROOT))]  # the first frame is the worker's
     where = (ours or frames)[-1]
     first = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
     return f"{first[:300]} ({Path(where.filename).name}:{where.lineno})"
 
 
 def command(words: list[str], seconds: float, log: Path, **environment: str) -> Job:
-    """Run a program in the root of the repository; ends with its `output`, and where it failed or took too long with an
+    """Run a program in the root of the repository; yields its `output`, and after a failure or timeout
     `error` and the `tail` of the output."""
     env = {**os.environ, **environment}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))  # it need not be installed
+    # The package need not be installed.
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     with log.open("w") as file:
         process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=file, stderr=file, preexec_fn=os.setpgrp)
     end = time.monotonic() + seconds
@@ -139,12 +140,12 @@ def command(words: list[str], seconds: float, log: Path, **environment: str) -> 
 
 
 def kill_group(pid: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # all have ended
+    with suppress(ProcessLookupError, PermissionError):  # all processes have ended
         os.killpg(pid, signal.SIGKILL)
 
 
 def device_tests(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
-    """tests/device, on the card in full or half precision as each test says; on a CPU on the pretend accelerator."""
+    """tests/device, on the GPU in the precision of each test; on a CPU with the simulated accelerator."""
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") else []
     words = [sys.executable, "-m", "pytest", "tests/device", "-v", "--tb=short", "-p", "no:cacheprovider", *parallel]
     device = {} if tiny else {"DIFFALIGN_TEST_DEVICE": "cuda"}
@@ -154,7 +155,7 @@ def device_tests(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
 
 
 def counts(output: str) -> Found:
-    """Of what `pytest -v` has printed, in one process or by xdist: how many passed, of how many, and which failed."""
+    """Numbers of passed and of all tests, and the failed ones, from the output of `pytest -v` with or without xdist."""
     outcomes: dict[str, set[str]] = {}
     for match in OUTCOME.finditer(output):
         outcomes.setdefault(match["name"] or match["named"], set()).add(match["said"] or match["says"])
@@ -171,7 +172,7 @@ OUTCOME = re.compile(
 
 
 def demo(scratch: Path, logs: Path, seconds: float, tiny: bool) -> Job:
-    """`diffalign demo`, whole: its seconds and how often people prefer what it made."""
+    """`diffalign demo`: its seconds, and how often people prefer the aligned model."""
     out = scratch / "demo"
     words = [sys.executable, "-m", "diffalign.commands.cli", "demo", "--out", str(out)]
     for found in command(words, seconds, logs / "demo.log"):

@@ -2,8 +2,8 @@
 
     python benchmarks/graph_memory.py            # writes benchmarks/results/graph_memory.json
 
-Counts the bytes of tensors that autograd has saved at the worst moment of one step of the recipe itself (of
-Diff-Instruct* the generator's turn), weights left out. Playground models, CPU, float32.
+Counts the peak of the bytes that autograd saves in one step of the recipe (in Diff-Instruct* the generator's turn),
+without weights. Playground models, CPU, float32.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ CASES = {
 
 
 class Saved:
-    """Counts the bytes that autograd holds; a storage that is saved twice counts once."""
+    """Counts the bytes saved by autograd; a storage that is saved twice counts once."""
 
     def __init__(self) -> None:
-        self.live: dict[int, tuple[int, int]] = {}  # storage -> bytes, holders
+        self.live: dict[int, tuple[int, int]] = {}  # storage -> bytes, number of references
         self.peak = 0
         self.weights: set[int] = set()
 
@@ -76,7 +76,7 @@ class Saved:
 
 
 def peak(recipe: str, settings: list[str]) -> float:
-    """MB that one generator (or policy) turn of the recipe saves at most."""
+    """Peak MB saved for backward in one generator (or policy) turn of the recipe."""
     saved, take = Saved(), Trainer.take
 
     def counted(self: Trainer, turn: Any, batches: Any) -> Any:

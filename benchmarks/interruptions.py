@@ -3,11 +3,11 @@
     python benchmarks/interruptions.py                     # 20 of each signal; writes results/interruptions.json
     python benchmarks/interruptions.py --trials 5 --seed 3 --only training
 
-SIGKILL, SIGTERM and SIGINT, at a moment drawn uniformly from the time the program takes: offline and online training,
-caching of latents, scoring, generating, all on the playground. A trial passes if the program exits as required,
-the same command resumes it, and everything it writes is the same bit for bit: weights, moving averages, checkpoints,
-metrics (a line a step, in order), sample grids, tables, images; and if nothing in the cache is computed again. Each
-program is a process of its own, forked after the imports, which take longer than all else.
+SIGKILL, SIGTERM and SIGINT are sent at a time drawn uniformly from the duration of the program: offline and online
+training, caching of latents, scoring, generating, all on the playground. A trial passes if the program exits as
+required, the same command resumes it, and all output is the same bit for bit: weights, moving averages, checkpoints,
+metrics (one line per step, in order), sample grids, tables, images. Nothing in the cache may be computed again. Each
+program runs in its own process, forked after the imports, which take most of the time.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ STEPS = {"training, offline": 18, "training, online": 8, "caching": 2}
 
 
 class Job(NamedTuple):
-    """A program: how it is called first, what is added to go on, and how many steps its metrics have."""
+    """A program: its first call, the arguments added to resume, and the number of steps in its metrics."""
 
     name: str
     words: tuple[str, ...]
     again: tuple[str, ...] = ()
-    cache: str = ""  # where it keeps latents; one of its own when empty
+    cache: str = ""  # cache of latents; empty for its own
 
 
 def jobs(scratch: Path) -> list[Job]:
-    """OUT in their words is the folder of a trial."""
+    """Programs to interrupt; OUT in their arguments is the folder of a trial."""
     prompts, images = scratch / "prompts.txt", scratch / "whole-generating" / "images"
     prompts.write_text("\n".join(captions(24, held_out=True)) + "\n")
     dpo = [str(launch.find("train", "diffusion_dpo")), "--config=playground", "run.folder=OUT", *GRID]
@@ -106,26 +106,26 @@ def start(job: Job, out: Path, more: Sequence[str] = ()) -> int:
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except KeyboardInterrupt:  # as the interpreter ends itself
+    except KeyboardInterrupt:  # exit as the interpreter does
         traceback.print_exc()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
         traceback.print_exc()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # it must not lead back into the parent's work
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # never return into the parent's code
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def wait(child: int) -> int:
-    """Its exit code, -n where signal n ended it."""
+    """Exit code of a process, -n if signal n ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def written(job: Job, out: Path) -> dict[str, str]:
-    """What the program has left: name -> digest. Metrics without their speed; of checkpoints the last."""
+    """Output of the program, name -> hash; metrics without speeds, and only the last checkpoint."""
     found = {}
     for file in sorted(p for p in out.rglob("*") if p.is_file()):
         name = str(file.relative_to(out))
@@ -133,18 +133,18 @@ def written(job: Job, out: Path) -> dict[str, str]:
         if name.endswith("metrics.jsonl"):
             rows = [json.loads(line) for line in data.splitlines()]
             data = json.dumps([{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]).encode()
-        if name.endswith(".safetensors"):  # which writes its metadata in an order that changes
+        if name.endswith(".safetensors"):  # safetensors writes its metadata in random order
             end = 8 + int.from_bytes(data[:8], "little")
             data = json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
         kept = name.startswith(("export/", "samples/", "images/", f"checkpoints/step-{STEPS.get(job.name, 0):06d}"))
-        same = ("random_states", "checksums", "settings.json")  # pickled objects; digests of those; paths
+        same = ("random_states", "checksums", "settings.json")  # pickled objects, their hashes, and paths
         if (kept or name in ("metrics.jsonl", "scores.csv", "dropped.jsonl")) and not any(x in name for x in same):
             found[name] = hashlib.sha256(data).hexdigest()
     return found
 
 
 def cached(job: Job, out: Path) -> dict[str, tuple[int, int]]:
-    """The files of its own cache, with sizes and times."""
+    """Files of the program's cache, with sizes and modification times."""
     files = out.with_suffix(".cache").rglob("*.safetensors") if not job.cache else ()
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
@@ -156,7 +156,7 @@ def steps_of(out: Path) -> list[int]:
 
 
 def trial(job: Job, signum: int, out: Path, seconds: float, moments: random.Random, whole: dict[str, str]) -> dict:
-    """Interrupt, go on, compare; the row of the trial. A moment after the end is drawn again."""
+    """Interrupt, resume and compare; returns the row of the trial. A time after the end is drawn again."""
     for attempt in itertools.count():
         here = out.with_name(f"{out.name}-{attempt}")
         moment = moments.uniform(0, seconds)
@@ -166,7 +166,7 @@ def trial(job: Job, signum: int, out: Path, seconds: float, moments: random.Rand
             continue
         os.kill(child, signum)
         sent = time.perf_counter()
-        if code := wait(child):  # else all was done
+        if code := wait(child):  # otherwise the program had finished
             break
     row = {"job": job.name, "signal": signal.Signals(signum).name, "moment": round(moment, 2), "exit": code}
     row["seconds to end"] = round(time.perf_counter() - sent, 2)
@@ -178,7 +178,7 @@ def trial(job: Job, signum: int, out: Path, seconds: float, moments: random.Rand
     row["went on"] = wait(start(job, here, job.again)) == 0
     found = written(job, here)
     row["differs"] = sorted(k for k in whole.keys() | found.keys() if whole.get(k) != found.get(k))
-    first = 0 if job.name == "training, online" else 1  # the monitor looks before the first step
+    first = 0 if job.name == "training, online" else 1  # the monitor measures before the first step
     row["in order"] = steps_of(here) == list(range(first, STEPS[job.name] + 1)) if job.name in STEPS else True
     row["cache kept"] = kept.items() <= cached(job, here).items()
     row["holds"] = row["ended as asked"] and row["went on"] and not row["differs"] and row["in order"]
@@ -187,7 +187,7 @@ def trial(job: Job, signum: int, out: Path, seconds: float, moments: random.Rand
 
 
 def table(rows: Sequence[dict]) -> list[dict]:
-    """A line for each program and signal."""
+    """Table with a line per program and signal."""
     lines = []
     for job, name in dict.fromkeys((row["job"], row["signal"]) for row in rows):
         some = [row for row in rows if (row["job"], row["signal"]) == (job, name)]
@@ -209,12 +209,14 @@ def machine() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20, help="of each signal, shared out over the programs")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--only", default="", help="programs whose name begins so; nothing is written then")
-    parser.add_argument("--folder", type=Path, help="keep everything there")
+    parser.add_argument(
+        "--trials", type=int, default=20, help="number of trials per signal, distributed over the programs"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--only", default="", help="programs with this name prefix; nothing is written then")
+    parser.add_argument("--folder", type=Path, help="folder to keep all files in")
     args = parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background was started to ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
     begun = time.time()
     with tempfile.TemporaryDirectory() as temporary:
         scratch = (args.folder or Path(temporary)).resolve()
@@ -235,11 +237,11 @@ def main() -> int:
 
 
 def trials(scratch: Path, n: int, moments: random.Random, only: str) -> tuple[dict[str, float], list[dict]]:
-    """Every program undisturbed, and what it takes; then the rows of n trials of each signal."""
+    """Run every program without interruption, with its duration; then n trials per signal. Returns the rows."""
     programs, whole, seconds = jobs(scratch), {}, {}
     for job in programs:
         out = scratch / f"whole-{job.name.replace(', ', '-')}"
-        for _ in range(1 + bool(job.cache)):  # the second time its cache is there, as in the trials
+        for _ in range(1 + bool(job.cache)):  # the second run uses the cache, as the trials do
             shutil.rmtree(out, ignore_errors=True)
             started = time.perf_counter()
             if code := wait(start(job, out)):

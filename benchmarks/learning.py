@@ -43,9 +43,9 @@ SWAPPED = 0.3
 
 
 class Case(NamedTuple):
-    """A recipe, what it changes in its playground config, which labels it is run on, and which model.
+    """A recipe, changes to its playground config, its kinds of labels, and the model.
 
-    Where `scored`, it trains on prompts and a learned scorer, or on the judge; its flipped labels are the weight -1.
+    With `scored`, it trains on prompts with a learned scorer or the judge; flipped labels mean the weight -1.
     """
 
     recipe: str
@@ -60,7 +60,7 @@ FLOW = ("backbone.path=playground_flow", "backbone.max_sequence_length=8")
 SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1", "trainer.steps=80")
 CONSERVATIVE = ("algorithm.loss=conservative", "algorithm.label_smoothing=0.3")
 ROBUST = ("algorithm.loss=robust", "algorithm.label_smoothing=0.3")
-LONG = ("trainer.steps=600", "optimizer.lr=1e-3")  # long enough to learn wrong labels by heart
+LONG = ("trainer.steps=600", "optimizer.lr=1e-3")  # long enough to overfit to wrong labels
 CASES = {
     "diffusion_dpo/lora": Case("diffusion_dpo", (), (*ALL, NOISY)),
     "diffusion_dpo/full": Case("diffusion_dpo", ("backbone.lora_rank=0", "optimizer.lr=3e-5"), ALL),
@@ -95,7 +95,7 @@ CASES = {
 
 
 class World:
-    """Samples of a base model on training prompts (to compare) and on held-out prompts (to be beaten), made once."""
+    """Samples of a base model on training prompts (for labels) and on held-out prompts (the baseline), created once."""
 
     def __init__(self, folder: Path, model: str = "playground"):
         self.folder, self.model = folder, model
@@ -145,7 +145,7 @@ class World:
 
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
-    """Counts the images that go through a denoiser forwards, the reference's and those of inversions among them."""
+    """Counts images in forward passes of a denoiser, including the reference and inversions."""
     count = {"forwards": 0}
 
     def hook(module: Any, arguments: Any, out: Any) -> None:
@@ -160,7 +160,7 @@ def counting() -> Iterator[dict[str, int]]:
 
 
 def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
-    """Label, train, generate, judge: one row of the table."""
+    """Label, train, generate and evaluate: one row of the table."""
     chosen = CASES[case]
     name = f"{case.replace('/', '-')}-{labels}-{seed}"
     run = world.folder / name
@@ -197,13 +197,13 @@ def learn(world: World, case: str, labels: str, seed: int) -> dict[str, Any]:
 
 
 def warnings(run: Path) -> int:
-    """How often the monitor warned."""
+    """Number of warnings of the monitor."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return int(sum(row.get("monitor/warnings", 0) for row in rows))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The docs' table: one line a case and kind of labels, the seeds beside each other."""
+    """Table of the docs: one line per case and kind of labels, with the seeds side by side."""
     share = "direction of the shift (equal), share won (other) [95 % interval] of each seed"
     names = ("algorithm", "labels", "noise", share, "points", "seconds", "forwards")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]

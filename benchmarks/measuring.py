@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 LEAST = 2
-"""Steps that are timed even where the time for them is over."""
+"""Minimum number of timed steps, even after the time limit."""
 
 
 def watch(
@@ -30,21 +30,21 @@ def watch(
     matmul: float | None = None,
     inside_until: float | None = None,
 ) -> Iterator[None]:
-    """Measures a loop over it, every turn of which takes one step; what is found is reported at once.
+    """Iterator that measures a loop with one step per iteration, and reports results at once.
 
         for _ in watch(report, "baseline", pairs_a_step, device):
             step()
 
-    The steps are timed between events of the device, so that nothing waits for it that would not by itself; the rate
-    is `amount` over their median. Peak memory is what was allocated since `fresh` above what lay there then.
+    Steps are timed between device events, which adds no synchronisation; the rate is `amount` over their median. Peak
+    memory is the peak since `fresh`, minus the memory allocated at that time.
 
-    report         takes `<side>` (the rate), `peak_gb_<side>`, and of what is looked into `gpu_busy` and `matmul_share`
-    warmup         steps before the first that counts
-    steps          that count; fewer, but LEAST, once `seconds` are over
-    matmul         TFLOP/s of the matrix unit, of which the step's share is taken
-    inside_until   look into two more steps, where they can be over by this time of `time.monotonic`: one under the
-                   profiler, which slows the host, so that the busy share is a lower bound; one that counts operations,
-                   recomputed ones among them
+    report         receives `<side>` (the rate), `peak_gb_<side>`, and with `inside_until` `gpu_busy` and `matmul_share`
+    warmup         number of steps before the first timed step
+    steps          number of timed steps; fewer, but at least LEAST, after `seconds`
+    matmul         TFLOP/s of the matrix unit, for the step's share
+    inside_until   run two more steps if they can end before this time of `time.monotonic`: one under the profiler,
+                   which slows the host, so that the busy share is a lower bound; and one that counts operations,
+                   including recomputed ones
     """
     for _ in range(warmup):
         yield
@@ -55,10 +55,10 @@ def watch(
     synchronize(device)
     step = statistics.median(_between(*pair) for pair in itertools.pairwise(marks))
     report(**{side: significant(amount / step), f"peak_gb_{side}": peak_gb(device)})
-    slow, gpu = 4 * step, device.type == "cuda"  # under the profiler, and what it takes to read its events
+    slow, gpu = 4 * step, device.type == "cuda"  # time under the profiler, and to read its events
     if inside_until is None or time.monotonic() + slow > inside_until:
         return
-    # The device's events alone: to record the host's as well would slow it several times.
+    # Device events only: recording host events as well would be several times slower.
     with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as profiler:
         started = time.perf_counter()
         yield
@@ -77,7 +77,7 @@ def watch(
 
 
 class Whole:
-    """In place of the FlopCounterMode's tracker of modules, which fails inside `torch.autograd.grad`: none."""
+    """Replaces the module tracker of FlopCounterMode, which fails inside `torch.autograd.grad`, by nothing."""
 
     parents = ("Global",)
 
@@ -89,7 +89,7 @@ class Whole:
 
 
 def busy_seconds(events: Any) -> float:
-    """How long at least one kernel or copy of a profile's events was running."""
+    """Total time in which at least one kernel or copy was running, from the events of a profile."""
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
     busy, until = 0.0, float("-inf")
     for start, end in sorted((e.time_range.start, e.time_range.end) for e in kernels):
@@ -112,7 +112,7 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
 
 
 def fresh(device: torch.device) -> None:
-    """Let go of what is no longer used, and count the peak of memory from here on."""
+    """Free unused memory and reset the peak memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -124,7 +124,7 @@ _there = [0]
 
 
 def peak_gb(device: torch.device) -> float | None:
-    """GB (2^30 bytes) allocated at most since `fresh`, above what lay there then; None on a CPU."""
+    """Peak GB (2^30 bytes) allocated since `fresh`, minus the memory at that time; None on a CPU."""
     if device.type != "cuda":
         return None
     return round((torch.cuda.max_memory_allocated() - _there[0]) / 2**30, 2)
@@ -136,7 +136,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _mark(device: torch.device) -> Any:
-    """This moment in the device's queue."""
+    """Time mark in the queue of the device."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -145,7 +145,7 @@ def _mark(device: torch.device) -> Any:
 
 
 def _between(earlier: Any, later: Any) -> float:
-    """Seconds between two marks that the device has reached."""
+    """Seconds between two time marks."""
     return earlier.elapsed_time(later) / 1e3 if isinstance(later, torch.cuda.Event) else later - earlier
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/million_pairs.py --records 1000000 --images 200000
 
-Writes a JSONL of that many pairs over tiny images in a temporary folder, and opens it twice, each time in a process of
-its own that may open 1024 files, with an encoder that costs nothing. Prints one JSON object, and writes it with --out.
+Writes a JSONL of pairs of tiny images in a temporary folder, and opens it twice, each time in a new process that may
+open 1024 files, with an encoder that takes no time. Prints one JSON object, and writes it with --out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FILES = 1024
 
 
 class Pool:
-    """An encoder that averages: latents [3, 2, 2], embeddings of one number."""
+    """Encoder by averages: latents [3, 2, 2], embeddings of one number."""
 
     fingerprint = "pool"
 
@@ -44,7 +44,7 @@ class Pool:
 
 
 def png(number: int) -> bytes:
-    """A PNG of 2 x 2 pixels with the number in its colour, made by hand: a million of them in seconds."""
+    """PNG bytes of 2 x 2 pixels with the number as colour, without Pillow: a million of them take seconds."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
@@ -57,7 +57,7 @@ def png(number: int) -> bytes:
 
 
 def make(folder: Path, records: int, images: int, prompts: int) -> Path:
-    """The data set: pair k has images 2 k and 2 k + 1, modulo their number; the second round pairs them anew."""
+    """Write the data set: pair k has images 2 k and 2 k + 1, modulo their number; the second round differs."""
     for k in range(images):
         if k % 1000 == 0:
             (folder / f"images/{k // 1000:05d}").mkdir(parents=True)
@@ -71,7 +71,7 @@ def make(folder: Path, records: int, images: int, prompts: int) -> Path:
 
 
 def start(path: Path, work: Path) -> dict[str, Any]:
-    """Open the data set in this process, read some of it as training does, and say what that took."""
+    """Open the data set in this process, read a part as in training, and return time and memory."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
     begun = time.perf_counter()
     import torch
@@ -120,7 +120,7 @@ def start(path: Path, work: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=1_000_000)
-    parser.add_argument("--images", type=int, default=200_000, help="different ones, each in several pairs")
+    parser.add_argument("--images", type=int, default=200_000, help="number of distinct images, each in several pairs")
     parser.add_argument("--prompts", type=int, default=50_000)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         path = make(Path(name), args.records, args.images, args.prompts)
-        time.sleep(2.5)  # what changed just now is not trusted to its times
+        time.sleep(2.5)  # modification times of recently changed files are not trusted
         found: dict[str, Any] = {"records": args.records, "images": args.images, "prompts": args.prompts}
         for which in ("first", "second"):
             done = subprocess.run(

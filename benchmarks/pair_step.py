@@ -3,10 +3,10 @@
     python benchmarks/pair_step.py                       # both, on the CPU
     python benchmarks/pair_step.py --method inpo         # one of the two
 
-Playground size; benchmarks/gpu.py has real ones. The baseline is benchmarks/released_step.py. Ours reads cached latents
-and embeddings and inverts pairs of different depth together.
-Same model, batch, precision and optimizer; the two alternate, so that other load on the machine affects both. Peak
-memory is that of a process that runs only one of them. Writes results/pair_step.json.
+Models have playground size; benchmarks/gpu.py uses real sizes. The baseline is benchmarks/released_step.py. Ours reads
+cached latents and embeddings, and inverts pairs of different timesteps together. Model, batch, precision and optimizer
+are the same. The two alternate, so that other load on the machine affects both. Peak memory is measured in a process
+that runs only one of them. Writes results/pair_step.json.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ ROWS = RESULTS / "pair_step.json"
 RESOLUTION = 32
 METHODS = ("diffusion_dpo", "inpo")
 CPU = torch.device("cpu")
-os.environ["ACCELERATE_USE_CPU"] = "true"  # where there is a GPU, too
+os.environ["ACCELERATE_USE_CPU"] = "true"  # also on a machine with a GPU
 
 
 def ours(pairs: Path, batch: int, rank: int, method: str, folder: Path) -> Step:
@@ -96,7 +96,7 @@ def build(who: str, args: argparse.Namespace, rank: int, folder: Path) -> Step:
 
 
 def peak_mb(who: str, args: argparse.Namespace, rank: int, folder: Path) -> float:
-    """Peak memory of a process that takes a few steps of one of the two."""
+    """Peak memory of a process that runs a few steps of one side."""
     command = [sys.executable, __file__, "--batch", str(args.batch), "--rank", str(rank), "--method", args.method]
     command += ["--only", who, "--folder", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -119,10 +119,10 @@ def timed(step: Step, n: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=8, help="pairs a step")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
     parser.add_argument("--method", choices=METHODS, help="default: both")
-    parser.add_argument("--rounds", type=int, default=12, help="turns of each of the two, 3 steps a turn")
-    parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full; default: 8 and 0")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of each side, 3 steps per round")
+    parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full fine-tuning; default: 8 and 0")
     parser.add_argument("--only", choices=("ours", "baseline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()

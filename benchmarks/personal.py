@@ -3,9 +3,9 @@
     python benchmarks/personal.py                       # everything that results/personal.json lacks
     python benchmarks/personal.py --part ppd --seed 0
 
-A third of the playground's people are strangers: no scorer and no generator was trained on their choices. Scorers are
-measured on held-out captions against what each stranger would choose without noise; generators on held-out prompts by
-each stranger's own exact judge. Writes benchmarks/results/personal.json, one object a run.
+A third of the playground's people are held out as strangers: scorers and generators are not trained on their choices.
+Scorers are measured on held-out captions against each stranger's noise-free choices, generators on held-out prompts
+with each stranger's exact judge. Writes benchmarks/results/personal.json, one object per run.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ HEADS = {
     "logistic": ("scorer.head=logistic",),
     "one for all": ("scorer.head=groups", "scorer.size=1"),
 }
-"""`one for all` is the single Bradley-Terry scorer, which knows no persons."""
+"""`one for all` is the single Bradley-Terry scorer, without user vectors."""
 
 
 class Choices(NamedTuple):
-    """Rendered pairs of held-out captions with features z [n, Z] of both images, and the images themselves."""
+    """Rendered pairs of held-out captions: images, and features z [n, Z] of both images."""
 
     prompts: list[str]
     images: tuple[Tensor, Tensor]
@@ -68,7 +68,7 @@ class Choices(NamedTuple):
 
 
 class Town:
-    """People, their choices, and what they are shown; made once."""
+    """People, their choices, and the images shown to them; created once."""
 
     def __init__(self, folder: Path):
         self.folder, self.seconds = folder, {}
@@ -80,7 +80,7 @@ class Town:
             write_pairs(folder / "new", 600, held_out=True)
 
     def scorer(self, head: str, seed: int) -> Any:
-        """A personal scorer trained on everybody but the strangers."""
+        """A personal scorer trained on all people but the strangers."""
         run = self.folder / f"{head.replace(' ', '-')}-{seed}"
         if not (run / "export" / "reward_config.json").exists():
             settings = [f"data.path={self.choices}", f"run.folder={run}", f"run.seed={seed}", f"scorer.seed={seed}"]
@@ -93,7 +93,7 @@ class Town:
     def known(
         self, scorer: Any, folder: Path | None = None, people: Sequence[str] = STRANGERS
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """z [n, Z] of the chosen and the other images of every stranger, or of these people of another folder."""
+        """z [n, Z] of chosen and rejected images of every stranger, or of given people of another folder."""
         found, folder = {}, folder or self.folder / "people"
         records: dict[str, list[Any]] = {}
         for record in read_records(folder / "choices.jsonl"):
@@ -125,7 +125,7 @@ def features(scorer: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 
 def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
-    """A row for each number of choices."""
+    """Rows, one per number of choices."""
     scorer = town.scorer(head, seed)
     known, new = town.known(scorer), town.new(scorer)
     margins = {
@@ -160,7 +160,7 @@ def score_strangers(town: Town, head: str, seed: int) -> list[dict[str, Any]]:
 
 
 def prototypes(scorer: Any, new: Choices) -> list[list[float]]:
-    """How often the learned prototypes or groups (rows) choose as the true ones (columns) do, in the best order."""
+    """Agreement of choices of learned prototypes or groups (rows) with the true ones (columns), in the best order."""
     table = []
     for k in range(len(PROTOTYPES)):
         vector = torch.full((len(PROTOTYPES),), -50.0)
@@ -190,22 +190,22 @@ class Gallery:
             self.pipe.load_ip_adapter(**adapter_arguments(adapter))
 
     def student(self, prompts: Sequence[str]) -> Tensor:
-        """[n, 3, 32, 32] of a one-step model."""
+        """Images [n, 3, 32, 32] of a one-step model."""
         latents = Draws(0).normal(range(len(prompts)), (4, 16, 16), stream="latents")
         settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
         return self.pipe(list(prompts), latents=latents, **settings).images.float()
 
     def draw(self, prompts: Sequence[str], first: int, user: Tensor | None = None) -> Tensor:
-        """[n, 3, 32, 32]; first is the number of the first prompt, user [1, T, D]."""
+        """Images [n, 3, 32, 32]; first is the index of the first prompt, user [1, T, D]."""
         keys = [(first + k, 0) for k in range(len(prompts))]
-        heard = {} if user is None else {"ip_adapter_image_embeds": user_embeds(user, guidance=2.0)}
+        conditioning = {} if user is None else {"ip_adapter_image_embeds": user_embeds(user, guidance=2.0)}
         latents = Draws(0).normal(keys, (4, 16, 16), stream="latents")
         settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "pt"}
-        return self.pipe(list(prompts), latents=latents, **settings, **heard).images.float()
+        return self.pipe(list(prompts), latents=latents, **settings, **conditioning).images.float()
 
 
 def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
-    """PPD: own taste against the base, against somebody else's; nobody; prompts followed; mixtures. One row."""
+    """Row of PPD: own user vector against the base and another user's, no user, prompt match, mixtures."""
     town.scorer("pal", seed)
     encoder = town.folder / f"pal-{seed}" / "export"
     pairs, users, run = (
@@ -230,7 +230,7 @@ def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
     runpy.run_path(str(launch.find("train", "ppd")))["main"](["--config=playground", *settings])
     seconds = time.time() - started
     tables = load_file(users)
-    tokens = {name: tables[name][:1] for name in STRANGERS}  # one drawn set of `choices` choices: [1, T, D]
+    tokens = {name: tables[name][:1] for name in STRANGERS}  # one random set of `choices` choices: [1, T, D]
     return {
         "part": "ppd",
         "case": f"{choices} choices",
@@ -241,7 +241,7 @@ def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
 
 
 def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, Any]:
-    """`each` held-out prompts for every stranger, judged by them."""
+    """`each` held-out prompts per stranger, scored by that stranger's judge."""
     names = sorted(tokens)
     prompts = captions(each * len(names), held_out=True)
     base, pipe = Gallery(), Gallery(adapter)
@@ -277,8 +277,9 @@ def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, 
 
 
 def mixture(pipe: Gallery, tokens: dict[str, Tensor], pairs: int = 6, each: int = 16) -> list[list[float]]:
-    """Mean score of the first and of the second of two strangers with far ideals, as their mixture goes from the
-    second to the first: [share of the first, score of the first, score of the second]."""
+    """Mean scores of two strangers with distant ideals for mixtures of their user vectors.
+
+    Rows are [share of the first, score of the first, score of the second]."""
     names = sorted(tokens)
     ideals = {name: Person(name=name).ideal for name in names}
     far = sorted(itertools.combinations(names, 2), key=lambda ab: -(ideals[ab[0]] - ideals[ab[1]]).norm())[:pairs]
@@ -294,11 +295,11 @@ def mixture(pipe: Gallery, tokens: dict[str, Tensor], pairs: int = 6, each: int 
 
 
 GROUPS = [f"bright-{k}" for k in range(40)] + [f"faded-{k}" for k in range(20)]
-"""Two groups of people who want the opposite, one twice as large."""
+"""Two groups of people with opposite preferences, one twice as large."""
 
 
 def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
-    """A one-step student climbs one scorer for all, or by MaxMin those of two groups found by EM: each group's gain."""
+    """Gain of each group when a one-step student is trained on one scorer for all, or with MaxMin on two EM groups."""
     folder = town.folder / "conflict"
     if not (folder / "choices.jsonl").exists():
         write_pairs(folder, 1200)

@@ -1,6 +1,6 @@
 """Models of real sizes with random weights, created on the device, and data for them, for speed benchmarks.
 
-On a GPU SD1.5 takes seconds and SDXL ten of them; on a CPU minutes, so there `tiny` makes the same classes small.
+On a GPU SD1.5 takes seconds and SDXL ten seconds; on a CPU minutes, so use `tiny` there: the same classes, small.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reward_models.files import replacing_folder
 
 
 class Size(NamedTuple):
-    """The parts of a pipeline, and how many pixels wide its images are. texts holds (hidden size, layers, heads)."""
+    """Configs of a pipeline's parts, and its image width in pixels. texts: (hidden size, layers, heads) per encoder."""
 
     unet: dict[str, Any]
     vae: dict[str, Any]
@@ -43,7 +43,7 @@ def _blocks(*attends: bool) -> dict[str, tuple[str, ...]]:
     return {"down_block_types": down, "up_block_types": up}
 
 
-ADDED = {"use_linear_projection": True, "addition_embed_type": "text_time"}  # what SDXL is told of sizes
+ADDED = {"use_linear_projection": True, "addition_embed_type": "text_time"}  # SDXL's size conditions
 SDXL = _blocks(False, True, True) | {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -83,7 +83,7 @@ TINY_CLIP = {
 
 
 def pipeline_folder(name: str, scratch: Path, device: torch.device) -> Path:
-    """A diffusers folder in bfloat16 of a size in SIZES, made when it is not in `scratch` yet."""
+    """A diffusers folder in bfloat16 of a size in SIZES, created in `scratch` if missing."""
     folder = scratch / name.replace(", ", "-")
     if not folder.exists():
         torch.manual_seed(0)
@@ -93,13 +93,13 @@ def pipeline_folder(name: str, scratch: Path, device: torch.device) -> Path:
 
 
 def _pipeline(size: Size, device: torch.device) -> Any:
-    """The stock pipeline around random networks in bfloat16; only these are made on the device."""
+    """The stock pipeline with random networks in bfloat16; only the networks are created on the device."""
     words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
     words.model_max_length = 77
     count = len(size.vae["block_out_channels"])
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    with torch.device(device):  # made in float32, so each becomes bfloat16 before the next one is there
+    with torch.device(device):  # created in float32; each is converted to bfloat16 before the next is created
         parts: dict[str, Any] = {"unet": UNet2DConditionModel(**size.unet).to(torch.bfloat16)}
         parts["vae"] = AutoencoderKL(**size.vae, **blocks, latent_channels=4).to(torch.bfloat16)
         parts |= {name: _text(shape, kinds[name], words) for name, shape in zip(kinds, size.texts, strict=False)}
@@ -120,18 +120,18 @@ def _text(shape: tuple[int, int, int], kind: Any, words: Any) -> Any:
 
 
 def vit_h() -> CLIPScorer:
-    """The scorer of HPSv2's and PickScore's size; `random_models:vit_h` for `load_scorer`."""
+    """A random scorer of the size of HPSv2 and PickScore: `random_models:vit_h` for `load_scorer`."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return CLIPScorer("ViT-H-14", unit="raw")
 
 
 def vit_tiny() -> CLIPScorer:
-    """A CLIP scorer of one layer, which a CPU makes and runs in no time."""
+    """A CLIP scorer with one layer, fast on a CPU."""
     return CLIPScorer(TINY_CLIP, unit="raw")
 
 
 def playground_pairs(folder: Path, size: int, count: int = 64) -> Path:
-    """So many of the shipped pairs as JPEG files of `size` pixels and a JSONL file, made when it is not there yet."""
+    """Some of the shipped pairs as JPEG files of `size` pixels with a JSONL file, created if missing."""
     done = folder / "pairs.jsonl"
     if done.exists():
         return done

@@ -1,9 +1,9 @@
 """The baseline: one optimizer step of the released training scripts of Diffusion-DPO and InPO, restated.
 
-It decodes, resizes and flips the images, encodes images and captions every step, holds a second U-Net as the reference
-and runs it on the batch. What does not train is in half precision where the step is, as there. SDXL's script keeps
-the frozen networks on the host and copies them over every step; here they stay on the device, in the baseline's favour.
-InPO's is correct for one pair at a time only, so it accumulates as many pairs as our batch holds. It inverts with the
+Every step decodes, resizes and flips the images, encodes images and captions, and runs a second U-Net as the reference.
+Frozen networks are in half precision if the step is, as in the released scripts. SDXL's script keeps the frozen
+networks on the host and copies them to the device every step; here they stay on the device, in favour of the baseline.
+InPO's script is correct for one pair at a time only, so it accumulates over the pairs of our batch. It inverts with the
 policy in ten steps.
 """
 
@@ -31,7 +31,7 @@ LR = 1e-5
 
 
 class Pairs(Dataset):
-    """Pair i: pixels [2, 3, R, R] in [-1, 1], winner first, each flipped by itself, and token ids [texts, L]."""
+    """Pair i: pixels [2, 3, R, R] in [-1, 1], winner first, each flipped independently, and token ids [texts, L]."""
 
     def __init__(self, file: Path, resolution: int, tokenizers: list[Any]):
         self.folder, self.tokenizers = file.parent, tokenizers
@@ -57,14 +57,14 @@ class Pairs(Dataset):
 
 
 def forever(pairs: Pairs, batch: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches in the data set's order, again and again, prepared by so many processes ahead of the step."""
+    """Endless batches in the order of the data set, prepared ahead by worker processes."""
     order = itertools.cycle(range(len(pairs)))
     batches: Any = ([next(order) for _ in range(batch)] for _ in itertools.count())
     return iter(DataLoader(pairs, batch_sampler=batches, num_workers=workers, pin_memory=bool(workers)))
 
 
 def inverted(unet: Any, scheduler: Any, x0: Tensor, t: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The released inversion to the first level of 1, 101, ... not below t, and the noise it implies at t."""
+    """The released inversion to the first timestep of 1, 101, ... that is at least t, and the implied noise at t."""
     cleaned, x = scheduler.alphas_cumprod, x0
     v = scheduler.config.prediction_type == "v_prediction"
     for g in [g for g in range(-99, 802, 100) if g < t]:
@@ -92,7 +92,7 @@ class Texts:
             network.requires_grad_(False)
 
     def __call__(self, ids: Tensor, resolution: int) -> tuple[Tensor, dict[str, Tensor] | None]:
-        """ids [B, texts, L] -> embeddings [2B, L, D] for winners and losers, and what SDXL is told beside them."""
+        """ids [B, texts, L] -> embeddings [2B, L, D] for winners and losers, and SDXL's added conditions."""
         if len(self.networks) == 1:
             return self.networks[0](ids[:, 0])[0].repeat(2, 1, 1), None
         outputs = [n(ids[:, k], output_hidden_states=True) for k, n in enumerate(self.networks)]
@@ -116,9 +116,9 @@ def released_step(
 ) -> Step:
     """One optimizer step of the released script on the model at `path`.
 
-    rank     of the LoRA that trains; 0 for the whole U-Net
-    half     what does not train is in it, and the step runs under its autocast; float32 for neither
-    workers  processes that prepare images
+    rank     LoRA rank; 0 for full fine-tuning
+    half     dtype of frozen networks and of autocast; float32 for no autocast
+    workers  number of processes that prepare images
     """
 
     def network(dtype: torch.dtype) -> Any:

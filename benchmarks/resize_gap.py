@@ -1,8 +1,8 @@
-"""How far tensor resizes are from Pillow's, in grey levels of 255, and what they cost.
+"""Differences of tensor resizes from Pillow's, in grey levels (0 to 255), and their time.
 
     python benchmarks/resize_gap.py
 
-Images with the spectrum of photographs (1/f noise) and with hard edges, to 224 pixels. Prints the table of
+Images with the spectrum of photographs (1/f noise) and with hard edges are resized to 224 pixels. Prints the table of
 docs/preprocessing.md.
 """
 
@@ -19,7 +19,7 @@ METHODS: tuple[Method, ...] = ("pil", "antialias", "plain")
 
 
 def photograph(side: int) -> Tensor:
-    """[1, 3, side, side] of 8-bit values over 255: amplitudes fall as 1/f, which photographs' do."""
+    """Image [1, 3, side, side] of 8-bit values over 255, with amplitudes 1/f as in photographs."""
     frequency = torch.fft.fftfreq(side).square()
     amplitude = 1 / (frequency[:, None] + frequency[None] + 1e-6).sqrt()
     g = torch.Generator().manual_seed(0)
@@ -29,7 +29,7 @@ def photograph(side: int) -> Tensor:
 
 
 def edges(side: int) -> Tensor:
-    """[1, 3, side, side]: a black and white board of 7-pixel squares."""
+    """Image [1, 3, side, side]: a black and white checkerboard of 7-pixel squares."""
     stripe = (torch.arange(side) // 7) % 2
     return (stripe[:, None] ^ stripe[None]).float().expand(1, 3, -1, -1)
 

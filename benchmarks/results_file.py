@@ -21,12 +21,12 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 
 def read_rows(path: Path) -> list[Any]:
-    """What `write_rows` wrote; nothing where there is no such file."""
+    """Rows of a file of `write_rows`; empty if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else []
 
 
 def commit() -> str | None:
-    """The commit that is checked out, marked when the code differs from it; None outside a checkout."""
+    """The checked out commit, with a mark if files differ from it; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -35,7 +35,7 @@ def commit() -> str | None:
 
 
 def cpu() -> str:
-    """The processor's name where the system tells it."""
+    """Name of the processor, if the system provides it."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]

@@ -79,7 +79,7 @@ class HeldOut:
         self.aspects["composition"] = m["place"]
 
     def accuracy(self, scores: Tensor, truth: Tensor) -> dict[str, Any]:
-        """The share of pairs in the right order, ties of the truth left out; over captions, with its interval."""
+        """Share of pairs in the correct order without true ties, averaged over captions, with its interval."""
         each = []
         for mine in torch.arange(len(truth)).view(-1, 4):
             d, t = (x[mine][:, None] - x[mine][None] for x in (scores, truth))
@@ -91,7 +91,7 @@ class HeldOut:
 
 @torch.no_grad()
 def measure(scorer: Any, held_out: HeldOut) -> dict[str, Any]:
-    """Accuracy against the true preference, and of each aspect where the scorer has several."""
+    """Accuracy against the true preference, and of each aspect for scorers with several."""
     batches = range(0, len(held_out.prompts), 64)
     pieces = [(held_out.images[i : i + 64], held_out.prompts[i : i + 64]) for i in batches]
     row = held_out.accuracy(torch.cat([scorer.score(*piece) for piece in pieces]), held_out.truth)
@@ -106,7 +106,7 @@ def measure(scorer: Any, held_out: HeldOut) -> dict[str, Any]:
 
 
 def ship(export: Path, recipe: str) -> None:
-    """Put an export into the package, in half precision."""
+    """Copy an export into the package, in half precision."""
     scorer: Any = load_scorer(str(export), "cpu")
     with replacing_folder(PLAYGROUND / recipe) as folder:
         scorer.half().save(folder)
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--generated", type=Path, action="append", default=[], metavar="FOLDER", help="to rate as well")
-    parser.add_argument("--ship", action="store_true", help="put the weights into the package")
+    parser.add_argument("--ship", action="store_true", help="copy the weights into the package")
     args = parser.parse_args(argv)
     rows = read_rows(RESULTS)
     done = {(r["scorer"], r["seed"]) for r in rows}

@@ -1,15 +1,15 @@
-"""Images a second of `reward-score`, against the loop that scorers are published with.
+"""Images per second of `reward-score` against the published loop over single images.
 
     python benchmarks/scoring.py                     # ViT-B-32, on the CPU; benchmarks/gpu.py has ViT-H-14
-    python benchmarks/scoring.py --images 64         # a look
+    python benchmarks/scoring.py --images 64         # a short run
 
 The same network with random weights and the same JPEGs (512 to 1024 pixels, mixed shapes) in one process, one after the
-other, twice, the better time of each:
+other, twice; the better time counts:
   baseline  one image at a time: open, open_clip's preprocessing by Pillow, encode image, encode prompt, cosine
   ours      what the command runs: decode and resize in threads, batches, prompts encoded once
-  forward   the two towers alone on batches that are ready, which nothing can beat: every image and every prompt once
-Four images share a prompt, as candidates do. No more than DISTINCT images are drawn; the others are the same files
-under further names, since neither side caches images. Writes benchmarks/results/scoring.json.
+  forward   only the two towers on prepared batches, every image and prompt once: the upper bound
+Four images share a prompt, as candidates do. At most DISTINCT images are created; the others are the same files under
+other names, since neither side caches images. Writes benchmarks/results/scoring.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DISTINCT = 32
 
 
 def make_images(folder: Path, count: int) -> list[Path]:
-    """JPEGs as smooth and as large as photographs, of several shapes."""
+    """JPEG files with the smoothness and size of photographs, in several shapes."""
     random = np.random.default_rng(0)
     files = [folder / f"{k:05d}.jpg" for k in range(count)]
     for k, file in enumerate(files):
@@ -56,7 +56,7 @@ def make_images(folder: Path, count: int) -> list[Path]:
 
 
 def make_prompts(count: int) -> list[str]:
-    """One for each image, the same for four of them."""
+    """Prompts, one per image; four images share a prompt."""
     return [f"a photograph of subject number {k // 4} in the evening light" for k in range(count)]
 
 
@@ -105,7 +105,7 @@ def main() -> None:
     tokens = open_clip.SimpleTokenizer()(list(dict.fromkeys(prompts)))
     with tempfile.TemporaryDirectory() as folder:
         files = make_images(Path(folder), args.images)
-        baseline(scorer, files[:2], prompts[:2], device)  # warm
+        baseline(scorer, files[:2], prompts[:2], device)  # warm-up
         theirs, their_mb = best_of_two(lambda: baseline(scorer, files, prompts, device))
         ours, our_mb = best_of_two(lambda: (scorer.clear_cache(), score_files(scorer, files, prompts)))
     ready, _ = best_of_two(lambda: forward(scorer, args.images, tokens, args.batch_size, device))

@@ -106,7 +106,10 @@ def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[I
         found[style] = [Item(f"{style}/{name}", text, folder / name) for name, text in zip(names, texts, strict=True)]
     problems = [f"'{images}' {what} {_list(x)}" for what, x in (("lacks", missing), ("has besides", extra)) if x]
     if problems:
-        raise ValueError("; ".join(problems) + "; give one .jpg a prompt, by its number, and nothing else")
+        raise ValueError(
+            "; ".join(problems)
+            + "; the folder must contain one .jpg per prompt, named by its number, and no other files"
+        )
     return found
 
 

@@ -66,7 +66,7 @@ def rank(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} must be at least {least}; got {value}")
     for given in (args.scorer, [str(folder.resolve()) for folder in args.folders]):
         if twice := [one for one in given if given.count(one) > 1]:
-            raise ValueError(f"'{twice[0]}' is given twice, and would count twice")
+            raise ValueError(f"'{twice[0]}' is given twice; give each folder or scorer once")
     found = read_groups(args.folders)
     groups = [items for items in found.values() if len(items) >= args.min_images]
     if not groups:
@@ -118,7 +118,7 @@ def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int)
         failed += [result for results in rest for result in results if isinstance(result, Failed)]
         names = "\n".join(f"  '{one.item.image}': {one.reason}" for one in failed[:SHOWN])
         more = f"\n  and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
-        raise ValueError(f"{len(failed)} of {len(items)} images cannot be scored; make them again:\n{names}{more}")
+        raise ValueError(f"{len(failed)} of {len(items)} images cannot be scored; generate them again:\n{names}{more}")
     return scores
 
 

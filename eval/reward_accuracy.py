@@ -89,7 +89,7 @@ def measure(args: argparse.Namespace) -> None:
     """Score every image once by every scorer, print a line for each metric, write the file."""
     metrics = args.metric or [*METRICS, *([PICK] if args.validation else [])]
     if PICK in metrics and not args.validation:
-        raise ValueError(f"{PICK} needs --validation: its threshold is chosen on other data than it is applied to")
+        raise ValueError(f"{PICK} needs --validation, because its threshold is chosen on data other than the test data")
     for name in ("batch_size", "limit"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")

@@ -7,9 +7,8 @@
 
 BASE and ALIGNED are folders written by tools/generate.py from the same prompts and seed, with two samples per prompt or
 more. Use at least one scorer that was not used as a training reward. Prints a line for each scorer, a line for prompt
-match (if a scorer measures it) and a line for the diversity of the samples of a prompt. FILE.json holds
-the numbers, see `compare` of diffalign/report/comparison.py, and the scores of every pair, from which eval/report.py
-makes a page.
+match (if a scorer measures it) and a line for the diversity of the samples of a prompt. FILE.json has the numbers, see
+`compare` of diffalign/report/preference_rate.py, and the scores of every pair, from which eval/report.py makes a page.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def compare(args: argparse.Namespace) -> None:
         print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
     loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
     if args.groups and len(loaded) < 2:
-        raise ValueError("--groups compares groups of people; give a --scorer for each of two or more")
+        raise ValueError("--groups compares two or more groups of people; give one --scorer per group")
     scorers = []
     for spec, scorer in loaded.items():
         scorers.append(_result(spec, scorer, pairs, args))
@@ -92,7 +91,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def _check_samples(pairs: Sequence[Pair]) -> None:
     """Raise ValueError for a prompt with only one sample, before scoring."""
-    from diffalign.report.comparison import one_sample
+    from diffalign.report.preference_rate import one_sample
 
     counts = Counter(pair.prompt_id for pair in pairs)
     if alone := [prompt_id for prompt_id, count in counts.items() if count < 2]:
@@ -100,7 +99,7 @@ def _check_samples(pairs: Sequence[Pair]) -> None:
 
 
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:
-    from diffalign.report.comparison import compare
+    from diffalign.report.preference_rate import compare
     from reward_models.protocol import choice_temperature_of
 
     temperature = choice_temperature_of(scorer)
@@ -125,7 +124,7 @@ def _match(
     scorers: Mapping[str, Scorer], pairs: Sequence[Pair], args: argparse.Namespace
 ) -> dict[str, float | str] | None:
     """Prompt match by the first scorer that measures it; None if no scorer does."""
-    from diffalign.report.comparison import change
+    from diffalign.report.preference_rate import change
     from reward_models.protocol import Matching
 
     for spec, scorer in scorers.items():
@@ -155,7 +154,7 @@ class _Match:
 
 def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
     """Diversity of the samples of a prompt, and its change relative to the base."""
-    from diffalign.report.comparison import Estimate, change
+    from diffalign.report.preference_rate import Estimate, change
 
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
@@ -166,7 +165,9 @@ def _diversity(pairs: Sequence[Pair], seed: int) -> dict[str, float | str]:
     )
     before, after = sum(base) / len(base), sum(aligned) / len(aligned)
     if not before:
-        raise ValueError("all samples of each prompt of the base are the same image; generate with the noise of a seed")
+        raise ValueError(
+            "all samples of a prompt in the base folder are the same image; generate them from different noise"
+        )
     moved = Estimate(*(x / before for x in change(base, aligned, list(groups), seed=seed)))
     how = "root mean square pixel distance of samples of a prompt, the change relative to the base's"
     return {"base": before, "aligned": after, **moved.named("change"), "measured_by": how}
@@ -176,7 +177,7 @@ def equal_line(equal: int, n: int) -> str:
     """Warning about pairs with two identical images: `equal` of n."""
     if equal < n:
         return f"{equal} of {n} pairs are the same image twice, byte for byte"
-    return f"all {n} pairs are the same image twice, byte for byte: both models are one; was the aligned one loaded?"
+    return f"all {n} pairs are the same image twice, byte for byte; was the aligned model loaded?"
 
 
 def _prompt_diversity(files: Sequence[Path]) -> float:
@@ -193,20 +194,22 @@ def _prompt_diversity(files: Sequence[Path]) -> float:
 
 def groups_line(results: Sequence[dict[str, Any]]) -> str:
     """Line with the mean over groups and the worst-off group. Raises ValueError if the groups' measures differ."""
-    from diffalign.report.comparison import headline
+    from diffalign.report.preference_rate import headline
 
     found = [headline(result) for result in results]
     if len({key for key, _ in found}) > 1:
-        raise ValueError("--groups compares groups by one measure; some of these scorers have no choice_temperature")
+        raise ValueError(
+            "--groups compares groups by one measure; but some of these scorers have no choice_temperature"
+        )
     shares = [share.value for _, share in found]
     worst = results[shares.index(min(shares))]
     mean = sum(shares) / len(shares)
-    return f"{len(results)} groups: mean {_words(found[0][0])} {_share(mean)}; the worst off is {line(worst)}"
+    return f"{len(results)} groups: mean {_words(found[0][0])} {_share(mean)}; the lowest is {line(worst)}"
 
 
 def line(result: dict[str, Any]) -> str:
     """Format one scorer's result as a line."""
-    from diffalign.report.comparison import GAIN, headline, sentence, verdict
+    from diffalign.report.preference_rate import GAIN, headline, sentence, verdict
 
     if result["gain_sd"] is None:
         return sentence(result)

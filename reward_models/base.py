@@ -19,7 +19,7 @@ from reward_models.protocol import check_images
 class NetworkScorer(nn.Module, ABC):
     """A scorer with a network of a fixed input size. Differentiable in the pixels and, through `forward`, trainable.
 
-    rule   how images become the network's input
+    rule   preprocessing of images
     unit   the scale of the scores
     """
 
@@ -42,10 +42,10 @@ class NetworkScorer(nn.Module, ABC):
     ) -> Tensor:
         """Pillow images or files, of any sizes, each with its prompt -> float32 [N] on the CPU.
 
-        Raises ImageError for what cannot be read. For folders, `reward-score` decodes ahead and goes on after a kill.
+        Raises ImageError for unreadable images. For folders use `reward-score`, which decodes ahead and can resume.
         """
         if isinstance(prompts, str) or len(prompts) != len(images):
-            raise ValueError(f"one prompt for each image is needed; got {len(images)} images and {prompts!r:.80}")
+            raise ValueError(f"expected one prompt per image; got {len(images)} images and {prompts!r:.80}")
         scores = [
             self.score_pixels(self.prepare(images[i : i + batch_size]), prompts[i : i + batch_size]).cpu()
             for i in range(0, len(images), batch_size)
@@ -55,7 +55,7 @@ class NetworkScorer(nn.Module, ABC):
     def prepare(self, images: Sequence[Image.Image | str | PathLike[str]]) -> Tensor:
         """Pillow images or files, of any sizes -> preprocessed images [N, 3, h, w] on the scorer's device.
 
-        Raises ImageError for what cannot be read.
+        Raises ImageError for unreadable images.
         """
         device = next(self.parameters()).device
         decoded = [to_tensor(x) if isinstance(x, Image.Image) else read_image(x) for x in images]

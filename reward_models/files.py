@@ -26,17 +26,17 @@ HUB_TIMEOUT = 4.0
 
 
 def open_file(path: PathLike) -> BinaryIO:
-    """A regular file, open for reading. A pipe or a device would wait for ever: that is an OSError here.
+    """A regular file, open for reading. A pipe or a device raises OSError, because reading could block for ever.
 
-    Raises OSError only, FileNotFoundError among them; also for names that no file can have.
+    Raises OSError only (or its subclass FileNotFoundError), also for invalid file names.
     """
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:  # NUL, or lone surrogates
-        raise OSError(errno.EINVAL, f"no file can have this name: {bad_name(str(path)) or error}", str(path)) from error
+        raise OSError(errno.EINVAL, f"invalid file name: {bad_name(str(path)) or error}", str(path)) from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(errno.EINVAL, "a folder, a pipe or a device, and not a file", str(path))
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device instead of a file", str(path))
     return os.fdopen(file, "rb")
 
 
@@ -47,22 +47,22 @@ def read_file(path: PathLike) -> bytes:
 
 
 def read_text(path: PathLike) -> str:
-    """A UTF-8 text file without its byte order mark; line ends stay. ValueError names the line that is no UTF-8."""
+    """Content of a UTF-8 text file without its byte order mark. Raises ValueError with the line that is not UTF-8."""
     return _decoded(path, read_file(path), 1).removeprefix("\ufeff")
 
 
 def text_lines(path: PathLike) -> Iterator[str]:
-    """A UTF-8 text file line by line, with their ends, without a byte order mark.
+    """Lines of a UTF-8 text file, with line ends, without a byte order mark.
 
-    Only at newlines: str.splitlines also splits at characters that may be inside a prompt, and every later one would
-    shift. Raises OSError, and ValueError that names file and line for other encodings.
+    Splits at newlines only: str.splitlines also splits at characters that may be inside a prompt. Raises OSError, and
+    ValueError with file and line for other encodings.
     """
     for number, line in enumerate(raw_lines(path), 1):
         yield _decoded(path, line, number)
 
 
 def raw_lines(path: PathLike) -> Iterator[bytes]:
-    """The same, not decoded: for readers that go on after a line that is damaged."""
+    """Lines of a file as bytes, without a byte order mark, for readers that skip damaged lines."""
     with open_file(path) as file:
         for number, line in enumerate(file):
             yield line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
@@ -82,22 +82,23 @@ def _decoded(path: PathLike, data: bytes, number: int) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON -> objects. Raises ValueError in one line, whatever is wrong with the text."""
+    """JSON -> objects. Raises ValueError with a message of one line for any invalid text."""
     try:
-        return json.loads(text if isinstance(text, str) else text.decode())  # left to itself, json guesses encodings
+        # json.loads(bytes) would guess the encoding.
+        return json.loads(text if isinstance(text, str) else text.decode())
     except RecursionError as error:
-        raise ValueError("not JSON that can be read: nested too deeply") from error
+        raise ValueError("not readable JSON: nested too deeply") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.object[error.start]:#x})") from error
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} " if error.lineno > 1 else ""
         raise ValueError(f"not JSON: {error.msg.removesuffix(' at')} at {line}column {error.colno}") from error
     except ValueError as error:
-        raise ValueError("not JSON that can be read: a number has thousands of digits") from error
+        raise ValueError("not readable JSON: a number has thousands of digits") from error
 
 
 def read_json(path: PathLike) -> Any:
-    """What a JSON file holds. Raises OSError, and ValueError that names the file."""
+    """Content of a JSON file. Raises OSError, and ValueError with the file."""
     text = read_text(path)
     try:
         return parse_json(text)
@@ -106,16 +107,16 @@ def read_json(path: PathLike) -> Any:
 
 
 def read_lines(path: PathLike) -> list[dict[str, Any]]:
-    """The objects of a file that a run appends to, one a line; a last line that a kill cut off is not there.
+    """Objects of a JSON lines file that a run appends to. An incomplete last line of a killed run is ignored.
 
-    Raises OSError, and ValueError that names the line that is damaged.
+    Raises OSError, and ValueError with the damaged line.
     """
     rows = []
     for number, line in enumerate(text_lines(path), 1):
         try:
             rows.append(parse_json(line))
             if not isinstance(rows[-1], dict):
-                raise ValueError("no JSON object")
+                raise ValueError("not a JSON object")
         except ValueError as error:
             if not line.endswith("\n"):
                 break
@@ -124,14 +125,14 @@ def read_lines(path: PathLike) -> list[dict[str, Any]]:
 
 
 def bad_name(name: str) -> str:
-    """Why no file can have this name, or nothing."""
+    """Reason why a file name is invalid; empty if it is valid."""
     if "\0" in name:
-        return "it holds a NUL"
+        return "it contains a NUL character"
     return "" if is_unicode(name) else "it is not valid Unicode"
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON and file names may hold halves of characters, which no file can."""
+    """Whether a text can be encoded as UTF-8. JSON and file names may contain lone surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -140,7 +141,7 @@ def is_unicode(text: str) -> bool:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a path that should lie inside a folder leads out of it: absolute, or with `..`."""
+    """Whether a path that should be inside a folder points outside: it is absolute or contains `..`."""
     return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")
 
 
@@ -156,13 +157,13 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place when the block ends without an error.
+    """A temporary path in the folder of `path`, renamed to `path` when the block ends without an error.
 
-    What is written there is on the disk before it does, so that neither a kill, a crash of the machine nor a full disk
-    leaves half a file. Folders are made. Raises OSError that names `path` when it cannot be written.
+    The content is flushed to disk before the rename, so a kill, a crash of the machine or a full disk never leaves a
+    partial file. Parent folders are created. Raises OSError with `path` if it cannot be written.
     """
     path = Path(path)
-    # Another process may write the same file at the same time, so that each needs a name of its own.
+    # Several processes may write the same file at the same time, so temporary names are unique.
     temporary = path.with_name(f".{uuid.uuid4().hex[:16]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,23 +185,23 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
 
 def write_whole(path: PathLike, content: str | bytes | memoryview) -> None:
-    """Write a file so that it is either whole or not there; text as UTF-8. Raises OSError that names it."""
+    """Write a file atomically; text as UTF-8. Raises OSError with the path."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_lines(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all, few of them in memory: what `read_lines` reads."""
-    # Of text that is no Unicode, a half of a character is written as JSON's escape.
+    """Write JSON lines for `read_lines` atomically. Rows are not all held in memory."""
+    # Lone surrogates are written as JSON escapes.
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager
 def replacing_folder(path: PathLike) -> Iterator[Path]:
-    """As `replacing`, for a folder that the block makes; its files get the permissions that other files have.
+    """As `replacing`, for a folder that the block creates. Its files get the usual permissions of new files.
 
-    For one writer at a time: what a killed one has left is deleted.
+    For one writer at a time: a folder left by a killed writer is deleted.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -214,7 +215,7 @@ def replacing_folder(path: PathLike) -> Iterator[Path]:
 
 
 def put_folder(new: Path, path: Path) -> None:
-    """Rename a folder to `path`; one that is there moves aside first and is then deleted."""
+    """Rename a folder to `path`. An existing folder is moved away first and then deleted."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
@@ -225,13 +226,15 @@ def put_folder(new: Path, path: Path) -> None:
 
 @contextmanager
 def writing(path: PathLike) -> Iterator[None]:
-    """For libraries that write by themselves: what a full or read-only disk makes of them becomes an OSError that names
-    `path`, and the file, or all files of the folder, get the permissions that other files have (safetensors: mode 600).
+    """Context for libraries that write files themselves. Their errors of a full or read-only disk become OSError with
+    `path`.
+
+    The file, or all files of the folder, get the usual permissions of new files (safetensors uses mode 600).
     """
     try:
         yield
     except Exception as error:
-        # safetensors and torch have errors of their own, with the system's number or words in them.
+        # safetensors and torch raise their own errors, which contain the system's error number or message.
         number = re.search(r"os error (\d+)", str(error))
         code = getattr(error, "errno", None) or (int(number[1]) if number else None)
         if code is None and not re.search("PytorchStreamWriter|file write", str(error)):
@@ -242,9 +245,9 @@ def writing(path: PathLike) -> Iterator[None]:
 
 
 def readable(path: PathLike) -> None:
-    """Give a file, or all files of a folder, the permissions that the umask leaves to new files."""
+    """Give a file, or all files of a folder, the permissions of new files under the current umask."""
     path = Path(path)
-    os.umask(mask := os.umask(0o077))  # there is no other way to read it
+    os.umask(mask := os.umask(0o077))  # the only way to read the umask
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file() and not file.is_symlink():
             with suppress(OSError):
@@ -258,14 +261,14 @@ def reachable() -> bool:
     If not, this process and its child processes use the local cache at once. Otherwise the libraries would retry for up
     to a minute and print a hundred lines.
     """
-    from huggingface_hub import constants, utils  # here: it takes a while, and most commands need no hub
+    from huggingface_hub import constants, utils  # lazy: slow to import, and most commands do not need the hub
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
         utils.get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
         return True
-    except Exception:  # of requests or of httpx, by the version of huggingface_hub
+    except Exception:  # of requests or httpx, depending on the version of huggingface_hub
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
         getattr(utils, "reset_sessions", lambda: None)()
@@ -276,4 +279,4 @@ def missing(name: str, error: Exception) -> str:
     """The reason why a hub id cannot be loaded, in one line, from the exception of a library."""
     if not reachable():
         return f"'{name}' is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
-    return f"the hub does not give '{name}': {first_line(error)}"
+    return f"the hub cannot provide '{name}': {first_line(error)}"

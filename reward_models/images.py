@@ -16,15 +16,15 @@ from torch import Tensor
 
 from reward_models.files import one_line, read_file
 
-with suppress(ImportError):  # the plugin is a package of its own
+with suppress(ImportError):  # an optional package
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif")
-"""What counts as an image in a folder. Files that are listed by name may have others."""
+"""Suffixes of images in a folder. Files that are listed by name may have other suffixes."""
 DECODING = 2
-"""Version of the decoding rule. Caches of decoded images are invalid once it changes."""
+"""Version of the decoder. A change invalidates caches of decoded images."""
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -43,8 +43,9 @@ def is_image(name: str) -> bool:
 
 
 def diversity(samples: Tensor) -> Tensor:
-    """K >= 2 samples of each of N prompts, [K, N, 3, H, W] in [0, 1] -> how far apart they lie, [N] in [0, 1]: the root
-    mean square distance of pixels, averaged over the pairs of samples."""
+    """Diversity [N] in [0, 1] of K >= 2 samples of each of N prompts, [K, N, 3, H, W] in [0, 1].
+
+    It is the root mean square distance of pixels, averaged over the pairs of samples."""
     pairs = torch.combinations(torch.arange(len(samples))).tolist()
     apart = [(samples[i] - samples[j]).square().flatten(1).mean(1).sqrt() for i, j in pairs]
     return torch.stack(apart).mean(0)
@@ -53,7 +54,7 @@ def diversity(samples: Tensor) -> Tensor:
 def find_images(folder: Path) -> list[str]:
     """Every image below a folder: paths relative to it with `/`, in natural order (2.png before 10.png).
 
-    Goes by the suffix. Files and folders whose names begin with a dot are left out, linked folders not entered.
+    Images are recognised by suffix. Hidden files and folders are skipped, linked folders are not entered.
     """
     found = []
     for here, folders, files in os.walk(folder):
@@ -64,8 +65,10 @@ def find_images(folder: Path) -> list[str]:
 
 
 def _natural(path: str) -> tuple[str, str]:
-    """Sorts by folder, then text, then number: these as their length and digits, after the end of a folder's name and
-    before all text. A text, because lists of parts would take 500 bytes a name."""
+    """Sort key of natural order: numbers compare by length and digits, after the end of a folder's name and before
+    text.
+
+    A string, because lists of parts would take 500 bytes per name."""
     key = re.sub("[0-9]+", lambda m: _number(m[0].lstrip("0")), path)
     return key.replace("/", "\0"), path
 
@@ -93,9 +96,9 @@ def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
 def decode(data: bytes) -> Image.Image:
     """An encoded image -> Pillow image of mode RGB, upright.
 
-    Palettes and grey become RGB; what is transparent is shown over white; orientation tags are applied; of an animation
-    the first frame is taken. Raises ImageError with the reason for what is damaged and for more than 8 bits a channel,
-    which Pillow would clip.
+    Palettes and grey are converted to RGB, transparency is composited over white, orientation tags are applied. An
+    animation gives its first frame. Raises ImageError with the reason for damaged images, and for more than 8 bits per
+    channel, which Pillow would clip.
     """
     try:
         return _decode(data)
@@ -123,9 +126,9 @@ def _reason(data: bytes, error: Exception) -> ImageError:
     """Why Pillow could not open an image."""
     brands = data[8:64] if data[4:8] == b"ftyp" else b""
     if any(brand in brands for brand in (b"heic", b"heix", b"hevc")) and "HEIF" not in Image.OPEN:
-        return UnsupportedImage("HEIC, which needs another package: pip install pillow-heif")
+        return UnsupportedImage("HEIC is supported only with another package: pip install pillow-heif")
     if b"avif" in brands and "AVIF" not in Image.OPEN:
-        return UnsupportedImage("AVIF, which needs Pillow 11.3 or newer: pip install --upgrade pillow")
+        return UnsupportedImage("AVIF is supported only by Pillow 11.3 or newer: pip install --upgrade pillow")
     if isinstance(error, Image.DecompressionBombError):
         return UnsupportedImage(one_line(error))
     if isinstance(error, Image.UnidentifiedImageError):  # its message is a memory address
@@ -135,14 +138,14 @@ def _reason(data: bytes, error: Exception) -> ImageError:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without its text and profile chunks; anything else as it is."""
+    """A PNG without its text and profile chunks; other data unchanged."""
     return _PNG + b"".join(_chunks(data)) if data.startswith(_PNG) else data
 
 
 def _chunks(data: bytes) -> Iterator[bytes]:
     place = len(_PNG)
     while place < len(data):
-        end = place + 12 + int.from_bytes(data[place : place + 4], "big")  # length, name, content, check sum
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")  # length, name, content, checksum
         if data[place + 4 : place + 8] not in _TEXTS:
             yield data[place:end]
         place = end
@@ -158,10 +161,10 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB, upright, what is transparent over white. Raises ImageError for over 8 bits a channel."""
+    """A Pillow image as RGB, upright, composited over white. Raises ImageError for more than 8 bits per channel."""
     if image.mode.startswith(("I", "F")):
-        raise UnsupportedImage(f"mode {image.mode} has more than 8 bits a channel; save it with 8")
-    # Neither turned nor converted where there is nothing to do: both copy the whole image, a third of the time.
+        raise UnsupportedImage(f"mode {image.mode} has more than 8 bits per channel; save it with 8 bits")
+    # Rotated and converted only if needed: both copy the whole image, a third of the time.
     upright = ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
     if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
         layer = upright.convert("RGBA")

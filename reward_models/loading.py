@@ -28,8 +28,7 @@ SCORERS = {
     "playground_hps": "reward_models.playground:hps",
     "playground_vp_score": "reward_models.playground:vp_score",
 }
-"""Name -> `package.module:Class`, or a function that builds one. Its keyword-only parameters are what the name can be
-given."""
+"""Name -> `package.module:Class`, or a function that builds a scorer. Its keyword-only parameters are the settings."""
 
 FAMILIES = {
     "clip": "reward_models.clip.scorers:CLIPScorer",
@@ -37,7 +36,7 @@ FAMILIES = {
     "blip": "reward_models.blip.scorers:BLIPScorer",
     "personal": "reward_models.personal.scorers:PersonalScorer",
 }
-"""`family` in the reward_config.json of a scorer folder -> class whose `save` wrote it and `from_folder` reads it."""
+"""`family` in the reward_config.json of a scorer folder -> class with `save` and `from_folder`."""
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -47,16 +46,15 @@ def load_scorer(
 ) -> Scorer:
     """A scorer, frozen, in eval mode and on the device.
 
-    spec     a name of SCORERS or `package.module:Class`, and settings: `clip,model=ViT-L-14,pretrained=openai`; or a
-             scorer folder, which training and `save` write
+    spec     a name of SCORERS or `package.module:Class` with settings, such as `clip,model=ViT-L-14,pretrained=openai`;
+             or a scorer folder, as training and `save` write it
     device   `auto` is a GPU if there is one, else the CPU
-    dtype    of the network. Scores are float32 whichever it is. What is no `nn.Module` has none
-    compile  compile the network: slower to start, faster from then on
+    dtype    dtype of the network; scores are always float32. Ignored for scorers that are not an `nn.Module`
+    compile  compile the network: a slower start, then faster
 
-    Raises ValueError for unknown names, keys, values and devices, with the nearest known one, and what the scorer
-    raises.
+    Raises ValueError for unknown names, keys, values and devices, with the nearest known one, and errors of the scorer.
     """
-    import torch  # not above: `reward-score --help` lists SCORERS and must not wait for it
+    import torch  # lazy: `reward-score --help` lists SCORERS and must start fast
 
     from reward_models.placement import find_device, place
 
@@ -66,14 +64,14 @@ def load_scorer(
     scorer: Any = _build(spec)
     missing = [part for part in ("differentiable", "unit", "score") if not hasattr(scorer, part)]
     if missing:
-        raise ValueError(f"'{spec}' is no scorer: it has no attribute {', '.join(missing)}")
+        raise ValueError(f"'{spec}' is not a scorer: it has no attribute {', '.join(missing)}")
     if isinstance(scorer, torch.nn.Module):
         place(scorer, where, dtype, compile=compile)
     return scorer
 
 
 def _build(spec: str) -> Any:
-    """The scorer of a spec, as its constructor leaves it."""
+    """The scorer of a spec, without placement on a device."""
     name, _, settings = spec.partition(",")
     # A folder's name may contain a comma. A scorer's name takes precedence over a folder of the same name.
     folder = next((x for x in (spec, name) if os.path.isdir(x) and name not in SCORERS), None)
@@ -89,7 +87,7 @@ def _read_folder(spec: str, folder: str, settings: str) -> Any:
     config = read_config(folder)
     family, known = config["family"], f"known: {', '.join(FAMILIES)}"
     if family not in FAMILIES:
-        raise ValueError(f"'{folder}/{CONFIG}': no family '{family}'{nearest(family, FAMILIES)}; {known}")
+        raise ValueError(f"'{folder}/{CONFIG}': unknown family '{family}'{nearest(family, FAMILIES)}; {known}")
     build = partial(_find(FAMILIES[family]).from_folder, folder, config)
     values = _settings(spec, settings, build)
     try:
@@ -122,7 +120,7 @@ def _find(name: str) -> Any:
 
 
 def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
-    """The text `key=value,...` as keyword arguments, typed as the constructor says."""
+    """Keyword arguments from the text `key=value,...`, converted to the types of the constructor."""
     parameters = list(inspect.signature(build).parameters.values())
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     typed = build.func if isinstance(build, partial) else build
@@ -133,12 +131,12 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
         if not equals or key not in known:
             raise ValueError(
                 f"scorer '{spec}': no setting '{key}'{nearest(key, known)}; "
-                + (f"known: {', '.join(known)}" if known else "this scorer takes none")
+                + (f"known: {', '.join(known)}" if known else "this scorer has no settings")
             )
         hint = hints.get(key, str)
         kinds = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
         if not any(get_origin(kind) is Literal or kind in (str, int, float, bool) for kind in kinds):
-            raise ValueError(f"scorer '{spec}': '{key}' can be set from Python only: it is a {hint}")
+            raise ValueError(f"scorer '{spec}': '{key}' can be set in Python only: its type is {hint}")
         try:
             values[key] = from_text(text, hint)
         except TypeError:
@@ -146,7 +144,7 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     wiring = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     python_only = [p.name for p in parameters if p.kind in wiring and p.default is p.empty]
     if python_only:
-        raise ValueError(f"scorer '{spec}' can be built from Python only: it needs {', '.join(python_only)}")
+        raise ValueError(f"scorer '{spec}' can be built in Python only: it needs {', '.join(python_only)}")
     needed = [p.name for p in parameters if p.name in known and p.default is p.empty and p.name not in values]
     if needed:
         raise ValueError(f"scorer '{spec}' needs {needed[0]}: write '{spec},{needed[0]}=...'")

@@ -13,19 +13,20 @@ from reward_models.protocol import Scorer, scores_of
 
 
 class WeightedSum(nn.Module):
-    """`sum_k weight_k * (score_k - mean_k) / std_k` over several scorers: itself a scorer, differentiable if all are.
+    """Weighted sum of scorers, sum_k weight_k (score_k - mean_k) / std_k: a scorer, differentiable if all its parts
+    are.
 
     scorers     name -> (scorer, weight). A negative weight penalises a score
     normalise   none     mean 0, std 1: scores are not normalised
                 fixed    given by `statistics`, name -> (mean, std)
                 running  of all scores given to `update` so far; float64 and in the state dict
-                start    of the first START scores given to `update`, which a policy has before it learns much
+                start    of the first START scores given to `update`, from early in training
     maxmin      above 0, the weights move to the scorer with the smallest gain: MaxMin-RLHF (Chakraborty et al., 2024,
-                arXiv 2402.08925) over groups of people, each with a scorer of its own. Scorer k has the share
-                K exp(-maxmin J_k) / sum_i exp(-maxmin J_i), J_k a moving average of its normalised scores: the gradient
-                of a soft minimum, the hard one of the paper where maxmin is large. (Shares that are multiplied at every
-                update follow the policy late, and swing.) Needs normalise `start`, for a group's gain must not be
-                counted from its own mean
+                arXiv 2402.08925) over groups of people with one scorer per group. Scorer k has the share
+                K exp(-maxmin J_k) / sum_i exp(-maxmin J_i), with a moving average J_k of its normalised scores. This is
+                the gradient of a soft minimum; a large maxmin gives the hard minimum of the paper. (Multiplicative
+                updates of the shares lag behind the policy and oscillate.) Requires normalise `start`: a running mean
+                would cancel the gain of a group
 
     `score` never changes the statistics, so the score of an image does not depend on earlier calls.
     A training loop with running statistics updates them itself, and computes every score once:
@@ -34,7 +35,7 @@ class WeightedSum(nn.Module):
         mixture.update(parts)                     # or the scores gathered from all processes
         reward = mixture.combine(parts)
 
-    Raises ValueError for weights and statistics that do not fit.
+    Raises ValueError for inconsistent weights or statistics.
     """
 
     def __init__(
@@ -49,13 +50,13 @@ class WeightedSum(nn.Module):
         if not scorers:
             raise ValueError("WeightedSum needs at least one scorer")
         if (normalise == "fixed") != (statistics is not None):
-            raise ValueError(f"normalise='fixed' needs statistics, and nothing else takes them; it is '{normalise}'")
-        if maxmin and normalise != "start":
-            raise ValueError(f"maxmin compares gains, so it needs normalise='start'; it is '{normalise}'")
-        if statistics is not None and statistics.keys() != scorers.keys():
             raise ValueError(
-                f"statistics must be given for {', '.join(scorers)}; got {', '.join(statistics) or 'none'}"
+                f"statistics are required with normalise='fixed' and allowed only with it; got normalise='{normalise}'"
             )
+        if maxmin and normalise != "start":
+            raise ValueError(f"maxmin compares gains since the start, so it needs normalise='start'; got '{normalise}'")
+        if statistics is not None and statistics.keys() != scorers.keys():
+            raise ValueError(f"expected statistics of {', '.join(scorers)}; got {', '.join(statistics) or 'none'}")
         self.scorers, self.normalise = {name: scorer for name, (scorer, _) in scorers.items()}, normalise
         self.weights = {name: float(weight) for name, (_, weight) in scorers.items()}
         self.differentiable = all(scorer.differentiable for scorer in self.scorers.values())
@@ -87,11 +88,11 @@ class WeightedSum(nn.Module):
         return self.combine(self.parts(images, prompts))
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The score of every scorer, float32 [B], on the device of the images, neither normalised nor weighted."""
+        """Raw scores of every scorer, float32 [B], on the device of the images; not normalised and not weighted."""
         return {name: self.part(name, images, prompts) for name in self.scorers}
 
     def part(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The score of one scorer, as in `parts`: a graph through it alone. Raises what `scores_of` raises."""
+        """Raw score of one scorer, with a graph through that scorer only. Raises what `scores_of` raises."""
         return scores_of(name, self.scorers[name], images, prompts).to(images.device)
 
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -112,7 +113,7 @@ class WeightedSum(nn.Module):
             std = (self.squares[i] / self.count.clamp(min=1)).sqrt().item()
             if not std > 0:
                 raise ValueError(
-                    f"the scores of '{name}' seen so far ({int(self.count)}) do not differ, so they cannot be "
+                    f"the {int(self.count)} scores of '{name}' so far do not differ, so they cannot be "
                     "normalised; give `update` more of them, or fixed statistics"
                 )
             found[name] = (parts[name] - self.mean[i].item()) / std
@@ -126,10 +127,10 @@ class WeightedSum(nn.Module):
         Raises ValueError if normalise is neither `running` nor `start`, or for scores that are not finite.
         """
         if not self.learns:
-            raise ValueError(f"update is for normalise='running' and 'start'; it is '{self.normalise}'")
+            raise ValueError(f"`update` needs normalise='running' or 'start'; got '{self.normalise}'")
         scores = torch.stack([parts[name].detach().to(self.mean.device).double() for name in self.scorers])
         if not scores.isfinite().all():
-            raise ValueError("scores that are nan or infinite cannot be taken into the statistics")
+            raise ValueError("the statistics cannot be updated with scores that are nan or infinite")
         if self.normalise == "running" or self.count < START:
             batch, new = scores.mean(1), scores.shape[1]
             total, step = self.count + new, batch - self.mean
@@ -142,7 +143,7 @@ class WeightedSum(nn.Module):
 
 
 START = 256
-"""Scores after which the statistics of normalise `start` stay as they are."""
+"""Number of scores after which the statistics of normalise `start` are fixed."""
 
 
 def load_mixture(
@@ -157,12 +158,12 @@ def load_mixture(
     """The reward for training: a weighted sum of scorers loaded by `load_scorer`.
 
     Args:
-        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class
-        weights: one for each scorer; 1 for all when left out
-        normalise: running divides each score by the standard deviation of all seen so far, so that units do not matter;
-            start by that of the first 256
+        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class weights: one number
+        per scorer; default: 1 for all normalise: running divides each score by the standard deviation of all scores so
+        far, so that units do not matter;
+            start uses that of the first 256 scores
         maxmin: above 0, how strongly the weights favour the scorer with the smallest gain (2); needs normalise start
-        dtype: of the scorers' networks
+        dtype: dtype of the scorers' networks
     """
     if problems := check_mixture({"scorers": scorers, "weights": weights}):
         raise ValueError("\n".join(problems))
@@ -176,7 +177,7 @@ def check_mixture(cfg: dict[str, Any]) -> list[str]:
     scorers, weights = cfg["scorers"], cfg["weights"]
     problems = [] if scorers else ["'reward.scorers' is empty; name at least one scorer"]
     if len(set(scorers)) < len(scorers):
-        problems.append(f"'reward.scorers' names one twice: {', '.join(scorers)}")
+        problems.append(f"'reward.scorers' has a duplicate: {', '.join(scorers)}")
     if weights and len(weights) != len(scorers):
         problems.append(f"'reward.weights' has {len(weights)} numbers for {len(scorers)} scorers")
     if cfg.get("maxmin") and cfg["normalise"] != "start":

@@ -14,7 +14,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """`auto` is a GPU if there is one, else the CPU. Raises ValueError for what is no device or is not there."""
+    """The torch device of a name; `auto` is a GPU if available, else the CPU. Raises ValueError for unknown devices."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -22,14 +22,14 @@ def find_device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:1, ...; got '{name}'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} asks for a GPU, but torch sees none here; use cpu")
+        raise ValueError(f"--device {name} needs a GPU, but torch finds none; use cpu")
     return device
 
 
 def place(scorer: nn.Module, device: torch.device, dtype: str, *, compile: bool = False) -> None:
-    """Freeze a scorer on the device, its network in a dtype of DTYPES.
+    """Freeze a scorer on the device, with its network in a dtype of DTYPES.
 
-    A method `cast(dtype)` of the scorer says which parts of it are the network, and `compile()` which take the time.
+    A scorer can define `cast(dtype)` to convert its network, and `compile()` to compile its slow parts.
     """
     if dtype != "fp32":
         cast: Any = getattr(scorer, "cast", scorer.to)

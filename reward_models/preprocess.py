@@ -1,10 +1,9 @@
-"""How images become a network's input: resize, crop or pad, normalise. Exactly as Pillow does it, and differentiable.
+"""Image preprocessing of scorers: resize, crop or pad, normalise. Differentiable and byte-exact with Pillow.
 
 Published scorers were trained on 8-bit images resized by Pillow. Pillow filters rows and columns one after the other
 and rounds to 8 bits after each. A resize of float tensors does not, and differs by up to 2 of 255 grey levels, at hard
-edges by 11. Here both passes are matrices with Pillow's own coefficients, rounded where Pillow rounds; gradients pass
-straight through the rounding, so they are those of the linear filter. The score of a tensor is the score of the saved
-image.
+edges by 11. Here both passes are matrices with Pillow's coefficients, with Pillow's rounding. Gradients are those of
+the linear filter (straight-through rounding). So the score of a tensor equals the score of the saved image.
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ class ImageRule:
     """Preprocessing rule of a network.
 
     size           side of the square input, pixels
-    resize         scale the shortest side to `size` and crop the centre; scale the longest side and pad; or squash both
-    crop           how the offset of the crop is rounded: torchvision to even, transformers down
+    resize         side that is resized to `size`: shortest, then crop the centre; longest, then pad; squash: both sides
+    crop           rounding of the crop offset: torchvision half to even, transformers down
     method         pil: as Pillow resizes 8-bit images; antialias, plain: torchvision's resize of float tensors, with
                    and without antialias, as HPSv2's authors resize with new and old torchvision
     interpolation  filter
-    clamp          cut the overshoot of bicubic off, for the methods that do not round
+    clamp          clamp the overshoot of bicubic; for methods without rounding
     fill           grey value in [0, 1] of the padding, before normalisation
-    mean, std      of the normalisation, for each channel
+    mean, std      normalisation of each channel
     """
 
     size: int
@@ -96,7 +95,7 @@ class ImageRule:
         if self.resize == "longest":
             scale = self.size / max(height, width)
             return max(1, round(height * scale)), max(1, round(width * scale))
-        short = min(height, width)  # torchvision and transformers cut the fraction of the longer side off
+        short = min(height, width)  # torchvision and transformers round the longer side down
         return int(self.size * height / short), int(self.size * width / short)
 
     def _padding(self, to: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -105,7 +104,7 @@ class ImageRule:
         return left, top, horizontal - left, vertical - top
 
     def _window(self, to: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Top, bottom, left and right of what the crop leaves of a resized image."""
+        """Top, bottom, left and right of the crop in the resized image."""
         over = [max(side - self.size, 0) / 2 for side in to]
         top, left = (round(x) if self.crop == "torchvision" else int(x) for x in over)
         return top, min(top + self.size, to[0]), left, min(left + self.size, to[1])
@@ -123,13 +122,13 @@ def resize(
 
     method pil gives the bytes of Pillow's resize of the 8-bit image, over 255; antialias and plain are torchvision's
     resize of the float tensor, which overshoots [0, 1]. window (top, bottom, left, right) is the part of the result
-    that is wanted: no more of it is computed.
+    to compute and return.
     """
     top, bottom, left, right = window or (0, size[0], 0, size[1])
     if method != "pil":
         if tuple(images.shape[-2:]) != tuple(size):
             mode = tv.InterpolationMode(interpolation)
-            if 1 in size:  # torch mixes the channels up of what is channels-last, as decoded files are, and one wide
+            if 1 in size:  # torch mixes up channels of one-pixel-wide channels-last tensors, which decoding gives
                 images = images.contiguous()
             images = tv.resize(images, list(size), mode, antialias=method == "antialias")
         return images[..., top:bottom, left:right]
@@ -137,7 +136,7 @@ def resize(
     x = _straight_through(images * 255, lambda v: v.clamp(0, 255).round())
     for axis in pass_order(height, width, *size, interpolation):
         n, m, wanted = (width, size[1], (left, right)) if axis == -1 else (height, size[0], (top, bottom))
-        if n == m:  # Pillow leaves the pass out
+        if n == m:  # Pillow skips the pass
             x = x.narrow(axis, wanted[0], wanted[1] - wanted[0])
         else:
             x = _filter(x, bands(n, m, *wanted, interpolation), axis)
@@ -145,7 +144,7 @@ def resize(
 
 
 def _filter(x: Tensor, blocks: Sequence[Band], axis: int) -> Tensor:
-    """One of Pillow's passes, rounded to 8 bits, along an axis. In float64, which mixed precision leaves alone."""
+    """One pass of Pillow's resize along an axis, rounded to 8 bits. Always in float64, also under mixed precision."""
     parts = []
     for first, last, matrix in blocks:
         weights = torch.from_numpy(matrix).to(x.device)
@@ -155,12 +154,12 @@ def _filter(x: Tensor, blocks: Sequence[Band], axis: int) -> Tensor:
 
 
 def _straight_through(x: Tensor, hard: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value of hard(x) with the gradient of x. Exact: at 22 binary places, float64 rounds neither sum."""
+    """The value of hard(x) with the gradient of x. Exact: float64 holds both sums of 22 binary places."""
     return x + (hard(x.detach()) - x.detach()) if x.requires_grad else hard(x)
 
 
 class Band(NamedTuple):
-    """Some neighbouring outputs of a filter: they are matrix [outputs, last - first] times the inputs first to last."""
+    """Adjacent outputs of a filter: matrix [outputs, last - first] times the inputs first to last."""
 
     first: int
     last: int
@@ -168,7 +167,7 @@ class Band(NamedTuple):
 
 
 BAND = 32
-"""Outputs a band: the matrices of narrow bands hold few zeros, those of wide ones are fewer."""
+"""Outputs per band. Narrow bands have fewer zeros in a matrix, wide bands need fewer matrices."""
 
 
 @lru_cache(maxsize=64)
@@ -208,10 +207,12 @@ def _kernel(x: float, interpolation: Interpolation) -> float:
 
 @lru_cache(maxsize=4096)
 def pass_order(height: int, width: int, to_height: int, to_width: int, interpolation: Interpolation) -> tuple[int, int]:
-    """Which axis Pillow filters first, -1 the rows or -2 the columns: the rows up to release 12; release 13 the columns
-    where that saves more. Found by asking the Pillow that is installed, with noise, until the two orders differ."""
+    """Order of Pillow's two passes: -1 filters along rows, -2 along columns.
+
+    Pillow up to 12 filters rows first, Pillow 13 columns first where that is faster. The order is detected: noise is
+    resized with the installed Pillow until the two orders give different bytes."""
     rows_first = (-1, -2)
-    if height in (1, to_height) or width in (1, to_width):  # a pass that is left out, or copies
+    if height in (1, to_height) or width in (1, to_width):  # one pass is skipped, or copies pixels
         return rows_first
     across = bands(width, to_width, 0, min(to_width, BAND), interpolation)
     down = bands(height, to_height, 0, min(to_height, BAND), interpolation)
@@ -220,17 +221,17 @@ def pass_order(height: int, width: int, to_height: int, to_width: int, interpola
         noise = random.integers(0, 256, (height, width), dtype=np.uint8)
         if attempt % 2:
             noise = (noise > 127) * np.uint8(255)
-        asked = np.asarray(Image.fromarray(noise).resize((to_width, to_height), _PILLOW[interpolation]))
-        asked, x = asked[:BAND, :BAND], torch.from_numpy(noise)
+        expected = np.asarray(Image.fromarray(noise).resize((to_width, to_height), _PILLOW[interpolation]))
+        expected, x = expected[:BAND, :BAND], torch.from_numpy(noise)
         same = [
-            np.array_equal(_filter(_filter(x, first, a), then, b), asked)
+            np.array_equal(_filter(_filter(x, first, a), then, b), expected)
             for first, a, then, b in ((across, -1, down, -2), (down, -2, across, -1))
         ]
         if same[0] != same[1]:
             return rows_first if same[0] else rows_first[::-1]
         if not same[0]:
             raise RuntimeError(
-                f"Pillow {PILLOW} resizes {width} x {height} to {to_width} x {to_height} in a way unknown here; use "
+                f"Pillow {PILLOW} resizes {width} x {height} to {to_width} x {to_height} in an unknown way; use "
                 "method 'antialias', and report it"
             )
     return rows_first

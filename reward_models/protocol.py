@@ -20,9 +20,9 @@ class Scorer(Protocol):
     differentiable  whether gradients flow from the scores to the pixels
     unit            the scale of the scores; stored with every result
 
-    A scorer may have more: `choice_temperature`, see `choice_temperature_of`, and what Matching and Resizing ask for.
-    A scorer that is an `nn.Module` is moved to the device it is loaded on and gets its images there; any other gets
-    them on its attribute `device` if it has one, else on the CPU.
+    Optional: the attribute `choice_temperature` (see `choice_temperature_of`), and the methods of Matching and
+    Resizing. A scorer that is an `nn.Module` is moved to the device it is loaded on, and gets images there. Other
+    scorers get images on the device of their attribute `device`, or on the CPU without it.
     """
 
     differentiable: bool
@@ -34,7 +34,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Matching(Protocol):
-    """A scorer that also measures, apart from the preference, whether an image shows what the prompt asks for."""
+    """A scorer that also measures prompt match, separately from preference."""
 
     def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B] in [0, 1], the share of a prompt shown."""
@@ -65,12 +65,14 @@ def check_images(images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"{expected} {what}")
     low, high = torch.stack(images.detach().aminmax()).tolist()
     if low != low:
-        raise FloatingPointError(f"the images to be scored hold nan ({what}): what drew them has diverged")
+        raise FloatingPointError(
+            f"the images to be scored contain nan ({what}): the model that generated them has diverged"
+        )
     if low < -TOLERANCE or high > 1 + TOLERANCE:
         raise ValueError(f"{expected} {what} with values from {low:.3g} to {high:.3g}")
     if isinstance(prompts, str) or len(prompts) != len(images):
         raise ValueError(
-            f"one prompt for each image is needed; got {prompts if isinstance(prompts, str) else len(prompts)!r} "
+            f"expected one prompt per image; got {prompts if isinstance(prompts, str) else len(prompts)!r} "
             f"for {len(images)} images"
         )
 
@@ -90,7 +92,7 @@ def scores_of(name: str, scorer: Scorer, images: Tensor, prompts: Sequence[str])
             "a score must be a finite number"
         )
     if scorer.differentiable and images.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:
-        raise ValueError(f"scorer '{name}' says that it is differentiable, but its scores carry no gradient")
+        raise ValueError(f"scorer '{name}' has differentiable = True, but its scores have no gradient")
     return scores
 
 
@@ -106,11 +108,11 @@ def checked(name: str, scores: Any, count: int) -> Tensor:
 
 
 def choice_temperature_of(scorer: Scorer) -> float | None:
-    """The scorer's attribute `choice_temperature` T, or None where it has none.
+    """The scorer's attribute `choice_temperature` T, or None without it.
 
-    With T its scores are a calibrated model of people's choices (Bradley & Terry, 1952): of two images of a prompt the
-    first is preferred with probability sigmoid((s_1 - s_2) / T). Without, scores say which image is better and not how
-    often people would agree. Raises ValueError unless T is a finite number above 0.
+    With T, the scores are a calibrated model of people's choices (Bradley & Terry, 1952): people prefer the first of
+    two images of a prompt with probability sigmoid((s_1 - s_2) / T). Without T, scores order images but give no
+    probability. Raises ValueError unless T is a finite number above 0.
     """
     found = getattr(scorer, "choice_temperature", None)
     if found is None:

@@ -1,4 +1,4 @@
-"""Settings by name: whether a value fits a type, the value of `key=value`, and words for both. Loads no network."""
+"""Typed settings: type checks, parsing of `key=value`, and descriptions of types. Loads no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNIONS = (typing.Union, types.UnionType)
 
 
 def typed(value: Any, hint: Any) -> Any:
-    """The value if it fits the type (ints pass for floats, lists for tuples); TypeError if not."""
+    """The value, if it has the type (ints are valid floats, lists are valid tuples). Raises TypeError otherwise."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in UNIONS:
         for arg in args:
@@ -49,7 +49,7 @@ def typed(value: Any, hint: Any) -> Any:
 
 
 def from_text(text: str, hint: Any) -> Any:
-    """The value of `key=text`, taken literally where the type takes text; `none` is None. TypeError if it fits not."""
+    """The value of `key=text`: literal for text types; `none` is None. Raises TypeError if it does not fit the type."""
     readings: list[Any] = [None, text] if text == "none" else [text]
     readings += {"true": [True], "false": [False]}.get(text, [])
     if text.removeprefix("-").isdecimal():
@@ -63,7 +63,7 @@ def from_text(text: str, hint: Any) -> Any:
 
 
 def words(hint: Any) -> str:
-    """A type in the words of an error or a help page."""
+    """Description of a type for errors and help pages."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in UNIONS:
         return " or ".join(words(a) for a in args)
@@ -75,6 +75,6 @@ def words(hint: Any) -> str:
 
 
 def nearest(word: str, known: Any) -> str:
-    """The end of an error: did you mean the known word that looks most like it? Empty if none does."""
+    """Suffix of an error message with the most similar known word; empty if there is none."""
     close = get_close_matches(word, list(known), n=1)
     return f", did you mean '{close[0]}'?" if close else ""

@@ -29,8 +29,8 @@ HPS_TRAINS = (
     r"clip\.text_projection",
     r"clip\.logit_scale",
 )
-"""The weights of ViT-H-14 that HPSv2's released script trains: 514,793,729 of 986,109,441. By name, because open_clip's
-`lock_text_tower` counts its groups differently from release to release."""
+"""Weights of ViT-H-14 that HPSv2's released script trains: 514,793,729 of 986,109,441. By name, because open_clip's
+`lock_text_tower` counts layer groups differently in different releases."""
 
 
 def clip_to_train(
@@ -42,14 +42,14 @@ def clip_to_train(
     resize: Literal["shortest", "longest"] = "longest",
     seed: int = 0,
 ) -> CLIPScorer:
-    """A CLIP model as the start of an HPS-style scorer.
+    """A CLIP model as the initial network of an HPS-style scorer.
 
     Args:
-        architecture: open_clip's name, a .json file of its layout, or playground for the tiny one that ships here
-        weights: open_clip's tag, a file, a folder or a hub id; null for random ones
-        trains: regular expressions of whole parameter names that train; all when empty
-        resize: longest pads the shorter side, as HPSv2; shortest crops the longer one, as PickScore
-        seed: of random weights
+        architecture: open_clip's name, a .json file of that layout, or playground for the shipped tiny model
+        weights: open_clip's tag, a file, a folder or a hub id; null for random weights
+        trains: regular expressions of full names of trainable parameters; empty: all
+        resize: longest pads the shorter side, as HPSv2; shortest crops the longer side, as PickScore
+        seed: seed of random weights
     """
     method: Any = {"method": "antialias", "clamp": False} if resize == "longest" else {}
     tokenizer = None
@@ -76,16 +76,18 @@ def blip_to_train(
     aspect_weights: tuple[float, ...] | None = None,
     seed: int = 0,
 ) -> BLIPScorer:
-    """A BLIP model as the start of an ImageReward- or VP-Score-style scorer; aspects: names of the heads, none for one.
+    """A BLIP model as the initial network of an ImageReward- or VP-Score-style scorer.
+
+    aspects  names of the heads; empty for one head
 
     Args:
-        architecture: published (ImageReward's), a .json file, or playground for the tiny one that ships here
-        weights: file, folder or hub id in ImageReward's layout, heads included; null for random ones
-        body: the same without the heads, which stay random; BLIP's and transformers' layouts are read too
+        architecture: published (ImageReward's), a .json file, or playground for the shipped tiny model
+        weights: file, folder or hub id in ImageReward's layout, with heads; null for random weights
+        body: as weights, without heads, which stay random; BLIP's and transformers' layouts are also read
         tokenizer: folder or hub id of a BERT tokenizer; null for bert-base-uncased, or the playground's
-        trains: regular expressions of whole parameter names that train; all when empty
-        aspect_weights: of the standardised rewards of `data.aspects` in the score; equal when left out
-        seed: of random weights
+        trains: regular expressions of full names of trainable parameters; empty: all
+        aspect_weights: weights of the standardised rewards of `data.aspects` in the score; default: equal
+        seed: seed of random weights
     """
     described: Any = IMAGE_REWARD if architecture == "published" else architecture
     if architecture == "playground":
@@ -116,7 +118,7 @@ def check_to_train(cfg: dict[str, Any]) -> list[str]:
         try:
             re.compile(pattern)
         except re.error as error:
-            problems.append(f"'scorer.trains': '{pattern}' is no regular expression: {error}")
+            problems.append(f"'scorer.trains': '{pattern}' is not a regular expression: {error}")
     if cfg["architecture"].endswith(".json") and not Path(cfg["architecture"]).is_file():
         problems.append(f"'scorer.architecture': no file '{cfg['architecture']}'")
     return problems
@@ -134,7 +136,9 @@ def train_only(module: nn.Module, patterns: Sequence[str]) -> None:
     names = [name for name, _ in module.named_parameters()]
     idle = [p for p in patterns if not any(re.fullmatch(p, name) for name in names)]
     if idle:
-        raise ValueError(f"'scorer.trains': {', '.join(idle)} matches no parameter; the first is '{names[0]}'")
+        raise ValueError(
+            f"'scorer.trains': {', '.join(idle)} matches no parameter; the first parameter is '{names[0]}'"
+        )
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(not patterns or any(re.fullmatch(p, name) for p in patterns))
 

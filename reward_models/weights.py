@@ -1,4 +1,4 @@
-"""Files of weights: find them, read them without running code, load them strictly, write them whole or not at all."""
+"""Weight files: find, read without executing code, load strictly, write atomically."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _DAMAGE = (RuntimeError, EOFError, struct.error, LookupError, ValueError, TypeEr
 
 
 def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
-    """The file behind a local file, a local folder that holds `filename`, or a hub id `owner/name` that does.
+    """Local path of a weight file: a file, or `filename` in a local folder or at a hub id `owner/name`.
 
-    filename None stands for `model.safetensors`. A hub id is looked up in the local cache first and downloaded
-    otherwise; HF_HUB_OFFLINE and HF_HOME are honoured. Raises FileNotFoundError that says where to put what.
+    The default filename is `model.safetensors`. Files of a hub id are read from the local cache, or downloaded if
+    missing; HF_HUB_OFFLINE and HF_HOME are respected. Raises FileNotFoundError with what to download.
     """
     path, filename = Path(source), filename or WEIGHTS
     if path.is_file():
@@ -42,30 +42,30 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
     if path.is_dir():
         if not (path / filename).is_file():
             there = ", ".join(sorted(x.name for x in path.iterdir())[:10]) or "nothing"
-            raise FileNotFoundError(f"no '{filename}' in the folder '{path}'; it holds {there}")
+            raise FileNotFoundError(f"no '{filename}' in the folder '{path}'; it contains {there}")
         return path / filename
     if not _HUB_ID.fullmatch(str(source)):
-        raise FileNotFoundError(f"'{source}' is no file, no folder and no hub id owner/name")
+        raise FileNotFoundError(f"'{source}' is not a file, a folder or a hub id owner/name")
     reachable()
     try:
         return Path(hf_hub_download(str(source), filename))
-    except (OSError, ValueError, EntryNotFoundError) as error:  # not there, not reachable, not allowed, or offline
+    except (OSError, ValueError, EntryNotFoundError) as error:  # missing, unreachable, forbidden, or offline
         offline = isinstance(error, LocalEntryNotFoundError)
         why = (
             "it is not in the cache, and there is no network or HF_HUB_OFFLINE is set" if offline else first_line(error)
         )
         url = f"https://huggingface.co/{source}/resolve/main/{filename}"
         raise FileNotFoundError(
-            f"'{source}' is no local file or folder, and '{filename}' of that hub id cannot be had: {why}. "
+            f"'{source}' is not a local file or folder, and '{filename}' of that hub id cannot be downloaded: {why}. "
             f"Download {url} and give the path of the file or of its folder"
         ) from error
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of what torch.save wrote, on the CPU in the dtype of the file.
+    """Tensors of a .safetensors file or a torch.save file, on the CPU in the dtype of the file.
 
-    Nothing in the file is executed. A dict under `state_dict` or `model` is unwrapped, and `module.`, which parallel
-    training puts before every name, is taken off. Raises ValueError for files that are damaged or hold something else.
+    No code in the file is executed. A dict under `state_dict` or `model` is unwrapped. The prefix `module.` of DDP is
+    removed. Raises ValueError for damaged files and for other content.
     """
     path = Path(path)
     state: Any = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
@@ -73,12 +73,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
-        raise ValueError(f"'{path}' holds no state dict but {_kind(state)}")
+        raise ValueError(f"'{path}' contains {_kind(state)} instead of a state dict")
     other = next((key for key, value in state.items() if not isinstance(value, Tensor)), None)
     if other is not None:
         raise ValueError(
-            f"'{path}' holds no state dict: under '{other}' lies {_kind(state[other])}, not a tensor; "
-            "expected names and tensors, at the top or under 'state_dict'"
+            f"'{path}' contains no state dict: the value of '{other}' is {_kind(state[other])}, not a tensor; "
+            "expected tensors by name, at the top level or under 'state_dict'"
         )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -88,12 +88,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def load_strict(
     module: nn.Module, state: Mapping[str, Tensor], *, where: str | os.PathLike[str], ignore: Sequence[str] = ()
 ) -> None:
-    """Copy a state dict into a module, in the module's dtype: all its tensors, and nothing else.
+    """Copy a state dict into a module, in the module's dtype. Names and shapes must match exactly.
 
     where   the file, for the error
-    ignore  patterns such as `blip.vision_proj.*` of names that the file may have and the module needs not
+    ignore  patterns of names in the file to skip, such as `blip.vision_proj.*`
 
-    Raises ValueError that names the first missing, unexpected and mis-shaped tensors.
+    Raises ValueError with the first missing, unexpected and mis-shaped tensors.
     """
     wanted = module.state_dict()
     extra = [x for x in state if x not in wanted and not any(fnmatchcase(x, pattern) for pattern in ignore)]
@@ -105,14 +105,14 @@ def load_strict(
     missing = [x for x in wanted if x not in state]
     wrong = [_listed("missing", missing), _listed("unexpected", extra), _listed("of another shape", shapes)]
     if any(wrong):
-        raise ValueError(f"the tensors in '{where}' are not those of the model: {'; '.join(filter(None, wrong))}")
+        raise ValueError(f"the tensors in '{where}' do not match the model: {'; '.join(filter(None, wrong))}")
     module.load_state_dict({x: state[x] for x in wanted}, strict=True)
 
 
 def save_state(
     state: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, with text beside them: all of the file appears, or none of it."""
+    """Write tensors and text metadata as a safetensors file, atomically."""
     with replacing(path) as temporary, writing(temporary):
         save_file({key: _own(value) for key, value in state.items()}, temporary, dict(metadata or {}))
 
@@ -121,15 +121,15 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of reward_config.json of a scorer folder. Raises FileNotFoundError or ValueError."""
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' is no scorer folder: it has no {CONFIG}")
+        raise FileNotFoundError(f"'{folder}' is not a scorer folder: it has no {CONFIG}")
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("family"), str):
-        raise ValueError(f"'{path}' must be an object with the text 'family', which names the kind of scorer")
+        raise ValueError(f"'{path}' must be an object with the string 'family', the kind of scorer")
     return config
 
 
 def write_config(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> None:
-    """Write reward_config.json, whole or not at all. Write it last: it makes the folder a scorer."""
+    """Write reward_config.json atomically. Write it last: a folder with this file is a scorer folder."""
     write_whole(Path(folder) / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -137,7 +137,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged, or no safetensors file ({error}); download it again") from error
+        raise ValueError(f"'{path}' is damaged or not a safetensors file ({error}); download it again") from error
 
 
 def _load_torch(path: Path) -> Any:
@@ -146,10 +146,10 @@ def _load_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|Unsupported class) ([A-Za-z_][\w.]*)", str(error))
         if named is None:
-            raise ValueError(f"'{path}' is no file of torch.save, or damaged; download it again") from error
+            raise ValueError(f"'{path}' is damaged or not a file of torch.save; download it again") from error
         raise ValueError(
-            f"'{path}' holds pickled Python objects ({named[1]}), which can run code when read, so it is not. "
-            "Where you trust it, save its state_dict() to a file"
+            f"'{path}' contains pickled Python objects ({named[1]}) and is not loaded, because they can run code. "
+            "If you trust the file, save only its state_dict() to a new file"
         ) from error
     except _DAMAGE as error:
         if "TorchScript" in str(error):
@@ -161,7 +161,7 @@ def _load_torch(path: Path) -> Any:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous and in memory of its own: safetensors writes no views."""
+    """The tensor on the CPU, contiguous and in its own memory: safetensors does not write views."""
     tensor = tensor.detach().cpu().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone()

@@ -19,14 +19,14 @@ import torch
 from torchvision.utils import save_image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core already; those they start inherit it
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process per core already; child processes inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 if os.environ.get("DIFFALIGN_TEST_DEVICE") != "cuda":
     # Two processes cannot share a card, and sums on one differ in the last bits: tests/device alone are for a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if pretend.AVAILABLE and not torch.cuda.is_available():
-    pretend.register()  # now, since autograd starts a thread for each device at the first backward pass of a process
+    pretend.register()  # now, because autograd starts one thread per device at the first backward pass of a process
 ROOT = Path(__file__).parent.parent
 
 
@@ -78,7 +78,7 @@ def clip_text(words: Any, kind: Any, width: int) -> Any:
 
 
 def t5_text(width: int) -> tuple[Any, Any]:
-    """A T5 encoder of one layer with random weights, and a Unigram tokenizer that knows the playground's words."""
+    """A T5 encoder of one layer with random weights, and a Unigram tokenizer with the playground's words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -300,7 +300,7 @@ def recipe() -> Callable[..., None]:
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Commands start recipes in this process, where a fresh one needs ten seconds for its imports; what was started."""
+    """Commands start recipes in this process, since imports take ten seconds. Yields the commands."""
     from diffalign.commands import launch
 
     calls: list[list[str]] = []
@@ -309,7 +309,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append([recipe.stem, *words])
         try:
             return runpy.run_path(str(recipe))["main"](list(words)) or 0
-        except ValueError as error:  # which would end the process
+        except ValueError as error:  # would end the process
             print(error)
             return 1
 
@@ -322,7 +322,7 @@ RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[forking.Server]:
-    """forks.run(code, ...) runs Python code in a process of its own, without its imports."""
+    """forks.run(code, ...) runs Python code in a forked process that has the imports already."""
     server = forking.Server()
     yield server
     server.close()
@@ -330,7 +330,7 @@ def forks() -> Iterator[forking.Server]:
 
 @pytest.fixture(autouse=True)
 def forked_verification(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports are verified in a process that is forked, without its imports; test_export.py keeps the real one."""
+    """Exports are verified in a forked process, to save imports; test_export.py uses a real fresh process."""
     if request.path.name == "test_export.py":
         return
     from diffalign.networks import verify

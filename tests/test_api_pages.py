@@ -1,4 +1,4 @@
-"""The API pages are built from the docstrings, one for each module, without a warning."""
+"""The API pages are built from the docstrings, one per module, without warnings."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_module_has_a_page(forks: forking.Server, tmp_path: Path) -> None:
 
 
 def test_what_warns_fails(forks: forking.Server, tmp_path: Path) -> None:
-    """A type that does not resolve, in a package of its own."""
+    """A type that does not resolve, in a separate package."""
     (tmp_path / "faulty").mkdir()
     (tmp_path / "faulty" / "__init__.py").write_text("def f(x: 'Nowhere') -> None:\n    '''Do nothing.'''\n")
     code = BUILD.replace("; runpy.run_path(", "; script = runpy.run_path(").replace(", run_name='__main__')", ")")

@@ -1,4 +1,4 @@
-"""The configuration: a schema from signatures, and one report of everything that is wrong."""
+"""The configuration: a schema from signatures, and one report of all errors."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Every command of three pages of docs/ runs, and so does their code; tiny inputs stand for downloads.
+"""Every command of three pages of docs/ runs, and so does their code; tiny inputs replace downloads.
 
-The page on data formats: its examples are read, and it names every field that is read and every file that is written.
+The examples of the page on data formats are read. The page names every field that is read and every file that is
+written.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _run(words: list[str], recipe: Callable) -> int:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the page supposes: a published file, and HPDv2's layout, made of the page's own ratings."""
+    """A folder with the files that the page assumes, such as a published checkpoint."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     network = open_clip.CLIP(**ARCHITECTURE)
@@ -114,7 +115,7 @@ def test_every_command_of_the_algorithms_page_runs(
 def test_every_command_of_the_personal_page_runs(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But the page in the browser, which test_choose.py drives: here somebody has chosen."""
+    """Except the page in the browser, which test_choose.py tests: its choices are given here."""
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "personal.md").read_text()
     for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):

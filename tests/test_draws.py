@@ -45,12 +45,12 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 
 
 def test_golden_value_never_changes() -> None:
-    """A published run must be repeatable with later versions: this value is part of the contract."""
+    """A published run must be repeatable with later versions, so this value must not change."""
     assert Draws(0).integers([(0, "x")], 0, 10**9, stream="golden").item() == 459049740
 
 
 def test_seeded_leaves_no_trace_and_touches_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's generator and, where asked, the current device's; never every device's."""
+    """Seeds the generators of the CPU and, if requested, of the current device only."""
     with seeded(3):
         inside = torch.rand(4)
     torch.manual_seed(11)
@@ -77,7 +77,7 @@ def test_no_generator_of_a_device_that_is_not_used_is_saved_or_seeded() -> None:
     for package in ("diffalign", "reward_models", "train", "eval", "tools"):
         for file in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
-                if not isinstance(node, ast.Call) or "build" in file.name:  # what built the shipped models, a script
+                if not isinstance(node, ast.Call) or "build" in file.name:  # the script that built the shipped models
                     continue
                 called = ast.unparse(node.func)
                 if called == "torch.manual_seed" or (called.endswith("fork_rng") and not node.keywords):

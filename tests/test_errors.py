@@ -1,4 +1,4 @@
-"""What a user can cause ends in one or two lines and exit code 2, never in a traceback; and says where."""
+"""User errors give one or two lines with the location and exit code 2, and no traceback."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ JUDGE = "diffalign.playground:Judge"
 
 @pytest.fixture
 def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """program("train", "sft", ...) runs a recipe as `python train/sft.py ...` does; its lines on stderr, code 2."""
+    """program("train", "sft", ...) runs a recipe as `python train/sft.py ...`; returns its stderr lines."""
 
     def call(kind: str, name: str, *words: str) -> list[str]:
         main = runpy.run_path(str(ROOT / kind / f"{name}.py"))["main"]
@@ -55,7 +55,7 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def sft(program: Callable, tmp_path: Path, pairs_file: Path) -> Callable[..., str]:
-    """The one or two lines that a run of train/sft.py ends with."""
+    """The last one or two lines of a run of train/sft.py."""
 
     def call(*words: str) -> str:
         base = ["--config=playground", f"data.path={pairs_file}", *SHORT, "hooks.verify_export=false"]
@@ -68,7 +68,7 @@ def sft(program: Callable, tmp_path: Path, pairs_file: Path) -> Callable[..., st
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pipelines as they lie about: a variant only, .bin only, without weights, damaged, a single file."""
+    """Typical pipeline folders: a variant only, .bin only, without weights, damaged, a single file."""
     folder = tmp_path_factory.mktemp("folders")
     pipeline: Any = StableDiffusionPipeline.from_pretrained(SHIPPED["playground"], safety_checker=None)
     pipeline.save_pretrained(folder / "variant", variant="fp16")
@@ -89,11 +89,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PIPELINES = {
-    "variant": "holds only the variant 'fp16' of its weights (text_encoder/model.fp16.safetensors)",
+    "variant": "contains only the variant 'fp16' of its weights (text_encoder/model.fp16.safetensors)",
     "empty": "has no weights in unet/",
     "cut": "cut",
     "json": "model_index.json' is not JSON",
-    "list": "names no pipeline",
+    "list": "has no pipeline class",
     "one.safetensors": "is a single file; a pipeline is a folder in diffusers layout",
     "nowhere": "there is no folder",
     "prompts.txt/nowhere": "prompts.txt/nowhere",
@@ -102,7 +102,7 @@ PIPELINES = {
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable, program: Callable) -> None:
-    """The same of training and generating."""
+    """The same error in training and generating."""
     assert PIPELINES[name] in sft(f"backbone.path={folders / name}")
     base = ["--prompts", str(folders / "prompts.txt"), "--out", str(folders / "out"), "--steps=1", "--device=cpu"]
     lines = program("tools", "generate", *base, "--pipeline", str(folders / name))
@@ -113,7 +113,7 @@ def test_pipelines_that_cannot_be_loaded(name: str, folders: Path, sft: Callable
 def test_misspelt_folders_and_hub_ids_offline(
     path: str, sft: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One line for both, for nobody knows which it was; at once, for the hub is asked once and not six times."""
+    """One line for both cases, which cannot be distinguished. One request to the hub instead of six."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     said = sft(f"backbone.path={path}")
@@ -184,12 +184,12 @@ def test_run_folders_that_are_there_or_damaged(
     settings = ["--config=playground", f"data.path={pairs_file}", *SHORT, "hooks.verify_export=false"]
     settings += ["hooks.checkpoint_every=1"]
     recipe("sft", *settings, f"run.folder={tmp_path / 'run'}")
-    assert "already holds a run; continue it with run.resume=true" in sft()
+    assert "already contains a run; continue it with run.resume=true" in sft()
     metrics, config = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "config.yaml"
     whole, settings_of = metrics.read_text(), config.read_text()
     metrics.write_text('{"step": 0, oops}\n' + whole)
     assert "metrics.jsonl' line 1 is not JSON" in sft("run.resume=true", "hooks.checkpoint_every=1")
-    metrics.write_text(whole + '{"step": 2, "policy/lo')  # what a kill leaves is no damage
+    metrics.write_text(whole + '{"step": 2, "policy/lo')  # the incomplete line of a killed run is not damage
     config.write_text("run: [")
     assert "config.yaml' is not valid YAML" in sft("run.resume=true")
     config.write_text(settings_of)
@@ -198,7 +198,7 @@ def test_run_folders_that_are_there_or_damaged(
 
 @contextmanager
 def full_disk(left: int) -> Iterator[None]:
-    """As if no file could grow beyond so many bytes."""
+    """Limit the size of files that can be written."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (left, hard))
     try:
@@ -209,7 +209,7 @@ def full_disk(left: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("left", [10, 2000, 100_000])
 def test_a_full_disk_while_training(left: int, sft: Callable, tmp_path: Path) -> None:
-    """config.yaml, the metrics, the cache or the export: whatever comes first is named."""
+    """config.yaml, the metrics, the cache or the export: the error names the first that cannot be written."""
     with full_disk(left):
         said = sft("data.cache=" + str(tmp_path / "cache"), "hooks.sample_every=1")
     assert "File too large" in said and str(tmp_path) in said
@@ -217,7 +217,7 @@ def test_a_full_disk_while_training(left: int, sft: Callable, tmp_path: Path) ->
 
 @pytest.fixture
 def two_folders(tmp_path: Path) -> list[str]:
-    """Two folders as tools/generate.py writes them, of two prompts."""
+    """Two folders of two prompts, in the layout of tools/generate.py."""
     for name, colour in (("base", 30), ("aligned", 200)):
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True)
@@ -292,7 +292,7 @@ def test_evaluations_of_damaged_files(
     assert len(lines) == 1 and str(images) in lines[0], lines
     (tmp_path / "given.json").write_bytes(good)
     (Path(two_folders[0]) / "manifest.jsonl").write_bytes(data)
-    for name in ("win_rate", "report", *["rank_images"] * bool(text)):  # the other folder alone can be ranked
+    for name in ("win_rate", "report", *["rank_images"] * bool(text)):  # the other folder can be ranked alone
         lines = program("eval", name, *given[name])
         assert len(lines) == 1 and (two_folders[0] in lines[0] or not text), lines
 
@@ -390,7 +390,7 @@ def test_launchers_add_nothing_to_what_a_process_said(
 
 
 def test_weights_are_readable_as_other_files_are(recipe: Callable, pairs_file: Path, tmp_path: Path) -> None:
-    """Everything of a run has the permissions that the umask leaves; safetensors alone would make it 600."""
+    """All files of a run have the permissions of the umask; safetensors would use 600."""
     before = os.umask(0o027)
     try:
         settings = ["--config=playground", f"data.path={pairs_file}", *SHORT, "hooks.verify_export=false"]

@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, and give what they say."""
+"""The scripts of examples/ run and give the documented results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_align_from_python(tmp_path: Path) -> None:
 
 
 def test_score_from_python(pairs_file: Path) -> None:
-    """Each score is what the scorer says of the image alone, the largest first."""
+    """Each score equals that of the image alone; the largest comes first."""
     prompt = "large red circle on white"
     ranked = example("score")["rank"](str(pairs_file.parent), prompt)
     assert len(ranked) == 48 and [score for score, _ in ranked] == sorted((s for s, _ in ranked), reverse=True)
@@ -47,7 +47,7 @@ def test_score_from_python(pairs_file: Path) -> None:
 
 @pytest.fixture
 def custom(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The spec of the example's scorer, where PYTHONPATH holds its folder."""
+    """Spec of the example's scorer, with its folder on PYTHONPATH."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return SCORER
 
@@ -81,5 +81,5 @@ def test_custom_scorer_is_the_reward_of_a_recipe(custom: str, recipe: Callable, 
     tiny += ["hooks.verify_export=false", f"reward.scorers=[{custom}]", f"run.folder={tmp_path}"]
     recipe("refl", "--config", "playground", *tiny)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if row["step"] > 0]  # the monitor has looked before the first one
+    steps = [row for row in rows if row["step"] > 0]  # the monitor measures before the first step
     assert len(steps) == 2 and all(row["policy/reward"] > 0 < row["policy/reward_gradient"] for row in steps)

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py, which is run seldom and where there is a GPU: nothing may be lost, and nothing stops it."""
+"""benchmarks/gpu.py: no result may be lost, and no failure of a case may stop it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def driver(tmp_path: Path) -> Path:
-    """A script as benchmarks/gpu.py with other cases, beside a `gpu_cases` that knows them."""
+    """A script like benchmarks/gpu.py with other cases, and a `gpu_cases` module for them."""
     (tmp_path / "gpu_cases.py").write_text(TOY)
     (tmp_path / "driver.py").write_text(DRIVER.format(benchmarks=BENCHMARKS))
     return tmp_path / "driver.py"
@@ -87,7 +87,7 @@ def rows(file: Path) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended may wait for its parent to hear of it."""
+    """Whether the process runs; a zombie counts as ended."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -122,7 +122,7 @@ def test_a_case_that_fails_dies_or_hangs_is_recorded_and_the_rest_runs(driver: P
 def test_stopping_loses_nothing(driver: Path, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "gpu.json"
     words = [sys.executable, str(driver), "--tiny", "--only", "good", "slow", "--out", str(out)]
-    with (tmp_path / "said").open("w") as file:  # no pipe, which children would hold open
+    with (tmp_path / "said").open("w") as file:  # not a pipe, which children would keep open
         process = subprocess.Popen(words, stdout=file, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 30
     while rows(out).get("slow, tiny", {}).get("ours") is None and time.monotonic() < until:
@@ -298,7 +298,7 @@ def test_on_a_gpu_steps_are_timed_by_events_and_memory_counts_from_fresh(
 
 @pytest.fixture
 def own_accelerator() -> Iterator[None]:
-    """accelerate keeps one precision a process."""
+    """accelerate keeps one precision per process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

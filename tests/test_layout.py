@@ -1,4 +1,4 @@
-"""The layout of the repository: who may import whom, packaging, sizes, names."""
+"""The layout of the repository: import rules, packaging, sizes, names."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SCORER_LAYERS = (
     ("training",),
     ("__main__",),
 )
-"""The same of reward_models/."""
+"""Layers of reward_models/."""
 
 SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "images", "settings")}
-"""What diffalign may import of reward_models: text, atomic writing, decoding, the hub, intervals, settings; no
-network."""
+"""Modules of reward_models that diffalign may import: text, atomic writing, decoding, the hub, intervals, settings; no
+networks."""
 
 
 def _python(folder: str) -> list[Path]:
@@ -62,7 +62,7 @@ RECIPES = [file for folder in ("train", "eval", "tools") for file in _python(fol
 
 
 def _imports(file: Path) -> set[str]:
-    """The names of the modules that a file imports, wherever in it: `from a.b import c` counts as a.b and as a.b.c."""
+    """Names of the modules imported anywhere in a file: `from a.b import c` counts as a.b and as a.b.c."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -73,7 +73,7 @@ def _imports(file: Path) -> set[str]:
 
 
 def _imported(module: str) -> set[str]:
-    """The modules of ours that a module of ours imports. A package's face hands names on, and is left out."""
+    """Own modules that an own module imports. __init__ files, which re-export names, are left out."""
     found = _imports(MODULES[module]) & MODULES.keys() - {module}
     return {name for name in found if name not in PACKAGES}
 
@@ -107,7 +107,7 @@ def test_the_map_for_contributors_names_every_package() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    TopologicalSorter({module: _imported(module) for module in MODULES}).prepare()  # raises CycleError with the circle
+    TopologicalSorter({module: _imported(module) for module in MODULES}).prepare()  # raises CycleError with the cycle
 
 
 def test_packages_do_not_import_each_other_nor_recipes() -> None:
@@ -146,7 +146,7 @@ def _length(node: ast.AST) -> int:
 
 
 def test_functions_are_short() -> None:
-    """50 lines of code at most, a recipe's `main` 30, without their docstrings."""
+    """At most 50 lines of code, 30 for a recipe's `main`, without docstrings."""
     long = []
     for file in [*MODULES.values(), *RECIPES]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -186,7 +186,7 @@ def test_file_budget() -> None:
 
 
 def test_one_file_renames_what_is_written() -> None:
-    """All others write through it, so that a kill or a full disk leaves no half of a file anywhere."""
+    """All others write through it, so that a kill or a full disk never leaves a partial file."""
     files = [f for folder in (*PACKAGES, "train", "eval", "tools", "benchmarks") for f in _python(folder)]
     found = [f for f in files if re.search(r"os\.(replace|rename)\b|\.rename\(|shutil\.move", f.read_text())]
     assert found == [ROOT / "reward_models" / "files.py"]
@@ -229,7 +229,7 @@ def test_linters_are_content(command: list[str]) -> None:
 
 
 def test_the_same_linters_run_before_a_commit() -> None:
-    """And every hook is a command that the extras `test` and `dev` bring: nothing is downloaded at a commit."""
+    """Every hook is a command from the extras `test` and `dev`, so nothing is downloaded at a commit."""
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     entries = [hook["entry"].split() for hook in local["hooks"]]
     assert [entry[2:] for entry in entries if entry[:2] == ["python", "-m"]] == list(LINTERS)

@@ -47,7 +47,7 @@ def test_installing_testing_and_the_demo_are_what_ci_runs() -> None:
 
 @pytest.fixture
 def here(tmp_path: Path, pairs_file: Path, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder laid out as the README supposes."""
+    """A folder with the files that the README assumes."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(pairs_file.parent, tmp_path, dirs_exist_ok=True)
     shutil.copytree(pairs_file.parent, tmp_path / "pickapic_v2")
@@ -144,7 +144,7 @@ OURS = "diffalign|reward_models|train|eval|tests|configs|benchmarks|examples|doc
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_path_that_a_page_names_is_there(page: Path) -> None:
-    """Files and folders of ours, and modules; `<name>` and capitals stand for what the reader puts there."""
+    """Own files, folders and modules; `<name>` and capitals are placeholders."""
     text = page.read_text()
     paths = set(re.findall(rf"(?<![\w./-])((?:{OURS})/[\w./-]*[\w/])(?![\w<*])", text))
     assert not [path for path in paths if not re.search("[A-Z]{3}", path) and not (ROOT / path).exists()]

@@ -1,4 +1,4 @@
-"""Settings known to be wrong: every section of every recipe has a check, and all are reported before anything loads."""
+"""Invalid settings: every section of every recipe is checked, and all errors are reported before anything loads."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from reward_models.personal.vlm_users import Pooling
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(p.stem for p in (ROOT / "train").glob("*.py"))
 MAY_BE_NEGATIVE = ("seed", "ceiling", "mean")
-"""Seeds, a reward, and the mean of a distribution."""
+"""Settings without a minimum: seeds, a reward, and the mean of a distribution."""
 
 
 @pytest.fixture(scope="module")
 def sections() -> Callable[[str], dict[str, Any]]:
-    """recipe -> what its sections configure."""
+    """recipe -> objects configured by its sections."""
 
     def of(name: str) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -53,7 +53,7 @@ def problems(recipe: str, sections: dict[str, Any], *overrides: str) -> list[str
 
 
 def keys(factory: Any, kind: type) -> list[str]:
-    """The keys of a section that take one number of this type."""
+    """Keys of a section with one number of this type."""
     found = {key: hint for key, (hint, _) in config.parameters(factory).items() if typing.get_origin(hint) is not tuple}
     return [key for key, hint in found.items() if kind in (typing.get_args(hint) or (hint,))]
 
@@ -64,7 +64,7 @@ def numbers(hint: Any) -> bool:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_number_of_every_section_is_checked(recipe: str, sections: Callable, tmp_path: Path) -> None:
-    """Below its least value and not finite: every key is named, all of them in one message."""
+    """Values below the minimum, or not finite: one message names every key."""
     mine = sections(recipe)
     assert [name for name, factory in mine.items() if not hasattr(factory, "check")] == []
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "a.png", "rejected": "b.png"}\n')
@@ -124,7 +124,7 @@ def test_the_second_optimizer_is_called_by_its_name(sections: Callable) -> None:
 def test_methods_without_a_reference_remember_none(sections: Callable) -> None:
     for recipe in ("sft", "mapo"):
         said = problems(recipe, sections(recipe), "data.draws_per_sample=2")
-        assert len(said) == 1 and "this method has none" in said[0]
+        assert len(said) == 1 and "this method has no reference" in said[0]
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
@@ -155,7 +155,7 @@ def test_a_check_that_cannot_read_a_file_is_one_more_problem() -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections: Callable) -> None:
-    """Read from sources alone; where a default has a name, by its value."""
+    """Read from the source only; named defaults are shown by value."""
     shown = config.command_line(ROOT / "train" / f"{recipe}.py").format_help()
     for name, factory in sections(recipe).items():
         for key, (hint, default) in config.parameters(factory).items():
@@ -175,7 +175,7 @@ print(*sys.modules)
 
 
 def test_help_comes_at_once() -> None:
-    """Without torch, diffusers and the rest, which take seconds to import: no command's help needs them."""
+    """Without torch, diffusers and other slow imports, which the help of a command does not need."""
     cli = str(ROOT / "diffalign" / "commands" / "cli.py")
     calls = [[cli, "train", "pso", "--help"], [cli, "train", "hps", "--help"], [cli, "--help"]]
     calls += [[str(file), "--help"] for kind in ("eval", "tools") for file in sorted((ROOT / kind).glob("*.py"))]

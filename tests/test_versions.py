@@ -1,4 +1,4 @@
-"""What must hold on the oldest versions that setup.cfg allows; `.ci/run` installs them and runs this file there too."""
+"""Tests that also run with the oldest versions of setup.cfg, which `.ci/run` installs."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ FILES = [pytest.param(folder, id=name) for name, folder in SHIPPED.items()]
 
 
 def extras() -> dict[str, str]:
-    """The lists of setup.cfg that a user may ask for."""
+    """Requirement lists of setup.cfg."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     return dict(config["options.extras_require"])
 
 
 def floors(section: str, option: str) -> dict[str, str]:
-    """Name and oldest version of the requirements of a list in setup.cfg, "" where it says none."""
+    """Names and oldest versions of the requirements of a list in setup.cfg, "" without a version."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     pairs = (line.partition(" >= ") for line in config[section][option].splitlines() if line)
@@ -68,7 +68,7 @@ def test_what_is_required_is_what_is_imported() -> None:
 
 
 def test_every_floor_is_installed_by_ci_and_none_is_above_what_is_here() -> None:
-    """The line of `.ci/run` that turns floors into constraints, run: one for each of them and nothing else."""
+    """The line of `.ci/run` that turns oldest versions into constraints gives exactly one per requirement."""
     (line,) = re.findall(r"^sed .*setup\.cfg.*$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
     command = line.rsplit(" > ", 1)[0]
     pins = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -86,7 +86,7 @@ def test_the_readme_names_the_oldest_versions() -> None:
 
 @pytest.mark.parametrize("folder", FILES)
 def test_fast_and_slow_tokenizers_give_the_same_ids(folder: Path) -> None:
-    """Older transformers read vocab.json and merges.txt, newer ones tokenizer.json."""
+    """Older versions of transformers read vocab.json and merges.txt, newer ones tokenizer.json."""
     texts = [*captions(64, held_out=True), *ODD]
     call = {"padding": "max_length", "max_length": 12, "truncation": True}
     for part in folder.glob("tokenizer*"):
@@ -101,7 +101,7 @@ def test_fast_and_slow_tokenizers_give_the_same_ids(folder: Path) -> None:
 
 
 def drawn(pipeline: DiffusionPipeline, prompts: list[str], *, steps: int, guidance: float = 2.0) -> Tensor:
-    """What a pipeline of the playground draws in float32, [B, 3, 32, 32] in [0, 1]."""
+    """Images of a playground pipeline in float32, [B, 3, 32, 32] in [0, 1]."""
     pipeline.to(torch.float32).set_progress_bar_config(disable=True)
     g = torch.Generator().manual_seed(0)
     call = {"latents": torch.randn(len(prompts), 4, 16, 16, generator=g), "generator": g, "height": 32, "width": 32}
@@ -111,7 +111,7 @@ def drawn(pipeline: DiffusionPipeline, prompts: list[str], *, steps: int, guidan
 
 @pytest.mark.parametrize(("folder", "steps"), [(BASE, 10), (FLOW, 10), *((STUDENTS[n], n) for n in STUDENTS)])
 def test_a_shipped_pipeline_draws_what_a_caption_says(folder: Path, steps: int) -> None:
-    """transformers 4 takes text encoders whose weights it does not find for new ones, and says so in a warning only."""
+    """transformers 4 initialises missing weights of text encoders at random, with only a warning."""
     prompts = captions(16, held_out=True)
     images = drawn(DiffusionPipeline.from_pretrained(folder), prompts, steps=steps, guidance=2 if steps == 10 else 1)
     seen = Judge().measure(images, prompts)
@@ -144,7 +144,7 @@ def test_a_whole_export_loads_wherever_its_base_loads(tmp_path: Path, base: Path
 
 @pytest.fixture
 def half() -> Iterator[None]:
-    """accelerate keeps one precision a process, so what other tests chose is forgotten before and after."""
+    """accelerate keeps one precision per process, so its state is reset before and after."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -152,7 +152,7 @@ def half() -> Iterator[None]:
 
 @pytest.fixture
 def moved() -> Iterator[dict[Tensor, bool]]:
-    """Every parameter that any optimizer steps, and whether its gradient was other than 0 at one step or more."""
+    """Parameters of all optimizers, and whether their gradient was nonzero in at least one step."""
     seen: dict[Tensor, bool] = {}
 
     def note(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -207,7 +207,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
 def test_in_bf16_everything_that_trains_has_a_gradient(
     tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, half: None, moved: dict[Tensor, bool], case: str
 ) -> None:
-    """Two steps, for the A of a LoRA has none at the first. What trained is loaded by stock diffusers."""
+    """Two steps, because the A of a LoRA has no gradient in the first. Stock diffusers loads the export."""
     name, more = RECIPES[case]
     settings = [*FEW, f"run.folder={tmp_path / 'run'}", *(request.getfixturevalue("choices") if name == "ppd" else [])]
     recipe(name, "--config=playground", *settings, *more)

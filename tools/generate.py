@@ -177,7 +177,9 @@ def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
         try:
             users.append(load_file(file)["embeds"])
         except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(f"--user '{file}' is no user file ({error!r}); `diffalign user fit` makes one") from error
+            raise ValueError(
+                f"--user '{file}' is not a user file ({error!r}); `diffalign user fit` writes one"
+            ) from error
     return user_embeds(mix_users(users, args.user_weights or [1.0] * len(users)), guidance=args.guidance)
 
 
@@ -246,15 +248,15 @@ def claim(out: Path, now: dict[str, Any]) -> None:
     if path.exists():
         before = read_json(path)
         if not isinstance(before, dict):
-            raise ValueError(f"'{path}' holds no settings; choose another --out or delete that folder")
+            raise ValueError(f"'{path}' contains no settings; choose another --out or delete that folder")
         for key in now:
             if before.get(key) != now[key]:
                 raise ValueError(
-                    f"'{out}' was generated with {key} = {before.get(key)!r}, now it is {now[key]!r}; set it back, "
-                    "choose another --out or delete that folder"
+                    f"'{out}' was generated with {key} = {before.get(key)!r}, now it is {now[key]!r}; restore the "
+                    "setting, choose another --out or delete that folder"
                 )
     elif any((out / "images").iterdir()):
-        raise ValueError(f"'{out}/images' holds files but '{path}' does not exist; choose another --out")
+        raise ValueError(f"'{out}/images' contains files but '{path}' does not exist; choose another --out")
     write_whole(path, json.dumps(now, indent=2) + "\n")
 
 

@@ -124,7 +124,7 @@ def _choose(args: argparse.Namespace) -> int:
             return most_uncertain(scorer, z, answers, open)
 
     server = serve(ChoiceLog(args.out / "choices.jsonl", pairs, pick), args.port, args.wanted, after)
-    print(f"open {server.url} in a browser; Ctrl-C ends, and the same command goes on", flush=True)
+    print(f"open {server.url} in a browser; stop with Ctrl-C, and continue later with the same command", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -190,8 +190,8 @@ def fit(args: argparse.Namespace) -> int:
     chance, doubt = scorer.head.chance(z_w, z_l, taste)
     save_user(args.out, scorer.tokens(taste), taste, made_by=scorer.fingerprint)
     print(
-        f"{len(choices)} choices, of which it explains {(chance > 0.5).float().mean():.0%} (unsure by "
-        f"{doubt.mean():.2f} on average): '{args.out}'"
+        f"{len(choices)} choices, of which the fitted user predicts {(chance > 0.5).float().mean():.0%} (mean "
+        f"uncertainty {doubt.mean():.2f}): '{args.out}'"
     )
     return 0
 
@@ -203,11 +203,11 @@ def embed(args: argparse.Namespace) -> int:
     from diffalign.draws import Draws
 
     if min(args.supports, args.choices) < 1 or args.least < args.choices:
-        raise ValueError("--supports and --choices must be at least 1, and --least no less than --choices")
+        raise ValueError("--supports and --choices must be at least 1, and --least at least --choices")
     draws = Draws(args.seed)
     tables = _embed_by_vlm(args, draws) if args.vlm else _embed_by_scorer(args, draws)
     if not tables:
-        raise ValueError(f"no annotator of '{args.pairs}' has {args.least} choices; see --least")
+        raise ValueError(f"no annotator of '{args.pairs}' has {args.least} choices; lower --least")
     with replacing(args.out) as temporary, writing(temporary):
         save_file({name: table.contiguous() for name, table in tables.items()}, temporary)
     m, t, d = next(iter(tables.values())).shape
@@ -288,7 +288,7 @@ def _personal(spec: str, device: str) -> PersonalScorer:
 
     scorer = load_scorer(spec, device)
     if not isinstance(scorer, PersonalScorer):
-        raise ValueError(f"'{spec}' is no personal scorer; train/personal_reward.py exports one")
+        raise ValueError(f"'{spec}' is not a personal scorer; train/personal_reward.py exports one")
     return scorer
 
 

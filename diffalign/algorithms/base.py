@@ -14,7 +14,7 @@ from diffalign.types import Key, Metrics, RecentMetrics
 def check_inner_gradients(**sections: Mapping[str, Any]) -> list[str]:
     """Problems with sections that set float16 for a method that computes gradients inside its loss, one line each."""
     return [
-        f"'{name}.{key}' = fp16: this method takes gradients inside its loss, which underflow in float16; use bf16"
+        f"'{name}.{key}' = fp16: this method computes gradients inside its loss, which underflow in float16; use bf16"
         for name, cfg in sections.items()
         for key in ("mixed_precision", "dtype")
         if cfg.get(key) == "fp16"

@@ -104,7 +104,7 @@ def check_reference_free(data: Mapping[str, Any]) -> list[str]:
     """Problems with the `data` section of a method without a reference, one line each."""
     if data["draws_per_sample"] is None:
         return []
-    return ["'data.draws_per_sample' saves forwards of the reference, and this method has none; leave it out"]
+    return ["'data.draws_per_sample' stores errors of the reference, but this method has no reference; leave it out"]
 
 
 def verdict(recent: RecentMetrics) -> str:

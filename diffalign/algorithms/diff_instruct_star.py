@@ -95,7 +95,7 @@ class DiffInstructStar(Algorithm):
         names = ("reward_weight", "guidance")
         problems += [f"'algorithm.{k}' = {cfg[k]} must be 0 or more" for k in names if cfg[k] < 0]
         if cfg["sid_alpha"] != 1 and cfg["distance"] != "sid":
-            problems.append("'algorithm.sid_alpha' has an effect on 'algorithm.distance' = sid only")
+            problems.append("'algorithm.sid_alpha' is used only with 'algorithm.distance' = sid; leave it out")
         return problems
 
     def turns(self, step: int) -> Sequence[Turn]:

@@ -116,7 +116,7 @@ def score_gap(batch: LatentBatch) -> Tensor:
     if gap.isnan().any():
         names = [key for key, one in zip(batch.keys, gap.isnan().tolist(), strict=True) if one]
         raise ValueError(
-            f"pairs without scores: {names[:3]}; score the data set first (eval/rank_images.py), or do without "
+            f"pairs without scores: {names[:3]}; score the data set first (eval/rank_images.py), or leave out "
             "'algorithm.offset_scale' and 'algorithm.smoothing'"
         )
     return gap

@@ -77,8 +77,8 @@ class InPO(DiffusionDPO):
         problems = DiffusionDPO.check({**cfg, "offset_scale": 0.0, "sft_weight": 0.0}, data)
         if data["draws_per_sample"] and cfg["invert_by"] == "policy":
             problems.append(
-                "'data.draws_per_sample' keeps what the reference computes, but the policy inverts; set "
-                "'algorithm.invert_by' = reference or leave it out"
+                "'data.draws_per_sample' stores inversions, but with 'algorithm.invert_by' = policy they change during "
+                "training; set 'algorithm.invert_by' = reference, or leave out 'data.draws_per_sample'"
             )
         if cfg["smoothing"] < 0 or not cfg["score_range"] > 0:
             problems.append("'algorithm.smoothing' must be 0 or more and 'algorithm.score_range' positive")

@@ -16,7 +16,7 @@ from diffalign.commands import launch, program
 
 DESCRIPTION = """Align text-to-image diffusion models with human preference, and prove that it worked.
 
-  diffalign demo                                        the whole story in a few minutes, on a CPU
+  diffalign demo                                        a complete example in a few minutes, on a CPU
   diffalign recipes                                     what can be trained and evaluated
   diffalign train diffusion_dpo --config sd15_lora data.path=pairs.jsonl
   diffalign generate --pipeline playground --prompts prompts.txt --out images
@@ -83,7 +83,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True)
     p.set_defaults(run=_prompts)
-    p = commands.add_parser("label", help="compare the samples of each prompt in a folder by simulated annotators")
+    p = commands.add_parser("label", help="compare the samples of each prompt in a folder with simulated annotators")
     p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 2`")
     p.add_argument(
         "--annotators",
@@ -99,7 +99,7 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
-    p = commands.add_parser("rank", help="rank all samples of each prompt in a folder by simulated annotators")
+    p = commands.add_parser("rank", help="rank all samples of each prompt in a folder with simulated annotators")
     p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 4`")
     p.add_argument("--votes", type=int, default=3, help="people who rank each group")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
@@ -168,7 +168,7 @@ def _cache(args: argparse.Namespace) -> int:
     print(f"'{folder}': {size / 1e9:.3f} GB of {len(ours)} encoders")
     for part in ours if args.clear else ():
         shutil.rmtree(part)
-    print("emptied" if args.clear else "`diffalign cache --clear` empties it; no run must be using it")
+    print("emptied" if args.clear else "`diffalign cache --clear` deletes it; no run may be using it")
     return 0
 
 
@@ -203,7 +203,10 @@ def _label(args: argparse.Namespace) -> int:
         opinions=args.opinions,
         seed=args.seed,
     )
-    print(f"{kept} pairs in '{args.out}' ({compared} compared, the others closer than {args.min_margin} points)")
+    print(
+        f"{kept} pairs in '{args.out}' ({compared} compared; pairs with a score difference below {args.min_margin} "
+        "points are left out)"
+    )
     return 0
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from diffalign.commands import launch
-from diffalign.report.comparison import label_effect, sentence
+from diffalign.report.preference_rate import label_effect, sentence
 from reward_models.files import read_json, write_whole
 
 # Guidance scale 1 (off): guidance makes all samples similar, which leaves little difference to prefer.
@@ -57,7 +57,7 @@ def demo(out: Path, *, seed: int = 0, random_labels: bool = False) -> int:
     """
     started = time.time()
     if (out / "run" / "config.yaml").exists():
-        raise FileExistsError(f"'{out}' already holds a demo; choose another --out or delete it")
+        raise FileExistsError(f"'{out}' already contains a demo; choose another --out or delete the folder")
     out.mkdir(parents=True, exist_ok=True)
     # Offline, and without the libraries' progress bars for small files.
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
@@ -88,7 +88,7 @@ def _summary(out: Path, random_labels: bool, seconds: float) -> int:
         effect, low, high = label_effect(result["base_scores"], result["aligned_scores"], random, ids)
         summary["label_effect_sd"] = effect
         print(
-            f"Label effect, the gain less that with random labels: {effect:+.2f} standard deviations "
+            f"Label effect, gain minus the gain with random labels: {effect:+.2f} standard deviations "
             f"(95 % interval {low:+.2f} to {high:+.2f})."
         )
     summary |= {"direction": result["direction"], "n": result["n"], "seconds": round(seconds, 1)}

@@ -92,9 +92,9 @@ class PersonalChoices(Dataset):
         self.strangers = sorted(held_out)
         if len(self.people) < 2 or not held_out:
             raise ValueError(
-                f"the pairs have {len(by_person)} annotators with 'choices.least' = {least} choices or more, of whom "
-                f"{len(held_out)} are held out as strangers; at least 2 to train on and 1 stranger are needed. Pairs "
-                "need an `annotator` (JSONL) or a `user_id` (parquet)"
+                f"the pairs have {len(by_person)} annotators with 'choices.least' = {least} choices or more; "
+                f"{len(held_out)} of these are held out for validation. Training needs at least 2 annotators and "
+                "validation 1. Each pair needs an `annotator` (JSONL) or a `user_id` (parquet)"
             )
         self.by_person = by_person
         self.ids = [pairs.ids[i] for name in self.people for i in by_person[name]]

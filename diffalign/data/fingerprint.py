@@ -43,8 +43,8 @@ def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
             }
             count = f" ({before[name]['count']} before, {found['count']} now)" if changed[0] == "count" else ""
             raise ValueError(
-                f"the data of '{found['path']}' changed since '{file.parent}' began: {what[changed[0]]}{count}; put "
-                f"them back, choose another run.folder, or delete '{file}' to resume with the changed data"
+                f"the data of '{found['path']}' changed since the start of '{file.parent}': {what[changed[0]]}{count}; "
+                f"restore the data, choose another run.folder, or delete '{file}' to resume with the changed data"
             )
     elif main:
         write_whole(file, json.dumps({**before, name: found}, indent=1) + "\n")

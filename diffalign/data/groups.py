@@ -97,7 +97,7 @@ class PreferenceGroups(Dataset):
         lacking = {a for a in aspects for r in self.records if a != OVERALL and a not in (r.aspects or {})}
         if lacking:
             raise ValueError(
-                f"'{source}' has records without the aspects {', '.join(sorted(lacking))} of 'data.aspects'; it rates "
+                f"'{source}' has records without the aspects {', '.join(sorted(lacking))} of 'data.aspects'; it has "
                 f"{', '.join(self.records[0].aspects or {}) or 'none'}"
             )
 

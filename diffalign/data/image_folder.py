@@ -52,7 +52,7 @@ def read_targets(folder: Path) -> list[Record | Dropped]:
         raise FileNotFoundError(f"no folder of images at '{folder}'")
     names = sorted(f.name for f in folder.iterdir() if is_image(f.name))
     if not names:
-        raise ValueError(f"'{folder}' holds no images ({', '.join(SUFFIXES)})")
+        raise ValueError(f"'{folder}' contains no images ({', '.join(SUFFIXES)})")
     shared, metadata = folder / "prompt.txt", folder / "metadata.jsonl"
     found: list[Record | Dropped] = []
     captions: dict[str, Any] = {}

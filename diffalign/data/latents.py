@@ -253,7 +253,7 @@ def check_latents(cfg: dict[str, Any]) -> list[str]:
     if cfg["crop"] not in ("center", "random"):
         problems.append(f"'data.crop' = {cfg['crop']} must be center or random")
     if cfg["crop"] == "random" and cfg["cache"] != "off":
-        problems.append("'data.crop' = random needs 'data.cache' = off: latents are cached for the centre crop only")
+        problems.append("'data.crop' = random needs 'data.cache' = off: only latents of the centre crop are cached")
     for name in ("resolution", "batch_size", "limit", "draws_per_sample"):
         if cfg[name] is not None and cfg[name] < 1:
             problems.append(f"'data.{name}' = {cfg[name]} must be 1 or more")

@@ -36,7 +36,7 @@ class PreferencePairs(PreferenceLatents):
         cache.
         """
         if not self._latents:
-            raise ValueError("features are read from the cache; 'data.cache' must not be off")
+            raise ValueError("this recipe reads features from the cache: 'data.cache' must not be off")
         images = torch.stack([self._latents[0].read(i)["latent"].flatten() for i in range(len(self.images))])
         texts = torch.stack([self._texts.read(i)["tokens"].flatten() for i in range(len(self.prompts))])
         rows = torch.cat([self._texts_of[:, None], self._members.view(-1, 2)], dim=1).long()

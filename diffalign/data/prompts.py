@@ -112,10 +112,10 @@ def read_prompts(path: Path) -> dict[str, str]:
         row = {"prompt": line.strip()} if path.suffix == ".txt" else _row(path, number, line)
         key = str(row.get("prompt_id", f"{len(prompts):05d}"))
         if key in prompts:
-            raise ValueError(f"'{path}' line {number}: prompt_id {key!r} comes twice")
+            raise ValueError(f"'{path}' line {number}: prompt_id {key!r} is used twice")
         prompts[key] = row["prompt"]
     if not prompts:
-        raise ValueError(f"'{path}' holds no prompts")
+        raise ValueError(f"'{path}' contains no prompts")
     return prompts
 
 
@@ -127,5 +127,5 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f"'{path}' line {number} needs a string under \"prompt\"; got {line[:80].strip()}")
     if bad_name(row["prompt"]) or bad_name(str(row.get("prompt_id", ""))):
-        raise ValueError(f"'{path}' line {number}: its prompt holds a NUL or is not valid Unicode")
+        raise ValueError(f"'{path}' line {number}: the prompt contains a NUL character or is not valid Unicode")
     return row

@@ -165,9 +165,11 @@ def image_reward_db_shards(folder: Path) -> list[Path]:
                 if file.suffix == ".json" or int(found[2]) not in shards:
                     shards[int(found[2])] = file
     if len(splits) > 1 and "train" not in splits:
-        raise ValueError(f"'{folder}' holds the splits {', '.join(splits)}; give 'images/{next(iter(splits))}' in it")
+        raise ValueError(
+            f"'{folder}' contains the splits {', '.join(splits)}; give 'images/{next(iter(splits))}' in it"
+        )
     if len(splits) > 1:
-        logger.info("'%s' holds several splits; only the training shards are read", folder)
+        logger.info("'%s' contains several splits; only the training shards are read", folder)
     chosen = splits.get("train") or next(iter(splits.values()), {})
     return [chosen[number] for number in sorted(chosen)]
 
@@ -191,7 +193,7 @@ def _member(shard: Path, name: str) -> bytes:
     try:
         return ImageRef(str(shard), member=name).read()
     except (FileNotFoundError, OSError) as error:
-        raise ValueError(f"'{shard}' is no readable shard of ImageRewardDB: {error}") from error
+        raise ValueError(f"'{shard}' is not a readable shard of ImageRewardDB: {error}") from error
 
 
 def _image_reward_group(id: str, items: Sequence[Any], shard: Path) -> Record | Dropped:

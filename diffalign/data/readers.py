@@ -78,9 +78,9 @@ def find_reader(path: str | Path) -> Callable[[], Records]:
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
     found = _in_folder(path) if path.is_dir() else _in_file(path)
     if not found:
-        raise ValueError(f"'{path}' is no known data set; expected {EXPECTED}")
+        raise ValueError(f"'{path}' is not a known data set; expected {EXPECTED}")
     if len(found) > 1:
-        raise ValueError(f"'{path}' holds several data sets ({', '.join(found)}); give the path of one of them")
+        raise ValueError(f"'{path}' contains several data sets ({', '.join(found)}); give the path of one of them")
     return next(iter(found.values()))
 
 
@@ -127,8 +127,10 @@ def _shards(folder: Path) -> list[Path]:
     if len(set(splits.values())) < 2:
         return files
     if "train" not in splits.values():
-        raise ValueError(f"'{folder}' holds the splits {', '.join(sorted(set(splits.values())))}; give one file")
-    logger.info("'%s' holds several splits; only train-*.parquet is read", folder)
+        raise ValueError(
+            f"'{folder}' contains the splits {', '.join(sorted(set(splits.values())))}; give the path of one file"
+        )
+    logger.info("'%s' contains several splits; only train-*.parquet is read", folder)
     return [f for f in files if splits[f] == "train"]
 
 
@@ -167,8 +169,8 @@ def _check_images(path: Path, column: str, kind: pa.DataType) -> None:
     binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null)
     if not (any(test(inner) for test in binary) or str(inner) == "binary_view"):
         raise ValueError(
-            f"column '{column}' of '{path}' holds {kind}, and not encoded images: it must be binary, or a struct with "
-            "'bytes' as `datasets.Image` writes it"
+            f"column '{column}' of '{path}' contains {kind} instead of encoded images; it must be binary, or a struct "
+            "with 'bytes' as `datasets.Image` writes it"
         )
 
 
@@ -272,5 +274,5 @@ def _folder_pair(folder: Path, name: str, prompt: Any) -> Record | Dropped:
 def _prompts_file(folder: Path) -> Path:
     found = [folder / name for name in ("prompts.txt", "prompts.jsonl") if (folder / name).exists()]
     if len(found) != 1:
-        raise ValueError(f"'{folder}' has w/ and l/ and must have prompts.txt or prompts.jsonl, one of them")
+        raise ValueError(f"'{folder}' has w/ and l/ and must also have either prompts.txt or prompts.jsonl")
     return found[0]

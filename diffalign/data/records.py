@@ -56,7 +56,7 @@ class ImageRef(NamedTuple):
                 archive = _archive(self.path, os.getpid())
             return archive.read(member)
         except KeyError as error:
-            raise FileNotFoundError(f"'{self.path}' holds no {member}") from error
+            raise FileNotFoundError(f"'{self.path}' does not contain {member}") from error
         except Exception as error:  # zipfile raises arbitrary errors for damaged archives
             raise OSError(f"{self} is damaged: {one_line(error)}") from error
 

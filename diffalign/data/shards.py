@@ -80,8 +80,8 @@ class Rows(NamedTuple):
                 _files.close(file)  # another process may have replaced it
         Path(file).with_suffix(".json").unlink(missing_ok=True)
         raise DamagedEntry(
-            f"row {row} of the cache file '{file}' is damaged; it was set aside, start again (with run.resume=true) "
-            "and it is computed anew"
+            f"row {row} of the cache file '{file}' is damaged; start the run again (with "
+            "run.resume=true) to compute it anew"
         )
 
     def _split(self, data: bytes) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class RepairedRows:
             except DamagedEntry as error:
                 if get_worker_info() is not None:
                     raise
-                logger.warning("%s", f"{error}".partition(";")[0] + ": computed anew")
+                logger.warning("%s", f"{error}".partition(";")[0] + "; it is computed anew")
                 self.recomputed[i] = self.compute(i)
         return self.recomputed[i]
 
@@ -194,9 +194,9 @@ class Shards:
             if size != len(keys) * sum(field.bytes for field in fields) or len(sums) != len(keys):
                 return
             if keys and fields != (self._fields or fields):
-                raise ValueError(f"its rows have other fields than those of other shards: {fields}")
+                raise ValueError(f"the fields of its rows differ from those of other shards: {fields}")
         except (OSError, ValueError, LookupError, TypeError) as error:
-            logger.warning("the cache file '%s/%s.json' is damaged and left out: %s", self.folder, name, error)
+            logger.warning("the cache file '%s/%s.json' is damaged and ignored: %s", self.folder, name, error)
             return
         self._loaded.add(name)
         self.bad.update(bad)
@@ -238,7 +238,7 @@ class Shards:
         if missing:
             raise ValueError(
                 f"{missing} of {len(keys)} entries are missing from the cache '{self.folder}' just after it was built; "
-                "'data.cache' must be a folder that all processes share and that is not emptied meanwhile"
+                "'data.cache' must be a folder that all processes share, and must not be cleared during the run"
             )
         places = np.fromiter((self._places[key] for key in keys), dtype=np.int64, count=len(keys))
         starts = np.cumsum([0, *(len(x) for x in self._sums)])
@@ -253,8 +253,8 @@ def stored(field: str, values: Mapping[str, Tensor]) -> np.ndarray:
     if not torch.isfinite(kept).all():
         key = next(k for k, row in zip(values, kept, strict=True) if not torch.isfinite(row).all())
         raise ValueError(
-            f"the encoder gave '{field}' of '{key}' that is not finite or too large for float16; load it in another "
-            "precision ('backbone.dtype' = fp32): some autoencoders overflow in half precision"
+            f"the encoder's '{field}' of '{key}' is not finite or exceeds the range of float16; set 'backbone.dtype' = "
+            "fp32, because some autoencoders overflow in half precision"
         )
     return kept.contiguous().numpy()
 

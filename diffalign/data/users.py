@@ -39,9 +39,9 @@ class UserPairs:
                 by_user.setdefault(str(name), []).append(i)
         if not by_user:
             raise ValueError(
-                f"no annotator of the pairs has an embedding in '{path}' (the pairs name "
-                f"{', '.join(sorted({str(x) for x in pairs.annotators})[:3])}, the file {', '.join(self.users)[:60]}); "
-                "embed the users of the same data set"
+                f"no annotator of the pairs has an embedding in '{path}' (annotators of the pairs: "
+                f"{', '.join(sorted({str(x) for x in pairs.annotators})[:3])}; of the file: "
+                f"{', '.join(self.users)[:60]}); run `diffalign user embed` on the same data set"
             )
         self.indices: list[int] = []
         for name, indices in by_user.items():

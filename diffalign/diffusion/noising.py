@@ -71,7 +71,7 @@ class Noising:
             problems.append("'noising.levels' and 'noising.timesteps' = grid belong together; give both or neither")
         if cfg["timesteps"] != "logit_normal" and (cfg["mean"], cfg["std"]) != (0.0, 1.0):
             problems.append(
-                "'noising.mean' and 'noising.std' have an effect on 'noising.timesteps' = logit_normal only"
+                "'noising.mean' and 'noising.std' are used only with 'noising.timesteps' = logit_normal; leave them out"
             )
         if cfg["timesteps"] == "grid" and cfg["shift"] != 1:
             problems.append("'noising.shift' has no effect on 'noising.timesteps' = grid; shift the levels themselves")

@@ -156,7 +156,7 @@ class VPSchedule(Schedule):
         if prediction == Prediction.EPSILON.value and scheduler.alphas_cumprod[-1] == 0:
             raise ValueError(
                 f"scheduler config ({name}): an epsilon prediction does not determine x0 at zero terminal SNR "
-                "(rescale_betas_zero_snr); use v_prediction or switch the rescaling off"
+                "(rescale_betas_zero_snr); use v_prediction, or set rescale_betas_zero_snr to false"
             )
         return cls(scheduler.alphas_cumprod.float(), Prediction(prediction), float(scheduler.final_alpha_cumprod))
 

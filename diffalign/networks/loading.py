@@ -63,7 +63,7 @@ def load_backbone(
     folder = find_pipeline(path)
     family, supported = family_of(folder), supported_families()
     if family not in supported:
-        raise ValueError(f"'backbone.path' holds a {family}; supported pipelines: {', '.join(supported)}")
+        raise ValueError(f"'backbone.path' contains a {family}; supported pipelines: {', '.join(supported)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     where = placement if isinstance(placement, Placement) else Placement(placement)
     where = where._replace(frozen_dtype=DTYPES[dtype], lora=lora_rank > 0)
@@ -128,7 +128,7 @@ def family_of(folder: Path) -> str:
     """Pipeline class name of a folder. Raises ValueError if its model_index.json has none."""
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"'{folder / 'model_index.json'}' names no pipeline; expected an object with _class_name")
+        raise ValueError(f"'{folder / 'model_index.json'}' has no pipeline class; expected an object with _class_name")
     return index["_class_name"]
 
 
@@ -160,7 +160,7 @@ def find_pipeline(path: str) -> Path:
 def _from_hub(path: str) -> Path:
     """Folder with the files of a hub id. Raises FileNotFoundError with one line: the path may be a misspelt folder."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise FileNotFoundError(f"there is no folder '{path}', and it is no hub id such as 'owner/model'")
+        raise FileNotFoundError(f"there is no folder '{path}', and it is not a hub id such as 'owner/model'")
     reachable()
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the error below covers its warnings
@@ -181,7 +181,7 @@ def _no_weights(part: Path) -> str:
         return f"has no weights in {part.name}/: there is no .safetensors or .bin file"
     variant = files[0].removesuffix(Path(files[0]).suffix).partition(".")[2].partition("-")[0]
     return (
-        f"holds only the variant '{variant}' of its weights ({part.name}/{files[0]}); write a folder with all: "
+        f"contains only the variant '{variant}' of its weights ({part.name}/{files[0]}); save it without the variant: "
         f"`DiffusionPipeline.from_pretrained('{part.parent}', variant='{variant}').save_pretrained(FOLDER)`"
     )
 

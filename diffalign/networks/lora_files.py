@@ -34,7 +34,7 @@ def load_lora(pipe: Any, path: Path) -> None:
         with safe_open(file, "pt") as opened:
             keys = list(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"'--lora {path}' is no readable safetensors file: {error}") from error
+        raise ValueError(f"'--lora {path}' is not a readable safetensors file: {error}") from error
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below cover its warnings
     try:
@@ -60,9 +60,9 @@ def lora_file(path: Path) -> Path:
     found = sorted(path.glob("*.safetensors"))
     found = next(([path / name] for name in USUAL if (path / name).exists()), found)
     if not found:
-        raise FileNotFoundError(f"'--lora {path}' holds no LoRA: there is no .safetensors file in it")
+        raise FileNotFoundError(f"'--lora {path}' contains no LoRA: there is no .safetensors file in it")
     if len(found) > 1:
-        raise ValueError(f"'--lora {path}' holds {', '.join(x.name for x in found[:4])}; name the file to load")
+        raise ValueError(f"'--lora {path}' contains {', '.join(x.name for x in found[:4])}; give the path of one file")
     return found[0]
 
 
@@ -74,7 +74,9 @@ def _load_peft(pipe: Any, file: Path) -> None:
     """Load a LoRA written by peft's `save_pretrained` into the network or text encoder that has its layers."""
     settings = file.with_name("adapter_config.json")
     if not settings.exists():
-        raise ValueError(f"it has peft's layout, and '{settings.name}' with its rank and alpha is not beside it")
+        raise ValueError(
+            f"it has the layout of peft, but '{settings.name}' with its rank and alpha is missing in the same folder"
+        )
     state = {key.removeprefix(PEFT): value for key, value in load_file(file).items()}
     layers = {key.split(".lora_")[0] for key in state}
     fit = {name: len(layers & {n for n, _ in part.named_modules()}) for name, part in _parts(pipe).items()}
@@ -82,13 +84,13 @@ def _load_peft(pipe: Any, file: Path) -> None:
     if not fit[name]:
         return
     if fit[name] < len(layers):
-        raise ValueError(f"{len(layers) - fit[name]} of the {len(layers)} layers it changes are not in the {name}")
+        raise ValueError(f"{len(layers) - fit[name]} of its {len(layers)} layers are not in the {name}")
     known = LoraConfig.__dataclass_fields__  # newer versions of peft write additional keys
     config = LoraConfig(**{k: v for k, v in read_json(settings).items() if k in known})
     part: Any = _parts(pipe)[name]
     part.add_adapter(config)
     if left := set_peft_model_state_dict(part, state).unexpected_keys:
-        raise ValueError(f"the {name} has no place for {', '.join(left[:3])}")
+        raise ValueError(f"the {name} has no parameter for {', '.join(left[:3])}")
 
 
 def _check(pipe: Any, path: Path, keys: list[str]) -> None:
@@ -98,12 +100,12 @@ def _check(pipe: Any, path: Path, keys: list[str]) -> None:
     """
     layers = [m for part in _parts(pipe).values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
     if not layers:
-        raise ValueError(f"no layer of the model took a weight of '--lora {path}'")
+        raise ValueError(f"'--lora {path}' has no weights for any layer of this model")
     deltas = (layer.get_delta_weight(name) for layer in layers for name in layer.active_adapters)  # type: ignore[operator]
     if not any(bool(delta.any()) for delta in deltas):
         print(
-            f"generate: '--lora {path}' changes nothing, for in all {len(layers)} layers its product is 0: these are "
-            "the images of the model without it",
+            f"generate: '--lora {path}' has no effect: in all {len(layers)} layers its weight change is 0, so these "
+            "are the images of the base model",
             file=sys.stderr,
         )
     given = sum(any(word in key for word in ("lora_A.", "lora_down.", ".down.weight")) for key in keys)

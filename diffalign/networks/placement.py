@@ -157,7 +157,9 @@ def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the trainable parameters by name. Raises ValueError if the names differ."""
     here = _trained(module)
     if state.keys() != here.keys():
-        raise ValueError(f"other weights than this run trains: {sorted(state.keys() ^ here.keys())[:3]}")
+        raise ValueError(
+            f"the names differ from the weights that this run trains: {sorted(state.keys() ^ here.keys())[:3]}"
+        )
     for name, parameter in here.items():
         fill(parameter, state[name])
 

@@ -162,8 +162,8 @@ def user_embeds(user: Tensor, *, guidance: float, unconditional: str = "null") -
     """
     if user.ndim != 3 or len(user) != 1:
         raise ValueError(
-            f"one user a pipeline call, as [1, T, D]; got {list(user.shape)}. Diffusers would mix several users "
-            "silently; call once for each, or mix them on purpose with `mix_users`"
+            f"expected one user per pipeline call, as [1, T, D]; got {list(user.shape)}. Diffusers would mix several "
+            "users without a warning; call the pipeline once per user, or mix users with `mix_users`"
         )
     if unconditional not in ("null", "same"):
         raise ValueError(f"unconditional must be null or same; got '{unconditional}'")
@@ -176,5 +176,5 @@ def mix_users(users: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The weighted sum of users' embeddings [1, T, D], the weights divided by their sum."""
     total = sum(weights)
     if len(users) != len(weights) or not total > 0 or min(weights) < 0:
-        raise ValueError(f"one weight of 0 or more for each of {len(users)} users is needed, not all 0; got {weights}")
+        raise ValueError(f"expected {len(users)} weights of 0 or more, one per user and not all 0; got {weights}")
     return torch.stack([user * (weight / total) for user, weight in zip(users, weights, strict=True)]).sum(0)

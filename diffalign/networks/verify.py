@@ -98,8 +98,8 @@ def verify(backbone: Backbone, folder: Path, resolution: int) -> str:
     if not found["verified"]:
         return f"WARNING: the export '{folder}' is kept, but it could NOT be verified: {problem}"
     gap = found["largest_difference"]
-    image = "" if gap is None else f" and draws the same image (largest difference {gap:.1e})"
-    return f"verified in a fresh process: stock diffusers finds the same {found['tensors']} tensors{image}" + problem
+    image = "" if gap is None else f" and generates the same image (largest difference {gap:.1e})"
+    return f"verified in a fresh process: stock diffusers loads the same {found['tensors']} tensors{image}" + problem
 
 
 def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
     if theirs is not None:
         gap = (own_images(backbone, given, settings) - theirs).abs().max().item()
         if not gap <= TOLERANCE:
-            differs.append(f"an image of it differs by {gap:.2e} from the run's own")
+            differs.append(f"its image differs by {gap:.2e} from the image of the run")
     return {
         "differs": differs,
         "tensors": len(found["tensors"]),
@@ -175,7 +175,9 @@ def fresh_process(
         command, capture_output=True, text=True, env=environment, timeout=VERIFY_SECONDS, check=False
     )
     if fresh.returncode < 0:
-        raise RuntimeError(f"the fresh process was ended by {signal.Signals(-fresh.returncode).name}; out of memory?")
+        raise RuntimeError(
+            f"the fresh process was killed by {signal.Signals(-fresh.returncode).name}, possibly because memory ran out"
+        )
     if fresh.returncode:
         raise RuntimeError(f"it does not load in a fresh process with plain diffusers:\n{fresh.stderr[-2000:]}")
     images = load_file(files["images"])["images"] if given else None
@@ -196,11 +198,11 @@ def other_tensors(network: nn.Module, theirs: Mapping[str, tuple[str, str]]) -> 
         if hashlib.blake2b(data, digest_size=16).hexdigest() != digest:
             wrong.append(name)
     if wrong:
-        yield f"{len(wrong)} of {len(theirs)} tensors are not the run's, such as '{wrong[0]}'"
+        yield f"{len(wrong)} of {len(theirs)} tensors differ from those of the run, such as '{wrong[0]}'"
     ours = {n for n in network.state_dict() if ".parametrizations." not in n}
     ours = {n for n in ours if ".lora_" not in n or f".{GENERATOR}." in n}  # another adapter is not exported
     if lost := sorted(ours - theirs.keys()):
-        yield f"{len(lost)} tensors of the run are not in it, such as '{lost[0]}'"
+        yield f"{len(lost)} tensors of the run are missing in it, such as '{lost[0]}'"
 
 
 def other_files(backbone: Backbone, folder: Path) -> Iterator[str]:
@@ -209,7 +211,7 @@ def other_files(backbone: Backbone, folder: Path) -> Iterator[str]:
         for file in sorted(p for p in (backbone.path / part).rglob("*") if p.is_file()):
             name = file.relative_to(backbone.path)
             if not (folder / name).exists() or not filecmp.cmp(file, folder / name, shallow=False):
-                yield f"'{name}' is not the file that the run began with"
+                yield f"'{name}' differs from the file of the original pipeline"
 
 
 def own_images(backbone: Backbone, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:

@@ -44,7 +44,7 @@ def beta_in_other_units(beta: float, dims: int) -> dict[str, float]:
 def describe_beta(beta: float, dims: int, setting: str) -> list[str]:
     """Lines printed at the start of a run: beta, one more setting of the method, and beta in other conventions."""
     others = [f"  {value:g} {unit}" for unit, value in beta_in_other_units(beta, dims).items()]
-    return [f"beta {beta:g} (mean-form error, factor 1/2), {setting}; the same elsewhere:", *others]
+    return [f"beta {beta:g} (mean-form error, factor 1/2), {setting}; in other conventions:", *others]
 
 
 class PairTerms(NamedTuple):
@@ -261,7 +261,7 @@ def check_pair_loss(loss: str, label_smoothing: float, batch_size: int) -> list[
     elif label_smoothing > 0 and loss not in USE_LABEL_SMOOTHING:
         users = ", ".join(USE_LABEL_SMOOTHING)
         problems.append(
-            f"'algorithm.label_smoothing' = {label_smoothing} does nothing to loss '{loss}'; only to {users}"
+            f"'algorithm.label_smoothing' = {label_smoothing} has no effect on loss '{loss}'; it is used by {users}"
         )
     if loss == "exo" and label_smoothing == 0:
         problems.append("'algorithm.loss' = exo needs 'algorithm.label_smoothing' > 0, such as 0.05")

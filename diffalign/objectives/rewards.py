@@ -63,7 +63,8 @@ class Rewards:
         if not self.mixture.differentiable:
             names = ", ".join(f"'{k}'" for k, s in self.mixture.scorers.items() if not s.differentiable)
             raise ValueError(
-                f"scorer {names} gives no gradient; {who} needs one that does (hps_v2.1, pickscore, image_reward, clip)"
+                f"scorer {names} gives no gradient; {who} needs a differentiable scorer (hps_v2.1, pickscore, "
+                "image_reward, clip)"
             )
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ def exclusive(file: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"'{file}' is being written by another `diffalign user choose`; end that one, or choose another --out"
+                f"'{file}' is in use by another `diffalign user choose`; stop that command, or choose another --out"
             ) from error
         yield
 
@@ -78,7 +78,7 @@ class ChoiceLog:
             i = self._find(where, line)
             rows = [self._row(i, image) for image in (0, 1)]
             if line not in rows or i in self.answers:
-                wrong = "chooses again in" if line in rows else "has other images than"
+                wrong = "repeats the choice of" if line in rows else "has other images than"
                 raise ValueError(f"{where} {wrong} pair '{line['pair']}'; delete the line or start another file")
             self.answers[i] = rows.index(line)
         self.skipped = {self._find(where, line) for where, line in _lines(self.skips)}
@@ -88,7 +88,7 @@ class ChoiceLog:
         if i is None or line.get("prompt") != self.pairs[i].prompt:
             raise ValueError(
                 f"{where} is about pair '{line.get('pair')}' of prompt '{line.get('prompt')}', which is not among "
-                f"these {len(self.pairs)} pairs; go on with the prompts and images it was made from, or start another "
+                f"these {len(self.pairs)} pairs; use the prompts and images of that file, or start another "
                 "file"
             )
         return i
@@ -116,7 +116,9 @@ class ChoiceLog:
             if self._current is None and candidates:
                 picked = self.pick(dict(self.answers), candidates) if self.pick else candidates[0]
                 if picked not in candidates:
-                    raise ValueError(f"pick gave pair {picked}, which is none of the {len(candidates)} open ones")
+                    raise ValueError(
+                        f"pick returned pair {picked}, which is not one of the {len(candidates)} open pairs"
+                    )
                 self._current = picked
             return None if self._current is None else self.pairs[self._current]
 
@@ -159,7 +161,7 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
         lines.pop()
     found = [(str(path.parent / id), line) for id, line in lines if isinstance(line, dict)]
     if bad := [id for id, line in lines if isinstance(line, Dropped)]:
-        raise ValueError(f"{path.parent / bad[0]} is no JSON object; delete the line or start another file")
+        raise ValueError(f"{path.parent / bad[0]} is not a JSON object; delete the line or start another file")
     if not whole:  # truncated, or written by an editor: the next line needs a newline before it
         _write(path, [line for _, line in found])
     return found

@@ -1,9 +1,10 @@
-"""A small text-to-image world with shipped weights and an exact judge: alignment proved on a laptop.
+"""Test bed for alignment on a CPU: a small text-to-image world with shipped weights and an exact judge.
 
-BASE is the shipped StableDiffusionPipeline, FLOW a StableDiffusion3Pipeline of the same world. STUDENTS draw in so many
-steps; they were distilled from BASE by `diffalign train distill`. Whatever takes the path of a model takes the words of
-SHIPPED for them, and whatever takes that of a data set those of SHIPPED_PAIRS: `playground` for a few hundred pairs of
-BASE's own samples, `playground_own` for thousands of them, `playground_others` for as many of other generators.
+BASE is the shipped StableDiffusionPipeline, FLOW a StableDiffusion3Pipeline of the same world. STUDENTS are few-step
+models by their number of steps, distilled from BASE by `diffalign train distill`. Paths of models may be the names in
+SHIPPED (`playground`, `playground_flow`, `playground_one_step`, `playground_four_step`). Paths of data sets may be the
+names in SHIPPED_PAIRS: `playground` holds a few hundred pairs of samples of BASE, `playground_own` thousands of them,
+and `playground_others` as many of other generators. All are labelled by simulated annotators.
 """
 
 from pathlib import Path

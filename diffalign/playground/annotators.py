@@ -1,4 +1,4 @@
-"""Simulated annotators: people with known tastes and known noise, who compare two images of a prompt."""
+"""Simulated annotators: people with known tastes and noise, who compare two images of a prompt."""
 
 from __future__ import annotations
 
@@ -30,16 +30,17 @@ TASTES = {
     "bold": {**_MATCH, "area": 5.0, "vivid": 1.0},
     "modest": {**_MATCH, "area": -5.0, "place": 1.0},
 }
-"""People. All want what the prompt says; beyond that they differ, `vivid` and `muted` as opposites."""
+"""Tastes of people. All include the prompt match; otherwise they differ, with `vivid` and `muted` as opposites."""
 
 Labels = Literal["true", "flipped", "random"]
 
 
 class Annotator:
-    """Prefers by Bradley-Terry on their own taste: P(first) = sigmoid((score_0 - score_1) / temperature).
+    """Annotator with Bradley-Terry choices by taste: P(first) = sigmoid((score_0 - score_1) / temperature).
 
-    name is one of TASTES, a prototype of diffalign.playground.people, or one of those or `person`, `-` and anything.
-    temperature is in points of the judge. Every choice is drawn by key, so the same pair gets the same answer again.
+    name is one of TASTES, a prototype of diffalign.playground.people, or a prototype or `person` with `-` and any
+    suffix. temperature is in points of the judge. Choices are drawn by key, so the same pair always gets the same
+    choice.
     """
 
     def __init__(self, name: str = "common", *, temperature: float = Judge.choice_temperature, seed: int = 0):
@@ -56,21 +57,21 @@ class Annotator:
     def choose(
         self, first: Tensor, second: Tensor, prompts: Sequence[str], keys: Sequence[Any]
     ) -> tuple[Tensor, Tensor]:
-        """Images [B, 3, 32, 32] twice -> (first is chosen [B] bool, true margin [B] in points, first minus second)."""
+        """Choices between two batches [B, 3, 32, 32]: (first is chosen [B] bool, true margin [B] in points)."""
         margin = self.judge.score(first, prompts) - self.judge.score(second, prompts)
         chance = self.draws.uniform(keys, stream=f"annotator {self.name}")
         return chance < torch.sigmoid(margin / self.temperature), margin
 
 
 def load(folder: Path) -> tuple[list[dict[str, Any]], Tensor]:
-    """A folder written by tools/generate.py: its manifest rows, and the images [N, 3, 32, 32] in [0, 1]."""
+    """Manifest rows and images [N, 3, 32, 32] in [0, 1] of a folder written by tools/generate.py."""
     rows = read_lines(folder / "manifest.jsonl")
     images = [pil_to_tensor(Image.open(folder / row["image"]).convert("RGB")) for row in rows]
     return rows, torch.stack(images).float() / 255
 
 
 class Compared(NamedTuple):
-    """One labelled pair: the prompt, the rows of the winner and the loser, how sure, their scores, who said so."""
+    """A labelled pair: prompt, rows of winner and loser, label probability, scores, and annotator."""
 
     prompt: str
     chosen: int
@@ -95,10 +96,10 @@ def label(
 ) -> tuple[int, int]:
     """Compare the samples of each prompt in a generated folder, write the pairs; returns (pairs kept, pairs compared).
 
-    Prompts go to the annotators in turn, to `opinions` of them each. Pairs whose true margin is under `min_margin`
-    points are left out: nobody can tell. `flipped` swaps every label and turns the scores round, and `random` says
-    nothing: the controls. `noise` is a share of labels swapped at random. With several votes the majority's choice is
-    written, and as `prob` the chance that it is right, (agreeing + 1) / (votes + 2). `out` ends in .jsonl (prompt,
+    Prompts are assigned to the annotators in turn, to `opinions` of them each. Pairs with a true margin below
+    `min_margin` points are left out, because people could not distinguish them. The controls are `flipped`, which swaps
+    all labels and scores, and `random`. `noise` is a share of labels swapped at random. With several votes the majority
+    decides, and `prob` is its probability of being correct, (agreeing + 1) / (votes + 2). `out` ends in .jsonl (prompt,
     chosen, rejected, prob, scores, annotator) or .parquet (Pick-a-Pic's columns, images inside). Raises ValueError for
     an even number of votes.
     """
@@ -149,18 +150,18 @@ def rank(
     labels: Labels = "true",
     seed: int = 0,
 ) -> int:
-    """Rank all samples of each prompt in a generated folder by several noisy annotators; returns how many groups.
+    """Rank all samples of each prompt in a generated folder by several noisy annotators; returns the number of groups.
 
-    phi is the share of the other samples that one beats, over all votes (each a ranking with the noise of Bradley-Terry
-    choices). Labels as in `label`: flipped turns every ranking round, random shuffles them. Writes lines of prompt,
-    images and scores {phi}.
+    phi is the share of other samples that rank below a sample, over all votes (rankings with Bradley-Terry noise).
+    Labels as in `label`: flipped reverses every ranking, random shuffles it. Writes lines of prompt, images and scores
+    {phi}.
     """
     rows, images = load(folder)
     judged = Judge().score(images, [row["prompt"] for row in rows])
     draws, lines = Draws(seed), []
     for prompt_id, ids in by_prompt(rows).items():
         uniform = draws.uniform([(prompt_id, k, v) for k in ids for v in range(votes)], stream="ranking")
-        gumbel = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))  # makes differences Bradley-Terry's
+        gumbel = -torch.log(-torch.log(uniform.clamp(1e-7, 1 - 1e-7)))  # Gumbel noise gives Bradley-Terry choices
         liked = {"true": 1, "flipped": -1, "random": 0}[labels] * judged[ids, None] / temperature + gumbel.view(
             -1, votes
         )
@@ -172,7 +173,7 @@ def rank(
 
 
 def by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
-    """prompt_id -> where its samples are."""
+    """prompt_id -> indices of its samples."""
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(row["prompt_id"], []).append(i)
@@ -180,10 +181,10 @@ def by_prompt(rows: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 def _uninformative(margin: Tensor, coin: Tensor) -> Tensor:
-    """Labels that say nothing: of two pairs with neighbouring true margins, a coin decides which one is labelled right.
+    """Random labels, balanced: of two pairs with adjacent true margins, a coin decides which one is labelled correctly.
 
-    A coin for each pair would be fair only in the mean: over some hundred pairs it agrees or disagrees with the truth
-    by chance, and what is learned from that would be measured as if it were the method's own drift.
+    Independent coins are balanced only on average. Over some hundred pairs they agree or disagree with the truth by
+    chance, and learning from this would be measured as drift of the method.
     """
     order = margin.abs().argsort(stable=True)
     right = coin[order].clone()

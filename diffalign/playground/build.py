@@ -1,4 +1,4 @@
-"""How the shipped playground pipeline was made: `diffalign playground build` reproduces it from nothing.
+"""Build of the shipped playground pipeline; `diffalign playground build` reproduces it from scratch.
 
 Three stages, each with a checkpoint so that a killed build resumes: an autoencoder, then the U-Net together with its
 text encoder on cached latents, then the diffusers folder and its report card.
@@ -36,7 +36,7 @@ Clip = TypeVar("Clip", CLIPTextModel, CLIPTextModelWithProjection)
 
 
 def tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIPTokenizer in which every word of the world is one token; other words fall back to characters."""
+    """A CLIPTokenizer with one token per word of the world; other words are split into characters."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocabulary = letters + [letter + "</w>" for letter in letters]
     merges: list[tuple[str, str]] = []
@@ -90,7 +90,7 @@ def unet() -> UNet2DConditionModel:
 
 
 def text_encoder(vocabulary: CLIPTokenizer, kind: type[Clip] = CLIPTextModel, *, width: int = 64) -> Clip:
-    """79 k parameters, trained with the denoiser; larger embeddings and final gain than the default learn fast."""
+    """79 k parameters, trained with the denoiser. Larger initial embeddings and final gain learn faster."""
     model = kind(
         CLIPTextConfig(
             vocab_size=len(vocabulary),
@@ -136,9 +136,9 @@ def train(
     lr: float,
     ema_decay: float,
 ) -> None:
-    """Minimise `loss(step, generator)`; leaves the modules holding the averaged weights. Resumes from `work/<name>.*`.
+    """Minimise `loss(step, generator)`; at the end the modules have the averaged weights. Resumes from `work/<name>.*`.
 
-    The lr warms up over 100 steps and falls linearly over the last 30 %.
+    The lr has a warm-up of 100 steps and decays linearly over the last 30 %.
     """
     parameters = [p for m in modules.values() for p in m.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -210,7 +210,7 @@ def encode(vae: AutoencoderKL, n: int, *, seed: int) -> tuple[Tensor, list[str]]
 def train_unet(
     work: Path, vae: AutoencoderKL, steps: int, images: int, start: StableDiffusionPipeline | None = None
 ) -> StableDiffusionPipeline:
-    """v-prediction on `images` cached latents, 10 % of the captions dropped, text encoder trained along."""
+    """v-prediction on `images` cached latents, with 10 % caption dropout; trains the text encoder as well."""
     torch.manual_seed(0)
     vocabulary = tokenizer(work / "tokenizer")
     net, text = (start.unet, start.text_encoder) if start else (unet(), text_encoder(vocabulary))
@@ -226,7 +226,7 @@ def train_unet(
     def loss(step: int, g: torch.Generator) -> Tensor:
         chosen = torch.randint(images, (BATCH,), generator=g)
         x0, noise = data["latents"][chosen], torch.randn(BATCH, 4, 16, 16, generator=g)
-        # Half uniform, half around t = 620: where shapes are decided, and a uniform t learns them last of all.
+        # Half uniform, half around t = 620, where shapes are determined; with uniform t they are learned last.
         middle = torch.sigmoid(0.5 + 0.8 * torch.randn(BATCH // 2, generator=g))
         t = (1000 * torch.cat([middle, torch.rand(BATCH // 2, generator=g)])).long()
         ids = torch.where(torch.rand(BATCH, 1, generator=g) < 0.1, empty, data["ids"][chosen])
@@ -257,9 +257,9 @@ def build(
     samples: int = 512,
     start: Path | None = None,
 ) -> dict[str, float]:
-    """Train what `work` does not hold yet and write the pipeline folder (fp16 safetensors) to `out`.
+    """Train the parts missing in `work`, and write the pipeline folder (fp16 safetensors) to `out`.
 
-    start: a pipeline folder whose weights are trained on; random ones without.
+    start: pipeline folder whose weights are trained further; without it they are random.
     """
     work.mkdir(parents=True, exist_ok=True)
     given = start and StableDiffusionPipeline.from_pretrained(start).to(torch.float32)

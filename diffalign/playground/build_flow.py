@@ -1,9 +1,8 @@
-"""How the shipped flow-matching pipeline was made: `diffalign playground build --model flow` reproduces it.
+"""Build of the shipped flow-matching pipeline; `diffalign playground build --model flow` reproduces it.
 
-A StableDiffusion3Pipeline in miniature around the shipped autoencoder: a multimodal diffusion transformer and its two
-CLIP text encoders are trained together, from nothing, on cached latents. Its T5 is silent: it outputs exact zeros, as
-the stock pipeline does for a T5 that was left out. (Were it left out of the folder too, every caller of
-`from_pretrained` would have to say `text_encoder_3=None, tokenizer_3=None`.)
+A tiny StableDiffusion3Pipeline around the shipped autoencoder: a multimodal diffusion transformer and its two CLIP text
+encoders are trained together, from scratch, on cached latents. Its T5 outputs exact zeros, as the stock pipeline does
+without T5. (A folder without T5 would require `text_encoder_3=None, tokenizer_3=None` in every `from_pretrained`.)
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from diffalign.playground.folder import save_pipeline
 
 TEXT_WIDTHS = (48, 64)
 T5_LENGTH = 8
-"""`max_sequence_length` of most training steps and of the recipes; holds every caption of the world."""
+"""`max_sequence_length` of most training steps and of the recipes; long enough for every caption of the world."""
 T5_LENGTH_DEFAULT = 256
 """The stock pipeline's own `max_sequence_length`; every `T5_DEFAULT_EVERY`-th step trains with it."""
 T5_DEFAULT_EVERY = 12
@@ -51,7 +50,7 @@ def transformer() -> SD3Transformer2DModel:
         pos_embed_max_size=8,
         qk_norm="rms_norm",
     )
-    # Every block starts as the identity and the output as 0; diffusers leaves that to the trainer.
+    # Initially every block is the identity and the output 0; diffusers does not initialise so.
     last = [m.linear for name, m in net.named_modules() if name.endswith(("norm1", "norm1_context", "norm_out"))]
     for linear in (*last, net.proj_out):
         nn.init.zeros_(linear.weight)
@@ -60,7 +59,7 @@ def transformer() -> SD3Transformer2DModel:
 
 
 def embed(texts: tuple[CLIPTextModelWithProjection, ...], ids: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
-    """Token embeddings [B, LENGTH + zeros, D] and pooled ones [B, D], as StableDiffusion3Pipeline makes them."""
+    """Token embeddings [B, LENGTH + zeros, D] and pooled ones [B, D], as in StableDiffusion3Pipeline."""
     outputs = [text(ids, output_hidden_states=True) for text in texts]
     tokens = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)
     return F.pad(tokens, (0, 0, 0, zeros)), torch.cat([out.text_embeds for out in outputs], dim=-1)
@@ -80,7 +79,7 @@ def silent_t5() -> tuple[T5EncoderModel, T5TokenizerFast]:
 
 
 def shifted_autoencoder(base: Path, images: int) -> AutoencoderKL:
-    """The autoencoder of `base`, its latents shifted and scaled to mean 0 and deviation 1 (over at most 2,048)."""
+    """The autoencoder of `base`, with latents shifted and scaled to mean 0 and std 1 (over at most 2,048 latents)."""
     vae = AutoencoderKL.from_pretrained(base, subfolder="vae").float().eval().requires_grad_(False)
     latents = encode(vae, min(images, 2048), seed=10**6)[0]
     vae.register_to_config(
@@ -101,7 +100,7 @@ def cached(work: Path, vae: AutoencoderKL, vocabulary: CLIPTokenizer, images: in
 
 
 def sigmas(n: int, g: torch.Generator) -> Tensor:
-    """n noise levels in (0, 1): half uniform, half around 0.69, where shapes are decided."""
+    """n noise levels in (0, 1): half uniform, half around 0.69, where shapes are determined."""
     middle = torch.sigmoid(0.8 + 0.8 * torch.randn(n // 2, generator=g))
     return torch.cat([middle, torch.rand(n - n // 2, generator=g)])
 
@@ -109,9 +108,9 @@ def sigmas(n: int, g: torch.Generator) -> Tensor:
 def train_flow(
     work: Path, base: Path, *, steps: int, images: int, start: Path | None = None
 ) -> StableDiffusion3Pipeline:
-    """Velocity matching (eps - x0) on `images` cached latents, 10 % of the captions dropped, text encoders along.
+    """Velocity matching (eps - x0) on `images` cached latents, with 10 % caption dropout and text encoders.
 
-    start: a pipeline folder whose transformer and text encoders are trained on; random ones without.
+    start: pipeline folder whose transformer and text encoders are trained further; without it they are random.
     """
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -126,7 +125,7 @@ def train_flow(
     empty = vocabulary([""], padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
 
     def loss(step: int, g: torch.Generator) -> Tensor:
-        # A context of 256 zero tokens is dear, so those steps take fewer images.
+        # A context of 256 zero tokens is expensive, so those steps use fewer images.
         zeros, n = (T5_LENGTH_DEFAULT, BATCH // 4) if step % T5_DEFAULT_EVERY == 0 else (T5_LENGTH, BATCH)
         chosen = torch.randint(images, (n,), generator=g)
         x0, noise, sigma = data["latents"][chosen], torch.randn(n, 4, 16, 16, generator=g), sigmas(n, g)
@@ -155,7 +154,7 @@ def train_flow(
 def build_flow(
     out: Path, work: Path, base: Path, *, steps: int, images: int, samples: int = 512, start: Path | None = None
 ) -> dict[str, object]:
-    """Train what `work` does not hold yet, write the pipeline folder (fp16 safetensors) to `out`, measure it."""
+    """Train the parts missing in `work`, write the pipeline folder (fp16 safetensors) to `out`, and evaluate it."""
     pipeline = train_flow(work, base, steps=steps, images=images, start=start)
     parts = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
     parameters = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in parts}

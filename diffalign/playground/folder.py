@@ -1,4 +1,4 @@
-"""A pipeline of the playground as a folder that transformers 4 reads as well as 5."""
+"""Saving of playground pipelines in a format that transformers 4 and 5 both read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Write the pipeline in half precision.
 
-    What transformers 5 writes and 4 does not read is written as 4 has it, and 5 reads that: the names of weights of
-    CLIPTextModel (4 would not find them and keep random ones), the files of slow tokenizers, the name of T5's fast one.
+    Where transformers 4 does not read the format of 5, the format of 4 is written, which 5 reads: the weight names of
+    CLIPTextModel (4 would keep random weights), files of slow tokenizers, and the class name of T5's fast tokenizer.
     """
     pipeline.to(torch.float16).save_pretrained(folder)
     for file in (folder / "model_index.json", *folder.glob("*/config.json")):
@@ -30,7 +30,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
         elif kind == "T5Tokenizer":
             index[part][1] = "T5TokenizerFast"
             settings = json.loads((folder / part / "tokenizer_config.json").read_text())
-            settings.pop("extra_special_tokens", None)  # an empty list, where 4 wants a dictionary
+            settings.pop("extra_special_tokens", None)  # an empty list, but 4 expects a dictionary
             (folder / part / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -42,7 +42,7 @@ def _prefix(file: Path) -> None:
 
 
 def _split(folder: Path) -> None:
-    """Write vocab.json and merges.txt as tokenizer.json has them."""
+    """Write vocab.json and merges.txt from tokenizer.json."""
     if (folder / "tokenizer.json").exists():
         model = json.loads((folder / "tokenizer.json").read_text())["model"]
         (folder / "vocab.json").write_text(json.dumps(model["vocab"]))

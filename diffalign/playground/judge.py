@@ -1,4 +1,4 @@
-"""The exact judge: measures in the pixels what a playground caption asked for, and what people here like besides."""
+"""The exact judge: measures prompt match and further aspects of preference from pixels."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from diffalign.playground.world import (
 )
 
 ASPECTS = ("colour", "shape", "background", "size", "vivid", "place", "clean", "area")
-"""What `Judge.measure` reports. The first four are 0 or 1 (does it match the caption?), the others lie in [0, 1]."""
+"""Aspects of `Judge.measure`. The first four are 0 or 1 (match of the caption), the others are in [0, 1]."""
 
 MATCH = ASPECTS[:4]
 
 TRUE_TASTE = {"colour": 1.0, "shape": 1.0, "background": 1.0, "size": 1.0, "vivid": 2.0, "place": 2.0, "clean": 1.0}
-"""The preference that counts as the truth: prompt match up to 4, vividness 2, placement 2, cleanliness 1."""
+"""The true preference, in points: prompt match up to 4, vividness 2, placement 2, cleanliness 1."""
 
 
 class Judge:
-    """Scores playground images by measuring them; the unit is points in [0, 9] for the true taste.
+    """Exact scorer of playground images; scores are points in [0, 9] for the true taste.
 
-    taste: the weight of each aspect in the score (see ASPECTS). Different tastes make different people.
+    taste: weight of each aspect in the score (see ASPECTS). Different people have different tastes.
     """
 
     differentiable = False
     unit = "points"
     choice_temperature = 0.35
-    """Of the simulated annotators, who compare by these points (Bradley-Terry)."""
+    """Temperature of the simulated annotators, with Bradley-Terry choices by these points."""
 
     def __init__(self, *, taste: dict[str, float] | None = None):
         self.taste = TRUE_TASTE if taste is None else taste
@@ -53,7 +53,7 @@ class Judge:
         return torch.stack([weight * measured[aspect] for aspect, weight in self.taste.items()]).sum(0)
 
     def match(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As `score`: the share of colour, shape, background and size that are as asked for, float32 [B] in [0, 1]."""
+        """Prompt match, float32 [B] in [0, 1]: share of colour, shape, background and size that match."""
         measured = self.measure(images, prompts)
         return torch.stack([measured[aspect] for aspect in MATCH]).mean(0)
 
@@ -94,7 +94,7 @@ class Judge:
             "shape": ((scene.shape == wanted([SHAPES.index(w.shape) for w in wishes])) & there).float(),
             "background": ground.float(),
             "size": (size & there).float(),
-            # Nobody likes a vivid or well-placed object that is not the one asked for.
+            # Vividness and placement count only for an object that matches the caption.
             "vivid": vivid * right_colour,
             "place": torch.exp(-away / 8.0) * there,
             "clean": torch.exp(-error / 0.05),
@@ -103,7 +103,7 @@ class Judge:
 
 
 def look(images: Tensor) -> tuple[Scene, Tensor]:
-    """Find the object in images [B, 3, SIZE, SIZE]: the scene that explains each best, and whether there is one [B]."""
+    """Fit a scene to images [B, 3, SIZE, SIZE]: the best scene of each, and whether there is an object [B]."""
     border = torch.ones(SIZE, SIZE, dtype=torch.bool, device=images.device)
     border[2:-2, 2:-2] = False
     background = images[:, :, border].median(dim=2).values

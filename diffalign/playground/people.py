@@ -1,7 +1,7 @@
-"""A population of the playground: people with known tastes of their own, as many as there are names.
+"""Unlimited population of simulated people with known individual tastes, one per name.
 
-All want what the prompt says. Beyond that each has an ideal: how vivid the colour and how large the object should be,
-a mixture of three prototypes (weights from a Dirichlet(0.3), so most people lie near one of them).
+All prefer images that match the prompt. Each person also has an ideal vividness and object size, a mixture of three
+prototypes (weights from a Dirichlet(0.3), so most people are close to one prototype).
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from diffalign.draws import Draws
 from diffalign.playground.judge import Judge
 
 IDEAL = ("vivid", "area")
-"""The aspects of the judge that people have ideals of."""
+"""Aspects of the judge for which people have ideals."""
 PROTOTYPES = {"bright": (1.0, 0.4), "faded": (0.3, 0.4), "large": (0.65, 1.0)}
-"""What each prototype finds ideal."""
+"""Ideal of each prototype."""
 MATCH = {"colour": 1.0, "shape": 1.0, "background": 1.0, "size": 1.0}
 STRENGTH = 6.0
-"""Points that an image loses for each unit of distance from the ideal."""
+"""Points subtracted per unit of distance from the ideal."""
 
 
 class Person(Judge):
-    """The exact judge of one person: up to 4 points for the prompt, less the distance from their ideal, as points.
+    """The exact judge of one person: up to 4 points for the prompt match, minus points for the distance from the ideal.
 
     Args:
-        name: a prototype, `bright-` and anything for somebody of exactly its taste, or any other name, which decides it
+        name: a prototype; a prototype with a suffix, as `bright-1`, for the same taste; or another name, with its own
+        taste
     """
 
     def __init__(self, *, name: str):
@@ -36,7 +37,7 @@ class Person(Judge):
         kind = name.partition("-")[0]
         if kind in PROTOTYPES:
             self.weights = torch.tensor([float(kind == x) for x in PROTOTYPES])
-        else:  # a Dirichlet(0.3) is three gammas over their sum; torch draws those with its global generator only
+        else:  # Dirichlet(0.3): three gammas over their sum; torch samples gammas with its global generator only
             with torch.random.fork_rng(devices=[]):
                 torch.random.set_rng_state(Draws(0).generator(name, "person").get_state())
                 self.weights = torch.distributions.Dirichlet(torch.full((len(PROTOTYPES),), 0.3)).sample()

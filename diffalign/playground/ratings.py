@@ -1,4 +1,4 @@
-"""Rated images of the playground world: what a scorer learns from, in the layout of VisionPrefer-style files."""
+"""Rated images of the playground world, training data for scorers in the layout of VisionPrefer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from reward_models.files import write_whole, writing
 from reward_models.images import decode
 
 RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
-"""The aspects of a rating: what of the caption is right; vividness; cleanliness; how well the object is placed.
-Nothing in this world can harm anybody, so the usual fourth aspect, harmlessness, has no counterpart."""
+"""Aspects of a rating: prompt match, vividness, cleanliness, placement. VisionPrefer's harmlessness has no counterpart
+in this world."""
 
 CHUNK = 500
-"""Captions rendered and measured at once."""
+"""Number of captions rendered and measured at once."""
 
 CHOICES: dict[str, Sequence[str | None]] = {
     "colour": tuple(COLOURS),
@@ -46,12 +46,12 @@ def write_ratings(
     temperature: float = 0.35,
     seed: int = 0,
 ) -> Path:
-    """Render images that follow their captions more or less, let noisy annotators rate and rank them.
+    """Render images with various errors, and let noisy annotators rate and rank them.
 
-    Half of the images miss one attribute of their caption, and some are noisy or blurred. A rating is a whole number
-    from 1 to 5 for each aspect of RATED, from the judge's measurement with normal noise of a tenth of the scale; the
-    ranking follows the judge's true score with the noise of Bradley-Terry choices at `temperature` points. Writes
-    images/ and ratings.jsonl; returns the latter.
+    Half of the images miss one attribute of their caption, and some are noisy or blurred. A rating is an integer from
+    1 to 5 for each aspect of RATED, from the judge's measurement with normal noise of a tenth of the scale. The ranking
+    follows the judge's true score with Bradley-Terry noise at `temperature` points. Writes images/ and ratings.jsonl;
+    returns the path of the latter.
     """
     texts = captions(prompts, held_out=held_out, seed=seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -96,8 +96,7 @@ def rate(folder: Path, *, images_per_prompt: int = 4, temperature: float = 0.35,
 
 
 def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int = 0) -> None:
-    """Two rendered images of each of some captions, true to it, with a manifest.jsonl as `diffalign generate`
-    writes it: what annotators compare."""
+    """Render two images per caption that match it, with a manifest.jsonl as of `diffalign generate`, for annotators."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     texts = [text for text in captions(prompts, held_out=held_out, seed=seed) for _ in range(2)]
     images = imagine([parse(text) for text in texts], seed=seed).render()
@@ -143,16 +142,16 @@ def _opinions(
     following = torch.stack([measured[x] for x in ("colour", "shape", "background", "size")]).mean(0)
     values = torch.stack([following, measured["vivid"], measured["clean"], measured["place"]], dim=1)
     rated = 1 + (4 * (values + 0.1 * torch.randn(values.shape, generator=g)).clamp(0, 1)).round().int()
-    gumbel = -torch.log(-torch.log(torch.rand(len(images), generator=g)))  # makes differences Bradley-Terry's
+    gumbel = -torch.log(-torch.log(torch.rand(len(images), generator=g)))  # Gumbel noise gives Bradley-Terry choices
     liked = (Judge().score(images, repeated) / temperature + gumbel).view(-1, each)
     ranks = liked.argsort(dim=1, descending=True).argsort(dim=1) + 1
     return rated.unflatten(0, (-1, each)), ranks
 
 
-def draw(asked: Sequence[Wish], *, seed: int) -> Tensor:
-    """One image a wish, [N, 3, SIZE, SIZE] in [0, 1]: half of them of another wish, some of them noisy or blurred."""
+def draw(wishes: Sequence[Wish], *, seed: int) -> Tensor:
+    """One image per wish, [N, 3, SIZE, SIZE] in [0, 1]: half with a changed attribute, some noisy or blurred."""
     dice, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    images = imagine([missed(wish, dice) if dice.random() < 0.5 else wish for wish in asked], seed=seed).render()
+    images = imagine([missed(wish, dice) if dice.random() < 0.5 else wish for wish in wishes], seed=seed).render()
     n = len(images)
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = torch.where(torch.rand(n, 1, 1, 1, generator=g) < 0.2, blurred, images)

@@ -1,11 +1,10 @@
 """The playground world: captions with compositional attributes, and a renderer.
 
-A caption reads `[small|large] COLOUR SHAPE [left|right|top|bottom] on BACKGROUND`. What it does not say is free in the
-data: how vivid the colour is, how far the object sits from its named place, how strongly the picture is textured, and
-whatever optional word is missing. A picture good in all of it is likely but not usual, so maximum likelihood leaves
-room for a preference (vivid, well placed, clean), which is what alignment can learn here.
+A caption reads `[small|large] COLOUR SHAPE [left|right|top|bottom] on BACKGROUND`. Other properties vary in the data:
+vividness, the distance of the object from its named place, the strength of the texture, and missing optional words. An
+image that is good in all of them is likely but not usual, so alignment can learn a preference (vivid, well placed, clean).
 
-One in eight (colour, shape, background) combinations never occurs in training: the held-out prompts.
+One in eight (colour, shape, background) combinations never occurs in training. These are the held-out prompts.
 """
 
 from __future__ import annotations
@@ -44,18 +43,18 @@ RADII = {"small": 5.0, "large": 8.0}
 PLACES = {"left": (12.0, 16.0), "right": (20.0, 16.0), "top": (16.0, 12.0), "bottom": (16.0, 20.0)}
 CENTRE = (16.0, 16.0)
 GREY = 0.55
-"""What a colour fades to as its vividness goes from 1 to 0."""
+"""Colour at vividness 0."""
 FADED = 0.35
-"""The least vividness of a render; vividness is drawn with more weight at both ends than in the middle."""
+"""Least vividness of a render. Vividness is drawn with more weight at both ends than in the middle."""
 SCATTER = 1.8
-"""How far a render's object strays from its place: standard deviation in pixels along each axis, at most 4."""
+"""Distance of a render's object from its place: standard deviation in pixels along each axis, at most 4."""
 STRIPES, GRAIN = 0.09, 0.03
 """Strongest texture of a render, as shares of the contrast between object and background: waves, and soft noise.
-More hides the faintest objects from the judge."""
+With more of it the judge does not find the faintest objects."""
 
 
 class Wish(NamedTuple):
-    """What a caption asks for; `size` and `place` are None where it is silent."""
+    """Content of a caption (a wish); `size` and `place` are None if not given."""
 
     colour: str
     shape: str
@@ -70,13 +69,13 @@ class Wish(NamedTuple):
 
     @property
     def held_out(self) -> bool:
-        """Whether this (colour, shape, background) combination is kept out of training."""
+        """Whether this (colour, shape, background) combination is held out from training."""
         c, s, b = list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(BACKGROUNDS).index(self.background)
         return (c + 2 * s + 3 * b) % 8 == 0
 
 
 def parse(caption: str) -> Wish:
-    """The wish behind a caption. Raises ValueError for text that is not of this world."""
+    """Parse a caption. Raises ValueError for text that is not a caption of this world."""
     words = caption.lower().split()
     size = words.pop(0) if words and words[0] in RADII else None
     if len(words) not in (4, 5) or words[-2] != "on":
@@ -96,13 +95,13 @@ def _not_of_this_world(caption: str) -> ValueError:
 
 
 def wishes(*, held_out: bool) -> list[Wish]:
-    """Every wish of the world whose combination is (not) held out, in a fixed order."""
+    """All wishes with a (not) held-out combination, in a fixed order."""
     everything = itertools.product(COLOURS, SHAPES, BACKGROUNDS, (None, *RADII), (None, *PLACES))
     return [w for w in (Wish(*x) for x in everything) if w.held_out == held_out]
 
 
 def captions(n: int, *, held_out: bool, seed: int = 0) -> list[str]:
-    """n captions in keyed random order, without repetition until the world is exhausted."""
+    """n captions in keyed random order; repeated only after all captions are used."""
     pool, out = wishes(held_out=held_out), []
     for epoch in range(math.ceil(n / len(pool))):
         order = Draws(seed).permutation(len(pool), key=epoch, stream="captions")
@@ -111,9 +110,9 @@ def captions(n: int, *, held_out: bool, seed: int = 0) -> list[str]:
 
 
 class Scene(NamedTuple):
-    """What is in B images: shape index [B] int64, colours [B, 3] in [0, 1], centre x and y and radius [B] in pixels.
+    """Content of B images: shape index [B] int64, colours [B, 3] in [0, 1], centre x and y and radius [B] in pixels.
 
-    texture: [B, 1, SIZE, SIZE], added to the image; none in a clean scene.
+    texture: [B, 1, SIZE, SIZE], added to the image; None in a clean scene.
     """
 
     shape: Tensor
@@ -133,7 +132,7 @@ class Scene(NamedTuple):
 
 
 def masks(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """How much of each pixel every shape covers, [B, 4, SIZE, SIZE] in [0, 1], in the order of SHAPES.
+    """Coverage of each pixel by every shape, [B, 4, SIZE, SIZE] in [0, 1], in the order of SHAPES.
 
     x, y and radius are [B] in pixels. All shapes have the area of the circle of that radius and their
     centroid at (x, y).
@@ -157,7 +156,7 @@ def masks(x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def imagine(wishes: list[Wish], *, seed: int) -> Scene:
-    """A random scene for each wish: what the wish leaves open is drawn at random, and so are the nuisances."""
+    """A random scene per wish: properties that the wish does not give, and nuisances, are random."""
     n, g = len(wishes), torch.Generator().manual_seed(seed)
 
     def table(values: Mapping[str, tuple[float, ...]], names: list[str]) -> Tensor:

@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where}: {bad}")
         key = (row["prompt_id"], row["sample"])
         if key in seen:
-            raise ValueError(f"{where}: prompt_id {key[0]!r}, sample {key[1]} comes twice")
+            raise ValueError(f"{where}: prompt_id {key[0]!r}, sample {key[1]} is listed twice")
         seen.add(key)
         rows.append(row)
     return rows
@@ -57,7 +57,7 @@ def _wrong(row: dict[str, Any]) -> str:
     if not all(isinstance(row[name], str) and not bad_name(row[name]) for name in ("image", "prompt")):
         return f"image and prompt must be text; got {str(row)[:80]!r}"
     if not isinstance(row["prompt_id"], (str, int)) or not isinstance(row["sample"], int):
-        return f"prompt_id must be a text or number, sample a whole number; got {str(row)[:80]!r}"
+        return f"prompt_id must be a text or a number, and sample an integer; got {str(row)[:80]!r}"
     return f"image '{row['image'][:80]}' leads out of the folder" if leads_out(row["image"]) else ""
 
 

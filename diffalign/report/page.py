@@ -15,11 +15,11 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffalign.report.comparison import HEADLINES, headline, sentence, signed, verdict
 from diffalign.report.curves import draw_curves, read_metrics
+from diffalign.report.equal_noise import holm
 from diffalign.report.grid import shown, write_grid
 from diffalign.report.manifest import Pair, read_pairs
-from diffalign.report.win_rate import holm
+from diffalign.report.preference_rate import HEADLINES, headline, sentence, signed, verdict
 from reward_models.files import read_json, read_text, replacing, write_whole
 
 EXTREMES, RANDOM = 12, 24
@@ -87,13 +87,13 @@ def write_report(
 
 def _check(win_rates: Mapping[str, Any], pairs: Sequence[Pair], base: Path, aligned: Path) -> None:
     if not isinstance(win_rates, dict) or not {"pairs", "scorers"} <= win_rates.keys():
-        raise ValueError("the file of win rates is none that `diffalign eval win_rate` has written")
+        raise ValueError("this is not a file of `diffalign eval win_rate`")
     if not all({*HEADLINES} & scorer.keys() for scorer in win_rates["scorers"]):
-        raise ValueError("the file of win rates is of an earlier version; run `diffalign eval win_rate` again")
+        raise ValueError("the file of win rates was written by an earlier version; run `diffalign eval win_rate` again")
     scored = [(row["prompt_id"], row["sample"]) for row in win_rates["pairs"]]
     if scored != [(pair.prompt_id, pair.sample) for pair in pairs]:
         raise ValueError(
-            f"the win rates are of {len(scored)} other pairs than the {len(pairs)} of '{base}' and '{aligned}'; "
+            f"the win rates belong to {len(scored)} other pairs than the {len(pairs)} of '{base}' and '{aligned}'; "
             "run `diffalign eval win_rate` on these folders again"
         )
 

@@ -2,7 +2,7 @@
 
 The verdict of a point is the first that applies. Drift is the relative change of the preferred images' denoising error,
 policy against reference, over the last tenth of the steps, if the algorithm logs it. Preference is measured from
-independent noise. A gain is in standard deviations of the base's scores; see comparison.py.
+independent noise. A gain is in standard deviations of the base's scores; see preference_rate.py.
 
     failed              the run or its evaluation ended with an error
     destroyed           drift is above +10 %: image quality collapses, whatever the score
@@ -23,8 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.report import comparison
-from diffalign.report.comparison import HEADLINES, headline
+from diffalign.report import preference_rate
+from diffalign.report.preference_rate import HEADLINES, headline
 from reward_models.files import read_json, read_lines
 
 DRIFT = 0.1
@@ -84,7 +84,7 @@ def verdict(row: Row) -> str:
     for name, word in (("match", "the prompt"), ("diversity", "diversity")):
         if row.get(f"{name}_change", 0) < -LOST:
             return f"loses {word}"
-    return comparison.verdict(row)
+    return preference_rate.verdict(row)
 
 
 def advice(rows: Sequence[Row]) -> str:

@@ -82,7 +82,7 @@ class Run:
         """Problems of a `run` section of the config, one line each."""
         problems = too_small("run", cfg, log_every=1)
         if not cfg["folder"].strip():
-            problems.append("'run.folder' is empty; name the folder that receives the run")
+            problems.append("'run.folder' is empty; give the folder for the output of the run")
         packages = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}.get(cfg["tracker"], ())
         if packages and not any(find_spec(package) for package in packages):
             problems.append(
@@ -110,7 +110,7 @@ class Run:
         path, begun = self.folder / "config.yaml", self._begun()
         if begun and not self.resume:
             raise FileExistsError(
-                f"'{self.folder}' already holds a run; continue it with run.resume=true or choose another run.folder"
+                f"'{self.folder}' already contains a run; continue it with run.resume=true or choose another run.folder"
             )
         if begun and path.exists():
             before = read(str(path), self.folder)
@@ -120,8 +120,8 @@ class Run:
             changed = [k for k in changed if k in MAY_NOT_CHANGE or not k.startswith(MAY_CHANGE)]
             if changed:
                 raise ValueError(
-                    f"resuming '{self.folder}' with other settings than it began with: {', '.join(changed)}; "
-                    "set them back or choose another run.folder"
+                    f"resuming '{self.folder}' with changed settings: {', '.join(changed)}; "
+                    "restore them or choose another run.folder"
                 )
         write_whole(path, config.yaml())
 
@@ -136,11 +136,11 @@ class Run:
             fcntl.lockf(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                self.print(f"'{self.folder}' cannot be locked ({error.strerror}): see to it that no second run uses it")
+                self.print(f"'{self.folder}' cannot be locked ({error.strerror}); make sure that no second run uses it")
                 return
             self._held.seek(0)
             raise FileExistsError(
-                f"another run is in '{self.folder}' now ({self._held.read().strip()}); wait until it has ended, or "
+                f"another run is using '{self.folder}' ({self._held.read().strip()}); wait until it ends, or "
                 "choose another run.folder"
             ) from None
         with writing(self.folder / ".lock"):

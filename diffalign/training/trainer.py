@@ -58,14 +58,16 @@ class Trainer:
         self.steps, self.grad_accum, self.max_grad_norm = steps, grad_accum, max_grad_norm
         if algorithm.inner_gradients and run.accelerator.mixed_precision == "fp16":
             raise ValueError(
-                f"{type(algorithm).__name__} takes gradients inside its loss; unscaled, they underflow in float16; "
+                f"{type(algorithm).__name__} computes gradients inside its loss, which underflow in float16; "
                 "set 'run.mixed_precision' to bf16 (or no)"
             )
         self.step = 0  # completed training steps
         self.stop = ""  # reason for an early stop; set by a hook
         self.interrupted = 0  # the signal that ends the run after this step, the same on every rank
         self.micro = 0  # micro-batches consumed by this rank
-        self._signals = Interruption("the run ends after this step; once more to end it at once" if run.main else "")
+        self._signals = Interruption(
+            "the run ends after this step; send the signal once more to end it at once" if run.main else ""
+        )
         for player in players.values():
             player.optimizer = run.accelerator.prepare_optimizer(player.optimizer)
 
@@ -74,7 +76,7 @@ class Trainer:
         """Problems of a `trainer` section of the config, one line each."""
         problems = too_small("trainer", cfg, steps=1, grad_accum=1)
         if not cfg["max_grad_norm"] > 0:
-            problems.append(f"'trainer.max_grad_norm' = {cfg['max_grad_norm']} must be positive; 1e9 clips nothing")
+            problems.append(f"'trainer.max_grad_norm' = {cfg['max_grad_norm']} must be positive; 1e9 disables clipping")
         return problems
 
     def fit(self, loader: Any) -> None:
@@ -157,7 +159,7 @@ class Trainer:
         if not torch.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
-                f"this rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or look at those samples."
+                f"this rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or check these samples."
             )
         values["grad_norm"] = accelerator.clip_grad_norm_(
             trained_parameters(player.module), self.max_grad_norm
@@ -193,7 +195,7 @@ class Trainer:
         world, effective = self.run.accelerator.num_processes, self._effective(loader)
         lines = [
             f"effective batch {effective} = {loader.batch_size} a micro-batch x {self.grad_accum} accumulated x "
-            f"{world} processes; {self.steps} steps see {self.steps * effective} samples of {len(loader.dataset)}"
+            f"{world} processes; {self.steps} steps use {self.steps * effective} samples of {len(loader.dataset)}"
         ]
         for name, player in self.players.items():
             count = sum(p.numel() for p in trained_parameters(player.module))

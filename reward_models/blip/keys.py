@@ -1,8 +1,8 @@
-"""The two layouts of an ImageReward checkpoint, the published and transformers', and the way from each to the other.
+"""Conversion between the published layout of ImageReward checkpoints and that of transformers.
 
-They hold the same numbers under other names; both keep the queries, keys and values of the image tower fused. The
-text tower has the names of BERT in both, and the head (`mlp.*`) is ours. Names that neither layout has are kept as they
-are, and the strict loader reports them.
+The tensors are the same, with different names. Both layouts fuse queries, keys and values of the image tower, and use
+BERT's names in the text tower. The head (`mlp.*`) keeps its name. Unknown names are kept, and the strict loader reports
+them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 UNUSED = ("blip.vision_proj.*", "blip.text_proj.*", "blip.text_encoder.embeddings.position_ids")
-"""What a published file holds and no score depends on: two projections of BLIP's contrastive loss, and a counter."""
+"""Tensors of a published file that do not affect scores: two projections of BLIP's contrastive loss, and a counter."""
 
 _BLOCKS = "blip.visual_encoder.blocks."
 _TOWERS = {
@@ -33,21 +33,22 @@ _PARTS = {
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The published names -> those of BlipVisionModel after `vision.` and of BlipTextModel after `text.`."""
+    """Published names -> `vision.` with the names of BlipVisionModel, and `text.` with those of BlipTextModel."""
     return {_renamed(key, _TOWERS, _PARTS, _BLOCKS): value for key, value in state.items()}
 
 
 def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of transformers' modules -> the published ones: the inverse of `to_transformers`."""
+    """Transformers' names -> published names: the inverse of `to_transformers`."""
     towers, parts = ({new: old for old, new in names.items()} for names in (_TOWERS, _PARTS))
     return {_renamed(key, towers, parts, _TOWERS[_BLOCKS]): value for key, value in state.items()}
 
 
 def body_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The two towers in a checkpoint, with the published names, from any of three layouts.
+    """The two towers of a checkpoint with published names, read from one of three layouts.
 
-    ImageReward's; BLIP's own, which lacks the `blip.`; that of transformers' BlipForImageTextRetrieval, with the towers
-    `vision_model` and `text_encoder`. All else is left out: heads, projections, momentum copies, a text decoder.
+    The layouts are ImageReward's, BLIP's (without the prefix `blip.`), and transformers' BlipForImageTextRetrieval
+    (with the towers `vision_model` and `text_encoder`). Heads, projections, momentum copies and text decoders are left
+    out.
     """
     if any(key.startswith("vision_model.") for key in state):
         starts = {"vision_model.": "vision.", "text_encoder.": "text."}
@@ -62,7 +63,7 @@ def body_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(key: str, towers: Mapping[str, str], parts: Mapping[str, str], blocks: str) -> str:
-    """The name with its start called otherwise and, in a block of the image tower, the part after the number too."""
+    """The name with a new prefix and, in a block of the image tower, a new part after the block number."""
     start = next((x for x in towers if key.startswith(x)), None)
     if start is None:
         return key

@@ -1,4 +1,4 @@
-"""The parts of a BLIP scorer, built from a description of its architecture, and the search for its files."""
+"""Networks and tokenizer of a BLIP scorer, built from an architecture description; search for its files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from reward_models.weights import WEIGHTS, find_file
 SOURCE, FILENAME = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "bert-base-uncased"
 ADDED = ("[DEC]", "[ENC]")
-"""What BLIP adds to BERT's vocabulary, the last two ids. Prompts begin with [CLS] all the same."""
+"""Tokens that BLIP adds to BERT's vocabulary as the last two ids. Prompts still begin with [CLS]."""
 
 IMAGE_REWARD: dict[str, Any] = {
     "vision": {
@@ -49,13 +49,13 @@ IMAGE_REWARD: dict[str, Any] = {
     },
     "context_length": 35,
 }
-"""The architecture of ImageReward, in the words of transformers' BlipVisionConfig and BlipTextConfig."""
+"""Architecture of ImageReward, with the keys of transformers' BlipVisionConfig and BlipTextConfig."""
 
 
 def read_architecture(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping with the keys of IMAGE_REWARD, or the path of a .json file with one, checked.
+    """Checked architecture description: a mapping with the keys of IMAGE_REWARD, or the path of a .json file with one.
 
-    Raises FileNotFoundError, and ValueError that names the keys which are missing or unknown.
+    Raises FileNotFoundError, and ValueError with missing or unknown keys.
     """
     where, described = "architecture", architecture
     if isinstance(architecture, str):
@@ -74,11 +74,11 @@ def read_architecture(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
             )
     if described["context_length"] > described["text"]["max_position_embeddings"]:  # type: ignore[index]
         raise ValueError(f"{where}: 'context_length' must not exceed text 'max_position_embeddings'")
-    return json.loads(json.dumps(described))  # a copy all the way down, of plain dicts
+    return json.loads(json.dumps(described))  # a deep copy of plain dicts
 
 
 def build_towers(vision: Mapping[str, int], text: Mapping[str, int]) -> tuple[BlipVisionModel, BlipTextModel]:
-    """Image tower, and text encoder that attends to it, with random weights."""
+    """Image tower and text encoder with cross-attention to it, with random weights."""
     image_config = BlipVisionConfig(
         **vision,
         hidden_act="gelu",
@@ -100,7 +100,7 @@ def build_towers(vision: Mapping[str, int], text: Mapping[str, int]) -> tuple[Bl
 
 
 def new_head(width: int) -> Head:
-    """A head as ImageReward starts it: weights normal with deviation 1 / (width + 1) in every layer, biases 0."""
+    """A head with ImageReward's initialisation: normal weights with std 1 / (width + 1) in every layer, biases 0."""
     head = Head(width)
     for name, parameter in head.named_parameters():
         if name.endswith("weight"):
@@ -113,7 +113,7 @@ def new_head(width: int) -> Head:
 def find_tokenizer(source: str | PathLike[str], vocabulary: int) -> Any:
     """The BERT tokenizer in a folder or at a hub id, with [DEC] and [ENC] as its last ids.
 
-    Raises ValueError for one that cannot be had, or that has another number of tokens than the model.
+    Raises ValueError if it cannot be loaded or has another vocabulary size than the model.
     """
     bare = (Path(source) / "vocab.txt").is_file() and not has_tokenizer(source)
     if not Path(source).is_dir():
@@ -122,15 +122,15 @@ def find_tokenizer(source: str | PathLike[str], vocabulary: int) -> Any:
         tokenizer = (BertTokenizerFast if bare else AutoTokenizer).from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"no tokenizer can be had from '{source}' ({first_line(error)}); without network, "
+            f"no tokenizer can be loaded from '{source}' ({first_line(error)}); without network, "
             "give tokenizer=FOLDER, which holds vocab.txt or tokenizer.json of bert-base-uncased"
         ) from error
     tokenizer.add_tokens(list(ADDED), special_tokens=True)
     last = tokenizer.convert_tokens_to_ids(list(ADDED))
     if last != [vocabulary - 2, vocabulary - 1]:
         raise ValueError(
-            f"the tokenizer '{source}' gives {' and '.join(ADDED)} the ids {last}, the model has {vocabulary} tokens, "
-            "of which they are the last two: it is the tokenizer of another model"
+            f"the tokenizer '{source}' has the ids {last} for {' and '.join(ADDED)}, but the model needs the last two "
+            f"of its {vocabulary} ids; it belongs to another model"
         )
     if tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer '{source}' has no padding token")
@@ -151,7 +151,7 @@ def find_weights(source: str) -> Path:
 
 
 def to_grid(positions: Tensor, tokens: int) -> Tensor:
-    """Position embeddings [1, 1 + n^2, D] for another number of tokens 1 + m^2: bicubic between the patches."""
+    """Position embeddings [1, 1 + n^2, D] -> [1, 1 + m^2, D], interpolated bicubically between patches."""
     if positions.shape[1] == tokens:
         return positions
     old, new = (round((x - 1) ** 0.5) for x in (positions.shape[1], tokens))

@@ -1,4 +1,4 @@
-"""Scorers in which a text encoder reads the prompt and attends to the image: ImageReward, VP-Score, those you train.
+"""BLIP scorers, with a text encoder that cross-attends to the image: ImageReward, VP-Score and trained ones.
 
 ImageReward: Xu et al., "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation" (2023).
 VP-Score: Wu et al., "Multimodal Large Language Models Make Text-to-Image Generative Models Align Better" (2024), the
@@ -6,9 +6,9 @@ same network trained on ratings of four aspects.
 
     reward_k = head_k(BERT(ids; ViT(image))[CLS])     score = sum_k w_k (reward_k - mean_k) / std_k / sum_k w_k
 
-Differs from the released code of ImageReward, in training only: no stochastic depth in the image tower. Of VP-Score no
-code and no weights are published, and its paper's details could not be checked: that each aspect has a head of its own,
-and how they make one score, is ours.
+Difference from the released code of ImageReward, in training only: no stochastic depth in the image tower. VP-Score has
+no published code or weights, so its details could not be checked. One head per aspect, and the combination of the heads
+into one score, are choices of this implementation.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from reward_models.protocol import check_images
 from reward_models.weights import CONFIG, WEIGHTS, load_strict, read_config, read_state, save_state, write_config
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Of the rewards on ImageReward's test set, as its authors subtract and divide."""
+"""Mean and standard deviation of the rewards on ImageReward's test set, from the authors' code."""
 ASPECTS = ("prompt_following", "aesthetic", "fidelity", "harmlessness")
-"""Those of VisionPrefer."""
+"""Aspects of VisionPrefer."""
 
 IMAGE_REWARD_TRAINS = (
     r"vision\.encoder\.layers\.16\.(?!layer_norm1\.weight).*",
@@ -55,25 +55,25 @@ IMAGE_REWARD_TRAINS = (
     r"text\.encoder\.layer\.(9|1[01])\..*",
     r"mlp\..*",
 )
-"""The weights that ImageReward's released script trains (`fix_rate` 0.7): 140,488,929. It freezes the first tensor of
-the first block that trains too."""
+"""Weights that ImageReward's released script trains (`fix_rate` 0.7): 140,488,929. The script also freezes the first
+tensor of the first trained block."""
 
 
 class BLIPScorer(NetworkScorer):
     """BLIP's image tower, a BERT that attends to it in every layer, and an affine head for each aspect.
 
-    Weights are random unless given and all require gradients. What `save` wrote, `load_scorer(folder)` reads. Only the
-    token ids of a prompt are independent of the image, so nothing is cached.
+    Without `weights` or `body`, weights are random; all require gradients. `load_scorer(folder)` reads what `save`
+    wrote. Only the token ids of a prompt are independent of the image, so nothing is cached.
 
     architecture  a mapping with the keys of IMAGE_REWARD, or the path of a .json file with one
-    rule          how images are prepared; by default Pillow's resize of the shorter side and a crop of the centre
+    rule          preprocessing of images; default: Pillow's resize of the shorter side and a centre crop
 
     Args:
-        weights: file in ImageReward's layout, a folder or a hub id that holds it; none: random
-        body: as weights, but without the heads, which stay random; BLIP's and transformers' layouts are read too
-        tokenizer: folder or hub id of a BERT tokenizer; [DEC] and [ENC] are added if it lacks them
-        aspects: names of the aspects, a head each; none: one head, as ImageReward
-        aspect_weights: of the aspects in the score; none: equal
+        weights: file in ImageReward's layout, or a folder or hub id with it; default: random weights
+        body: as weights, without heads, which stay random; BLIP's and transformers' layouts are also read
+        tokenizer: folder or hub id of a BERT tokenizer; [DEC] and [ENC] are added if missing
+        aspects: names of the aspects, one head each; default: one head, as ImageReward
+        aspect_weights: weights of the aspects in the score; default: equal
     """
 
     mean: Tensor
@@ -110,9 +110,9 @@ class BLIPScorer(NetworkScorer):
             self._load_body(files[1])
 
     def set_statistics(self, mean: float | Sequence[float] | Tensor, std: float | Sequence[float] | Tensor) -> None:
-        """Mean and deviation of the rewards on some set, one or [A]: from now on scores are standardised by them.
+        """Set the mean and standard deviation of the rewards, one number or [A], that standardise scores.
 
-        Raises ValueError unless they are finite and the deviation is above 0.
+        Raises ValueError unless they are finite and std > 0.
         """
         given = [torch.as_tensor(x, dtype=torch.float32).to(self.mean.device) for x in (mean, std)]
         good = all(x.shape in ((), self.mean.shape) and x.isfinite().all() for x in given)
@@ -125,13 +125,13 @@ class BLIPScorer(NetworkScorer):
 
     @property
     def choice_temperature(self) -> float | None:
-        """Rewards are trained as logits of a choice (ImageReward's loss), so scores divided by the deviation s of their
-        head are with temperature 1 / s. None where several aspects are mixed: the sum is no logit of any choice."""
+        """1 / s for one aspect with standard deviation s, whose reward is a choice logit (ImageReward's loss).
+        None for several aspects, because their sum is not the logit of a choice."""
         used = [std for std, weight in zip(self.std.tolist(), self.aspect_weights, strict=True) if weight]
         return 1 / used[0] if len(used) == 1 else None
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> rewards float32, [B], or [B, A] with A aspects; not standardised."""
+        """Preprocessed images and B prompts -> rewards float32, [B], or [B, A] with A aspects; not standardised."""
         image = self.vision(as_input(self.vision, pixels)).last_hidden_state
         ids, mask = (x.to(image.device) for x in self.tokenize(prompts))
         # is_decoder=False disables the causal mask: the text is encoded, not generated
@@ -143,14 +143,14 @@ class BLIPScorer(NetworkScorer):
             return self.mlp(features)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> float32 [B]: the weighted mean of the standardised rewards."""
+        """Preprocessed images and B prompts -> float32 [B]: the weighted mean of the standardised rewards."""
         rewards = self._standardised(pixels, prompts)
         weights = rewards.new_tensor(self.aspect_weights)
         return (rewards * (weights / weights.sum())).sum(-1)
 
     def score_aspects(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """[B, 3, H, W] float in [0, 1] and B prompts -> the standardised reward float32 [B] of each aspect; of a scorer
-        without aspects that of `overall`. Raises ValueError for other images."""
+        """[B, 3, H, W] float in [0, 1] and B prompts -> the standardised reward float32 [B] of each aspect, or of
+        `overall` for a scorer without aspects. Raises ValueError for other images."""
         check_images(images, prompts)
         rewards = self._standardised(self.preprocess(images), prompts)
         return dict(zip(self.aspects or ("overall",), rewards.unbind(-1), strict=True))
@@ -159,29 +159,29 @@ class BLIPScorer(NetworkScorer):
         return (self(pixels, prompts).reshape(len(pixels), -1) - self.mean.float()) / self.std.float()
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """B prompts -> token ids and mask, int64 [B, context_length]; what is longer is cut."""
+        """B prompts -> token ids and mask, int64 [B, context_length]; longer prompts are truncated."""
         length = self.architecture["context_length"]
         tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length)
         return torch.tensor(tokens["input_ids"]), torch.tensor(tokens["attention_mask"])
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """Token limit of prompts, and the number of tokens of each prompt."""
         ids = self.tokenizer(list(prompts), verbose=False)["input_ids"] if prompts else []
         return self.architecture["context_length"], [len(x) for x in ids]
 
     def cast(self, dtype: torch.dtype) -> BLIPScorer:
-        """Hold the towers in another floating type. The heads stay float32."""
+        """Convert the towers to another dtype. The heads stay float32."""
         self.vision.to(dtype)
         self.text.to(dtype)
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """Compile the image tower, which takes the time."""
+        """Compile the image tower, the slowest part."""
         self.vision.compile(*args, **settings)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write a scorer folder, which `load_scorer(folder)` reads. Its weights have ImageReward's names, but for the
-        heads of aspects, which are `mlp.<aspect>.layers.*`."""
+        """Write a scorer folder for `load_scorer(folder)`. Weights have ImageReward's names, except heads of aspects:
+        `mlp.<aspect>.layers.*`."""
         save_state(_Published(self).state_dict(), Path(folder) / WEIGHTS, {"family": "blip"})
         self.tokenizer.save_pretrained(folder)
         weights = list(self.aspect_weights) if self.aspects else None
@@ -191,7 +191,7 @@ class BLIPScorer(NetworkScorer):
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str], config: Mapping[str, Any]) -> BLIPScorer:
-        """Read what `save` wrote; config is what reward_config.json says."""
+        """Load a folder of `save`; config is the content of reward_config.json."""
         scorer = cls(
             config["architecture"],
             read_rule(config["rule"]),
@@ -205,7 +205,7 @@ class BLIPScorer(NetworkScorer):
         return scorer
 
     def _load_body(self, path: Path) -> None:
-        """Read the two towers; position embeddings of another grid are interpolated, as BLIP does."""
+        """Load the two towers; position embeddings of another grid are interpolated, as in BLIP."""
         ours, name = _Published(self), "blip.visual_encoder.pos_embed"
         state, wanted = body_of(read_state(path)), ours.state_dict()
         if name in state and state[name].ndim == 3:
@@ -215,11 +215,11 @@ class BLIPScorer(NetworkScorer):
 
 
 class _Published(nn.Module):
-    """A scorer whose tensors have the published names, for errors in the words of the file."""
+    """A scorer with published tensor names, so that errors show the names of the file."""
 
     def __init__(self, scorer: BLIPScorer):
         super().__init__()
-        self.scorer = [scorer]  # in a list, so that it is no submodule
+        self.scorer = [scorer]  # in a list, so that it does not become a submodule
 
     def state_dict(self, *args: Any, **settings: Any) -> Any:
         return to_published(self.scorer[0].state_dict())
@@ -229,11 +229,12 @@ class _Published(nn.Module):
 
 
 def image_reward(*, weights: str = SOURCE, tokenizer: str | None = None, architecture: str | None = None) -> BLIPScorer:
-    """ImageReward (Xu et al., 2023), standardised by its authors' constants: 98 % of their images lie in -2 to 2.
+    """ImageReward (Xu et al., 2023), standardised with its authors' constants: 98 % of their images score between -2
+    and 2.
 
     weights       file, folder or hub id
-    tokenizer     folder or hub id; none: that of the folder of the weights if it has one, else bert-base-uncased
-    architecture  path of a .json file with the keys of IMAGE_REWARD; none: the published one
+    tokenizer     folder or hub id; default: the tokenizer in the folder of the weights, else bert-base-uncased
+    architecture  path of a .json file with the keys of IMAGE_REWARD; default: the published architecture
     """
     return _published(weights, tokenizer, architecture, MEAN, STD)
 
@@ -246,19 +247,21 @@ def vp_score(
     mean: float | None = None,
     std: float | None = None,
 ) -> BLIPScorer:
-    """VP-Score (Wu et al., 2024): ImageReward's network with weights of your own; none are published.
+    """VP-Score (Wu et al., 2024): ImageReward's network with your own weights, since none are published.
 
-    weights       scorer folder, which training writes, with its own aspects, tokenizer, architecture and statistics; or
-                  a file with one head in ImageReward's layout, a folder or hub id that holds it
-    tokenizer     as of `image_reward`; for the latter
-    architecture  likewise
-    mean, std     of the rewards that are to become 0 and 1; likewise. None: rewards as they are
+    weights       scorer folder written by training, with its aspects, tokenizer, architecture and statistics; or a file
+                  with one head in ImageReward's layout, or a folder or hub id with it
+    tokenizer     see `image_reward`; not for a scorer folder
+    architecture  see `image_reward`; not for a scorer folder
+    mean, std     statistics that standardise rewards; not for a scorer folder. Default: raw rewards
     """
     given = {"tokenizer": tokenizer, "architecture": architecture, "mean": mean, "std": std}
     if (Path(weights) / CONFIG).is_file():
         extra = [key for key, value in given.items() if value is not None]
         if extra:
-            raise ValueError(f"vp_score: '{weights}' is a scorer folder: its {CONFIG} says {extra[0]}; leave it out")
+            raise ValueError(
+                f"vp_score: '{weights}' is a scorer folder: its {CONFIG} already sets {extra[0]}; leave it out"
+            )
         return BLIPScorer.from_folder(weights, read_config(weights)).eval().requires_grad_(False)
     if (mean is None) != (std is None):
         raise ValueError(f"vp_score needs both mean and std of the rewards, or neither; got {mean} and {std}")
@@ -278,11 +281,11 @@ def _published(
 
 
 def _checked_weights(aspects: tuple[str, ...], weights: Sequence[float] | None) -> tuple[float, ...]:
-    """A weight for each head, equal ones by default. Raises ValueError."""
+    """One weight per head, equal by default. Raises ValueError."""
     if len(set(aspects)) != len(aspects) or not all(x.isidentifier() and x != "layers" for x in aspects):
-        raise ValueError(f"aspects must be different names of letters, digits and _; got {', '.join(aspects)}")
+        raise ValueError(f"aspects must be distinct names of letters, digits and _; got {', '.join(aspects)}")
     count = max(len(aspects), 1)
     values = tuple(float(x) for x in weights) if weights is not None else (1.0,) * count
     if len(values) != count or min(values) < 0 or sum(values) <= 0:
-        raise ValueError(f"aspect_weights must be {count} numbers from 0, not all 0; got {list(values)}")
+        raise ValueError(f"aspect_weights must be {count} numbers of 0 or more, not all 0; got {list(values)}")
     return values

@@ -1,1 +1,1 @@
-"""CLIP scorers: CLIPScore, HPSv2, PickScore, Social Reward, and the aesthetic predictor on CLIP's features."""
+"""CLIP scorers: CLIPScore, HPSv2, PickScore, Social Reward, and the aesthetic predictor on CLIP features."""

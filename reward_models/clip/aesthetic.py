@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictor: how much people like an image, whatever its prompt."""
+"""LAION's aesthetic predictor: how much people like an image, independent of its prompt."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, find_file, load_strict, read_state, save_state, write_config
 
 SOURCE, FILENAME = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
-"""A copy on the hub of ORIGINAL, the file that its author keeps on GitHub."""
+"""Copy on the hub of ORIGINAL, the author's file on GitHub."""
 ORIGINAL = "sac+logos+ava1-l14-linearMSE.pth"
 SIZES, DROPOUT = (1024, 128, 64, 16, 1), {1: 0.2, 3: 0.2, 5: 0.1}
 
 
 class Head(nn.Module):
-    """Unit image vectors [B, D] -> points [B]. Linear layers with nothing between them but dropout: one affine map."""
+    """Unit image vectors [B, D] -> points [B]. Linear layers with only dropout between them, so one affine map."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -40,16 +40,16 @@ class Head(nn.Module):
 
 
 class AestheticPredictor(NetworkScorer):
-    """A head on the image tower of a CLIP model, "sac+logos+ava1" on OpenAI's ViT-L/14: about 1 to 10 points.
+    """Aesthetic predictor "sac+logos+ava1": a head on the image tower of OpenAI's CLIP ViT-L/14; about 1 to 10 points.
 
-    Schuhmann, "CLIP+MLP Aesthetic Score Predictor" (2022). Prompts are not read. Weights are random unless loaded. The
-    text tower is discarded.
+    Schuhmann, "CLIP+MLP Aesthetic Score Predictor" (2022). Prompts are ignored and the text tower
+    is discarded. Weights are random unless loaded.
 
     architecture  open_clip's name of the CLIP model, a .json file or a mapping
 
     Args:
-        weights: file of the head, a folder or hub id that holds it; none: random
-        clip: weights of the CLIP model: open_clip's tag, a file, a folder or a hub id; none: random
+        weights: file of the head, or a folder or hub id with it; default: random
+        clip: weights of the CLIP model: open_clip's tag, a file, a folder or a hub id; default: random
     """
 
     unit = "points 1 to 10"
@@ -69,25 +69,25 @@ class AestheticPredictor(NetworkScorer):
             load_strict(self.head, read_state(head), where=head)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made -> float32 [B]. The prompts are not read."""
+        """Preprocessed images -> float32 [B]. The prompts are ignored."""
         features = self.visual(as_input(self.visual, pixels)).float()
         return self.head(F.normalize(features, dim=-1))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The same."""
+        """The same as `score_pixels`."""
         return self.score_pixels(pixels, prompts)
 
     def cast(self, dtype: torch.dtype) -> AestheticPredictor:
-        """Hold the image tower in another floating type. The head stays float32."""
+        """Convert the image tower to another dtype. The head stays float32."""
         self.visual.to(dtype)
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """Compile the image tower, which takes the time."""
+        """Compile the image tower, the slowest part."""
         self.visual.compile(*args, **settings)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write a scorer folder, which `load_scorer(folder)` reads."""
+        """Write a scorer folder for `load_scorer(folder)`."""
         save_state(self.state_dict(), Path(folder) / WEIGHTS, {"family": "aesthetic"})
         rule = asdict(self.rule)
         write_config(
@@ -96,7 +96,7 @@ class AestheticPredictor(NetworkScorer):
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str], config: Mapping[str, Any]) -> AestheticPredictor:
-        """Read what `save` wrote; config is what reward_config.json says."""
+        """Load a folder of `save`; config is the content of reward_config.json."""
         scorer, path = cls(config["architecture"]), Path(folder) / WEIGHTS
         scorer.rule = read_rule(config["rule"])
         load_strict(scorer, read_state(path), where=path)

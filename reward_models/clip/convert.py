@@ -1,4 +1,4 @@
-"""A published checkpoint as safetensors, on request with the names of the other library."""
+"""Conversion of checkpoints to safetensors, optionally to the tensor names of open_clip or transformers."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ Layout = Literal["safetensors", "hf", "open_clip"]
 def convert(source: str | PathLike[str], out: str | PathLike[str], to: Layout = "safetensors") -> Path:
     """Write the tensors of a .pt, .pth, .bin or .safetensors file as safetensors; returns the path.
 
-    to  safetensors keeps names, shapes and dtypes, of any model; `hf` gives a CLIP model the names of transformers'
-        CLIPModel, `open_clip` those of open_clip
+    to  safetensors keeps names, shapes and dtypes of any model; `hf` converts a CLIP model to the names of
+        transformers' CLIPModel, `open_clip` to those of open_clip
 
-    Nothing in the file is executed, and all of the new file appears or none of it. Raises ValueError for damaged files,
-    models that are no CLIP, and an `out` that exists.
+    No code in the file is executed, and the new file is written atomically. Raises ValueError for damaged files, for
+    models other than CLIP, and for an existing `out`.
     """
     source, out = Path(source), Path(out)
     if to not in get_args(Layout):
-        raise ValueError(f"convert writes {', '.join(get_args(Layout))}; got '{to}'")
+        raise ValueError(f"the layout must be one of {', '.join(get_args(Layout))}; got '{to}'")
     if not source.is_file():
-        raise FileNotFoundError(f"'{source}' does not exist, or is no file")
+        raise FileNotFoundError(f"'{source}' does not exist or is not a file")
     if out.suffix != ".safetensors":
-        raise ValueError(f"the file to write must end in .safetensors; got '{out}'")
+        raise ValueError(f"the output file must end in .safetensors; got '{out}'")
     if out.exists():
         raise ValueError(f"'{out}' exists; delete it or choose another name")
     state = read_state(source)
     if to != "safetensors":
         transformers = is_transformers(state)
         if not transformers and not {"visual.proj", "token_embedding.weight", "text_projection"} <= state.keys():
-            raise ValueError(f"'{source}' is no CLIP checkpoint of open_clip or transformers, so '{to}' cannot be had")
+            raise ValueError(
+                f"'{source}' is not a CLIP checkpoint of open_clip or transformers, so it cannot be converted to '{to}'"
+            )
         if transformers and to == "open_clip":
             state = to_open_clip(state)
         elif not transformers and to == "hf":
             state = to_transformers(state)
-    save_state(state, out, {"format": "pt"})  # without which transformers refuses the file
+    save_state(state, out, {"format": "pt"})  # transformers requires it
     return out

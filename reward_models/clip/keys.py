@@ -1,9 +1,9 @@
-"""The two layouts of a CLIP checkpoint, open_clip's and transformers', and the way from each to the other.
+"""Conversion of CLIP checkpoints between the layouts of open_clip and transformers.
 
-They hold the same numbers. transformers splits the fused projection of queries, keys and values in three and stores the
-two last projections as `nn.Linear` does, transposed. Neither says which activation it was trained with: the models of
-OpenAI, and those tuned from them, need open_clip's `quick_gelu` (transformers' `hidden_act="quick_gelu"`), LAION's the
-exact GELU.
+The weights are the same. transformers splits the fused projection of queries, keys and values into three, and stores
+the two last projections transposed, as `nn.Linear` does. The activation is in neither layout: OpenAI's models, and
+models fine-tuned from them, need open_clip's `quick_gelu` (transformers' `hidden_act="quick_gelu"`); LAION's models
+need exact GELU.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ _DROPPED = ("text_model.embeddings.position_ids", "vision_model.embeddings.posit
 
 
 def is_transformers(state: Mapping[str, Tensor]) -> bool:
-    """Whether the names are those of transformers' CLIPModel."""
+    """Whether a state dict has the names of transformers' CLIPModel."""
     return any(key.startswith(("text_model.", "vision_model.")) for key in state)
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of transformers' CLIPModel with the names and shapes of open_clip's CLIP.
 
-    Names that a CLIPModel does not have are kept, for the strict loader to complain of. Raises ValueError if of a
-    layer's query, key and value some are missing.
+    Other names are kept, so that the strict loader reports them. Raises ValueError if a layer lacks its query, key or
+    value.
     """
     out: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -69,7 +69,7 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             three = [_QKV.sub(f".self_attn.{x}_proj.", key) for x in "qkv"]
             missing = [x for x in three if x not in state]
             if missing:
-                raise ValueError(f"'{missing[0]}' is missing, though '{key}' is there")
+                raise ValueError(f"'{missing[0]}' is missing, although '{key}' exists")
             if attention[1] == "q":
                 name = _QKV.sub(".attn.in_proj_", key)
                 out[_renamed(name, _TOWERS, {})] = torch.cat([state[x] for x in three])
@@ -92,7 +92,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(key: str, towers: Mapping[str, str], parts: Mapping[str, str]) -> str:
-    """The name of a layer's tensor, with the tower at its start and the part within it called otherwise."""
+    """The name of a layer's tensor with a new tower prefix and a new name within the layer."""
     tower = next((x for x in towers if key.startswith(x)), None)
     if tower is None:
         return key

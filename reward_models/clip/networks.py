@@ -20,10 +20,10 @@ _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 
 
 def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The description of an architecture, as open_clip's model configs have it.
+    """The architecture description in the format of open_clip's model configs.
 
-    architecture is such a description, the path of a .json file with one (bare, or under `model_cfg` as in
-    open_clip_config.json), or a name that open_clip knows. Raises ValueError or FileNotFoundError.
+    architecture is a description, the path of a .json file with one (at the top level, or under `model_cfg` as in
+    open_clip_config.json), or the name of an open_clip model. Raises ValueError or FileNotFoundError.
     """
     config: Any
     if isinstance(architecture, Mapping):
@@ -40,18 +40,18 @@ def clip_config(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise ValueError(f"architecture '{architecture}' lacks {', '.join(missing)}")
     if config.get("custom_text") or config["text_cfg"].get("hf_model_name") or "multimodal_cfg" in config:
-        raise ValueError(f"architecture '{architecture}' is no plain CLIP; the scorer `clip` takes it as its model")
+        raise ValueError(f"architecture '{architecture}' is not a plain CLIP; the scorer `clip` supports it as `model`")
     return config
 
 
 def check_model_name(name: str) -> None:
-    """Raise ValueError, with the nearest known name, unless open_clip knows the model."""
+    """Raise ValueError, with the nearest known name, if open_clip does not have the model."""
     if open_clip.get_model_config(name) is None:
-        raise ValueError(f"open_clip knows no model '{name}'{nearest(name, open_clip.list_models())}")
+        raise ValueError(f"open_clip has no model '{name}'{nearest(name, open_clip.list_models())}")
 
 
 def build_clip(config: Mapping[str, Any]) -> Any:
-    """The network of a description, with random weights. Raises ValueError for settings that open_clip lacks."""
+    """The network of a description, with random weights. Raises ValueError for unsupported settings."""
     try:
         return open_clip.CLIP(**{key: value for key, value in config.items() if key != "custom_text"})
     except TypeError as error:
@@ -59,7 +59,7 @@ def build_clip(config: Mapping[str, Any]) -> Any:
 
 
 def image_size(network: Any) -> int:
-    """The side of the square images a network takes."""
+    """The input size of a network, pixels. Raises ValueError if it is not square."""
     size = network.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size
     if height != width:
@@ -68,9 +68,9 @@ def image_size(network: Any) -> int:
 
 
 def find_weights(architecture: str | Mapping[str, Any], source: str, filename: str | None) -> Path:
-    """The file of weights: open_clip's tag for the architecture; else a file, a folder or a hub id, see `find_file`.
+    """The weight file of open_clip's tag for the architecture, or of a file, folder or hub id (see `find_file`).
 
-    In a local folder without the file of that name, `model.safetensors`, as `reward-score convert` writes it.
+    In a local folder without that file, `model.safetensors` is used, which `reward-score convert` writes.
     """
     if isinstance(architecture, str) and source in open_clip.list_pretrained_tags_by_model(architecture):
         try:
@@ -92,5 +92,5 @@ def load_clip(network: nn.Module, path: str | PathLike[str]) -> None:
         try:
             state = to_open_clip(state)
         except ValueError as error:
-            raise ValueError(f"the tensors in '{path}' are not those of the model: {error}") from error
+            raise ValueError(f"the tensors in '{path}' do not match the model: {error}") from error
     load_strict(network, state, where=path, ignore=_OPENAI_EXTRAS)

@@ -1,4 +1,4 @@
-"""The published scorers of the CLIP family. A new one is a row and a function with its settings."""
+"""The published scorers of the CLIP family. To add one, add a row and a function with its settings."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from reward_models.preprocess import ImageRule
 
 @dataclass(frozen=True)
 class Published:
-    """The settings of a published scorer that reproduce its authors' scores.
+    """Settings of a published scorer that reproduce its authors' scores.
 
     source        hub id of its weights
-    filename      their file
-    architecture  open_clip's name; `-quickgelu` for those that descend from OpenAI's
-    unit          what the authors' code prints
-    rule          how images are prepared, but for the size
-    own_tokenizer whether prompts go through transformers' tokenizer, which does not repair or unescape them
+    filename      file of the weights
+    architecture  open_clip's name; `-quickgelu` for models fine-tuned from OpenAI's
+    unit          unit of the authors' code
+    rule          preprocessing of images, without the size
+    own_tokenizer whether to use transformers' tokenizer, which does not clean up or unescape prompts
     """
 
     source: str
@@ -40,7 +40,7 @@ HPS_V2_1 = Published("xswu/HPSv2", "HPS_v2.1_compressed.pt", "ViT-H-14", "raw", 
 PICKSCORE = Published(
     "yuvalkirstain/PickScore_v1", "model.safetensors", "ViT-H-14", "logit", {"crop": "transformers"}, own_tokenizer=True
 )
-SOCIAL_REWARD = Published("", "", "ViT-L-14-quickgelu", "raw")  # its authors mention a checkpoint, but no download
+SOCIAL_REWARD = Published("", "", "ViT-L-14-quickgelu", "raw")  # the authors mention a checkpoint, but give no download
 
 
 def hps_v2(
@@ -50,12 +50,12 @@ def hps_v2(
     unit: Unit = HPS_V2.unit,
     antialias: bool = True,
 ) -> CLIPScorer:
-    """HPSv2 (Wu et al., "Human Preference Score v2", 2023), by default the bare cosine, as `hpsv2.score` gives it.
+    """HPSv2 (Wu et al., "Human Preference Score v2", 2023), by default the raw cosine, as `hpsv2.score`.
 
     weights       file, folder or hub id
     architecture  open_clip's name, or a .json file
     unit          raw, as `hpsv2.score`; x100, as the HPS benchmark; logit
-    antialias     of the resize; false is what the authors' code does with torchvision before 0.17
+    antialias     antialiasing of the resize; false as the authors' code with torchvision before 0.17
     """
     return _build(_hps_resize(HPS_V2, antialias), weights, architecture, unit)
 
@@ -77,10 +77,11 @@ def pickscore(
     architecture: str = PICKSCORE.architecture,
     unit: Unit = PICKSCORE.unit,
 ) -> CLIPScorer:
-    """PickScore (Kirstain et al., "Pick-a-Pic", 2023): exp(logit_scale) * cosine, whose softmax over the images of a
-    prompt are their chances to win.
+    """PickScore (Kirstain et al., "Pick-a-Pic", 2023): exp(logit_scale) * cosine.
 
-    weights       file, folder (of transformers; its tokenizer is used if it has one) or hub id
+    The softmax over the images of a prompt gives the probabilities that each is preferred.
+
+    weights       file, transformers folder (with its tokenizer, if present) or hub id
     architecture  open_clip's name, or a .json file
     unit          logit, as the authors' code; raw; x100
     """
@@ -92,7 +93,7 @@ def social_reward(
 ) -> CLIPScorer:
     """Social Reward (Isajanyan et al., "Social Reward", 2024): the cosine of a tuned CLIP ViT-L/14 of OpenAI.
 
-    weights       file with the bare state dict, in OpenAI's names; nowhere on the hub
+    weights       file with the state dict, with OpenAI's names; not available on the hub
     architecture  open_clip's name, or a .json file
     unit          raw, as the authors' code; x100; logit
     """
@@ -104,11 +105,11 @@ def social_reward(
 def aesthetic(
     *, weights: str = SOURCE, clip: str = "openai", architecture: str = "ViT-L-14-quickgelu"
 ) -> AestheticPredictor:
-    """LAION's aesthetic predictor "sac+logos+ava1" on OpenAI's CLIP ViT-L/14; prompts are not read.
+    """LAION's aesthetic predictor "sac+logos+ava1" on OpenAI's CLIP ViT-L/14; prompts are ignored.
 
-    weights       of the head: file, folder or hub id
-    clip          of the CLIP model: open_clip's tag, file, folder or hub id
-    architecture  of the CLIP model: open_clip's name, or a .json file
+    weights       weights of the head: file, folder or hub id
+    clip          weights of the CLIP model: open_clip's tag, file, folder or hub id
+    architecture  architecture of the CLIP model: open_clip's name, or a .json file
     """
     return AestheticPredictor(architecture, weights=weights, clip=clip).eval().requires_grad_(False)
 
@@ -119,7 +120,7 @@ def _hps_resize(row: Published, antialias: bool) -> Published:
 
 
 def _build(row: Published, weights: str, architecture: str, unit: Unit) -> CLIPScorer:
-    """The scorer of a row, frozen."""
+    """The frozen scorer of a row."""
     config = clip_config(architecture)
     rule = ImageRule(config["vision_cfg"].get("image_size", 224), **row.rule)
     scorer = CLIPScorer(architecture, rule, weights=weights, filename=row.filename or None, unit=unit)

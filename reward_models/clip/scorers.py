@@ -1,4 +1,4 @@
-"""Scorers that compare image and text features of a CLIP model: the published ones, and those you train."""
+"""Scorers from the cosine of CLIP image and text features: published and trained ones."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, save_state, write_config
 
 TEXT_CHUNK = 8
-"""Prompts that go through the text tower at once. Always as many, the last ones padded: the shape of a batch decides
-the last bits of its features, and those of a prompt must not depend on which others were cached before it."""
+"""Batch size of the text tower; smaller batches are padded. The batch shape changes the last bits of features, and the
+features of a prompt must not depend on which prompts are already cached."""
 CACHED_PROMPTS = 20_000
 
 Unit = Literal["raw", "x100", "logit"]
-"""`raw` is the cosine of image and prompt, `x100` a hundred times that, `logit` exp(logit_scale) times."""
+"""`raw`: cosine of image and prompt; `x100`: 100 * cosine; `logit`: exp(logit_scale) * cosine."""
 
 
 class CLIPFeatures(NetworkScorer):
-    """Base class of CLIP scorers: unit vectors of images and of prompts, the latter cached.
+    """Base class of CLIP scorers: unit vectors of images and of prompts. Those of prompts are cached.
 
-    prefix  put before every prompt
+    prefix  text before every prompt
     """
 
     prefix: str = ""
@@ -51,14 +51,14 @@ class CLIPFeatures(NetworkScorer):
         """Cosines float32 [B] -> scores [B] in the unit of the scorer."""
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> float32 [B]. No gradient to the text tower."""
+        """Preprocessed images and B prompts -> float32 [B]. No gradient to the text tower."""
         text = self.encode_text([self.prefix + prompt for prompt in prompts])
         return self.scaled((self.image_features(pixels) * text).sum(-1))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> float32 [B], exp(logit_scale) * cosine, to be trained on.
+        """Logits exp(logit_scale) * cosine for training, float32 [B], of preprocessed images and B prompts.
 
-        Gradients reach every weight that requires one; nothing is kept. Prompts that repeat are encoded once.
+        Gradients reach every weight that requires one. Nothing is cached; repeated prompts are encoded once.
         """
         text = self.text_features([self.prefix + prompt for prompt in prompts])
         return self.logit_scale() * (self.image_features(pixels) * text).sum(-1)
@@ -68,11 +68,11 @@ class CLIPFeatures(NetworkScorer):
         return self.clip.logit_scale.float().exp().squeeze()
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """What `preprocess` made -> unit vectors float32 [B, D]."""
+        """Preprocessed images -> unit vectors float32 [B, D]."""
         return F.normalize(self.clip.encode_image(as_input(self.clip, pixels)).float(), dim=-1)
 
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """B texts, cut to the model's context -> unit vectors float32 [B, D], with gradient; each distinct one once."""
+        """B texts, truncated -> unit vectors float32 [B, D], with gradients. Repeated texts are encoded once."""
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
         features = self._encode(distinct)
@@ -81,7 +81,7 @@ class CLIPFeatures(NetworkScorer):
     @torch.inference_mode(False)  # features cached in inference mode could not be used for gradients later
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """As `text_features`, without gradient and kept for the next call; but not while the network trains."""
+        """As `text_features`, without gradients, and cached unless the network is in training mode."""
         if self.training:
             return self.text_features(texts)
         if len(self._features) > CACHED_PROMPTS:
@@ -94,7 +94,7 @@ class CLIPFeatures(NetworkScorer):
         return torch.stack([self._features[text] for text in texts])
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """Token limit of prompts, and the number of tokens of each prompt."""
         return token_counts(self.tokenize, [self.prefix + prompt for prompt in prompts])
 
     def _encode(self, texts: list[str]) -> Tensor:
@@ -106,31 +106,31 @@ class CLIPFeatures(NetworkScorer):
         self._features.clear()
 
     def cast(self, dtype: torch.dtype) -> CLIPFeatures:
-        """Hold the towers in another floating type. logit_scale stays: in bfloat16 its exponential is off by 1 %."""
+        """Convert the towers to another dtype. logit_scale stays float32: in bfloat16 its exponential is off by 1 %."""
         scale = self.clip.logit_scale.data.float()
         self.to(dtype)
         self.clip.logit_scale.data = scale
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:
-        """Compile the image tower, which takes the time."""
+        """Compile the image tower, the slowest part."""
         self.clip.visual.compile(*args, **settings)
 
 
 class CLIPScorer(CLIPFeatures):
-    """A CLIP model as a scorer, in open_clip's names: `cos(image, prompt)` in a unit. HPSv2 and PickScore are such.
+    """A CLIP model as a scorer, cos(image, prompt) in a unit; HPSv2 and PickScore are of this kind.
 
-    Made to be trained too: weights are random unless given, all require gradients, and `forward` gives the logits.
-    What `save` wrote, `load_scorer(folder)` reads. choice_temperature is 1 in the unit logit, for the scorers of this
-    class are trained by the cross-entropy of people's choices on that logit, and None in others.
+    It can be trained: without `weights` the weights are random, all require gradients, and `forward` returns logits.
+    Tensors have open_clip's names. `load_scorer(folder)` reads what `save` wrote. choice_temperature is 1 in the unit
+    logit, because training minimises the cross-entropy of people's choices on that logit; None in other units.
 
     architecture  open_clip's name, a .json file or a mapping; see `clip_config`
-    rule          how images are prepared; by default Pillow's resize of the shorter side and a crop of the centre
+    rule          preprocessing of images; default: Pillow's resize of the shorter side and a centre crop
 
     Args:
-        weights: open_clip's tag for the architecture, a file, a folder or a hub id; none: random
-        filename: the file within a folder or hub id
-        tokenizer: folder of a transformers tokenizer; none: open_clip's
+        weights: open_clip's tag for the architecture, a file, a folder or a hub id; default: random
+        filename: file name within a folder or hub id
+        tokenizer: folder of a transformers tokenizer; default: open_clip's
         unit: unit of the scores
     """
 
@@ -161,8 +161,8 @@ class CLIPScorer(CLIPFeatures):
         return cosines * 100 if self.unit == "x100" else cosines
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write a scorer folder, which `load_scorer(folder)` reads: weights, the tokenizer unless it is open_clip's,
-        and at last reward_config.json."""
+        """Write a scorer folder for `load_scorer(folder)`: weights, the tokenizer unless it is open_clip's, and last
+        reward_config.json."""
         save_state(self.clip.state_dict(), Path(folder) / WEIGHTS, {"family": "clip"})
         own = isinstance(self.tokenize, TransformersTokenizer)
         if isinstance(self.tokenize, TransformersTokenizer):
@@ -172,7 +172,7 @@ class CLIPScorer(CLIPFeatures):
 
     @classmethod
     def from_folder(cls, folder: str | PathLike[str], config: Mapping[str, Any]) -> CLIPScorer:
-        """Read what `save` wrote; config is what reward_config.json says."""
+        """Load a folder of `save`; config is the content of reward_config.json."""
         tokenizer = str(folder) if config["tokenizer"] == "folder" else None
         weights = str(Path(folder) / WEIGHTS)
         return cls(
@@ -181,7 +181,7 @@ class CLIPScorer(CLIPFeatures):
 
 
 def read_rule(settings: Mapping[str, Any]) -> ImageRule:
-    """The rule that `asdict` made a mapping of, and JSON lists of its tuples."""
+    """An ImageRule from the JSON of its `asdict`, in which tuples are lists."""
     arguments: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in settings.items()}
     return ImageRule(**arguments)
 
@@ -189,17 +189,17 @@ def read_rule(settings: Mapping[str, Any]) -> ImageRule:
 class CLIPScore(CLIPFeatures):
     """CLIPScore of any open_clip model: `weight * max(cos(image, prefix + prompt), 0)`.
 
-    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning" (2021), whose weight and prefix
-    are the defaults. Text-to-image papers often print `weight=100, prefix=""` of a larger model.
+    Hessel et al., "CLIPScore: A Reference-free Evaluation Metric for Image Captioning" (2021). The defaults of weight
+    and prefix are the paper's. Text-to-image papers often report `weight=100, prefix=""` with a larger model.
 
     Frozen; gradients flow to the pixels of images that score above zero. Images are resized as Pillow resizes the
     8-bit image.
 
     Args:
-        model: open_clip architecture; or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`, which bring their weights
-        pretrained: open_clip's tag of the weights, or a file; ignored for the two that bring theirs
+        model: open_clip architecture; or `local-dir:FOLDER` or `hf-hub:OWNER/NAME`, which include weights
+        pretrained: open_clip's tag of the weights, or a file; ignored for models that include weights
         weight: factor of the cosine
-        prefix: put before every prompt
+        prefix: text before every prompt
     """
 
     def __init__(
@@ -244,7 +244,7 @@ def _load(model: str, pretrained: str) -> tuple[Any, Tokenize]:
     if not names_file and not model.startswith("local-dir:"):
         reachable()
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip logs what it also raises
+    logging.disable(logging.ERROR)  # open_clip logs its exceptions as well
     try:
         network = open_clip.create_model(
             model, pretrained=None if brings_weights else pretrained, require_pretrained=True

@@ -18,7 +18,7 @@ UNKNOWN = "unverified"
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A published share of human choices predicted right: data set, percent, who published it."""
+    """A published accuracy on human choices: data set, percent, and source."""
 
     data: str
     percent: float
@@ -27,7 +27,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Card:
-    """What `reward-score info NAME` prints."""
+    """Content of `reward-score info NAME`."""
 
     title: str
     source: str
@@ -240,11 +240,11 @@ CARDS = {
         ("means nothing outside the playground", "weak on composition (57 % of pairs)", _RELATIVE),
     ),
 }
-"""Name -> card. Accuracies as published, with what was compared; those not listed are unverified."""
+"""Name -> card. Accuracies are the published values with their conditions. Others could not be verified."""
 
 
 def card_text(name: str) -> str:
-    """The card of a scorer as text. Raises ValueError, with the nearest name, for scorers without one."""
+    """The card of a scorer as text. Raises ValueError, with the nearest name, for scorers without a card."""
     if name not in CARDS:
         raise ValueError(f"no card of '{name}'{nearest(name, CARDS)}; known: {', '.join(CARDS)}")
     card = CARDS[name]

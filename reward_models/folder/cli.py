@@ -59,8 +59,8 @@ def main(
 ) -> int:
     """Entry point; returns the exit code.
 
-    Process `rank` of `world` scores every world-th batch; the first writes the table after `wait`, the barrier. All
-    must see the same files.
+    Rank `rank` of `world` processes scores every world-th batch. Rank 0 writes the table after the barrier `wait`. All
+    ranks need access to the same files.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -73,7 +73,7 @@ def main(
         print(f"reward-score: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("reward-score: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("reward-score: interrupted; to resume, run the same command with --resume", file=sys.stderr)
         return 130
 
 
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"reward-score of diffalign {__version__}")
     add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
     add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
-    add("--user", type=Path, metavar="FILE", help="score for this person (`diffalign user fit`): personal scorers only")
+    add("--user", type=Path, metavar="FILE", help="user file of `diffalign user fit`; for personal scorers only")
     add("--out", type=Path, required=True, metavar="OUT", help="table to write: .csv, .jsonl or .parquet")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the prompt of every image")
@@ -95,31 +95,31 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help=".jsonl or .csv with image (relative to the folder) and prompt: scores what it lists; or .txt with one "
-        "prompt a line, for the images in natural order",
+        help=".jsonl or .csv with image (relative to the folder) and prompt, for the listed images; or .txt with one "
+        "prompt per line, for the images in natural order",
     )
     add("--batch-size", type=_positive, default=32, metavar="B", help="images scored at once (32)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=get_args(Dtype), default="fp32", help="of the networks (fp32); scores are float32 always")
-    add("--compile", action="store_true", help="compile the networks: slower to start, faster from then on")
-    add("--workers", type=_positive, metavar="N", help="threads that read images (the cores, at most 16)")
-    add("--resume", action="store_true", help="keep what an unfinished run with the same OUT has done, and go on")
-    add("--report", type=Path, metavar="FILE.html", help="page with histograms, the worst and the best images")
-    add("--best", type=Path, metavar="FILE", help="table of the best image of every prompt, by each scorer")
+    add("--dtype", choices=get_args(Dtype), default="fp32", help="dtype of networks (fp32); scores are always float32")
+    add("--compile", action="store_true", help="compile the networks: a slower start, then faster")
+    add("--workers", type=_positive, metavar="N", help="threads that decode images (number of cores, at most 16)")
+    add("--resume", action="store_true", help="continue an unfinished run with the same OUT")
+    add("--report", type=Path, metavar="FILE.html", help="HTML page with histograms and the worst and best images")
+    add("--best", type=Path, metavar="FILE", help="table with the best image of every prompt, for each scorer")
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got '{text}'")
+        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more; got '{text}'")
     return int(text)
 
 
 def _info(words: Sequence[str]) -> int:
     from reward_models.folder.cards import CARDS, card_text
 
-    parser = _Parser(prog="reward-score info", description="What a scorer is: source, input, unit, known failures.")
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; all in short without it")
+    parser = _Parser(prog="reward-score info", description="Card of a scorer: source, input, unit, known failures.")
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; without it, all names")
     name = parser.parse_args(words).name
     print(card_text(name) if name else "\n".join(f"{name:<22}{card.title}" for name, card in CARDS.items()))
     return 0
@@ -129,10 +129,13 @@ def _convert(words: Sequence[str]) -> int:
     from reward_models.clip.convert import Layout, convert
 
     parser = _Parser(prog="reward-score convert", description="Write a checkpoint as safetensors.")
-    parser.add_argument("source", metavar="SRC", help=".pt, .pth, .bin or .safetensors; nothing in it is executed")
-    parser.add_argument("out", metavar="OUT", help="file to write, .safetensors")
+    parser.add_argument("source", metavar="SRC", help=".pt, .pth, .bin or .safetensors; no code in it is executed")
+    parser.add_argument("out", metavar="OUT", help="output file, .safetensors")
     parser.add_argument(
-        "--to", choices=get_args(Layout), default="safetensors", help="names: as they are, transformers', open_clip's"
+        "--to",
+        choices=get_args(Layout),
+        default="safetensors",
+        help="tensor names: unchanged, transformers' (hf), open_clip's",
     )
     args = parser.parse_args(words)
     print(f"written: '{convert(args.source, args.out, args.to)}'")
@@ -140,7 +143,7 @@ def _convert(words: Sequence[str]) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise ValueError for what can be known to be wrong before anything is read."""
+    """Raise ValueError for wrong arguments, before anything is read."""
     from reward_models.folder.tables import check_table_name
 
     check_table_name(args.out)
@@ -156,7 +159,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], None]) -> int:
-    from tqdm import tqdm  # here and below: heavy, and `--help` needs none of it
+    from tqdm import tqdm  # lazy here and below: `--help` does not need them
 
     from reward_models.folder.items import read_items
     from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
@@ -170,11 +173,13 @@ def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], N
     job["images or prompts"] = items.digest
     done = read_journals(args.out, job, Outcomes(len(items), len(args.scorer), size)).done
     if done.any() and not args.resume:
-        raise ValueError(f"'{find_journals(args.out)[0]}' is left from an unfinished run; add --resume, or delete it")
+        raise ValueError(
+            f"'{find_journals(args.out)[0]}' belongs to an unfinished run; add --resume, or delete the file"
+        )
     scorers = {name: load_scorer(name, args.device, dtype=args.dtype, compile=args.compile) for name in args.scorer}
-    wait()  # nobody writes while another still looks at what is done
-    # The last bits of a score depend on the batch it is computed in, so batches are cut before they are shared or
-    # skipped: the table depends neither on the number of processes nor on kills.
+    wait()  # no process writes while another still reads the journals
+    # The last bits of a score depend on its batch. So batches are fixed before they are distributed or skipped, and
+    # the table does not depend on the number of processes or on interruptions.
     todo = [number for number in range(rank, len(done), world) if not done[number]]
     batches = (items[number * size : (number + 1) * size] for number in todo)
     bar = tqdm(total=len(todo) * size, desc="reward-score", unit="image", disable=rank > 0)
@@ -189,7 +194,7 @@ def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], N
 
 
 def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> int:
-    """Write the table and what goes with it, print the summary, return the exit code."""
+    """Write the table and its additional files, print the summary, return the exit code."""
     from reward_models.folder.journal import remove_journals
     from reward_models.folder.report import BEST_COLUMNS, best_rows, longer_line, summary_lines, write_report
     from reward_models.folder.tables import write_failures, write_meta, write_table
@@ -224,7 +229,7 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
 
 
 def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> dict[str, Any]:
-    """Units and summaries, and what the numbers depend on."""
+    """Content of the meta file: units, summaries and the settings that the scores depend on."""
     from reward_models.folder.report import longer_prompts, summarise
 
     described = {}

@@ -15,16 +15,16 @@ SOURCES = "give --prompt TEXT, --prompts FILE, a manifest.jsonl in the folder, o
 
 
 class Item(NamedTuple):
-    """One image with its prompt. The same may come twice: it is then scored twice and has two rows."""
+    """One image with its prompt. Repeated items are scored again and get their own rows."""
 
-    image: str  # as it is called in the table: relative to the folder
+    image: str  # name in the table, relative to the folder
     prompt: str
-    path: Path  # where it is
-    fault: str = ""  # why it cannot be scored, where that is known before it is read
+    path: Path  # path of the file
+    fault: str = ""  # reason why it cannot be scored, if known before reading
 
 
 class Row(NamedTuple):
-    """An image and its prompt as a list has them, or why the line cannot be used."""
+    """An image and its prompt from a list, or the reason why the line cannot be used."""
 
     image: str
     prompt: str
@@ -32,11 +32,11 @@ class Row(NamedTuple):
 
 
 class Items(Sequence[Item]):
-    """Many items in little memory: a name each, and each distinct prompt once. A million take about 0.1 GB.
+    """Compact sequence of items: stores each name, and each distinct prompt once. A million items take about 0.1 GB.
 
-    prompts  of the items, in their order
-    digest   of all names and prompts in their order, hexadecimal
-    faults   item -> why it cannot be scored
+    prompts  prompts of the items, in order
+    digest   hash of all names and prompts in order, hexadecimal
+    faults   index of an item -> reason why it cannot be scored
     """
 
     def __init__(self, root: Path, rows: Iterable[Row]):
@@ -70,7 +70,7 @@ class Items(Sequence[Item]):
 
 
 def _unwritable(row: Row) -> str:
-    """Why a name or prompt cannot be written to a table, or nothing."""
+    """Reason why a name or prompt cannot be written to a table; empty if it can."""
     for what, text in (("name", row.image), ("prompt", row.prompt)):
         if reason := bad_name(text):
             return f"bad {what}: {reason}"
@@ -85,13 +85,14 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     """The images and prompts to score, in order.
 
     images   a folder, an image, or a list of them: .jsonl or .csv with `image`, relative to the list, and `prompt`
-    prompt   of every image
-    prompts  a list with `image`, relative to the folder, and `prompt`; then the list says what is scored. Or .txt with
-             one prompt a line, for the images in natural order.
+    prompt   the prompt of every image
+    prompts  a list with `image`, relative to the folder, and `prompt`; only listed images are scored. Or .txt with one
+             prompt per line, for the images in natural order.
 
-    With neither, a folder's manifest.jsonl is its list; without one, the prompt of x.png is read from x.txt. A damaged
-    line of a list is an item with a fault. Lists may name images anywhere, a manifest only those in its folder.
-    Raises FileNotFoundError, and ValueError when prompts are missing or do not fit the images, or no line can be used.
+    Without both, a folder's manifest.jsonl is used as the list; without a manifest, the prompt of x.png is in x.txt. A
+    damaged line of a list becomes an item with a fault. Images of a list may be anywhere, those of a manifest only in
+    its folder. Raises FileNotFoundError, and ValueError if prompts are missing or do not match the images, or if no
+    line can be used.
     """
     for path in filter(None, (images, prompts)):
         if not path.exists():
@@ -99,7 +100,9 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     folder = images if images.is_dir() else images.parent
     if images.suffix.lower() in (".jsonl", ".csv") and images.is_file():
         if prompts is not None:
-            raise ValueError(f"'{images}' is a list with prompts of its own; --prompts is for folders and images")
+            raise ValueError(
+                f"'{images}' is a list with its own prompts; --prompts can be used with folders and images only"
+            )
         rows: Iterable[Row] = _listed(images, prompt)
     elif images.is_dir() and prompt is None and prompts is None and (images / "manifest.jsonl").exists():
         rows = _listed(images / "manifest.jsonl", None, inside=True)
@@ -111,7 +114,7 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     if not items:
         raise ValueError(f"no images in '{images}'; known suffixes: {' '.join(SUFFIXES)}")
     if len(items.faults) == len(items):
-        raise ValueError(f"nothing in '{prompts or images}' can be scored: {items[0].image}: {items.faults[0]}")
+        raise ValueError(f"no entry of '{prompts or images}' can be scored: {items[0].image}: {items.faults[0]}")
     return items
 
 
@@ -138,7 +141,7 @@ def _beside(folder: Path, names: list[str]) -> Iterator[Row]:
 
     missing = [name for name in names if not file(name).is_file()]
     if missing:
-        raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, first '{missing[0]}'; {SOURCES}")
+        raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, such as '{missing[0]}'; {SOURCES}")
     for name in names:
         try:
             yield Row(name, "".join(text_lines(file(name))).strip())
@@ -147,7 +150,7 @@ def _beside(folder: Path, names: list[str]) -> Iterator[Row]:
 
 
 def _listed(file: Path, prompt: str | None, *, inside: bool = False) -> Iterator[Row]:
-    """Image and prompt of the rows of a list. A given prompt stands for all of theirs."""
+    """Images and prompts of the rows of a list. A given prompt replaces all prompts of the list."""
     for where, row in _csv(file) if file.suffix.lower() == ".csv" else _jsonl(file):
         if isinstance(row, str):
             yield Row(f"{file.name} {where}", "", f"'{file}' {where} {row}")
@@ -163,7 +166,7 @@ def _listed(file: Path, prompt: str | None, *, inside: bool = False) -> Iterator
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Each line's number with its object, or with what is wrong."""
+    """Line numbers, each with its object or a description of the error."""
     for number, line in enumerate(raw_lines(file), 1):
         if not line.strip():
             continue
@@ -177,7 +180,9 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    """Each row's last line with the row, or with what is wrong. Bytes that are no UTF-8 become no valid Unicode."""
+    """Number of the last line of each row, with the row or a description of the error.
+
+    Bytes that are not UTF-8 become lone surrogates."""
     reader = csv.DictReader(line.decode(errors="surrogateescape") for line in raw_lines(file))
     try:
         reader.fieldnames  # noqa: B018  # reads the first line

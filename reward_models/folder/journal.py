@@ -14,11 +14,11 @@ import numpy as np
 from reward_models.folder.scoring import Failed, Result
 
 Job = Mapping[str, Any]
-"""What the numbers depend on, by the names that errors show: `--scorer`, `--batch-size`, ..., `images`."""
+"""Settings that the scores depend on, by their names in errors: `--scorer`, `--batch-size`, ..., `images`."""
 
 
 class Journal:
-    """Appends batches to `<out>.partial-<rank>.jsonl`: a line with the job, then a line for each batch, in any order.
+    """Appends results to `<out>.partial-<rank>.jsonl`: one line with the job, then one line per batch, in any order.
 
     Each line holds the number of its batch. A kill can leave an incomplete last line, which is ignored.
     """
@@ -32,7 +32,7 @@ class Journal:
         self._file.seek(whole)
 
     def append(self, number: int, results: Iterable[Result]) -> None:
-        """Append a batch and flush it to the operating system. After this only a crash of the machine loses it."""
+        """Append a batch and flush it to the operating system. It survives a kill, but not a crash of the machine."""
         if not self._file.tell():
             self._write(self._job)
         self._write({"batch": number, "results": [r.reason if isinstance(r, Failed) else r.scores for r in results]})
@@ -55,11 +55,11 @@ class Journal:
 
 
 class Outcomes:
-    """The results of N items: 8 bytes for each score, and the reasons of those that failed.
+    """The results of N items: 8 bytes per score, and the reasons of failed items.
 
-    scores   float64 [N, scorers], nan where there is none; the numbers are float32 in their shortest decimals
-    reasons  item -> why it has no scores
-    done     bool [batches], which are finished
+    scores   float64 [N, scorers], nan for missing scores; the values are the shortest decimals of float32 numbers
+    reasons  index of an item -> reason why it has no scores
+    done     bool [batches], true for finished batches
     """
 
     def __init__(self, items: int, scorers: int, batch_size: int):
@@ -79,18 +79,20 @@ class Outcomes:
 
 
 def find_journals(out: Path) -> list[Path]:
-    """The journals that runs with this `out` left behind, of all their processes."""
+    """Journals of unfinished runs with this `out`, of all processes."""
     return sorted(out.parent.glob(f"{glob.escape(out.name)}.partial-*.jsonl"))
 
 
 def read_journals(out: Path, job: Job, outcomes: Outcomes) -> Outcomes:
-    """Add everything that is done; whichever processes did it, and however many. Raises ValueError for another job."""
+    """Add all finished batches, from any number of processes. Raises ValueError for a journal of another job."""
     for path in find_journals(out):
         lines = _whole_lines(path)
         before = json.loads(next(lines, json.dumps(job)))
         other = [key for key in job if before.get(key) != job[key]]
         if other:
-            raise ValueError(f"'{path}' was begun with {_said(other[0], before)}; give the same, or delete it")
+            raise ValueError(
+                f"'{path}' was started with {_said(other[0], before)}; use the same setting, or delete the file"
+            )
         for row in map(json.loads, lines):
             outcomes.add(row["batch"], row["results"])
     return outcomes
@@ -112,6 +114,6 @@ def remove_journals(out: Path) -> None:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """Lines with their ends; the last one of a killed run may lack it and is left out."""
+    """Complete lines with line ends. An incomplete last line of a killed run is left out."""
     with path.open("rb") as file:
         yield from (line for line in file if line.endswith(b"\n"))

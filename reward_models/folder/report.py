@@ -21,11 +21,11 @@ QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 """Percent."""
 BINS = 40
 PREFIX = 16
-"""Tokens that a scorer may add to a prompt, at most."""
+"""Maximum number of tokens that a scorer adds to a prompt."""
 SHEET = 16
-"""Images of a contact sheet."""
+"""Number of images of a contact sheet."""
 THUMBNAIL = 160
-"""Longer side of its images, pixels."""
+"""Longer side of the images of a contact sheet, pixels."""
 BEST_COLUMNS: Columns = {
     "prompt": "string",
     "scorer": "string",
@@ -36,7 +36,7 @@ BEST_COLUMNS: Columns = {
 
 
 class Shown(NamedTuple):
-    """An image of a contact sheet; `picture` is a data URI, or empty for a file that is gone."""
+    """An image of a contact sheet; `picture` is a data URI, or empty if the file no longer exists."""
 
     image: str
     prompt: str
@@ -45,9 +45,9 @@ class Shown(NamedTuple):
 
 
 def summarise(scores: np.ndarray) -> dict[str, Any]:
-    """Scores [N] with nan where there is none -> count, mean, standard deviation, quantiles; numbers None without any.
+    """Count, mean, standard deviation and quantiles of scores [N] with nan for missing ones; None without any score.
 
-    Quantiles between two scores are interpolated linearly. The standard deviation is that of the population.
+    Quantiles are interpolated linearly. The standard deviation is that of the population.
     """
     x = scores[~np.isnan(scores)]
     names = ("mean", "std", "min", "max")
@@ -58,7 +58,7 @@ def summarise(scores: np.ndarray) -> dict[str, Any]:
 
 
 def summary_lines(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The summaries of scorers, each with its unit, as a table for the terminal."""
+    """Summaries of scorers with their units, as a text table."""
     width = max(6, *map(len, scorers))
     heads = ("mean", "std", "min", "5%", "50%", "95%", "max")
     lines = [f"{'scorer':<{width}}" + "".join(f"{head:>11}" for head in heads) + "  unit"]
@@ -70,31 +70,33 @@ def summary_lines(scorers: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None:
-    """How many different prompts are longer than a scorer reads: {limit, count, of, first}. None if there is none, or
-    if the scorer does not report its limit."""
+    """Number of distinct prompts longer than the token limit of a scorer, as {limit, count, of, first}.
+
+    None if there is no such prompt, or if the scorer does not report its limit."""
     count = getattr(scorer, "token_counts", None)
     if count is None:
         return None
     distinct = list(dict.fromkeys(prompts))
     limit, _ = count([])
-    # A token is a byte or more: most prompts need not be looked at.
+    # A token has at least one byte, so most prompts need not be tokenized.
     candidates = [text for text in distinct if len(text.encode()) > limit - PREFIX]
     longer = [text for text, n in zip(candidates, count(candidates)[1], strict=True) if n > limit]
     return {"limit": limit, "count": len(longer), "of": len(distinct), "first": longer[0]} if longer else None
 
 
 def longer_line(name: str, longer: Mapping[str, Any]) -> str:
-    """What `longer_prompts` found, for the terminal."""
+    """Line with the result of `longer_prompts`."""
     return (
         f"{longer['count']} of {longer['of']} prompts are longer than the {longer['limit']} tokens that '{name}' reads "
-        f"and are cut there; the first: '{longer['first'][:80]}...'"
+        f"and are truncated; the first: '{longer['first'][:80]}...'"
     )
 
 
 def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str, str, float, int]]:
-    """Prompt, scorer, its best image, the score, and among how many; prompts as they first come, ties to the first.
+    """Rows (prompt, scorer, best image, its score, number of images), in the order of prompts. Ties go to the first
+    image.
 
-    scores  [N, scorers], nan where there is none; a prompt without any has no row
+    scores  [N, scorers], nan for missing scores; a prompt without scores has no row
     """
     best: dict[str, list[int]] = {}
     count: dict[str, int] = {}
@@ -112,10 +114,10 @@ def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterato
 
 
 def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str, Any]) -> None:
-    """Write a page that opens from disk and needs no other file: summary, histogram, worst and best images.
+    """Write a self-contained HTML page: summary, histogram, worst and best images.
 
-    scores  [N, scorers], nan where there is none
-    meta    what `<out>.meta.json` holds; its `scorers` are the columns
+    scores  [N, scorers], nan for missing scores
+    meta    content of `<out>.meta.json`; its `scorers` are the columns
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -123,7 +125,7 @@ def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str
     columns = []
     for k, (name, summary) in enumerate(meta["scorers"].items()):
         column = scores[:, k]
-        order = np.argsort(column, kind="stable")[: summary["count"]]  # nan comes last
+        order = np.argsort(column, kind="stable")[: summary["count"]]  # nan is sorted last
         sheets = {"worst": order[:SHEET], "best": order[::-1][:SHEET]}
         shown = {title: [_shown(items, int(i), column) for i in chosen] for title, chosen in sheets.items()}
         columns.append({"name": name, "summary": summary, "bars": _bars(column), "sheets": shown})
@@ -132,7 +134,7 @@ def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str
 
 
 def _bars(scores: np.ndarray) -> list[dict[str, float]]:
-    """A histogram: bars with their borders, their count, and their height as a share of the highest."""
+    """Bars of a histogram: limits, count, and height relative to the highest bar."""
     x = scores[~np.isnan(scores)]
     if not len(x):
         return []
@@ -147,7 +149,7 @@ def _shown(items: Items, index: int, scores: np.ndarray) -> Shown:
     item = items[index]
     try:
         picture = _thumbnail(item.path)
-    except ImageError:  # it could be read when it was scored; the page says that it is gone
+    except ImageError:  # the file was deleted after scoring; the page shows that
         picture = ""
     return Shown(item.image, item.prompt, float(scores[index]), picture)
 

@@ -20,18 +20,18 @@ from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer, checked, device_of
 
 PREFETCH_BATCHES = 2
-"""Batches that are decoded before they are needed; memory holds one more."""
+"""Number of batches decoded ahead; memory holds one more."""
 
 
 class Scored(NamedTuple):
-    """An item with its score by every scorer, in the scorers' order."""
+    """An item with its scores, in the order of the scorers."""
 
     item: Item
     scores: tuple[float, ...]
 
 
 class Failed(NamedTuple):
-    """An item without a score, and the reason."""
+    """An item that could not be scored, and the reason."""
 
     item: Item
     reason: str
@@ -49,13 +49,13 @@ def score_files(
     num_workers: int | None = None,
     name: str = "",
 ) -> Tensor:
-    """Score image files, each with its prompt, by one scorer -> float32 [N] in their order, on the CPU.
+    """Scores of image files with their prompts by one scorer: float32 [N] on the CPU, in the given order.
 
-    name is what errors call the scorer, its class when left out. Raises ValueError naming the first file that cannot
-    be read or whose score is not finite. Command lines that go on with the other files use `score_items`.
+    name is the name of the scorer in errors; default: its class. Raises ValueError with the first file that cannot be
+    read or whose score is not finite. `score_items` continues with the other files.
     """
     if len(files) != len(prompts):
-        raise ValueError(f"one prompt for each file is needed; got {len(prompts)} for {len(files)} files")
+        raise ValueError(f"expected one prompt per file; got {len(prompts)} prompts for {len(files)} files")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]
@@ -72,12 +72,12 @@ def score_files(
 def score_items(
     work: Iterable[Sequence[Item]], scorers: Mapping[str, Scorer], *, num_workers: int | None = None
 ) -> Iterator[list[Result]]:
-    """The results of every batch, in order. A file that cannot be read, or that a scorer gives nan or inf, is Failed.
+    """The results of every batch, in order. Files that cannot be read, or that get a score of nan or inf, are Failed.
 
-    work         batches, taken as they are needed
+    work         batches, consumed lazily
     scorers      name -> scorer
-    num_workers  threads that decode (Pillow frees the interpreter while it works; worker processes were no faster);
-                 default: this process's share of the machine's cores, at most 16
+    num_workers  decoding threads (Pillow releases the GIL; worker processes were not faster); default: this process's
+                 share of the machine's cores, at most 16
     """
     share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = num_workers or min(16, max(1, share))
@@ -99,8 +99,9 @@ def score_items(
 
 
 def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
-    """The rule by which Pillow can resize an image once for all scorers, in the threads that decode; None if there is
-    none, and they get the whole image."""
+    """The common rule of all scorers for which decoding threads can resize with Pillow; None if there is none.
+
+    Without it, scorers get the full image."""
     rules = {
         x.rule if isinstance(x, NetworkScorer) and type(x).preprocess is NetworkScorer.preprocess else None
         for x in scorers
@@ -112,7 +113,7 @@ def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
 def _decoded(
     work: Iterable[Sequence[Item]], rule: ImageRule | None, workers: int
 ) -> Iterator[tuple[Sequence[Item], list[Tensor | str]]]:
-    """Every batch with its images, uint8 [3, H, W], or the reason why there is none."""
+    """Batches with their images, uint8 [3, H, W], each image or the reason why it cannot be read."""
     waiting: deque[tuple[Sequence[Item], list[Future[Tensor | str]]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         try:
@@ -139,7 +140,7 @@ def _read(item: Item, rule: ImageRule | None) -> Tensor | str:
 
 @torch.no_grad()
 def _score(name: str, scorer: Scorer, images: Sequence[Tensor], prompts: Sequence[str]) -> list[float]:
-    """The scores of one batch by one scorer; images uint8 [3, H, W] of any sizes."""
+    """Scores of one batch by one scorer; images uint8 [3, H, W] of any sizes."""
     device = device_of(scorer)
     sizes: dict[torch.Size, list[int]] = {}
     for i, image in enumerate(images):
@@ -153,5 +154,5 @@ def _score(name: str, scorer: Scorer, images: Sequence[Tensor], prompts: Sequenc
         parts = [scorer.score(x.to(device).float() / 255, [prompts[i] for i in group]) for x, group in groups]
         scores = torch.cat([checked(name, part, len(g)) for part, (_, g) in zip(parts, groups, strict=True)])
         scores = scores[order.to(scores.device)]
-    # The shortest decimal that means the same float32: tables stay readable and every format holds the same number.
+    # The shortest decimal of the float32 number: tables stay readable, and all formats contain the same number.
     return [float(str(x)) for x in checked(name, scores, len(images)).cpu().numpy()]

@@ -1,4 +1,4 @@
-"""Tables row by row: as CSV, JSON lines or parquet, by the suffix; whole or not there."""
+"""Atomic writing of tables row by row, as CSV, JSON lines or parquet, by suffix."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ import pyarrow.parquet as pq
 from reward_models.files import replacing, write_lines, write_whole
 
 META = b"reward_models"
-"""Key of the parquet file's metadata that holds the content of `<out>.meta.json`."""
+"""Key of the parquet metadata with the content of `<out>.meta.json`."""
 ROW_GROUP = 10_000
-"""Rows of a parquet file that are in memory at once."""
+"""Rows of a parquet row group."""
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""First characters that a spreadsheet may read as a formula; the last four are their full-width forms."""
+"""First characters of possible spreadsheet formulas; the last four are full-width forms."""
 
 Columns = Mapping[str, Literal["string", "float32", "int32"]]
-"""Name -> type of a column, in pyarrow's words."""
+"""Column name -> type name of pyarrow."""
 Rows = Iterable[Sequence[Any]]
 
 
 def check_table_name(out: Path, option: str = "--out") -> None:
-    """Raise ValueError unless the suffix says which table to write."""
+    """Raise ValueError for an unsupported suffix."""
     if out.suffix not in _WRITERS:
         raise ValueError(f"{option} must end in {', '.join(_WRITERS)}; got '{out}'")
 
 
 def write_table(out: Path, columns: Columns, rows: Rows, meta: Mapping[str, Any]) -> None:
-    """Write the table, of which little is in memory at any time. Parquet holds `meta` too."""
+    """Write a table row by row, with little memory. Parquet files also contain `meta`."""
     with replacing(out) as temporary:
         _WRITERS[out.suffix](temporary, columns, rows, json.dumps(meta, indent=2, ensure_ascii=False))
 
 
 def write_meta(out: Path, meta: Mapping[str, Any]) -> None:
-    """Write `<out>.meta.json`: units, summary, what the numbers depend on."""
+    """Write `<out>.meta.json`: units, summary, and the settings that the scores depend on."""
     write_whole(out.with_name(out.name + ".meta.json"), json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_failures(out: Path, failures: Collection[Mapping[str, str]]) -> Path:
-    """Write `<out>.failed.jsonl` with image, prompt and reason, or remove it when nothing failed; returns its path."""
+    """Write `<out>.failed.jsonl` with image, prompt and reason; without failures, remove it. Returns its path."""
     path = out.with_name(out.name + ".failed.jsonl")
     if failures:
         write_lines(path, failures)
@@ -57,16 +57,17 @@ def write_failures(out: Path, failures: Collection[Mapping[str, str]]) -> Path:
 
 def _csv(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        # With "\n" as its line terminator, csv leaves a "\r" in a cell unquoted; readers end the line there.
+        # With the line terminator "\n", csv does not quote "\r" in a cell, and readers would end the line there.
         writer = csv.writer(SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n")))
         writer.writerow(map(_escape_formula, columns))
         writer.writerows(map(_escape_formula, row) for row in rows)
 
 
 def _escape_formula(cell: Any) -> Any:
-    """Text that no spreadsheet takes for a formula (OWASP, CSV injection): an apostrophe before =, +, -, @ and so on.
+    """Text with an apostrophe before =, +, -, @ etc., so that no spreadsheet runs it as a formula (OWASP, CSV
+    injection).
 
-    Numbers stay as they are.
+    Numbers are unchanged.
     """
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
 

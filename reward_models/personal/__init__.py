@@ -1,1 +1,1 @@
-"""Scorers of one person, fitted to a few choices of theirs."""
+"""Personal scorers, fitted to a few choices of one person."""

@@ -2,16 +2,16 @@
 
     pal       ideal points among shared prototypes (PAL: Chen et al., 2024, arXiv 2406.08469)
     vpl       a variational encoder of choices (VPL: Poddar et al., 2024, arXiv 2408.10075)
-    groups    one reward for each of G groups, people assigned by hard EM (MaxMin-RLHF: Chakraborty et al., 2024,
-              arXiv 2402.08925); with one group it is the ordinary, impersonal Bradley-Terry scorer
-    logistic  a linear reward, fitted around everybody's; the baseline
+    groups    one reward per group; hard EM assigns people to G groups (MaxMin-RLHF: Chakraborty et al., 2024, arXiv
+              2402.08925); one group gives the ordinary, impersonal Bradley-Terry scorer
+    logistic  a linear reward, with the population's vector as prior mean; the baseline
 
-Differs from the released codes:
+Differences from the released code:
 - VPL: choices are aggregated as Gaussian evidence (Volpp et al., 2021, "Bayesian context aggregation"), so that the
-  uncertainty falls with their number; there attention and a mean with a variance between 1/e and e. The latent is not
-  rescaled to a fixed norm, which there happens in training only.
-- PAL: a new person's fit has the Gaussian of the persons seen in training as its prior, and its uncertainty is
-  Laplace's; there neither.
+  uncertainty falls with their number (released: attention, and a mean with a variance between 1/e and e). The latent is
+  not rescaled to a fixed norm (released: in training only).
+- PAL: the prior of a new person is the Gaussian of the training persons, and the uncertainty is a Laplace approximation
+  (released: neither).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from reward_models.personal.tastes import SAMPLES, Head, Taste, gaussian_of, lap
 
 
 class PAL(Head):
-    """-|f(z) - a|, with a person's ideal point a = sum_k w_k P_k and w = softmax(vector), K numbers a person.
+    """-|f(z) - a|, with a person's ideal point a = sum_k w_k P_k and w = softmax(vector) with K entries.
 
-    variant B has prompt-dependent prototypes P_k = g_k(prompt), and the input of f is the image only.
-    distance `angle` is s cos(f, a) instead.
+    Variant B has prompt-dependent prototypes P_k = g_k(prompt), and the input of f is the image only.
+    With distance `angle`, the reward is s cos(f, a).
 
     Args:
-        people: how many persons the training data has
-        prototypes: K
+        people: number of persons in the training data
+        prototypes: number K of prototypes
         latent: width of f(z)
         variant: A or B
         distance: euclid or angle
@@ -66,7 +66,7 @@ class PAL(Head):
         self.people = nn.Embedding(people, prototypes)
 
     def ideal(self, z: Tensor, taste: Tensor) -> Tensor:
-        """The ideal point [..., d] of a person, for the prompt in z where it depends on it."""
+        """The ideal point [..., d] of a person; in variant B for the prompt in z."""
         w = taste.softmax(-1)
         if self.variant == "A":
             return w @ self.prototypes
@@ -75,7 +75,7 @@ class PAL(Head):
         return (w[..., None] * points).sum(-2)
 
     def item(self, z: Tensor) -> Tensor:
-        """f, [..., d]."""
+        """Image features f(z), [..., d]."""
         z = self.standardise(z)
         return self.f(z if self.variant == "A" else z[..., : self.width])
 
@@ -83,7 +83,7 @@ class PAL(Head):
         item, ideal = self.item(z), self.ideal(z, taste)
         if self.log_scale is not None:
             return self.log_scale.exp().clamp(max=100) * torch.cosine_similarity(item, ideal, dim=-1)
-        return -((item - ideal).square().sum(-1) + 1e-8).sqrt()  # a slope at 0 as well
+        return -((item - ideal).square().sum(-1) + 1e-8).sqrt()  # has a gradient at 0
 
     def anybody(self) -> Tensor:
         return self.people.weight.detach().softmax(-1).mean(0).log()
@@ -99,12 +99,13 @@ class PAL(Head):
         self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
         taste = self.people(person)
-        # A standard normal on the logits: without it the logits of people whose choices all agree diverge.
+        # Standard normal prior on the logits: without it, logits diverge if all choices of a person agree.
         return self.margin(z_w, z_l, taste), 0.5 * taste.square().sum(-1)
 
 
 class VPL(Head):
-    """b(z) + h(z) . vector, with the vector drawn from N(m, v) of an encoder of the person's choices; prior N(0, I).
+    """b(z) + h(z) . vector, where an encoder of the person's choices gives the posterior N(m, v) of the vector; prior
+    N(0, I).
 
     Each choice is evidence N(m_i, v_i) about the vector: 1/v = 1 + sum 1/v_i, m = v sum m_i/v_i.
 
@@ -126,7 +127,7 @@ class VPL(Head):
         return base[..., 0] + (likes * taste).sum(-1)
 
     def posterior(self, z_w: Tensor, z_l: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Choices [..., S, 3E], those that count bool [..., S] -> mean and variance [..., U]."""
+        """Choices [..., S, 3E] and their mask bool [..., S] -> posterior mean and variance [..., U]."""
         change = self.item(self.standardise(z_w)) - self.item(self.standardise(z_l))
         evidence, log_precision = self.encoder(change).chunk(2, dim=-1)
         precision = F.softplus(log_precision) * mask[..., None]
@@ -151,13 +152,13 @@ class VPL(Head):
 
 
 class Groups(Head):
-    """One reward for each of G groups; a person's vector is the log of how much they belong to each.
+    """One reward per group for G groups; a person's vector is the log probability of each group.
 
-    Hard EM: a person belongs to the group whose reward explains their other choices best, and only it learns from
-    them. A new person's vector is the posterior over groups, exactly, each group as likely before.
+    Hard EM: a person belongs to the group with the highest likelihood of their other choices, and only this group's
+    reward is trained on the choice. A new person's vector is the exact posterior over groups with a uniform prior.
 
     Args:
-        groups: G
+        groups: number G of groups
         hidden: width of the hidden layers
     """
 
@@ -169,7 +170,7 @@ class Groups(Head):
         self.rewards = nn.ModuleList(mlp(3 * width, hidden, hidden, 1) for _ in range(groups))
 
     def each(self, z: Tensor) -> Tensor:
-        """The reward of every group, [..., G]."""
+        """Rewards of all groups, [..., G]."""
         z = self.standardise(z)
         return torch.cat([reward(z) for reward in self.rewards], dim=-1)
 
@@ -191,7 +192,7 @@ class Groups(Head):
         return Taste(belongs, (F.one_hot(drawn, self.size).to(belongs) - 1) * 50)
 
     def embedding(self, taste: Taste) -> Tensor:
-        """The probability of each group."""
+        """Probabilities of the groups."""
         return taste.mean.softmax(-1)
 
     def forward(
@@ -205,7 +206,7 @@ class Groups(Head):
 
 
 class Logistic(Head):
-    """vector . z: linear in the features. Training learns the population vector; a person's vector is fitted around it.
+    """vector . z, linear in the features. Training learns the population vector, the prior mean of a person's vector.
 
     Args:
         spread: standard deviation of each entry of a person's vector around the population vector

@@ -33,12 +33,13 @@ from reward_models.weights import WEIGHTS, load_strict, read_state, save_state, 
 
 
 class PersonalScorer(NetworkScorer):
-    """A frozen CLIP scorer's features and a head of reward_models.personal.tastes. Unit: the logit of being chosen.
+    """Personal scorer: frozen CLIP features and a head of reward_models.personal.heads. Unit: the logit of being
+    chosen.
 
     features  any scorer on CLIP: clip, hps_v2.1, pickscore, playground_hps, ...
-    head      made for the width of its features
-    source    the spec that loads `features`, kept in the folder instead of a copy of its weights
-    centre, scale  [U] standardise what generators are conditioned on
+    head      head for the width of the features
+    source    spec of `features`, stored in the folder instead of a copy of its weights
+    centre, scale  [U] standardise the user embeddings that condition generators
     """
 
     unit = "logit"
@@ -55,7 +56,8 @@ class PersonalScorer(NetworkScorer):
         self.register_buffer("scale", torch.ones(size))
 
     def score(self, images: Tensor, prompts: Sequence[str], users: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] float in [0, 1], B prompts and persons [U] or [B, U] -> float32 [B]; anybody when left out.
+        """[B, 3, H, W] float in [0, 1], B prompts and user vectors [U] or [B, U] -> float32 [B]; default: an unknown
+        person.
 
         Raises ValueError for other images.
         """
@@ -63,28 +65,28 @@ class PersonalScorer(NetworkScorer):
         return self.score_pixels(self.preprocess(images), prompts, users)
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str], users: Tensor | None = None) -> Tensor:
-        """What `preprocess` made, B prompts and persons [U] or [B, U] -> float32 [B]. Gradients reach the pixels."""
+        """Preprocessed images, B prompts and user vectors [U] or [B, U] -> float32 [B]. Gradients reach the pixels."""
         z = self.encode(pixels, prompts)
         return self.head.reward(z, self.head.anybody() if users is None else users.to(z))
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The logits for an unknown person, float32 [B]. Training goes through the head alone."""
+        """Logits of an unknown person, float32 [B]. Only the head is trained."""
         return self.score_pixels(pixels, prompts)
 
     def encode(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> z [B, 3E]."""
+        """Preprocessed images and B prompts -> z [B, 3E]."""
         text = self.features.encode_text([self.features.prefix + prompt for prompt in prompts])
         return pair_features(self.features.image_features(pixels), text)
 
     pair_features = staticmethod(pair_features)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """Token limit of prompts, and the number of tokens of each prompt."""
         return self.features.token_counts(prompts)
 
     @torch.no_grad()
     def encode_choices(self, choices: Iterable[Choice]) -> tuple[Tensor, Tensor]:
-        """N choices -> z [N, 3E] of the chosen and of the other images. Raises ValueError naming a bad image."""
+        """N choices -> z [N, 3E] of chosen and of rejected images. Raises ValueError with an unreadable image."""
         found = []
         for choice in choices:
             pixels = []
@@ -100,19 +102,19 @@ class PersonalScorer(NetworkScorer):
         return z_w, z_l
 
     def fit(self, choices: Sequence[Choice]) -> Taste:
-        """Fit the user vector of a person from their choices; no weight changes."""
+        """Fit the user vector of a person to their choices; no weights change."""
         return self.head.fit(*self.encode_choices(choices))
 
     def tokens(self, taste: Taste) -> Tensor:
         """User tokens for conditioning a generator: float32 [1, U + 1], the standardised embedding followed by a 1.
 
-        So the mean of two opposite users is still a user, and only the zero vector means no user.
+        The last entry distinguishes the mean of two opposite users from the zero vector, which means no user.
         """
         return F.pad((self.head.embedding(taste) - self.centre) / self.scale, (0, 1), value=1.0)[None]
 
     @torch.no_grad()
     def standardise(self, tastes: Sequence[Taste]) -> None:
-        """Take the mean and spread of a population's embeddings for `tokens`."""
+        """Set the mean and standard deviation of `tokens` from a population's embeddings."""
         seen = torch.stack([self.head.embedding(taste) for taste in tastes])
         self.centre.copy_(seen.mean(0))
         self.scale.copy_(seen.std(0).clamp(min=1e-6))
@@ -126,7 +128,7 @@ class PersonalScorer(NetworkScorer):
         return digest.hexdigest()[:12]
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write a scorer folder, which `load_scorer(folder)` reads: the head, and how to load the features."""
+        """Write a scorer folder for `load_scorer(folder)`: the head, and the spec of the features."""
         own = {f"head.{k}": v for k, v in self.head.state_dict().items()}
         save_state({**own, "centre": self.centre, "scale": self.scale}, Path(folder) / WEIGHTS, {"family": "personal"})
         config = {"family": "personal", "features": self.source, "head": self.head.kind, "width": self.head.width}
@@ -136,7 +138,7 @@ class PersonalScorer(NetworkScorer):
     def from_folder(
         cls, folder: str | PathLike[str], config: Mapping[str, Any], *, user: str | None = None
     ) -> PersonalScorer | ForUser:
-        """Read what `save` wrote; with the file of a user, as an ordinary scorer of that person."""
+        """Load a folder of `save`; with a user file, the scorer of that person."""
         head = HEADS[config["head"]](config["width"], **config["settings"])
         scorer = cls(load_features(config["features"], "cpu"), head, config["features"])
         file = Path(folder) / WEIGHTS
@@ -158,15 +160,15 @@ class ForUser(NetworkScorer):
         self.register_buffer("user", user.clone())
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """What `preprocess` made and B prompts -> float32 [B]."""
+        """Preprocessed images and B prompts -> float32 [B]."""
         return self.scorer.score_pixels(pixels, prompts, self.user)
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """As `score_pixels`."""
+        """The same as `score_pixels`."""
         return self.score_pixels(pixels, prompts)
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
-        """How many tokens of a prompt are read, and how many each prompt has."""
+        """Token limit of prompts, and the number of tokens of each prompt."""
         return self.scorer.token_counts(prompts)
 
 
@@ -174,35 +176,35 @@ def load_features(spec: str, device: str | torch.device) -> CLIPFeatures:
     """A scorer on CLIP, frozen. Raises ValueError if its features cannot be loaded."""
     scorer = load_scorer(spec, device)
     if not isinstance(scorer, CLIPFeatures):
-        raise ValueError(f"'{spec}' gives no features of images and texts; use one on CLIP: clip, hps_v2.1, pickscore")
+        raise ValueError(f"'{spec}' has no image and text features; use a scorer on CLIP: clip, hps_v2.1, pickscore")
     return scorer
 
 
 def save_user(path: str | PathLike[str], tokens: Tensor, taste: Taste | None = None, *, made_by: str = "") -> None:
     """Write the file of a user, atomically.
 
-    tokens  float32 [T, D] for a generator; in the file `embeds` [1, T, D], as `ip_adapter_image_embeds` takes them
-    taste   for the scorer whose fingerprint is `made_by`
+    tokens  float32 [T, D] for a generator; in the file `embeds` [1, T, D], the format of `ip_adapter_image_embeds`
+    taste   user vector for the scorer with the fingerprint `made_by`
     """
     known = {} if taste is None else {"mean": taste.mean, "samples": taste.samples}
-    # Cloned: safetensors refuses tensors that share memory.
+    # safetensors does not write tensors that share memory
     save_state({k: v.clone() for k, v in {"embeds": tokens[None], **known}.items()}, path, {"made_by": made_by})
 
 
 def load_user(path: str | PathLike[str], scorer: PersonalScorer) -> Taste:
-    """Read the user file of `save_user` for this scorer. Raises FileNotFoundError, or ValueError with the reason."""
+    """Read a user file of `save_user` for this scorer. Raises FileNotFoundError, or ValueError with the reason."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no user file '{path}'; `diffalign user fit` makes one of some choices")
+        raise FileNotFoundError(f"no user file '{path}'; `diffalign user fit` writes one from choices")
     try:
         with safe_open(path, "pt") as file:
             made_by = (file.metadata() or {}).get("made_by")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged, or no user file ({error}); fit it again") from error
+        raise ValueError(f"'{path}' is damaged or not a user file ({error}); fit the user again") from error
     if "mean" not in state or made_by != scorer.fingerprint:
         raise ValueError(
-            f"'{path}' was not fitted with this scorer (made by '{made_by}', the scorer is '{scorer.fingerprint}'); "
-            "fit it again with `diffalign user fit`"
+            f"'{path}' was fitted with another scorer (fingerprint '{made_by}', this scorer: '{scorer.fingerprint}'); "
+            "fit the user again with `diffalign user fit`"
         )
     return Taste(state["mean"], state["samples"])
 
@@ -222,22 +224,22 @@ def head_to_train(
     spread: float = 0.1,
     seed: int = 0,
 ) -> PersonalScorer:
-    """A personal scorer with a fresh head.
+    """A personal scorer with a new head.
 
-    features    the CLIP scorer that `features_from` names
-    people      how many persons it trains on
+    features    the CLIP scorer of `features_from`
+    people      number of persons in the training data
     statistics  mean and standard deviation [3E] of the features
 
     Args:
-        features_from: scorer on CLIP whose frozen features are used (clip, hps_v2.1, pickscore, playground_hps, ...)
-        head: pal, ideal points among prototypes; vpl, variational; groups, one reward a group; logistic, the baseline
-        size: numbers a person: PAL's prototypes, VPL's latent, the groups; the logistic head has as many as features
-        latent: PAL's width of the space of ideal points
+        features_from: scorer on CLIP that provides the frozen features (clip, hps_v2.1, pickscore, playground_hps, ...)
+        head: pal, ideal points among prototypes; vpl, variational; groups, one reward per group; logistic, the baseline
+        size: width of a user vector: PAL's prototypes, VPL's latent, number of groups; not for the logistic head
+        latent: PAL: dimension of the ideal points
         hidden: width of hidden layers; 0 for a linear map in PAL
         variant: PAL-A, or PAL-B with prototypes that depend on the prompt
-        distance: PAL's: euclid or angle
+        distance: PAL: euclid or angle
         spread: standard deviation of the logistic head's Gaussian prior around the population vector
-        seed: of the initial weights
+        seed: seed of the initial weights
     """
     width = statistics[0].numel() // 3
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would touch every device
@@ -263,9 +265,11 @@ def check_head(cfg: dict[str, Any]) -> list[str]:
     """The errors of a `scorer` section of a config, one line each."""
     problems = [f"'scorer.{k}' = {cfg[k]} must be 1 or more" for k in ("size", "latent") if cfg[k] < 1]
     if cfg["hidden"] < (0 if cfg["head"] == "pal" else 1):
-        problems.append(f"'scorer.hidden' = {cfg['hidden']} must be positive; only PAL has a linear map")
+        problems.append(
+            f"'scorer.hidden' = {cfg['hidden']} must be positive; 0 (a linear map) is for 'scorer.head' = pal only"
+        )
     if cfg["head"] != "pal" and (cfg["variant"], cfg["distance"]) != ("A", "euclid"):
-        problems.append("'scorer.variant' and 'scorer.distance' have an effect on 'scorer.head' = pal only")
+        problems.append("'scorer.variant' and 'scorer.distance' are used only with 'scorer.head' = pal; leave them out")
     if not cfg["spread"] > 0:
         problems.append(f"'scorer.spread' = {cfg['spread']} must be positive")
     return problems

@@ -1,7 +1,7 @@
 """User vectors (`Taste`), fitted from a few choices of one person.
 
-A choice is two images of a prompt, as features z [3E] (see `pair_features`), the preferred one first. The heads,
-rewards that depend on such a vector, are in heads.py.
+A choice is a pair of images of a prompt, as features z [3E] (see `pair_features`), with the preferred one first. The
+heads in heads.py are rewards that depend on a user vector.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SAMPLES = 64
 
 
 def pair_features(image: Tensor, text: Tensor) -> Tensor:
-    """Unit features of images and of their prompts, both [..., E] -> z [..., 3E]: both, and their product."""
+    """Unit features of images and of their prompts, [..., E] -> z [..., 3E]: both, and their elementwise product."""
     return torch.cat([image, text, image * text], dim=-1)
 
 
 class Choice(NamedTuple):
-    """Of two images of a prompt, which one a person prefers: Pillow images or files, of any sizes."""
+    """A person's choice between two images of a prompt: Pillow images or files, of any sizes."""
 
     prompt: str
     chosen: Image.Image | str | PathLike[str]
@@ -50,20 +50,20 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class Head(nn.Module, ABC):
-    """A reward that depends on a person's vector [U]. `mean` and `std` standardise features; set them before training.
+    """Reward that depends on a user vector [U]. `mean` and `std` standardise features; set them before training.
 
-    width  E, of the image features; z is three times as wide
+    width  width E of the image features; z has width 3E
     """
 
     kind: str
     size: int
-    """U"""
+    """Width U of a user vector."""
     mean: Tensor
     std: Tensor
 
     def __init__(self, width: int, **settings: Any):
         super().__init__()
-        self.width, self.settings = width, settings  # as given, for the scorer folder
+        self.width, self.settings = width, settings  # constructor arguments, for the scorer folder
         self.register_buffer("mean", torch.zeros(3 * width))
         self.register_buffer("std", torch.ones(3 * width))
 
@@ -80,15 +80,14 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def fit(self, z_w: Tensor, z_l: Tensor) -> Taste:
-        """N choices [N, 3E] of one person -> their taste. Changes no weight, draws no global random number."""
+        """N choices [N, 3E] of one person -> their taste. Changes no weights and uses no global random generator."""
 
     def margin(self, z_w: Tensor, z_l: Tensor, taste: Tensor) -> Tensor:
-        """Margin of the first image for a person: the logit of the probability that it is chosen."""
+        """Margin of the first image for a person: the logit of its choice probability."""
         return self.reward(z_w, taste) - self.reward(z_l, taste)
 
     def chance(self, z_w: Tensor, z_l: Tensor, taste: Taste) -> tuple[Tensor, Tensor]:
-        """N pairs [N, 3E] -> the probability [N] that the person chooses the first, and its standard deviation over the
-        posterior samples."""
+        """Probability [N] of choosing the first image of N pairs [N, 3E], and its std over posterior samples."""
         draws = torch.sigmoid(self.margin(z_w[None], z_l[None], taste.samples[:, None].expand(-1, len(z_w), -1)))
         return draws.mean(0), draws.std(0)
 
@@ -96,12 +95,12 @@ class Head(nn.Module, ABC):
     def forward(
         self, z_w: Tensor, z_l: Tensor, person: Tensor, support_w: Tensor, support_l: Tensor, mask: Tensor, eps: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """B choices to learn from -> the margin of each [B], and the KL or prior cost of the user vector, nats [B].
+        """Margins [B] of B training choices, and the KL or prior cost of the user vectors, nats [B].
 
-        z_w, z_l              [B, 3E]     preferred and other image
-        person                int64 [B]   number of the person among those of the training data
+        z_w, z_l              [B, 3E]     preferred and rejected image
+        person                int64 [B]   index of the person in the training data
         support_w, support_l  [B, S, 3E]  other choices of the same person
-        mask                  bool [B, S] which of them count; their number varies
+        mask                  bool [B, S] false for padding, since their number varies
         eps                   [B, U]      standard normal numbers
         """
 
@@ -111,7 +110,7 @@ class Head(nn.Module, ABC):
 
 
 def gaussian_of(people: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [U] and covariance [U, U] of the vectors [n, U] of the people seen; of few people, nearly a unit normal."""
+    """Mean [U] and covariance [U, U] of user vectors [n, U], shrunk to a unit normal for few people."""
     n, size = people.shape
     mean = people.mean(0)
     scatter = (people - mean).T @ (people - mean)
@@ -119,9 +118,9 @@ def gaussian_of(people: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def laplace(margins: Callable[[Tensor], Tensor], mean: Tensor, covariance: Tensor) -> Taste:
-    """The posterior of a vector with a Gaussian prior, given chosen-over-other margins [N] as a function of it.
+    """Laplace posterior of a vector with a Gaussian prior, given the margins [N] of choices as a function of it.
 
-    Mode by L-BFGS, curvature by Gauss-Newton, which is positive whatever the margins are.
+    The mode is found by L-BFGS. The curvature is Gauss-Newton's, which is always positive definite.
     """
     precision = torch.linalg.inv(covariance)
     taste = mean.clone().requires_grad_()
@@ -139,7 +138,7 @@ def laplace(margins: Callable[[Tensor], Tensor], mean: Tensor, covariance: Tenso
     slopes: Any = torch.func.jacrev(margins)(mode)
     p = torch.sigmoid(margins(mode)).detach()
     curvature = precision + slopes.detach().T @ ((p * (1 - p))[:, None] * slopes.detach())
-    # If L L' is the curvature, L'^-1 n has its inverse as covariance.
+    # With curvature L L' and standard normal n, L'^-1 n has the inverse curvature as covariance.
     spread = torch.linalg.solve_triangular(
         torch.linalg.cholesky(curvature).T, standard_normal(len(mode)).T.to(mode), upper=True
     )
@@ -147,6 +146,6 @@ def laplace(margins: Callable[[Tensor], Tensor], mean: Tensor, covariance: Tenso
 
 
 def standard_normal(size: int) -> Tensor:
-    """[SAMPLES, size], always the same, with mean 0: a taste depends on the choices and on nothing else."""
+    """Fixed standard normal numbers [SAMPLES, size] with mean 0, so that a taste depends on the choices only."""
     drawn = torch.randn(SAMPLES // 2, size, generator=torch.Generator().manual_seed(0))
     return torch.cat([drawn, -drawn])

@@ -1,7 +1,8 @@
-"""A person's few choices as tokens [T, D]: the hidden states of a vision-language model that reads them as a chat.
+"""User tokens [T, D] from a few choices: hidden states of a vision-language model, with the choices as chat input.
 
-As in PPD, "Personalized Preference Fine-tuning of Diffusion Models" (Dang et al. 2025), where a frozen LLaVA-OneVision
-reads four examples. Which size, layer, tokens and words were used there could not be verified: they are settings here.
+As in PPD, "Personalized Preference Fine-tuning of Diffusion Models" (Dang et al. 2025), with four examples as the input
+of a frozen LLaVA-OneVision. The paper's model size, layer, tokens and chat text could not be verified, so they are
+settings.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from reward_models.weights import save_state
 EXAMPLE = "Prompt: {prompt}\nImage A: {image}\nImage B: {image}\nThe person chose {choice}."
 QUESTION = "Describe in one short sentence what this person likes in images."
 SAMPLED = 4096
-"""Values of each weight that make the fingerprint of a model. All of them would take minutes at 72B."""
+"""Number of values of each weight in the fingerprint of a model. All values would take minutes for 72B parameters."""
 
 Pooling = Literal["last", "tokens", "description"]
 
@@ -46,17 +47,17 @@ class _Chat(NamedTuple):
 
 
 class VLMUserEncoder:
-    """Chats about choices -> hidden states of a LlavaOnevisionForConditionalGeneration, which is frozen here.
+    """Encoder of choices: hidden states of a frozen LlavaOnevisionForConditionalGeneration.
 
-    Which image is called A depends on prompt and pixels only: swapping chosen and rejected changes only the letter of
-    the chosen image. The order of a person's choices matters, as it does to the model.
+    The assignment of images to A and B depends on prompt and pixels only. So swapping chosen and rejected changes only
+    the letter of the chosen image. The result depends on the order of a person's choices.
 
     Args:
-        layer: index of hidden_states: 0 the embeddings, the largest the final norm; none: the middle
-        pooling: `last` token of the prompt; its last `tokens`; or the mean over the `description` that the model writes
-        tokens: how many, for pooling `tokens`
-        max_new_tokens: length of the description at most
-        name: of the model; written beside what is cached
+        layer: index of hidden_states: 0 for the embeddings, the largest for the final norm; default: the middle
+        pooling: last: last token of the prompt; tokens: its last `tokens`; description: mean over generated tokens
+        tokens: number of tokens, for pooling `tokens`
+        max_new_tokens: maximum length of the description
+        name: name of the model, stored in cache files
     """
 
     def __init__(
@@ -83,18 +84,18 @@ class VLMUserEncoder:
         self._special = re.compile("|".join(map(re.escape, special)))
 
     def encode(self, choices: Sequence[Choice]) -> Tensor:
-        """The choices of one person -> float32 [T, D] on the CPU: T is `tokens` with that pooling, otherwise 1.
+        """The choices of one person -> float32 [T, D] on the CPU: T is `tokens` with pooling `tokens`, else 1.
         Raises ValueError for no choices and for images that cannot be read."""
         return self._run([self._chat("the person", choices)])[0]
 
     def encode_users(
         self, users: Mapping[str, Sequence[Choice]], *, cache: Path | None = None, batch_size: int = 4
     ) -> dict[str, Tensor]:
-        """The choices of each user -> float32 [T, D] on the CPU, as `encode` gives them but for rounding.
+        """Choices of users -> float32 [T, D] each, on the CPU; equal to `encode` up to rounding.
 
-        Users in the folder `cache` are read from it. The others are written there after every batch, so a killed run
-        resumes. Images are opened all the same, since their pixels name the files. Raises ValueError that names the
-        user and the file, for no choices and for what cannot be read.
+        Users in the folder `cache` are read from it, others are written there after every batch, so a killed run can
+        resume. Images are opened in any case, because the cache key contains their pixels. Raises ValueError with the
+        user and the file for missing choices and unreadable files.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
@@ -110,8 +111,10 @@ class VLMUserEncoder:
     def _missing(
         self, users: Mapping[str, Sequence[Choice]], cache: Path | None, encoded: dict[str, Tensor]
     ) -> Iterator[tuple[str, _Chat]]:
-        """The users that are not in the cache; the others go to `encoded`. By length, which pads least, then by name:
-        who shares a batch decides the last bits, and those must not depend on the order of `users`."""
+        """Users that are not in the cache; cached ones are put into `encoded`.
+
+        Sorted by length, for the least padding, then by name. A batch's composition changes the last bits, which must
+        not depend on the order of `users`."""
         order = sorted(users, key=lambda user: (len(users[user]), user))
         for user in tqdm(order, desc="users", unit="user", leave=False, mininterval=1):
             chat = self._chat(f"user '{user}'", users[user])
@@ -121,7 +124,7 @@ class VLMUserEncoder:
                 yield user, chat
 
     def _chat(self, who: str, choices: Sequence[Choice]) -> _Chat:
-        """One turn for each choice, then the question."""
+        """A chat with one turn per choice, then the question."""
         if not choices:
             raise ValueError(f"{who} has no choices; at least one is needed")
         turns, images, digests = [], [], []
@@ -129,12 +132,12 @@ class VLMUserEncoder:
             pair = [_read(who, image) for image in choice[1:]]
             own = [_sha1(f"{image.size}".encode(), image.tobytes()) for image in pair]
             coin = int(_sha1(choice.prompt.encode(), *map(str.encode, sorted(own))), 16) % 2
-            order = [0, 1] if own[0] == sorted(own)[coin] else [1, 0]  # A, B: 0 is the chosen image
+            order = [0, 1] if own[0] == sorted(own)[coin] else [1, 0]  # image A and B; 0 is the chosen one
             images += [pair[i] for i in order]
             digests += [own[i] for i in order]
-            prompt = self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", choice.prompt)  # a "<image>" in it is text
+            prompt = self._special.sub(lambda m: f"{m[0][0]} {m[0][1:]}", choice.prompt)  # "<image>" becomes plain text
             turns.append(EXAMPLE.format(prompt=prompt, image=self.processor.image_token, choice="AB"[order.index(0)]))
-        # Image tokens within the text: the published template puts images that are parts of a turn before all its text.
+        # Image tokens are in the text, because the published template puts the images of a turn before all its text.
         messages = [{"role": "user", "content": [{"type": "text", "text": turn}]} for turn in [*turns, QUESTION]]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         settings = f"{self._fingerprint} {self.layer} {self.pooling} {self.length} {' '.join(digests)}"
@@ -143,7 +146,7 @@ class VLMUserEncoder:
     @torch.no_grad()
     def _run(self, chats: Sequence[_Chat]) -> list[Tensor]:
         weights = next(self.model.parameters())
-        # Images in a list of each chat are one view each; in one flat list they would be cut into up to ten.
+        # A list of images per chat gives one view per image; a flat list would be split into up to ten views.
         texts, images = [chat.text for chat in chats], [chat.images for chat in chats]
         inputs = self.processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
         inputs = inputs.to(weights.device, weights.dtype)
@@ -151,16 +154,17 @@ class VLMUserEncoder:
             return list(self._describe(inputs).cpu())
         mask = inputs["attention_mask"]
         if self.length > (shortest := int(mask.sum(1).min())):
-            raise ValueError(f"tokens={self.length}, but a prompt has only {shortest}")
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # those without the padding; in bfloat16 an offset is not free
+            raise ValueError(f"tokens={self.length}, but the shortest prompt has only {shortest} tokens")
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # without padding; in bfloat16 an offset changes the result
         settings: dict[str, Any] = {"output_hidden_states": True, "use_cache": False, "logits_to_keep": 1}
         states = self.model(**inputs, position_ids=positions, **settings).hidden_states[self.layer]
-        return list(states[:, -self.length :].float().cpu().clone())  # a view would keep all states
+        return list(states[:, -self.length :].float().cpu().clone())  # a view would keep all hidden states in memory
 
     def _describe(self, inputs: Any) -> Tensor:
-        """Greedily written descriptions -> the mean over their tokens, float32 [B, 1, D]."""
+        """Mean hidden state over the tokens of greedily decoded descriptions, float32 [B, 1, D]."""
         tokenizer, ends = self.processor.tokenizer, self.model.generation_config.eos_token_id
-        lengths = {"min_new_tokens": 1, "max_new_tokens": self.length + 1}  # the last is written, not read: no state
+        # The last token is not an input, so it has no hidden state.
+        lengths = {"min_new_tokens": 1, "max_new_tokens": self.length + 1}
         stop = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
         wanted = {"output_hidden_states": True, "return_dict_in_generate": True}
         out = self.model.generate(**inputs, do_sample=False, num_beams=1, **lengths, **stop, **wanted)
@@ -171,7 +175,7 @@ class VLMUserEncoder:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Changes with weights, dtype and the preparation of images; the text is in every key as the model reads it."""
+        """Hash of weights, dtype and image preprocessing. The chat text is part of every cache key."""
         parts = [self.processor.image_processor.to_json_string().encode()]
         for name, weight in self.model.named_parameters():
             values = weight.flatten()[:: max(1, weight.numel() // SAMPLED)].float().cpu()
@@ -189,9 +193,9 @@ def load_vlm_user_encoder(
     max_new_tokens: int = 32,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> VLMUserEncoder:
-    """A hub id or a folder of a LLaVA-OneVision and its processor, in safetensors -> the encoder, on the device.
+    """VLMUserEncoder on the device, from a hub id or folder of a LLaVA-OneVision with its processor, in safetensors.
 
-    The settings are those of VLMUserEncoder; dtype is the network's. Raises ValueError for what is no such model.
+    The settings are those of VLMUserEncoder; dtype is that of the network. Raises ValueError for other models.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'")
@@ -215,7 +219,7 @@ def load_vlm_user_encoder(
 def _read(who: str, image: Image.Image | str | PathLike[str]) -> Image.Image:
     try:
         return to_rgb(image) if isinstance(image, Image.Image) else read_rgb(image)
-    except (ValueError, OSError) as error:  # OSError: a Pillow image whose file is cut off, read only now
+    except (ValueError, OSError) as error:  # OSError: a truncated file of a Pillow image, which is read lazily
         raise ValueError(f"{who}: '{getattr(image, 'filename', None) or image}': {error}") from error
 
 
@@ -223,9 +227,9 @@ def _read_cached(path: Path) -> Tensor:
     try:
         return load_file(path)["tokens"]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"'{path}' in the cache is damaged ({error}); delete it, and it is made again") from error
+        raise ValueError(f"'{path}' in the cache is damaged ({error}); delete it to compute it again") from error
 
 
 def _sha1(*parts: bytes) -> str:
-    """Of the parts and of where each ends."""
+    """Hash of the parts and their lengths."""
     return hashlib.sha1(b",".join([str([*map(len, parts)]).encode(), *parts])).hexdigest()

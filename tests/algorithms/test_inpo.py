@@ -130,7 +130,7 @@ def test_impossible_settings_are_listed() -> None:
     cfg |= {"smoothing": 0.0, "score_range": 1.0}
     data = {"batch_size": 4, "draws_per_sample": None}
     assert InPO.check(cfg, data) == []
-    assert "but the policy inverts" in InPO.check(cfg, data | {"draws_per_sample": 2})[0]
+    assert "but with 'algorithm.invert_by' = policy they change" in InPO.check(cfg, data | {"draws_per_sample": 2})[0]
     assert InPO.check(cfg | {"invert_by": "reference"}, data | {"draws_per_sample": 2}) == []
     assert "positive" in InPO.check(cfg | {"score_range": 0.0}, data)[0]
     assert "has no margin" in InPO.check(cfg | {"smoothing": 1.0, "loss": "clipped"}, data)[0]

@@ -205,5 +205,5 @@ def test_impossible_settings_are_listed() -> None:
     assert not R0.check(anchors, *rest)
     assert "'algorithm.start_weight' = -1 must be 0 or more" in R0.check({**anchors, "start_weight": -1}, *rest)[0]
     for sections in (({**lora, "dtype": "fp16"}, reward, run), (lora, {"dtype": "fp16"}, run)):
-        assert "= fp16: this method takes gradients inside its loss" in R0.check(anchors, *sections)[0]
+        assert "= fp16: this method computes gradients inside its loss" in R0.check(anchors, *sections)[0]
     assert "'run.mixed_precision' = fp16" in R0.check(anchors, lora, reward, {"mixed_precision": "fp16"})[0]

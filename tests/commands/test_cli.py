@@ -32,7 +32,7 @@ def test_recipes_are_listed_with_their_configs(capsys: pytest.CaptureFixture[str
     assert "generate " in tools and "user " in tools
 
 
-def test_tools_are_commands_and_generate_is_known_after_eval_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tools_are_commands_also_after_eval(monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     monkeypatch.setattr(launch, "start", lambda *given, **how: started.append((*given, how)) or 0)
     words, tools = ["--help", "--out=x"], launch.ROOT / "tools"
@@ -45,7 +45,7 @@ def test_tools_are_commands_and_generate_is_known_after_eval_too(monkeypatch: py
 
 
 @pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
-def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_recipes_raise_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "dpo", *more]) == 2
     said = capsys.readouterr().err
     assert "no train recipe 'dpo'; known recipes: " in said and "inpo, kto" in said
@@ -55,8 +55,8 @@ def test_unknown_recipes_are_answered_with_the_known_ones(more: list[str], capsy
         launch.find("eval", "score")
 
 
-def test_prompts_labels_and_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Six prompts with two rendered samples each: one vivid and in place, one pale and off it."""
+def test_playground_prompts_and_label_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Six prompts with two rendered samples each: one vivid and well placed, one pale and displaced."""
     from torchvision.utils import save_image
 
     from diffalign.playground.world import CENTRE, PLACES, imagine, parse
@@ -96,7 +96,7 @@ def test_prompts_labels_and_controls(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "no annotator 'me'" in capsys.readouterr().err
 
 
-def test_playground_build_runs_from_nothing_and_resumes(tmp_path: Path) -> None:
+def test_playground_build_starts_and_resumes(tmp_path: Path) -> None:
     sizes = {"autoencoder_steps": 2, "unet_steps": 2, "images": 64, "samples": 8}
     card = build(tmp_path / "base", tmp_path / "work", **sizes)
     assert {"psnr", "colour", "shape", "score", "unet_steps"} <= card.keys()
@@ -121,9 +121,9 @@ assert not generate(words)
 
 
 def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
-    """Unpacked where nothing of the checkout is: recipes, configs, weights and pairs travel in the wheel."""
+    """Unpacked outside the checkout: recipes, configs, weights and pairs are in the wheel."""
     wheels, copy = tmp_path / "wheels", tmp_path / "copy"
-    # setuptools leaves a build folder where it builds, and takes what an older one holds.
+    # setuptools leaves a build folder, and would include the files of an older one.
     shutil.copytree(
         ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
     )

@@ -1,4 +1,4 @@
-"""What the commands have in common: versions, the cache, scorers of one's own, tables, and what is left unsaid."""
+"""Common parts of the commands: versions, the cache, custom scorers, tables, and hidden warnings."""
 
 from __future__ import annotations
 
@@ -33,15 +33,19 @@ VERSIONS = {"diffalign": f"diffalign {__version__}\n", "reward_models": f"reward
 
 
 @pytest.mark.parametrize(("package", "words"), VERSIONS.items())
-def test_versions_and_modules(package: str, words: str, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_option_of_both_commands_run_as_modules(
+    package: str, words: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", [package, "--version"])
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(package, run_name="__main__")
     assert ended.value.code == 0 and capsys.readouterr().out == words
 
 
-def test_a_scorer_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Callable) -> None:
-    """For reward-score, and in recipes."""
+def test_a_scorer_module_in_the_working_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Callable
+) -> None:
+    """In reward-score and in recipes."""
     (tmp_path / "my_own_scorers.py").write_text(SCORER)
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
@@ -60,8 +64,8 @@ def test_a_scorer_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "run" / "export").exists()
 
 
-def test_the_cache_is_shown_and_emptied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Only what is ours: a cache in somebody's home must not take it along."""
+def test_cache_command_shows_and_clears_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Deletes only files of the cache: a cache in a home folder must not delete others."""
     folder = tmp_path / "home"
     for name in ("d452e3e546b2ea2e/prompts", "d452e3e546b2ea2e-bf16/squares-32-center", "files", "photos", "a/b"):
         (folder / name).mkdir(parents=True)
@@ -77,7 +81,7 @@ def test_the_cache_is_shown_and_emptied(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
-def test_cells_are_no_formulas(start: str, tmp_path: Path) -> None:
+def test_csv_cells_cannot_be_formulas(start: str, tmp_path: Path) -> None:
     text = f"{start}HYPERLINK(1)"
     rows = [(text, "a = b", -1.5), ("x.png", f"'{start}", 2.0)]
     columns: Any = {"image": "string", "prompt": "string", f"{start}scorer": "float32"}
@@ -90,7 +94,7 @@ def test_cells_are_no_formulas(start: str, tmp_path: Path) -> None:
     assert "'" + start not in (tmp_path / "t.jsonl").read_text().splitlines()[0]
 
 
-def test_notices_that_say_nothing_are_left_out(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harmless_library_warnings_are_hidden(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     handler = logging.StreamHandler(sys.stderr)
     monkeypatch.setattr(logging.getLogger("diffusers"), "handlers", [handler])
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What the demo runs, and the summary it writes of what the commands found."""
+"""Commands of the demo, and the summary of their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from diffalign.commands import demo as story
 from diffalign.commands import launch
-from diffalign.report.comparison import compare
+from diffalign.report.preference_rate import compare
 
 IDS = ["a", "a", "b", "b"]
 BASE, ALIGNED, RANDOM = [0.0, 4.0, 0.0, 4.0], [3.0, 6.0, 2.0, 6.0], [1.0, 6.0, -1.0, 5.0]
@@ -21,7 +21,7 @@ KEYS += ["match_change", "diversity_change", "direction", "n", "seconds", "expor
 
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """Runs nothing but the win rates, whose files are written; the commands in order."""
+    """The commands in order. None is run; win rate commands write a fixed file."""
     called: list[list[str]] = []
 
     def call(command: list[str], environment: dict[str, str]) -> int:
@@ -39,7 +39,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return called
 
 
-def test_the_summary_has_what_others_read(tmp_path: Path, commands: list[list[str]], capsys: Any) -> None:
+def test_fields_of_the_demo_summary(tmp_path: Path, commands: list[list[str]], capsys: Any) -> None:
     assert story.demo(tmp_path / "demo") == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert sorted(summary) == sorted(KEYS)
@@ -51,8 +51,10 @@ def test_the_summary_has_what_others_read(tmp_path: Path, commands: list[list[st
     assert "Label effect" not in said and not any("random" in " ".join(words) for words in commands)
 
 
-def test_random_labels_give_the_label_effect(tmp_path: Path, commands: list[list[str]], capsys: Any) -> None:
-    """As by hand in test_comparison.py."""
+def test_random_labels_add_the_label_effect_to_the_summary(
+    tmp_path: Path, commands: list[list[str]], capsys: Any
+) -> None:
+    """As by hand in test_preference_rate.py."""
     assert story.demo(tmp_path / "demo", random_labels=True) == 0
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert sorted(summary) == sorted([*KEYS, "label_effect_sd"]) and summary["label_effect_sd"] == 0.75
@@ -63,7 +65,7 @@ def test_random_labels_give_the_label_effect(tmp_path: Path, commands: list[list
     assert other == ["run.folder", "data.path"], "the rest is equal"
 
 
-def test_images_are_drawn_without_guidance_everywhere() -> None:
+def test_demo_commands_use_no_guidance() -> None:
     for line in (story.STORY + story.CONTROL).splitlines():
         words = shlex.split(line, comments=True)
         if words[1:2] == ["generate"]:

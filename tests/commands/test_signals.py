@@ -1,4 +1,4 @@
-"""Runs that are asked to end, folders that are in use, checkpoints that a disk has damaged."""
+"""Signals to runs, run folders in use, and damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def same_runs(a: Path, b: Path) -> bool:
 
 
 def settings(folder: Path, *more: str) -> list[str]:
-    """A run of six steps; checkpoints, sample grids and looks fall on other steps than most signals."""
+    """A run of six steps; checkpoints, sample grids and monitor measurements are at other steps than most signals."""
     words = ["--config=playground", f"run.folder={folder}", "trainer.steps=6", "data.batch_size=4", "data.limit=16"]
     words += ["hooks.checkpoint_every=4", "hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white]"]
     return [*words, "hooks.verify_export=false", "hooks.ema_decay=0.9", *more]
@@ -65,11 +65,11 @@ WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "reward.normalise=runnin
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, signum: int, step: int) -> None:
-    """The signal comes while this step is taken."""
+    """Send the signal during this step."""
     take = Trainer.take
 
     def taken(self: Trainer, *arguments: Any) -> Any:
-        if self.step + 1 == step and not self._signals.signum:  # once, though a step may have several turns
+        if self.step + 1 == step and not self._signals.signum:  # once, although a step may have several turns
             signal.raise_signal(signum)
         return take(self, *arguments)
 
@@ -94,7 +94,7 @@ def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
     step: int,
     more: list[str],
 ) -> None:
-    """Nothing else happens there that happens at a last step: no look of the monitor, no grid, no export."""
+    """The step is not treated as the last one: no measurement of the monitor, no sample grid, no export."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe(name, *settings(whole, *more))
     before = [signal.getsignal(s) for s in SIGNALS]
@@ -104,23 +104,23 @@ def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
     assert ended.value.code == 128 + signum
     assert [signal.getsignal(s) for s in SIGNALS] == before
     said = capfd.readouterr()
-    assert f"step {step} is saved; run.resume=true goes on from there" in said.out
+    assert f"step {step} is saved; resume with run.resume=true" in said.out
     assert f"ended by {signal.Signals(signum).name} after step {step}\n" in said.out
-    assert "the run ends after this step; once more to end it at once" in said.err
+    assert "the run ends after this step; send the signal once more to end it at once" in said.err
     assert metrics(parts) == [row for row in metrics(whole) if row["step"] <= step]
     assert (parts / f"checkpoints/step-{step:06d}/state.json").exists() and not (parts / "export").exists()
     recipe(name, *settings(parts, *more, "run.resume=true"))
     assert same_runs(parts, whole)
 
 
-def test_where_no_checkpoints_are_wanted_a_signal_writes_none(
+def test_a_signal_writes_no_checkpoint_when_they_are_disabled(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     signalled(monkeypatch, signal.SIGTERM, 2)
     with pytest.raises(SystemExit):
         recipe("diffusion_dpo", *settings(tmp_path, *OFFLINE, "hooks.checkpoint_every=0", "hooks.sample_every=0"))
     said = capfd.readouterr().out
-    assert "no checkpoint is written, for 'hooks.checkpoint_every' is 0" in said and "run.resume" not in said
+    assert "no checkpoint is written, because 'hooks.checkpoint_every' is 0" in said and "run.resume" not in said
     assert not (tmp_path / "checkpoints").exists() and [row["step"] for row in metrics(tmp_path)] == [1, 2]
 
 
@@ -137,14 +137,14 @@ with asked.caught():
 
 
 @pytest.mark.parametrize(("first", "second"), [(15, 15), (2, 2), (15, 2)])
-def test_the_second_signal_ends_it_at_once(first: int, second: int) -> None:
+def test_the_second_signal_ends_the_process_at_once(first: int, second: int) -> None:
     command = [sys.executable, "-c", TWICE, str(first), str(second)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (-second, f"first {first}\n")
     assert "once more" in done.stderr
 
 
-def test_signals_that_a_process_was_started_to_ignore_stay_ignored() -> None:
+def test_signals_ignored_at_start_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         asked = interruption.Interruption()
@@ -190,14 +190,16 @@ def until(true: Callable[[], bool], seconds: float = 60) -> None:
     [(signal.SIGTERM, 1, ""), (signal.SIGINT, 1, ""), (signal.SIGTERM, 1, "cpu"), (signal.SIGINT, 2, "")],
     ids=["alone", "alone-int", "accelerate", "torchrun"],
 )
-def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path: Path, signum: int, processes: int, config: str) -> None:
+def test_a_signal_to_the_launcher_reaches_the_run_and_its_exit_code_is_returned(
+    tmp_path: Path, signum: int, processes: int, config: str
+) -> None:
     """Through accelerate's launcher and torchrun too; the exit code is the run's, and there is no traceback."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     command = [sys.executable, "-c", STARTS, str(script), str(tmp_path), str(processes), config]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
         until(lambda: len(list(tmp_path.glob("ready-*"))) == processes)
-        time.sleep(0.3)  # torchrun looks at its children four times a second
+        time.sleep(0.3)  # torchrun polls its children four times a second
         parent.send_signal(signum)
         out, err = parent.communicate(timeout=60)
     assert parent.returncode == 128 + signum, err
@@ -205,13 +207,13 @@ def test_a_signal_reaches_the_run_and_is_waited_for(tmp_path: Path, signum: int,
     assert "ended with" not in out and "Traceback" not in err, err
 
 
-def test_what_a_command_is_killed_by_is_its_exit_code() -> None:
+def test_exit_codes_of_killed_commands() -> None:
     assert launch.call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
     assert launch.call([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
 
 
-def test_a_killed_command_line_leaves_no_run_behind(tmp_path: Path, recipe: Callable) -> None:
-    """SIGTERM to `diffalign train`: the run ends with it, and goes on from where it was."""
+def test_killing_the_command_ends_its_run(tmp_path: Path, recipe: Callable) -> None:
+    """SIGTERM to `diffalign train` ends the run, which can be resumed."""
     words = settings(tmp_path / "parts", *OFFLINE, "trainer.steps=400", "hooks.checkpoint_every=300", "run.log_every=1")
     command = [sys.executable, "-m", "diffalign.commands.cli", "train", "--num-processes=1", "diffusion_dpo", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -220,7 +222,7 @@ def test_a_killed_command_line_leaves_no_run_behind(tmp_path: Path, recipe: Call
         until(lambda: run.poll() is not None or (log.exists() and log.read_text().count("\n") > 2), 120)
         assert run.poll() is None, run.communicate()[1]
         second = [*settings(tmp_path / "parts", *OFFLINE), "run.resume=true"]
-        with pytest.raises(FileExistsError, match=r"another run is in '.*parts' now \(process \d+ on .*\); wait"):
+        with pytest.raises(FileExistsError, match=r"another run is using '.*parts' \(process \d+ on .*\); wait"):
             recipe("diffusion_dpo", *second)
         run.send_signal(signal.SIGTERM)
         out, err = run.communicate(timeout=60)
@@ -273,13 +275,13 @@ def test_two_processes_end_after_the_same_step(tmp_path: Path, recipe: Callable,
 
 
 class Plain(NamedTuple):
-    """A batch of nothing but its keys."""
+    """A batch with keys only."""
 
     keys: list[Any]
 
 
 class Hit(torch.utils.data.Dataset):
-    """Whatever ends a run comes to its worker processes as well."""
+    """Data set in whose worker processes the signals are raised as well."""
 
     draws_per_sample = None
 
@@ -298,7 +300,7 @@ class Hit(torch.utils.data.Dataset):
         return batch
 
 
-def test_workers_leave_signals_to_the_run() -> None:
+def test_loader_workers_ignore_signals() -> None:
     loader = KeyedLoader(Hit(), Draws(0), batch_size=2, num_workers=1, device=torch.device("cpu"))  # type: ignore[arg-type]
     batches = loader.start(0)
     assert [len(next(batches).keys) for _ in range(6)] == [2] * 6
@@ -313,7 +315,7 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path, re
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lock")], stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         for more in ([], ["run.resume=true"]):
-            with pytest.raises(FileExistsError, match=r"another run is in '.*' now \(process 7 on there\)"):
+            with pytest.raises(FileExistsError, match=r"another run is using '.*' \(process 7 on there\)"):
                 recipe("diffusion_dpo", *words, *more)
         assert {p.name for p in tmp_path.iterdir()} == {".lock"}
         holder.kill()
@@ -322,10 +324,10 @@ def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path: Path, re
 
 
 @pytest.mark.parametrize("name", ["diffusion_dpo", "diff_instruct_star"])
-def test_a_folder_without_a_step_is_unused(
+def test_a_run_folder_without_a_finished_step_can_be_reused(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Whether the run failed while it loaded or after the monitor's first look; with other settings, resumed or not."""
+    """After a failure during loading or after the monitor's first measurement; with other settings, resumed or not."""
     watched = [] if name == "diffusion_dpo" else ["monitor.every=2", "monitor.prompt_count=3", "run.log_every=1"]
     words = settings(tmp_path, *watched, "trainer.steps=2")
 
@@ -341,12 +343,12 @@ def test_a_folder_without_a_step_is_unused(
             assert "optimizer" in (tmp_path / "config.yaml").read_text()
     recipe(name, *words, "optimizer.lr=3e-5")
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2][not watched :]
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(FileExistsError, match="already contains a run"):
         recipe(name, *words, "optimizer.lr=3e-5")
 
 
-def test_flipped_bytes_in_a_checkpoint_are_refused_by_name(tmp_path: Path, recipe: Callable) -> None:
-    """Of every file, and the message says what the run can go on from."""
+def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recipe: Callable) -> None:
+    """For every file; the message names the checkpoint to resume from."""
     words = settings(tmp_path / "run", *WATCHED, "trainer.steps=4", "hooks.checkpoint_every=2", "hooks.sample_every=0")
     recipe("refl", *words)
     checkpoint = tmp_path / "run/checkpoints/step-000004"
@@ -368,19 +370,19 @@ def test_flipped_bytes_in_a_checkpoint_are_refused_by_name(tmp_path: Path, recip
         recipe("refl", *words, "run.resume=true")
     shutil.rmtree(checkpoint)
     flip(checkpoint.with_name("step-000002") / "optimizer.bin")
-    with pytest.raises(ValueError, match=r"damaged: optimizer\.bin\); delete that folder and begin again at step 0"):
+    with pytest.raises(ValueError, match=r"damaged: optimizer\.bin\); delete that folder to start again at step 0"):
         recipe("refl", *words, "run.resume=true")
 
 
 def flip(file: Path) -> None:
-    """One bit in the middle."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
 
 
-def test_checksums_go_below_folders(tmp_path: Path) -> None:
-    """As engines that shard write them."""
+def test_checksums_include_files_in_subfolders(tmp_path: Path) -> None:
+    """As sharded optimizer states of FSDP."""
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer/0.distcp").write_bytes(b"abc")
     write_checksums(tmp_path)

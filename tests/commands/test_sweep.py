@@ -36,8 +36,8 @@ def sweep(recipe: Callable, name: str, *words: str) -> int:
     return caught.value.code
 
 
-def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, started: list, capsys: Any) -> None:
-    """Two points; after one lost its result and its export, as if killed, only that one is trained, from its step."""
+def test_a_sweep_trains_evaluates_and_resumes(here: Path, recipe: Callable, started: list, capsys: Any) -> None:
+    """Two points. After the result and export of one are deleted, as after a kill, only this point resumes training."""
     words = [*TINY, "run.folder=s", "--sweep", "optimizer.lr=0,1e-3", "optimizer.lr_warmup_steps=0"]
     words += ["--sweep-prompts", "prompts.txt"]
     assert sweep(recipe, "diffusion_dpo", *words) == 0
@@ -64,7 +64,7 @@ def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, sta
 
     started.clear()
     assert sweep(recipe, "diffusion_dpo", *words) == 0
-    assert [call[0] for call in started] == ["generate", "win_rate"]  # the check of the scorer alone
+    assert [call[0] for call in started] == ["generate", "win_rate"]  # only the check of the scorer
     assert json.loads((here / "s" / "sweep.json").read_text()) == found
 
     killed = here / "s" / "sweep-optimizer.lr=1e-3"
@@ -82,10 +82,10 @@ def test_a_grid_is_run_judged_and_gone_on_with(here: Path, recipe: Callable, sta
     assert "'s/sweep-optimizer.lr=0' holds a run with another trainer.steps" in capsys.readouterr().err
 
 
-def test_two_axes_make_a_grid_and_a_failed_point_does_not_end_it(
+def test_a_failed_point_does_not_stop_a_two_axis_sweep(
     here: Path, recipe: Callable, started: list, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """The two points with seed 1 fail, as does the exit code; the others have their rows."""
+    """The two points with seed 1 fail, and the exit code shows it; the other points have rows."""
     start = launch.start
 
     def failing(recipe: Path, words: Sequence[str], **settings: Any) -> int:
@@ -117,7 +117,7 @@ def test_two_axes_make_a_grid_and_a_failed_point_does_not_end_it(
         (["--sweep-scorer", "clip"], ["--sweep-prompts and --sweep-scorer belong to --sweep"]),
     ],
 )
-def test_everything_is_checked_before_the_first_run(
+def test_sweep_errors_are_reported_before_the_first_run(
     words: list[str], complaints: list[str], here: Path, recipe: Callable, started: list, capsys: Any
 ) -> None:
     assert sweep(recipe, "diffusion_dpo", *TINY, *words) == 2
@@ -126,7 +126,7 @@ def test_everything_is_checked_before_the_first_run(
     assert not started and not (here / "runs").exists()
 
 
-def test_a_misspelt_scorer_ends_it_before_the_first_run(
+def test_a_misspelt_sweep_scorer_is_reported_before_training(
     here: Path, recipe: Callable, started: list, capsys: Any
 ) -> None:
     words = ["--sweep", "algorithm.beta=1,2", "--sweep-scorer", "hsp_v2", "--sweep-prompts", "prompts.txt"]
@@ -145,7 +145,7 @@ def test_several_processes_and_recipes_without_a_pipeline_are_refused(
     assert "diffalign train --num-processes 1 RECIPE --sweep" in capsys.readouterr().err
 
 
-def test_a_command_of_the_docs_page_starts(here: Path, recipe: Callable, started: list) -> None:
+def test_every_command_of_the_sweep_page_starts(here: Path, recipe: Callable, started: list) -> None:
     """Each command of docs/sweep.md, with two steps on eight pairs."""
     page = (ROOT / "docs" / "sweep.md").read_text()
     commands = [line for line in page.splitlines() if line.startswith("diffalign train ")]
@@ -184,7 +184,7 @@ def test_verdicts(change: dict, said: str) -> None:
     assert verdict({**BETTER, **change}) == said
 
 
-def test_a_scorer_that_measures_no_match_loses_none() -> None:
+def test_a_scorer_without_match_can_have_the_verdict_better() -> None:
     row = {key.replace("people_prefer", "share_won"): value for key, value in BETTER.items() if key != "match_change"}
     assert verdict(row) == "better"
     table = markdown([{**row, "values": ["a.b=1"], "accuracy": None, "loss": 1, "seconds": 2, "verdict": "better"}])
@@ -193,7 +193,7 @@ def test_a_scorer_that_measures_no_match_loses_none() -> None:
 
 
 def test_advice_and_table() -> None:
-    """The best is the point that people prefer most often among those that hold match and diversity."""
+    """The best point has the highest preference rate among those that keep match and diversity."""
 
     def row(beta: int, **change: Any) -> dict[str, Any]:
         about = {"values": [f"algorithm.beta={beta}"], "accuracy": 0.6, "loss": 0.65, "seconds": None}
@@ -229,7 +229,7 @@ def test_advice_and_table() -> None:
     assert lines[-1] == "| 0 |  |  |  |  |  |  |  |  | failed |"
 
 
-def test_numbers_of_the_last_tenth(tmp_path: Path) -> None:
+def test_training_metrics_are_means_over_the_last_tenth(tmp_path: Path) -> None:
     """20 steps: the mean of steps 19 and 20."""
     steps = [{"step": k, "policy/loss": k, "policy/accuracy": 1.0, "policy/reference_error": 0.5} for k in range(1, 21)]
     steps[-1] |= {"policy/winner_error_change": 0.1}  # NaN is left out of the file
@@ -238,7 +238,7 @@ def test_numbers_of_the_last_tenth(tmp_path: Path) -> None:
     assert trained(file) == {"accuracy": 1.0, "loss": 19.5, "drift": 0.2}
 
 
-def test_what_a_point_takes_from_the_file_of_win_rates(tmp_path: Path) -> None:
+def test_fields_read_from_the_win_rate_file(tmp_path: Path) -> None:
     own = {key: BETTER[key] for key in ("gain_sd", "gain_sd_low", "gain_sd_high")} | {"n": 4}
     own |= {key: value for key, value in BETTER.items() if key.startswith("people")}
     beside = {"match": None, "diversity": {"change": -0.1, "base": 0.2}}

@@ -271,7 +271,9 @@ def test_float16_overflow_stops_the_build(tmp_path):
         def encode_pixels(self, pixels):
             return super().encode_pixels(pixels) * 1e6
 
-    with pytest.raises(ValueError, match=r"'latent' .* not finite or too large for float16; .*'backbone.dtype' = fp32"):
+    with pytest.raises(
+        ValueError, match=r"'latent' .* not finite or exceeds the range of float16; .*'backbone.dtype' = fp32"
+    ):
         LatentCache(tmp_path / "cache", Hot(), 8).add_images(gallery(tmp_path, 2))
     assert not list((tmp_path / "cache").rglob("*.rows"))
 
@@ -283,7 +285,7 @@ def test_a_damaged_json_file_is_reported_and_its_entries_are_recomputed(tmp_path
         file = sorted((tmp_path / "cache/pool").rglob("*.json"))[0]
         file.write_bytes(content)
         cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
-        assert f"{file.name}' is damaged and left out" in caplog.text
+        assert f"{file.name}' is damaged and ignored" in caplog.text
         assert numbers(cache, cache.add_images(images)) == list(range(6)) and cache.encoder.images == 3
 
 
@@ -303,7 +305,7 @@ def test_every_flipped_byte_of_a_cached_latent_is_detected_and_the_entry_recompu
         assert all(torch.equal(rows.read(i)["latent"], whole[i]) for i in range(6))
         assert cache.encoder.images in (1, 4) and len(rows.recomputed) == 1, "one damaged, and three of the last round"
         assert not file.with_suffix(".json").exists()
-    assert f"cache file '{file}' is damaged: computed anew" in caplog.text
+    assert f"cache file '{file}' is damaged; it is computed anew" in caplog.text
     again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
     assert numbers(again, again.add_images(images)) == list(range(6)) and again.encoder.images == 3
 
@@ -396,7 +398,7 @@ def test_a_damaged_entry_stops_a_worker_process_with_its_file_and_the_next_start
         def __getitem__(self, i):
             return rows.read(i)["latent"]
 
-    with pytest.raises(DamagedEntry, match=rf"cache file '{file}' is damaged; it was set aside, start again"):
+    with pytest.raises(DamagedEntry, match=rf"cache file '{file}' is damaged; start the run again"):
         list(torch.utils.data.DataLoader(Latents(), num_workers=1, multiprocessing_context=FORK))
     again = LatentCache(tmp_path / "cache", Pool(), 8)
     assert numbers(again, again.add_images(images)) == list(range(4)) and again.encoder.images == 4

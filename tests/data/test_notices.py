@@ -117,7 +117,8 @@ def test_a_run_with_a_checkpoint_resumes_only_with_the_same_data(tmp_path, chang
     CHANGES[change](tmp_path) if change == "an image's size" else images(tmp_path, 4, size=17)
     before = (run / "data.json").read_bytes()
     with pytest.raises(
-        ValueError, match=r"the data of '.*p\.jsonl' changed since '.*run' began: .*images of other sizes or times"
+        ValueError,
+        match=r"the data of '.*p\.jsonl' changed since the start of '.*run': .*images of other sizes or times",
     ):
         start()
     assert (run / "data.json").read_bytes() == before
@@ -136,9 +137,9 @@ def test_changed_records_raise_with_their_count_for_each_dataset_separately(tmp_
         check_same_data(tmp_path, name, "data", records(2), [], main=True)
     check_same_prompts(tmp_path, "p.txt", [("0", "a")], main=True)
     assert list(json.loads((tmp_path / "data.json").read_text())) == ["a", "b", "prompts"]
-    with pytest.raises(ValueError, match=r"other records \(2 before, 3 now\); put them back"):
+    with pytest.raises(ValueError, match=r"other records \(2 before, 3 now\); restore the data"):
         check_same_data(tmp_path, "a", "data", records(3), [], main=False)
-    with pytest.raises(ValueError, match=r"the data of 'p\.txt' changed since .*: other records; put"):
+    with pytest.raises(ValueError, match=r"the data of 'p\.txt' changed since .*: other records; restore"):
         check_same_prompts(tmp_path, "p.txt", [("0", "b")], main=True)
     check_same_prompts(tmp_path, "p.txt", [("0", "a")], main=True)
 

@@ -58,7 +58,7 @@ def test_aspects_are_ranked_by_their_ratings(file: Path) -> None:
     groups = _groups(file, aspects=("light", "same", "overall"), validation_share=1e-9)
     ranks: Tensor = groups[0, 0].ranks
     assert ranks.tolist() == [[0, -3, 2], [-1, -3, 1]]
-    with pytest.raises(ValueError, match=r"without the aspects taste of 'data.aspects'; it rates light, same"):
+    with pytest.raises(ValueError, match=r"without the aspects taste of 'data.aspects'; it has light, same"):
         _groups(file, aspects=("taste",))
 
 

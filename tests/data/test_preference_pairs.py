@@ -248,7 +248,7 @@ def test_invalid_settings_are_reported_together(tmp_path):
     problems = check_latents(given)
     names = [p.split("'")[1] for p in problems]
     assert sorted(names) == sorted(f"data.{n}" for n in given if n not in ("cache", "hflip"))
-    assert "'data.crop' = random needs 'data.cache' = off: latents are cached for the centre crop only" in problems
+    assert "'data.crop' = random needs 'data.cache' = off: only latents of the centre crop are cached" in problems
     with pytest.raises(ValueError) as caught:
         PreferencePairs(Pool(), Draws(0), tmp_path, **given)
     assert str(caught.value) == "\n".join(problems)

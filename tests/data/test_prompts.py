@@ -77,7 +77,7 @@ def test_image_folder_captions_in_three_layouts(tmp_path: Path, tiny_sd: Path) -
 def test_image_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder of images at"):
         read_targets(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="contains no images"):
         read_targets(tmp_path)
     picture(tmp_path / "a.png", "red")
     with pytest.raises(ValueError, match=r"needs captions: metadata\.jsonl, a \.txt beside each image, or one"):
@@ -109,10 +109,10 @@ def test_prompt_file_encodings(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("[" * 20_000, "line 2 is not JSON that can be read: nested too deeply"),
-        ('{"prompt": "a\\ud800"}', "line 2: its prompt holds a NUL or is not valid Unicode"),
+        ("[" * 20_000, "line 2 is not readable JSON: nested too deeply"),
+        ('{"prompt": "a\\ud800"}', "line 2: the prompt contains a NUL character or is not valid Unicode"),
         ('{"prompt": 1}', 'line 2 needs a string under "prompt"'),
-        ('{"prompt": "a", "prompt_id": "\\ud800"}', "line 2: its prompt holds"),
+        ('{"prompt": "a", "prompt_id": "\\ud800"}', "line 2: the prompt contains"),
         ("{", "line 2 is not JSON: Expecting property name"),
     ],
 )

@@ -222,7 +222,7 @@ def test_image_reward_db_drops_groups_and_shifts_nothing(tmp_path: Path) -> None
 
 def test_damaged_or_incomplete_zip_files_are_reported(tmp_path: Path) -> None:
     path = write_zip(tmp_path, "test", 1)
-    with pytest.raises(FileNotFoundError, match=r"test_1\.zip' holds no gone\.webp"):
+    with pytest.raises(FileNotFoundError, match=r"test_1\.zip' does not contain gone\.webp"):
         ImageRef(str(path), member="gone.webp").read()
     data = bytearray(path.read_bytes())
     at = data.index(picture(40)) + 30
@@ -231,14 +231,14 @@ def test_damaged_or_incomplete_zip_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"test_1\.zip:1-0-0\.webp is damaged: Bad CRC"):
         ImageRef(str(path), member="1-0-0.webp").read()
     (path.parent / "test_2.zip").write_bytes(b"PK no zip")
-    with pytest.raises(ValueError, match=r"no readable shard of ImageRewardDB: .* is damaged: File is not a zip"):
+    with pytest.raises(ValueError, match=r"not a readable shard of ImageRewardDB: .* is damaged: File is not a zip"):
         records(path.parent / "test_2.zip")
     with zipfile.ZipFile(path.parent / "test_3.zip", "w") as archive:
         archive.writestr("other.json", "[]")
-    with pytest.raises(ValueError, match=r"no readable shard of ImageRewardDB: .* holds no test_3\.json"):
+    with pytest.raises(ValueError, match=r"not a readable shard of ImageRewardDB: .* does not contain test_3\.json"):
         records(path.parent / "test_3.zip")
     write_zip(tmp_path, "validation", 1)
-    with pytest.raises(ValueError, match=r"holds the splits validation, test; give 'images/validation' in it"):
+    with pytest.raises(ValueError, match=r"contains the splits validation, test; give 'images/validation' in it"):
         records(tmp_path)
 
 

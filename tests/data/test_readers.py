@@ -247,15 +247,15 @@ def test_hpd_ranked_groups_expand_to_pairs_without_ties(tmp_path):
 def test_unknown_layouts_raise_with_the_expected_ones(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data set at .*; expected a \.parquet file or a folder"):
         read_records(tmp_path / "nothing")
-    with pytest.raises(ValueError, match=r"no known data set; expected .*HPDv2 \.json"):
+    with pytest.raises(ValueError, match=r"not a known data set; expected .*HPDv2 \.json"):
         read_records(tmp_path)
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"a\.csv' is no known data set"):
+    with pytest.raises(ValueError, match=r"a\.csv' is not a known data set"):
         read_records(tmp_path / "a.csv")
     (tmp_path / "a.jsonl").touch()
     (tmp_path / "b.jsonl").touch()
     with pytest.raises(ValueError, match=r"several data sets \(a\.jsonl, b\.jsonl\)"):
         read_records(tmp_path)
     folders(tmp_path / "pairs", ["a.png"])
-    with pytest.raises(ValueError, match=r"must have prompts\.txt or prompts\.jsonl"):
+    with pytest.raises(ValueError, match=r"must also have either prompts\.txt or prompts\.jsonl"):
         read_records(tmp_path / "pairs")

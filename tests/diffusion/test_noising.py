@@ -89,7 +89,7 @@ def test_impossible_settings_are_listed() -> None:
     assert "must be positive" in Noising.check(good | {"shift": 0.0})[0]
     assert "belong together" in Noising.check(good | {"timesteps": "grid"})[0]
     assert "belong together" in Noising.check(good | {"levels": (1.0,)})[0]
-    assert "logit_normal only" in Noising.check(good | {"mean": 1.0})[0]
+    assert "are used only with 'noising.timesteps' = logit_normal" in Noising.check(good | {"mean": 1.0})[0]
     assert "shift the levels" in Noising.check(good | {"timesteps": "grid", "levels": (1.0,), "shift": 2.0})[0]
     with pytest.raises(ValueError, match=r"holds \[1000.0\]; this model's timesteps lie in \[0, 999\]"):
         Noising(schedule_of(Prediction.V), Draws(0), timesteps="grid", levels=(1000.0,))

@@ -179,7 +179,9 @@ def test_other_schedulers_are_refused(config: dict, message: str) -> None:
     ],
 )
 def test_an_epsilon_prediction_of_pure_noise_is_refused(config: dict) -> None:
-    with pytest.raises(ValueError, match=r"at zero terminal SNR .* use v_prediction or switch the rescaling off"):
+    with pytest.raises(
+        ValueError, match=r"at zero terminal SNR .* use v_prediction, or set rescale_betas_zero_snr to false"
+    ):
         VPSchedule.from_config(config)
     assert VPSchedule.from_config(config | {"prediction_type": "v_prediction"}).coefficients(torch.tensor([-2]))[0] == 0
 

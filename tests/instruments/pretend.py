@@ -36,7 +36,7 @@ MIXES = {"_local_scalar_dense", "_to_copy", "copy_", "index", "index_put_", "_in
 STRICT = {"cat", "stack", "index_select", "gather", "scatter", "mm", "addmm", "bmm", "baddbmm", "where_index"}
 """Operators that refuse even zero-dimensional CPU tensors."""
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
-"""Operators whose result the host must wait for."""
+"""Operators that synchronise the host with the device."""
 
 HALVED = [
     "linear",

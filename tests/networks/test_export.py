@@ -82,7 +82,7 @@ def test_lora_export_keeps_alpha_and_gives_the_same_images(
         layer.scaling["default"] = 1.0
     said = verify(backbone, tmp_path / "export", 32)
     assert said.startswith("WARNING") and "could NOT be verified" in said
-    assert "LoRA layers have another scale" in said and "an image of it differs by" in said
+    assert "LoRA layers have another scale" in said and "its image differs by" in said
 
 
 def test_full_export_is_a_whole_pipeline_with_the_same_images(tiny_sd: Path, tmp_path: Path) -> None:
@@ -162,9 +162,9 @@ def other_text_encoder(folder: Path, backbone: Backbone) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (other_network, "1 of .* tensors are not the run's.*an image of it differs by"),
+        (other_network, "1 of .* tensors differ from those of the run.*its image differs by"),
         (lost_file, "does not load in a fresh process with plain diffusers"),
-        (other_text_encoder, "'text_encoder/model.safetensors' is not the file that the run began with"),
+        (other_text_encoder, "'text_encoder/model.safetensors' differs from the file of the original pipeline"),
     ],
 )
 def test_a_wrong_export_is_reported_and_kept(

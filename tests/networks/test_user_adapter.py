@@ -132,11 +132,11 @@ def test_guidance_and_scale_in_the_stock_pipeline(tiny_sd: Path, tmp_path: Path)
 
 def test_one_user_per_call_and_explicit_mixtures() -> None:
     a, b = torch.zeros(1, 1, 5), torch.ones(1, 1, 5)
-    with pytest.raises(ValueError, match="one user a pipeline call"):
+    with pytest.raises(ValueError, match="one user per pipeline call"):
         user_embeds(torch.cat([a, b]), guidance=7.5)
     assert torch.equal(mix_users([a, b], [3.0, 1.0]), torch.full((1, 1, 5), 0.25))
     for weights in ([1.0], [0.0, 0.0], [2.0, -1.0]):
-        with pytest.raises(ValueError, match="one weight of 0 or more"):
+        with pytest.raises(ValueError, match="weights of 0 or more, one per user"):
             mix_users([a, b], weights)
     assert user_embeds(b, guidance=1.0)[0] is b
     assert torch.equal(user_embeds(b, guidance=2.0)[0], torch.cat([a, b]))

@@ -116,7 +116,7 @@ def test_beta_in_other_units() -> None:
     assert sum_half / 2 * mean_difference * 16384 == pytest.approx(expected)
     assert sum_plain * mean_difference * 16384 == pytest.approx(expected)
     said = describe_beta(5000, 16384, "loss 'dpo'")
-    assert said[0] == "beta 5000 (mean-form error, factor 1/2), loss 'dpo'; the same elsewhere:" and len(said) == 4
+    assert said[0] == "beta 5000 (mean-form error, factor 1/2), loss 'dpo'; in other conventions:" and len(said) == 4
     assert said[1] == "  2500 mean form, no factor 1/2 (diffusers SD LoRA script, Diffusion-KTO)"
 
 
@@ -351,7 +351,7 @@ def test_valid_settings_pass() -> None:
         ("robust", -0.1, 2, "must lie in [0, 0.5)"),
         ("exo", 0.0, 2, "exo needs 'algorithm.label_smoothing' > 0"),
         ("aot", 0.0, 1, "aot sorts within a batch and needs 2 pairs or more; got 1"),
-        ("dpo", 0.1, 2, "does nothing to loss 'dpo'; only to conservative, robust"),
+        ("dpo", 0.1, 2, "has no effect on loss 'dpo'; it is used by conservative, robust"),
     ],
 )
 def test_invalid_settings_are_reported(loss: str, smoothing: float, batch: int, message: str) -> None:

@@ -93,11 +93,13 @@ def test_running_statistics_cover_all_ranks_and_are_restored() -> None:
 
 def test_scorers_without_gradient_are_named() -> None:
     judge = load_mixture("cpu", scorers=("diffalign.playground:Judge",))
-    with pytest.raises(ValueError, match=r"'diffalign\.playground:Judge' gives no gradient; R0 needs one that does"):
+    with pytest.raises(
+        ValueError, match=r"'diffalign\.playground:Judge' gives no gradient; R0 needs a differentiable scorer"
+    ):
         Rewards(judge, decode, list).require_gradient("R0")
     with pytest.raises(ValueError, match=r"has 1 numbers for 2 scorers"):
         load_mixture("cpu", scorers=("clip", "hps_v2"), weights=(1.0,))
     with pytest.raises(ValueError, match=r"'reward\.scorers' is empty"):
         load_mixture("cpu", scorers=())
-    with pytest.raises(ValueError, match=r"names one twice"):
+    with pytest.raises(ValueError, match=r"has a duplicate"):
         load_mixture("cpu", scorers=("clip", "clip"))

@@ -1,4 +1,4 @@
-"""The page on which a person chooses: its file, its refusals, and all of it in a real browser."""
+"""The page of `diffalign user choose`: its file, refused requests, and use in a real browser."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TAG = "\"><img src=x onerror=\"document.title='hacked'\"> & 'quoted'"
 
 
 def _pairs(folder: Path, n: int = 4, prompts: Sequence[str] = ()) -> list[Pair]:
-    """Pairs of one shade each: image 0 of every pair is dark, image 1 light."""
+    """Pairs of plain images: image 0 of every pair is dark, image 1 is light."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     pairs = []
     for i in range(n):
@@ -43,7 +43,7 @@ def _pairs(folder: Path, n: int = 4, prompts: Sequence[str] = ()) -> list[Pair]:
 
 
 def _winners(file: Path) -> dict[str, str]:
-    """prompt -> the name of the image that read_records takes for the better one."""
+    """prompt -> name of the better image according to read_records."""
     records = list(read_records(file))
     assert all(isinstance(r, Record) for r in records)
     return {r.prompt: Path(r.images[w].path).name for r in records if isinstance(r, Record) for w, _ in r.pairs()}
@@ -52,8 +52,8 @@ def _winners(file: Path) -> dict[str, str]:
 # The file
 
 
-def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
-    """The true winner is read back wherever it stood on the page, also from another folder and through a link."""
+def test_choices_are_read_as_preference_pairs(tmp_path: Path) -> None:
+    """The winner is read back for both positions on the page, also from another folder and through a symbolic link."""
     pairs = _pairs(tmp_path / "data")
     (tmp_path / "far" / "away").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
@@ -61,7 +61,7 @@ def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
         choices = ChoiceLog(folder / "choices.jsonl", pairs)
         assert choices.choose(pairs[0].id, 0) and choices.choose(pairs[1].id, 1) and choices.choose(pairs[2].id, None)
         assert _winners(choices.file) == {"prompt 0": "0-0.png", "prompt 1": "1-1.png"}
-        for record in read_records(folder):  # the folder holds one data set: skips are no second one
+        for record in read_records(folder):  # the folder has one data set: the file of skips is not a second one
             assert isinstance(record, Record) and all(image.read() for image in record.images)
     line = json.loads((tmp_path / "data" / "choices.jsonl").read_text().splitlines()[1])
     assert line == {
@@ -72,7 +72,7 @@ def test_what_was_chosen_is_preference_data(tmp_path: Path) -> None:
     }
 
 
-def test_restart_continues(tmp_path: Path) -> None:
+def test_a_restart_continues_with_the_open_pairs(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "new" / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     choices.choose(pairs[2].id, 1)
@@ -84,7 +84,7 @@ def test_restart_continues(tmp_path: Path) -> None:
     assert list(ChoiceLog(file, pairs).answers) == [2, 1, 3]
 
 
-def test_a_pair_is_decided_once(tmp_path: Path) -> None:
+def test_a_second_choice_for_a_pair_is_ignored(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     assert choices.choose(pairs[0].id, 1) and choices.choose(pairs[1].id, None)
@@ -95,7 +95,7 @@ def test_a_pair_is_decided_once(tmp_path: Path) -> None:
     assert choices.current() == pairs[2]
 
 
-def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
+def test_undo_removes_the_last_choice_only(tmp_path: Path) -> None:
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     assert choices.last is None and not choices.undo(pairs[0].id)
@@ -113,8 +113,8 @@ def test_undo_takes_back_the_last_choice_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["choices.jsonl", "choices.jsonl.skipped"])
-def test_cut_off_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Wherever a crash cuts the last line, the others stay and the pair is open again."""
+def test_an_incomplete_last_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """For every truncation of the last line, the other lines are kept and the pair is open again."""
     pairs, image = _pairs(tmp_path), None if name.endswith("skipped") else 1
     whole = ChoiceLog(tmp_path / "choices.jsonl", pairs)
     whole.choose(pairs[0].id, image)
@@ -129,13 +129,13 @@ def test_cut_off_line_is_dropped(tmp_path: Path, name: str, caplog: pytest.LogCa
         assert (tmp_path / name).read_bytes() == first and choices.open == [1, 2, 3]
     choices.choose(pairs[1].id, image)
     assert (tmp_path / name).read_bytes() == both
-    (tmp_path / name).write_bytes(both[:-1])  # as editors leave a file: only the newline is missing
+    (tmp_path / name).write_bytes(both[:-1])  # as some editors save a file: only the newline is missing
     choices = ChoiceLog(tmp_path / "choices.jsonl", pairs)
     assert choices.open == [2, 3] and (tmp_path / name).read_bytes() == both
 
 
-def test_choice_is_on_the_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk records nothing, says so, and leaves no half line for the next choice to be appended to."""
+def test_a_choice_is_synced_to_disk_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk records nothing, raises, and leaves no partial line."""
     pairs, file = _pairs(tmp_path), tmp_path / "choices.jsonl"
     choices = ChoiceLog(file, pairs)
     synced: list[bytes] = []
@@ -159,7 +159,9 @@ def test_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
     choices = ChoiceLog(file, pairs)
     choices.choose(pairs[1].id, 0)
     choices.choose(pairs[2].id, None)
-    with pytest.raises(ValueError, match=r"choices\.jsonl:1 is about pair '00001.*not among these 1 pairs; go on with"):
+    with pytest.raises(
+        ValueError, match=r"choices\.jsonl:1 is about pair '00001.*not among these 1 pairs; use the prompts"
+    ):
         ChoiceLog(file, pairs[:1])
     with pytest.raises(ValueError, match=r"choices\.jsonl\.skipped:1 is about pair '00002.*start another file"):
         ChoiceLog(file, pairs[:2])
@@ -171,14 +173,14 @@ def test_file_of_other_pairs_is_refused(tmp_path: Path) -> None:
         ChoiceLog(file, pairs * 2)
     line = file.read_bytes()
     file.write_bytes(line * 2)
-    with pytest.raises(ValueError, match=r"choices\.jsonl:2 chooses again in pair '00001"):
+    with pytest.raises(ValueError, match=r"choices\.jsonl:2 repeats the choice of pair '00001"):
         ChoiceLog(file, pairs)
     file.write_bytes(b'{"prompt": "pro\n' + line)
-    with pytest.raises(ValueError, match=r"choices\.jsonl:1 is no JSON object; delete the line"):
+    with pytest.raises(ValueError, match=r"choices\.jsonl:1 is not a JSON object; delete the line"):
         ChoiceLog(file, pairs)
 
 
-def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None:
+def test_pick_is_called_once_per_pair_with_the_open_indices(tmp_path: Path) -> None:
     pairs, asked = _pairs(tmp_path), []
 
     def pick(answers: Mapping[int, int], open: Sequence[int]) -> int:
@@ -198,15 +200,15 @@ def test_pick_is_asked_once_a_pair_and_told_what_is_open(tmp_path: Path) -> None
     assert asked == [({}, [0, 1, 2, 3]), ({3: 1}, [0, 2]), ({3: 1, 2: 0}, [0])]
 
 
-def test_errors_of_pick_come_out(tmp_path: Path) -> None:
+def test_an_invalid_index_from_pick_raises(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path)
     choices = ChoiceLog(tmp_path / "choices.jsonl", pairs, lambda answers, open: 1)
     choices.choose(pairs[1].id, 0)
-    with pytest.raises(ValueError, match="pick gave pair 1, which is none of the 3 open ones"):
+    with pytest.raises(ValueError, match="pick returned pair 1, which is not one of the 3 open pairs"):
         choices.current()
 
 
-def test_sides_are_balanced_and_stay(tmp_path: Path) -> None:
+def test_left_and_right_are_balanced_and_the_same_at_every_start(tmp_path: Path) -> None:
     pairs = [Pair(f"{i:05d}", "p", (tmp_path, tmp_path)) for i in range(400)]
     flipped = sum(pair.shown == (1, 0) for pair in pairs)
     assert 160 < flipped < 240, "four standard deviations around one half"
@@ -248,7 +250,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield server
 
 
-def test_listens_on_this_machine_only_and_says_so_in_its_headers(server: Server) -> None:
+def test_server_listens_on_localhost_with_strict_headers(server: Server) -> None:
     assert server.server_address[0] == "127.0.0.1" and server.url == f"http://127.0.0.1:{server.server_port}/"
     for path in ("/", "/more", "/image?pair=00000%2F0%20%26%3F&image=0", "/nothing"):
         _, text, headers = _ask(server, "GET", path)
@@ -264,7 +266,7 @@ def test_listens_on_this_machine_only_and_says_so_in_its_headers(server: Server)
     assert not re.search(rb"https?:|//[a-z]|@import|url\(| style=| on\w+=", text), "nothing from elsewhere"
 
 
-def test_other_hosts_are_refused(server: Server) -> None:
+def test_requests_with_another_host_header_are_refused(server: Server) -> None:
     port, body = server.server_port, {"token": server.token, "pair": "00000/0 &?", "image": 0}
     for host in (
         "evil.example",
@@ -281,7 +283,7 @@ def test_other_hosts_are_refused(server: Server) -> None:
     assert _ask(server, "GET", "/", Host=f"localhost:{port}")[0] == 200
 
 
-def test_posts_from_elsewhere_are_refused(server: Server) -> None:
+def test_posts_from_another_origin_are_refused(server: Server) -> None:
     good = {"token": server.token, "pair": "00000/0 &?", "image": 0}
 
     def post(body: Any, path: str = "/choose", **headers: str) -> int:
@@ -308,7 +310,7 @@ def test_posts_from_elsewhere_are_refused(server: Server) -> None:
     assert post(good, Origin=f"http://localhost:{port}") == 200 and server.choices.answers == {0: 0}
 
 
-def test_posts_can_be_repeated(server: Server) -> None:
+def test_repeated_posts_have_no_further_effect(server: Server) -> None:
     body = {"token": server.token, "pair": "00000/0 &?", "image": 1}
     answers = [json.loads(_ask(server, "POST", path, body)[1]) for path in ("/choose", "/choose", "/undo", "/undo")]
     assert answers == [{"done": True}, {"done": False}] * 2
@@ -326,7 +328,7 @@ def test_two_tabs_at_once_record_one_choice(server: Server) -> None:
     assert len(server.choices.file.read_text().splitlines()) == 1
 
 
-def test_images_are_served_by_pair_and_nothing_else_is(server: Server, tmp_path: Path) -> None:
+def test_only_the_images_of_pairs_are_served(server: Server, tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     status, text, headers = _ask(server, "GET", "/image?pair=00001%2F0%20%26%3F&image=1")
     assert (status, headers["Content-Type"], text[:4]) == (200, "image/png", b"\x89PNG")
@@ -348,7 +350,7 @@ def test_images_are_served_by_pair_and_nothing_else_is(server: Server, tmp_path:
         assert (status, text) == (404, b"nothing here"), path
 
 
-def test_images_that_cannot_be_shown_are_not_found(tmp_path: Path) -> None:
+def test_unreadable_images_give_404(tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 3)
     pairs[0].images[0].unlink()
     pairs[1].images[0].write_bytes(pairs[1].images[1].read_bytes()[:60])
@@ -360,12 +362,12 @@ def test_images_that_cannot_be_shown_are_not_found(tmp_path: Path) -> None:
             assert f"{i}-0.png' cannot be shown".encode() in text
 
 
-def test_a_failing_pick_is_told_on_the_page_and_in_the_terminal(
+def test_an_error_in_pick_is_shown_on_the_page_and_in_the_terminal(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with _running(ChoiceLog(tmp_path / "choices.jsonl", _pairs(tmp_path), lambda answers, open: 99)) as server:
         status, text, _ = _ask(server, "GET", "/")
-    assert status == 500 and text == b"ValueError: pick gave pair 99, which is none of the 4 open ones"
+    assert status == 500 and text == b"ValueError: pick returned pair 99, which is not one of the 4 open pairs"
     assert "Traceback" in capfd.readouterr().err
 
 
@@ -387,32 +389,32 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any) -> Iterator[Any]:
-    """A tab that fails the test for anything its console complains about, but images that are meant to be missing."""
+    """Browser tab that fails the test for console errors, except for images that are missing on purpose."""
     page, complaints = browser.new_page(), []
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda line: complaints.append(line.text) if line.type in ("error", "warning") else None)
     page.on("dialog", lambda dialog: complaints.append(dialog.message))
     yield page
     page.close()
-    meant = ("status of 404", "status of 403", "ERR_CONNECTION_REFUSED")  # images and servers that are gone
+    meant = ("status of 404", "status of 403", "ERR_CONNECTION_REFUSED")  # missing images and stopped servers
     assert [c for c in complaints if not any(x in c for x in meant)] == []
 
 
 def _prompt(page: Any) -> str:
-    """The prompt of the pair that is shown, once it can be answered."""
+    """The prompt of the shown pair, once its buttons are enabled."""
     page.wait_for_selector("#left:enabled")
     return page.inner_text("#prompt")
 
 
 def _prefer(page: Any, pair: Pair, image: int, key: bool) -> None:
-    """Choose an image of the pair that is shown, and wait for the next page."""
+    """Choose an image of the shown pair, and wait for the next page."""
     side = "left" if pair.shown[0] == image else "right"
     with page.expect_navigation():
         page.keyboard.press(f"Arrow{side.title()}") if key else page.click(f"#{side}")
 
 
-def test_two_servers_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second one says so and touches nothing; the kernel frees the file when the first is killed."""
+def test_a_second_server_on_the_same_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second server fails and changes nothing. The kernel releases the lock when the first is killed."""
     choose = runpy.run_path(str(ROOT / "tools" / "user.py"))["main"]
     told, tell = os.pipe()
     holder = os.fork()
@@ -424,18 +426,18 @@ def test_two_servers_of_one_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
         os.read(told, 1)
         assert choose(["choose", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out")]) == 2
         said = capsys.readouterr().err
-        assert "choices.jsonl' is being written by another" in said and len(said.splitlines()) == 1
+        assert "choices.jsonl' is in use by another" in said and len(said.splitlines()) == 1
         assert [p.name for p in (tmp_path / "out").iterdir()] == ["choices.jsonl.lock"]
     finally:
         os.kill(holder, signal.SIGKILL)
         os.waitpid(holder, 0)
     (tmp_path / "images").mkdir()
     assert choose(["choose", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 2
-    assert "being written" not in capsys.readouterr().err, "now it is the empty folder"
+    assert "in use by another" not in capsys.readouterr().err, "now it is the empty folder"
 
 
 def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
-    """With a reload, a restart in the middle, a pair that cannot be told, an undo, and prompts like markup."""
+    """With a reload, a restart in the middle, a skipped pair, an undo, and prompts with HTML."""
     pairs, file = _pairs(tmp_path, 13, ["plain", SCRIPT, TAG]), tmp_path / "choices.jsonl"
     by_prompt = {pair.prompt: pair for pair in pairs}
     wanted: dict[str, str] = {}
@@ -449,7 +451,7 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
     with _running(backwards, wanted=10, after="diffalign <next>") as server:
         page.goto(server.url)
         assert page.inner_text("#progress") == "0 of 10 chosen" and page.is_disabled("#undo")
-        for step in range(3):  # among them SCRIPT and TAG: they are text, and the colours are those of their images
+        for step in range(3):  # SCRIPT and TAG are shown as text, with the colours of their images
             pair = by_prompt[_prompt(page)]
             assert page.inner_text("#prompt") == pair.prompt == pairs[step].prompt
             assert page.title() == f"{step} of 10 chosen" and page.locator("main img").count() == 2
@@ -471,14 +473,14 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
         assert _prompt(page) == taken_back and page.inner_text("#progress") == "4 of 10 chosen"
         port = server.server_port
 
-    page.keyboard.press("ArrowLeft")  # nobody there to record it
+    page.keyboard.press("ArrowLeft")  # no server to record it
     page.wait_for_selector("#message:visible")
     assert "does not answer" in page.inner_text("#message")
     del wanted[taken_back]
     assert _winners(file) == wanted
 
     with _running(ChoiceLog(file, pairs), port=port, wanted=10, after="diffalign <next>") as server:
-        page.keyboard.press("ArrowLeft")  # the page of the server before
+        page.keyboard.press("ArrowLeft")  # the page of the previous server
         page.wait_for_selector("text=reload it")
         page.reload()
         assert page.inner_text("#progress") == "4 of 10 chosen"
@@ -494,8 +496,8 @@ def test_ten_choices_by_click_and_key(page: Any, tmp_path: Path) -> None:
     assert _winners(file) == wanted and len(wanted) == 12 and page.title() == "12 of 10 chosen"
 
 
-def test_what_a_hasty_hand_does_counts_once(page: Any, tmp_path: Path) -> None:
-    """Double clicks, a key that is held down or pressed with Alt, while a slow pick looks for the next pair."""
+def test_double_clicks_and_repeated_keys_count_once(page: Any, tmp_path: Path) -> None:
+    """Double clicks, a key that is held down or pressed with Alt, while a slow `pick` selects the next pair."""
     pairs = _pairs(tmp_path, 8)
 
     def slow(answers: Mapping[int, int], open: Sequence[int]) -> int:
@@ -521,7 +523,7 @@ def test_what_a_hasty_hand_does_counts_once(page: Any, tmp_path: Path) -> None:
         assert _prompt(page) == "prompt 1" and len(server.choices.answers) == 1
 
 
-def test_missing_image_is_told_and_the_pair_can_be_passed(page: Any, tmp_path: Path) -> None:
+def test_a_missing_image_is_reported_and_the_pair_can_be_skipped(page: Any, tmp_path: Path) -> None:
     pairs = _pairs(tmp_path, 2)
     pairs[0].images[1].unlink()
     with _running(ChoiceLog(tmp_path / "choices.jsonl", pairs)) as server:

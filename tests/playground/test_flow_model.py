@@ -39,7 +39,7 @@ def test_the_shipped_folder_is_a_stock_sd3_pipeline_under_eight_megabytes() -> N
 
 
 def test_its_t5_is_as_silent_as_one_left_out() -> None:
-    """Leaving it out must not change an image: the stock pipeline then takes zeros, which is what it outputs."""
+    """Without T5 the stock pipeline uses zeros, which equal the output of this T5, so images do not change."""
     without = DiffusionPipeline.from_pretrained(FLOW, text_encoder_3=None, tokenizer_3=None).to(torch.float32)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     images = [
@@ -50,7 +50,7 @@ def test_its_t5_is_as_silent_as_one_left_out() -> None:
 
 
 def test_the_quiet_length_holds_every_caption() -> None:
-    """A longer caption would make the stock pipeline warn of text cut off at every call."""
+    """With a longer caption the stock pipeline would warn of truncation at every call."""
     everything = [w.caption for held_out in (True, False) for w in wishes(held_out=held_out)]
     words = shipped().tokenizer_3(everything).input_ids
     assert max(len(ids) for ids in words) < T5_LENGTH

@@ -1,4 +1,4 @@
-"""The shipped students: stock diffusers loads them with their scheduler, and they draw what captions ask for."""
+"""The shipped few-step models: stock diffusers loads them with their scheduler, and images match their captions."""
 
 from __future__ import annotations
 

@@ -152,8 +152,9 @@ def test_annotators_follow_their_taste_and_their_noise() -> None:
 
 
 def test_random_labels_say_nothing_about_the_truth(tmp_path: Path) -> None:
-    """Of two pairs with neighbouring true margins one is labelled right. So of 80 pairs 40 are (a coin each would miss
-    that by 9 or more in one case of 20), and the winners' mean true margin is nearly 0 beside the mean margin."""
+    """Of two pairs with adjacent true margins one is labelled correctly, so 40 of 80 pairs are. (Independent coins
+    would deviate by 9 or more in one case of 20.) And the winners' mean true margin is nearly 0 beside the mean
+    margin."""
     prompts = captions(80, held_out=False)
     scenes = imagine([parse(p) for p in prompts for _ in "ab"], seed=0).render()
     (tmp_path / "images").mkdir()

@@ -100,7 +100,7 @@ def test_samples_and_prompts_differ(whole: Path) -> None:
 def test_resumes_after_a_kill_with_identical_output(
     model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while writing the second image of the second batch: its temporary file is left and nothing else of it."""
+    """Killed while writing the second image of the second batch: only its temporary file is left."""
     replace, done = os.replace, list[Path]()
 
     def killed(source: Path, target: Path) -> None:
@@ -122,7 +122,7 @@ def test_resumes_after_a_kill_with_identical_output(
 
 
 def test_batch_size_does_not_change_the_noise(model: Path, whole: Path, tmp_path: Path) -> None:
-    """Other kernels may round the last bits of a float, so a pixel may move by one level but no more."""
+    """Other kernels may round the last bits of a float, so pixels may differ by one level."""
     assert generate.main(_arguments(model, tmp_path, "--batch-size", "10")) == 0
     assert np.abs(_pixels(whole) - _pixels(tmp_path)).max() <= 1
 
@@ -137,22 +137,22 @@ def test_an_image_depends_on_its_prompt_id_and_not_on_the_others(model: Path, wh
     assert np.abs(other - same).max() > 10, "the same words under another id start from other noise"
 
 
-def test_two_processes_make_what_one_makes(model: Path, whole: Path, tmp_path: Path, forks: Any) -> None:
+def test_two_processes_generate_the_images_of_one(model: Path, whole: Path, tmp_path: Path, forks: Any) -> None:
     """Two gloo processes with the environment that `accelerate launch --cpu` gives them."""
     code = "import runpy, sys; sys.exit(runpy.run_path(sys.argv[1])['main'](sys.argv[2:]))"
     two = forks.run(code, str(ROOT / "tools" / "generate.py"), *_arguments(model, tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr
     assert two.stdout.strip() == f"10 images of 5 prompts in '{tmp_path / 'two'}'", "only the main process talks"
-    # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other made the rest.
+    # 4 batches of 3, 3, 3, 1: the main process counts its own 6 images, so the other process generated the rest.
     assert "6/6" in two.stderr
     ours, theirs = _files(whole), _files(tmp_path / "two")
     assert ours.keys() == theirs.keys()
     assert ours["manifest.jsonl"] == theirs["manifest.jsonl"]
-    # This process may use another number of threads than those two, which may round the last bits of a float otherwise.
+    # Another number of threads may change the last bits of a float.
     assert np.abs(_pixels(tmp_path / "two") - _pixels(whole)).max() <= (0 if torch.get_num_threads() == 1 else 1)
 
 
-def test_lora_changes_the_images_and_is_told_by_its_weights(
+def test_a_lora_changes_the_images_and_is_identified_by_its_weights(
     model: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = tmp_path / "lora"
@@ -161,14 +161,14 @@ def test_lora_changes_the_images_and_is_told_by_its_weights(
     (lora / "pytorch_lora_weights.safetensors").write_bytes(weights)
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 0
     assert (_pixels(tmp_path / "out") != _pixels(whole)).mean() > 0.1
-    # Trained again in the same place: the old images must not be taken for those of the new weights.
+    # Retrained weights at the same path: images of the old weights must not be reused.
     (lora / "pytorch_lora_weights.safetensors").write_bytes(weights[:-4] + b"\0\0\0\0")
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == 2
     assert "lora_weights = 'sha256" in capsys.readouterr().err
 
 
 def _adapted(pipeline: Path, **config: Any) -> Any:
-    """The pipeline's U-Net as a PeftModel whose LoRA does something."""
+    """The pipeline's U-Net as a PeftModel with a LoRA that has an effect."""
     unet: Any = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
     torch.manual_seed(0)
     config = {"r": 2, "lora_alpha": 6, "target_modules": ["to_q", "to_v"], **config}
@@ -184,8 +184,10 @@ def _adapted(pipeline: Path, **config: Any) -> Any:
     [{}, {"use_rslora": True}, {"alpha_pattern": {"to_v": 1}, "rank_pattern": {"to_q": 3}}, {"use_dora": True}],
     ids=["plain", "rslora", "patterns", "dora"],
 )
-def test_a_lora_as_peft_saves_it_is_loaded(model: Path, whole: Path, tmp_path: Path, config: dict[str, Any]) -> None:
-    """The images are those of the network that peft itself has merged the adapter into."""
+def test_a_lora_in_the_layout_of_peft_is_loaded(
+    model: Path, whole: Path, tmp_path: Path, config: dict[str, Any]
+) -> None:
+    """The images equal those of the network with the adapter merged by peft."""
     adapted = _adapted(model / "pipeline", **config)
     adapted.save_pretrained(tmp_path / "lora")
     assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
@@ -200,52 +202,52 @@ def test_a_lora_as_peft_saves_it_is_loaded(model: Path, whole: Path, tmp_path: P
 
 
 def _spoil(folder: Path, kind: str) -> str:
-    """Turn a folder with peft's files into one that does nothing to the model; returns what should be said of it."""
+    """Change a folder of peft so that its LoRA has no effect; returns the expected message."""
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     if kind == "other names":
         save_file({f"base_model.model.other.{k}": v for k, v in state.items()}, file)
-        return "no layer of the model took a weight"
+        return "has no weights for any layer of this model"
     if kind == "diffusers, other names":
         file.unlink()
         names = {k.replace("base_model.model", "nowhere"): v for k, v in state.items()}
         save_file(names, folder / "pytorch_lora_weights.safetensors")
-        return "no layer of the model took a weight"
+        return "has no weights for any layer of this model"
     if kind == "other shapes":
         save_file({k: torch.cat([v, v], dim=1 if "lora_A" in k else 0) for k, v in state.items()}, file)
         return "does not fit this model"
     if kind == "nothing learned":
         save_file({k: v * ("lora_A" in k) for k, v in state.items()}, file)
-        return "changes nothing"
+        return "has no effect"
     if kind == "alpha 0":
         settings = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 0}))
-        return "changes nothing"
+        return "has no effect"
     if kind == "no config":
         (folder / "adapter_config.json").unlink()
         return "adapter_config.json"
     if kind == "two files":
         file.rename(folder / "a.safetensors")
         save_file(state, folder / "b.safetensors")
-        return "name the file to load"
+        return "give the path of one file"
     if kind == "damaged":
         file.write_bytes(file.read_bytes()[:100])
-        return "no readable safetensors file"
+        return "not a readable safetensors file"
     file.unlink()
-    return "holds no LoRA"
+    return "contains no LoRA"
 
 
 SPOILT = ["other names", "diffusers, other names", "other shapes", "nothing learned", "alpha 0", "no config"]
 
 
 @pytest.mark.parametrize("kind", [*SPOILT, "two files", "damaged", "no weights"])
-def test_a_lora_that_changes_nothing_never_passes_for_one(
+def test_a_lora_without_effect_is_reported(
     model: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lora = tmp_path / "lora"
     _adapted(model / "pipeline").save_pretrained(lora)
     said = _spoil(lora, kind)
-    zero = said == "changes nothing"  # what a run with lr 0 leaves, a control
+    zero = said == "has no effect"  # as a control run with lr 0 exports it
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == (0 if zero else 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
     assert len(lines) == 1 and said in lines[0] and f"'--lora {lora}'" in lines[0], lines
@@ -273,8 +275,8 @@ def test_bad_input_is_refused_before_anything_loads(
         ("a.csv", "x", "must end in .txt"),
         ("a.jsonl", '{"prompt": "x"}\n{"text": "y"}', "line 2 needs a string"),
         ("b.jsonl", '{"prompt": "x"\n', "line 1 is not JSON"),
-        ("c.jsonl", '{"prompt": "x", "prompt_id": 1}\n{"prompt": "y", "prompt_id": "1"}', "comes twice"),
-        ("a.txt", "\n", "holds no prompts"),
+        ("c.jsonl", '{"prompt": "x", "prompt_id": 1}\n{"prompt": "y", "prompt_id": "1"}', "is used twice"),
+        ("a.txt", "\n", "contains no prompts"),
     ):
         (tmp_path / name).write_text(text)
         assert generate.main(_arguments(model, tmp_path / "out", "--prompts", str(tmp_path / name))) == 2
@@ -299,7 +301,7 @@ def test_pixels_that_are_not_finite_are_never_saved(
 
 
 def test_flux_packs_its_latents(tiny_flux: Path, tmp_path: Path) -> None:
-    """The images are those of the stock pipeline from the same noise, packed two by two as it sees it."""
+    """The images equal those of the stock pipeline from the same packed noise."""
     (tmp_path / "prompts.txt").write_text("a red cat\nblue\n")
     out, settings = tmp_path / "out", ["--steps=2", "--guidance=3.5", "--size=32", "--max-sequence-length=16"]
     files = [f"--pipeline={tiny_flux}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--device=cpu"]

@@ -41,7 +41,7 @@ def scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _style(root: Path, style: str, levels: list[int], prompt: str = "p") -> None:
-    """Plain images of these levels of grey, 0 to 255, of two sizes."""
+    """Plain images with the given grey levels, 0 to 255, in two sizes."""
     (root / "images" / style).mkdir(parents=True)
     (root / "prompts").mkdir(exist_ok=True)
     (root / "prompts" / f"{style}.json").write_text(json.dumps([prompt] * len(levels)))

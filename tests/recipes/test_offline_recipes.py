@@ -1,4 +1,4 @@
-"""Every recipe on fixed preferences: on every family of models, and in two processes."""
+"""Every recipe on fixed preferences, with every model family, and with two processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TINY = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export
 def test_two_steps_on_every_family(
     tmp_path: Path, request: pytest.FixtureRequest, pairs_file: Path, recipe: Callable, family: str, name: str
 ) -> None:
-    """Two steps of a LoRA, saved, loaded by stock diffusers; its images move with it. That stock pipelines reproduce
-    ours to 1e-4, with LoRA and whole, is tests/networks/families/test_every_family.py.
+    """Two steps of a LoRA; stock diffusers loads the export, and its images change. The equality of images to 1e-4 is
+    tested in tests/networks/families/test_every_family.py.
     """
     model, out = request.getfixturevalue(family), tmp_path / "run"
     settings = [f"backbone.path={model}", "backbone.lora_rank=2", "backbone.max_sequence_length=8", "optimizer.lr=1e-2"]
@@ -41,7 +41,7 @@ def test_two_steps_on_every_family(
     assert not torch.equal(before, images())
 
 
-def test_the_exporter_verifies_packed_latents_too(
+def test_exports_with_packed_latents_are_verified(
     tmp_path: Path, tiny_flux: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [f"backbone.path={tiny_flux}", "backbone.lora_rank=2", f"run.folder={tmp_path / 'run'}"]

@@ -1,4 +1,4 @@
-"""Recipes that train on samples of their own: families, exports, two processes, a kill and resume, wrong settings."""
+"""Online recipes: families, exports, two processes, a kill and resume, wrong settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DARK = ["reward.scorers=['tests_dark:Dark']", "monitor.prompts=null"]
 
 @pytest.fixture(autouse=True)
 def dark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scorer of the user's own, which likes dark images; also for processes that are started."""
+    """A custom scorer of darkness, importable by child processes."""
     code = "class Dark:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
     (tmp_path / "tests_dark.py").write_text(code + "        return -images.mean((1, 2, 3))\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -58,7 +58,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 def test_two_steps_on_every_family(
     tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, family: str, name: str
 ) -> None:
-    """Two steps, saved, loaded by stock diffusers; of Diff-Instruct* two LoRAs on one network."""
+    """Two steps; stock diffusers loads the export. Diff-Instruct* has two LoRAs on one network."""
     model, out = request.getfixturevalue(family), tmp_path / "run"
     settings = [f"run.folder={out}", f"data.path={prompts(tmp_path)}", "data.batch_size=2", f"backbone.path={model}"]
     settings += ["backbone.max_sequence_length=8", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0", *TINY]
@@ -90,7 +90,7 @@ def test_two_steps_on_every_family(
     assert not torch.equal(before, images())
 
 
-def test_the_runs_own_samples_come_out_of_stock_diffusers(
+def test_stock_diffusers_reproduces_the_sample_grid_from_the_export(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last sample grid of a few-step run, to 1e-4, from its export with the model's few-step scheduler."""
@@ -129,7 +129,7 @@ def test_two_players_on_two_processes_equal_one(
     tmp_path: Path, recipe: Callable, two_processes: Callable, shared: bool
 ) -> None:
     teacher = ["teacher.path=playground_one_step"] if shared else []
-    # Running statistics see accumulated micro-batches one after the other, and those of two processes together.
+    # Running statistics get accumulated micro-batches one after the other, but those of two processes together.
     more = [*teacher, "trainer.steps=2", "hooks.checkpoint_every=0", "reward.normalise=none"]
     recipe("diff_instruct_star", *two_players(tmp_path / "one", *more, "data.batch_size=2", "trainer.grad_accum=2"))
     launched = two_processes("diff_instruct_star", *two_players(tmp_path / "two", *more, "data.batch_size=2"))
@@ -175,14 +175,14 @@ def test_two_players_killed_and_resumed_equal_never_killed(
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_customisation_of_a_folder(tmp_path: Path, recipe: Callable) -> None:
+def test_pso_customize_trains_on_a_folder_of_images(tmp_path: Path, recipe: Callable) -> None:
     (tmp_path / "images").mkdir()
     for k in range(3):
         Image.new("RGB", (40, 32), (200, 30 * k, 10)).save(tmp_path / "images" / f"{k}.png")
     (tmp_path / "images" / "prompt.txt").write_text("red circle on white")
     settings = [f"run.folder={tmp_path / 'run'}", f"data.path={tmp_path / 'images'}", "data.batch_size=2", *BARE]
     settings += ["trainer.steps=3", "algorithm.redraw_every=2", "subject.prompt=circle on white"]
-    settings += ["data.draws_per_sample=2"]  # the draws return, but the reference draws the losers and must stay
+    settings += ["data.draws_per_sample=2"]  # draws repeat, but the reference samples the losers and is not released
     recipe("pso_customize", "--config=playground", *settings)
     rows = metrics(tmp_path / "run")
     assert rows[0]["policy/loss"] == pytest.approx(0.693147, abs=1e-5) and len(rows) == 3
@@ -198,7 +198,9 @@ def test_offline_pso_trains_the_samplers_timesteps(tmp_path: Path, pairs_file: P
     }  # fmt: skip
 
 
-def test_what_cannot_work_is_said_at_once(tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_settings_of_online_recipes_are_reported_at_start(
+    tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong = ["algorithm.first_step=99", "sampler.steps=0", "reward.weights=[1,2]", "monitor.every=0", "data.path=x.csv"]
     with pytest.raises(SystemExit):
         recipe("refl", "--config=playground", f"run.folder={tmp_path / 'run'}", *wrong)
@@ -206,5 +208,5 @@ def test_what_cannot_work_is_said_at_once(tmp_path: Path, recipe: Callable, caps
     for words in ("first_step' = 99", "'sampler.steps' = 0", "2 numbers for 1 scorers", "'monitor.every' = 0", "x.csv"):
         assert words in said, said
     judge = "reward.scorers=['diffalign.playground:Judge']"
-    with pytest.raises(ValueError, match=r"gives no gradient; ReFL needs one that does"):
+    with pytest.raises(ValueError, match=r"gives no gradient; ReFL needs a differentiable scorer"):
         recipe("refl", "--config=playground", f"run.folder={tmp_path / 'run'}", judge, *TINY, "monitor.prompts=null")

@@ -1,4 +1,4 @@
-"""From choices of many persons to images for one: all of it by commands, resume, two processes, SDXL, errors."""
+"""Personal recipes from choices of many people to images for one: commands, resume, two processes, SDXL, errors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_every_head_trains_and_loads(tmp_path: Path, people: Path, recipe: Calla
     assert scorer.score(images, prompts).isfinite().all(), "for anybody"
 
 
-def test_from_choices_to_images(
+def test_personal_workflow_from_choices_to_images(
     tmp_path: Path, people: Path, encoder: Path, users: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """fit, reward-score --user, ppd, and the adapter in `diffalign generate` and in stock diffusers."""
@@ -124,10 +124,10 @@ def test_from_choices_to_images(
     assert image.size == (32, 32)
 
 
-def test_the_card_runs_as_it_stands(
+def test_the_code_in_the_exported_readme_runs(
     tmp_path: Path, people: Path, users: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README.md beside an export is Python that stock diffusers executes."""
+    """The Python code in the README.md of an export runs with stock diffusers."""
     settings = [f"data.path={people}", f"users.path={users}", f"run.folder={tmp_path / 'run'}", "trainer.steps=1"]
     recipe("ppd", "--config=playground", *settings, "data.limit=40", "hooks.verify_export=false", *BARE)
     monkeypatch.chdir(tmp_path / "run" / "export")
@@ -145,7 +145,7 @@ def test_two_steps_on_sdxl(tmp_path: Path, people: Path, users: Path, recipe: Ca
 def test_two_processes_equal_one(
     tmp_path: Path, people: Path, users: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """With users mixed here and there, and no draw that depends on the rank."""
+    """With user mixing; random numbers do not depend on the rank."""
     more = [f"data.path={people}", f"users.path={users}", "trainer.steps=2", "data.limit=40", "algorithm.beta=10"]
     more += ["algorithm.user_mixing=0.5", "hooks.verify_export=false", *BARE]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -153,7 +153,7 @@ def test_two_processes_equal_one(
     launched = two_processes("ppd", "--config=playground", f"run.folder={two}", "data.batch_size=4", *more)
     assert launched.returncode == 0, launched.stderr[-3000:]
     first, second = (load_file(folder / "export" / FILE) for folder in (one, two))
-    # The first step moves values only; one part in ten thousand of what moved is the bound.
+    # The first step changes values only; the tolerance is 1e-4 of the change.
     assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
 
 
@@ -195,7 +195,7 @@ def test_killed_and_resumed_equals_never_killed(
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-def test_what_is_wrong_is_said(
+def test_wrong_personal_settings_and_files_are_reported(
     tmp_path: Path,
     people: Path,
     encoder: Path,
@@ -213,16 +213,16 @@ def test_what_is_wrong_is_said(
     with pytest.raises(SystemExit):
         recipe("ppd", "--config=playground", f"data.path={people}", f"backbone.path={tiny_sd3}")
     said = capsys.readouterr().err
-    assert "user adapters are for Stable Diffusion and SDXL" in said and "`diffalign user embed` writes it" in said
+    assert "user adapters support Stable Diffusion and SDXL only" in said and "`diffalign user embed` writes it" in said
     save_file({"nobody": torch.zeros(2, 1, 3)}, tmp_path / "other.safetensors")
     settings = [f"data.path={people}", f"users.path={tmp_path / 'other.safetensors'}", f"run.folder={tmp_path / 'run'}"]
     with pytest.raises(ValueError, match="no annotator of the pairs has an embedding"):
         recipe("ppd", "--config=playground", *settings)
     scorer: Any = load_scorer(str(encoder), "cpu")
-    with pytest.raises(ValueError, match="was not fitted with this scorer"):
+    with pytest.raises(ValueError, match="was fitted with another scorer"):
         load_user(tmp_path / "other.safetensors", scorer)
     (tmp_path / "cut.safetensors").write_bytes(b"12345")
-    with pytest.raises(ValueError, match="is damaged, or no user file"):
+    with pytest.raises(ValueError, match="is damaged or not a user file"):
         load_user(tmp_path / "cut.safetensors", scorer)
     with pytest.raises(FileNotFoundError, match="no user file"):
         load_user(tmp_path / "none.safetensors", scorer)

@@ -1,4 +1,4 @@
-"""eval/rank_images.py on rendered playground images of two pretended models."""
+"""eval/rank_images.py on rendered playground images of two simulated models."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def rank() -> Callable[..., int]:
 
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
-    """A model that draws what is asked, vivid and in place, twice; and one that draws it pale and off its place."""
+    """A model with two correct, vivid and well placed images per prompt, and one with pale and displaced images."""
     return _model(tmp_path / "good", [(1.2, 0.0), (0.9, 1.0)]), _model(tmp_path / "poor", [(0.3, 6.0)])
 
 
 def _model(folder: Path, looks: list[tuple[float, float]], prompts: list[str] = PROMPTS) -> Path:
-    """Images of (vividness, distance from the place) for each prompt, as tools/generate.py lays them out."""
+    """Images of (vividness, distance from the place) for each prompt, in the layout of tools/generate.py."""
     (folder / "images").mkdir(parents=True)
     scene, rows = imagine([parse(p) for p in prompts], seed=0), []
     for k, (vivid, away) in enumerate(looks):
@@ -61,10 +61,10 @@ def _pixels(ref: Any) -> torch.Tensor:
     return data.view(1, 32, 32, 3).permute(0, 3, 1, 2).float() / 255
 
 
-def test_what_is_written_is_what_the_reader_reads(
+def test_the_reader_reads_what_rank_images_writes(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three images a prompt from two folders; the numbers are the scorers' own, phi is counted from them by hand."""
+    """Three images per prompt from two folders. Scores are those of the scorers, phi is computed by hand."""
     assert rank(*models, "--out", tmp_path / "sub" / "ranked.jsonl") == 0
     assert "9 images of 3 prompts ranked" in capsys.readouterr().out
     records = _records(tmp_path / "sub" / "ranked.jsonl")
@@ -96,7 +96,7 @@ def test_equal_images_tie(models: tuple[Path, Path], tmp_path: Path, rank: Calla
 def test_all_damaged_images_are_named_and_nothing_is_written(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One in the first batch and one in the last; the second is found although scoring has stopped by then."""
+    """One image in the first batch and one in the last, which is found although scoring has stopped."""
     (models[0] / "images" / "00000_1.png").write_bytes(b"no image")
     (models[1] / "images" / "00002_0.png").unlink()
     assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2) == 2
@@ -120,7 +120,7 @@ def test_prompts_with_few_images_are_left_out_and_counted(
     assert "none of the 3 prompts has 4 images" in capsys.readouterr().err
 
 
-def test_what_cannot_be_compared_is_refused(
+def test_images_that_cannot_be_compared_are_refused(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = _model(tmp_path / "other", [(1.0, 0.0)], PROMPTS[::-1])

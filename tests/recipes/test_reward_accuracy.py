@@ -91,7 +91,7 @@ def _values(result: dict[str, Any], scorer: int = 0) -> dict[str, float]:
 
 
 def test_every_metric_of_two_ranked_prompts(hpd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The numbers of tests/reward_models/test_accuracy.py, from images."""
+    """The values of tests/reward_models/test_accuracy.py, from images."""
     result = _run(hpd)
     assert _values(result) == pytest.approx(
         {
@@ -135,7 +135,7 @@ def test_limit_takes_the_first_records(hpd: Path) -> None:
 
 
 def _pickapic(path: Path, rows: list[tuple[int, int, float]]) -> Path:
-    """(brightness of jpg_0, of jpg_1, label_0), and one row that nobody labelled."""
+    """Rows (brightness of jpg_0, of jpg_1, label_0), and one unlabelled row."""
     levels = [*rows, (1, 2, 0.0)]
     table = {
         "caption": [f"prompt {k}" for k in range(len(levels))],
@@ -165,8 +165,8 @@ def test_pick_threshold_is_chosen_on_the_validation_data(tmp_path: Path, capsys:
     assert "needs --validation" in capsys.readouterr().err
 
 
-def test_the_place_of_an_image_gives_no_answer_away(tmp_path: Path) -> None:
-    """In pairs of chosen and rejected a scorer that knows nothing would always be right by the order of the images."""
+def test_the_order_of_the_images_gives_no_accuracy(tmp_path: Path) -> None:
+    """In pairs of chosen and rejected, a constant scorer would always be correct by the order of the images."""
     (tmp_path / "0.png").write_bytes(_png(0))
     (tmp_path / "1.png").write_bytes(_png(9))
     lines = [{"prompt": f"prompt {k}", "chosen": "1.png", "rejected": "0.png"} for k in range(60)]
@@ -200,6 +200,8 @@ def test_missing_and_damaged_images_are_all_named_and_nothing_is_written(
         (["--limit", "1"], "at least 2 prompts"),
     ],
 )
-def test_mistakes_end_in_a_line(hpd: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str) -> None:
+def test_wrong_arguments_give_an_error_of_one_line(
+    hpd: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
+) -> None:
     assert recipe.main(["--scorer", SCORER, "--data", str(hpd), *change]) == 2
     assert message in capsys.readouterr().err

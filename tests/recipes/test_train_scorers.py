@@ -1,4 +1,4 @@
-"""The recipes that train scorers: what they write, that resuming is exact, what HPSv2 trains."""
+"""Recipes that train scorers: their files, exact resume, and the trainable weights of HPSv2."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ def test_a_scorer_is_trained_validated_exported_and_resumed_exactly(
     assert scores.shape == (3,) and scores.isfinite().all() and scores.std() > 0
 
 
-def test_training_stops_when_validation_gets_no_better(tmp_path: Path, ratings: Path, recipe: Callable) -> None:
-    """With lr 0 nothing changes: after the two validations that patience allows, at step 4 of 100."""
+def test_training_stops_early_without_better_validation(tmp_path: Path, ratings: Path, recipe: Callable) -> None:
+    """With lr 0 nothing changes, so it stops after the two validations of `patience`, at step 4 of 100."""
     arguments = _arguments(tmp_path, ratings, "trainer.steps=100", "optimizer.lr=0", "hooks.patience=2")
     recipe("hps", *arguments)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     assert [json.loads(x)["step"] for x in (tmp_path / "validation.jsonl").read_text().splitlines()] == [0, 2, 4]
 
 
-def test_what_hpsv2_trains() -> None:
+def test_number_of_parameters_that_hpsv2_trains() -> None:
     """Of ViT-H-14's 986,109,441 parameters: 19 of 32 image blocks, ln_post and the projection; 11 of 24 text blocks,
     ln_final, the projection and the scale: 375,184,640 + 139,609,089."""
     with torch.device("meta"):
@@ -76,7 +76,7 @@ def test_what_hpsv2_trains() -> None:
         train_only(network, [*HPS_TRAINS, r"clip\.layer9"])
 
 
-def test_frozen_weights_stay_and_all_others_move_and_the_scale_keeps_its_limits() -> None:
+def test_training_changes_only_trainable_weights_and_clamps_the_logit_scale() -> None:
     torch.manual_seed(0)
     trains = (r"clip\.visual\.transformer\.resblocks\.2\..*", r"clip\.visual\.proj", r"clip\.logit_scale")
     scorer = clip_to_train(torch.device("cpu"), architecture="playground", weights=None, trains=trains)

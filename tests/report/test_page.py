@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from diffalign.report import compare, read_manifest, read_pairs, write_report
-from diffalign.report.comparison import GAIN
 from diffalign.report.curves import POINTS, draw_curves, read_metrics
 from diffalign.report.grid import CELL, shown
 from diffalign.report.page import choose
+from diffalign.report.preference_rate import GAIN
 
 SCRIPT = "<script>alert(1)</script>"
 
 
 def _folder(path: Path, shade: int, prompts: list[str], samples: int = 1, **settings: Any) -> Path:
-    """Images of one shade each, as tools/generate.py lays them out."""
+    """Plain images in the layout of tools/generate.py."""
     (path / "images").mkdir(parents=True)
     rows = []
     for i, prompt in enumerate(prompts):
@@ -80,7 +80,7 @@ def _training_run(path: Path) -> Path:
 
 
 class _Page(HTMLParser):
-    """Collects what a browser would load or run, and the visible text."""
+    """Collects the resources and scripts of a page, and its visible text."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -99,7 +99,7 @@ class _Page(HTMLParser):
 
 
 def test_text_from_data_is_never_markup(tmp_path: Path) -> None:
-    """A script as prompt (in an attribute too), scorer name, title and config, and a tag as metric, stay text."""
+    """Scripts in prompts (and attributes), scorer names, titles and configs, and tags in metrics, are text."""
     arguments = _comparison(tmp_path, [SCRIPT, 'a "quoted" onload=alert(1) cat', "x"], scorers=(SCRIPT, "judge"))
     run = _training_run(tmp_path / "run")
     metrics = (run / "metrics.jsonl").read_text()
@@ -177,7 +177,7 @@ def test_table_and_json_hold_the_numbers(tmp_path: Path) -> None:
 
 
 def test_page_opens_with_the_grid_and_one_sentence(tmp_path: Path) -> None:
-    """Then prompt match beside it; a gain of a fifth of a standard deviation cannot be seen, whatever is preferred."""
+    """Followed by prompt match. A gain of 0.2 standard deviations is too small to see, for any preference."""
     arguments = _comparison(tmp_path, [f"p{i}" for i in range(30)])
     scorer = arguments["win_rates"]["scorers"][0]
     scorer |= {"gain_sd": 0.1}
@@ -195,7 +195,7 @@ def test_a_scorer_that_cannot_measure_is_said_to(tmp_path: Path) -> None:
 
 
 def test_the_grid_shows_the_same_prompts_of_both_enlarged(tmp_path: Path) -> None:
-    """16 of 30 prompts, two rows of eight: 8 pixels become 192, the base's above the aligned one's; always the same."""
+    """16 of 30 prompts, two rows of eight: 8 pixels become 192; base above aligned; the same selection always."""
     arguments = _comparison(tmp_path, [f"p{i}" for i in range(30)])
     pairs = read_pairs(arguments["base_dir"], arguments["aligned_dir"])
     chosen = shown(pairs)
@@ -226,7 +226,7 @@ def test_curves_draw_what_the_run_has(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_shortened_to_means(tmp_path: Path) -> None:
-    """900 steps become 300 means of three: the first of 1, 2, 3 is 2 and stands at step 3."""
+    """900 steps become 300 means of three: the first, of 1, 2, 3, is 2 at step 3."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {s}, "policy/loss": {s}}}\n' for s in range(1, 901)))
     steps, values = read_metrics(path)["policy/loss"]
@@ -247,7 +247,7 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seed of prompt_id '00000'"):
         read_pairs(base, reseeded)
     manifest.write_text(manifest.read_text() * 2)
-    with pytest.raises(ValueError, match="line 3: prompt_id '00000', sample 0 comes twice"):
+    with pytest.raises(ValueError, match="line 3: prompt_id '00000', sample 0 is listed twice"):
         read_manifest(reseeded)
     manifest.write_text('{"image": "x.png", "prompt": "a"}\n')
     with pytest.raises(ValueError, match="line 1 has no prompt_id, sample"):
@@ -259,7 +259,7 @@ def test_folders_that_do_not_match_are_refused(tmp_path: Path) -> None:
 def test_win_rates_of_other_folders_are_refused(tmp_path: Path) -> None:
     arguments = _comparison(tmp_path, ["a", "b", "c"])
     arguments["win_rates"]["pairs"].pop()
-    with pytest.raises(ValueError, match="5 other pairs than the 6"):
+    with pytest.raises(ValueError, match="belong to 5 other pairs than the 6"):
         write_report(tmp_path / "report", **arguments)
     arguments["win_rates"]["scorers"][0].pop("people_prefer")
     with pytest.raises(ValueError, match="earlier version"):
@@ -277,7 +277,7 @@ def test_win_rates_of_other_folders_are_refused(tmp_path: Path) -> None:
         ({"prompt": ["a"]}, "line 2: image and prompt must be text"),
         ({"prompt_id": [1]}, "line 2: prompt_id must be"),
         ("{", "line 2 is not JSON: Expecting property name"),
-        ("[" * 20_000, "line 2 is not JSON that can be read: nested too deeply"),
+        ("[" * 20_000, "line 2 is not readable JSON: nested too deeply"),
         ("[1]", "line 2 has no image, prompt, prompt_id, sample"),
     ],
 )

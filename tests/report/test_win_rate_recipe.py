@@ -1,4 +1,4 @@
-"""eval/win_rate.py and eval/report.py on two folders of playground scenes, judged exactly."""
+"""eval/win_rate.py and eval/report.py on two folders of playground scenes, with the exact judge."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _folder(path: Path, backgrounds: tuple[str, ...], samples: int = 2) -> Path:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
-    """The aligned images have the background that the prompt asks for in the first and last prompt, the base in one."""
+    """The aligned images have the prompt's background for the first and last prompt, the base images for one."""
     return (
         _folder(tmp_path / "base", ("black", "black", "black")),
         _folder(tmp_path / "aligned", ("white", "black", "pink")),
@@ -86,7 +86,7 @@ def test_scores_are_the_judges_and_the_line_says_the_result(
 
 
 class Dark:
-    """A scorer that says nothing of people's choices nor of the prompt."""
+    """A scorer without choice_temperature and match."""
 
     differentiable, unit = False, "darkness"
 
@@ -108,7 +108,7 @@ def test_a_scorer_without_a_choice_reports_the_share_won(
 
 
 def test_one_sample_a_prompt_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before a scorer is loaded."""
+    """The error comes before a scorer is loaded."""
     folders = [str(_folder(tmp_path / name, ("black",) * 3, samples=1)) for name in ("base", "aligned")]
     assert win_rate.main([*folders, "--scorer", "no_such", "--out", str(tmp_path / "w.json")]) == 2
     said = capsys.readouterr().err
@@ -120,7 +120,7 @@ def test_samples_that_are_all_the_same_are_refused(tmp_path: Path, capsys: pytes
     for file in (base / "images").glob("*_1.png"):
         file.write_bytes(file.with_name(file.name.replace("_1", "_0")).read_bytes())
     assert win_rate.main([str(base)] * 2 + ["--scorer", JUDGE, "--out", str(tmp_path / "w.json")]) == 2
-    assert "all samples of each prompt of the base are the same image" in capsys.readouterr().err
+    assert "all samples of a prompt in the base folder are the same image" in capsys.readouterr().err
 
 
 def test_report_takes_what_win_rate_wrote(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_folders_that_do_not_match_are_an_error_and_not_a_result(
 
 @pytest.mark.parametrize("same", [0, 2, 3])
 def test_equal_images_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], same: int) -> None:
-    """A LoRA that was not loaded draws the base's images: .500 alone would look like a result."""
+    """Without its LoRA, a model generates the base's images, and a rate of .500 would look like a result."""
     backgrounds = ("black", "white", "pink")
     other = tuple(b if i < same else "white" if b != "white" else "pink" for i, b in enumerate(backgrounds))
     folders = (_folder(tmp_path / "base", backgrounds), _folder(tmp_path / "aligned", other))

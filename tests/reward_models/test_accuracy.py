@@ -1,4 +1,4 @@
-"""Every published definition of accuracy, against numbers worked out by hand.
+"""Every published definition of accuracy, against values computed by hand.
 
 The two prompts of the specification: scores .3 .3 .1 .2 with ranks 1 2 2 4, and scores .5 .4 with ranks 2 1.
 Pairs of the first: (0,1) scored equal; (0,2), (0,3), (1,3) right; (1,2) a label tie; (2,3) wrong.
@@ -46,7 +46,7 @@ SIXTH = pytest.approx(5 / 6)
         (ir_micro, (3, 5), (0, 1), 0.5),
         (strict, (3, 5), (0, 1), 0.5),
         (ge, (4, 5), (0, 1), 4 / 6),
-        (pick_trainer, (3.5, 6), (0, 1), 3.5 / 7),  # (0,1) is worth nothing, (1,2) one half
+        (pick_trainer, (3.5, 6), (0, 1), 3.5 / 7),  # (0,1) counts 0, (1,2) counts 1/2
         (argmax, (1, 1), (0, 1), 0.5),
         (kendall_tau_b, (pytest.approx(2 / 5), 1), (pytest.approx(-1), 1), -0.3),  # (3 - 1) / sqrt(5 * 5)
     ],
@@ -58,7 +58,7 @@ def test_every_definition_on_two_prompts(metric, first, second, value) -> None: 
     assert (result.prompts, result.pairs, result.ties, result.score_ties) == (2, 7, 1, 1)
 
 
-def test_equal_scores_go_by_the_order_of_the_images_in_hps_inversion_only() -> None:
+def test_hps_inversion_breaks_equal_scores_by_image_order() -> None:
     assert hps_inversion((1, 1), (0, 1)) == (1, 1)
     assert hps_inversion((1, 1), (1, 0)) == (0, 1)
     assert mps_inversion((1, 1), (1, 0)) == (1, 1)
@@ -100,14 +100,14 @@ def test_accuracy_of_always_predicting_a_tie() -> None:
 
 
 def _random(seed: int, prompts: int = 40) -> list[Group]:
-    """Scores and ranks of few values, so that both tie now and then."""
+    """Scores and ranks with few distinct values, so that both have ties."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(2, 6, size=prompts)
     return [Group(str(k), rng.integers(6, size=n) / 8, rng.integers(1, 5, size=n)) for k, n in enumerate(sizes)]
 
 
-def test_the_opposite_scorer_is_right_where_this_one_is_wrong() -> None:
-    """Without ties in the scores a definition and its opposite add up to 1, tau-b to 0; with them, strict and ge do."""
+def test_a_scorer_and_its_negation_sum_to_one() -> None:
+    """Without score ties, metrics of scores and negated scores sum to 1, tau-b to 0; with ties, strict and ge do."""
     for group in _random(0):
         (right, counted), (other, _) = strict(*group[1:]), ge(-np.asarray(group.scores), group.ranks)
         assert right + other == counted
@@ -131,7 +131,7 @@ def test_an_order_of_the_images_does_not_matter_without_equal_scores() -> None:
 
 
 def test_the_interval_resamples_prompts_not_pairs() -> None:
-    """16 prompts, half of them wholly right: the interval of 16 coins, however many pairs there are. P(4 or fewer) is
+    """16 prompts, half of them correct in all pairs: the interval of 16 coins for any number of pairs. P(4 or fewer) is
     .038 and P(3 or fewer) .011, so the percentiles are 4 and 12 of 16; 144 pairs would give .42 and .58."""
     right, wrong = ((9, 8, 7), (1, 2, 3)), ((7, 8, 9), (1, 2, 3))
     groups = [Group(str(k % 16), *(right if k % 2 else wrong)) for k in range(48)]
@@ -142,7 +142,7 @@ def test_the_interval_resamples_prompts_not_pairs() -> None:
     assert accuracy("ir_micro", _random(4), seed=1) != accuracy("ir_micro", _random(4), seed=2)
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     """200 samples of 60 prompts right with probability 0.7: nominal coverage 95 %, percentile bootstrap 92 to 95 %."""
     rng = np.random.default_rng(5)
     covered = 0
@@ -153,10 +153,10 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     assert 175 <= covered <= 199
 
 
-def test_what_cannot_be_counted_is_refused() -> None:
+def test_invalid_metrics_and_scores_are_refused() -> None:
     with pytest.raises(ValueError, match="no metric 'ir'; known: hps_inversion, "):
         accuracy("ir", GROUPS)
-    with pytest.raises(ValueError, match="at least 2 prompts with something to count; got 1"):
+    with pytest.raises(ValueError, match="at least 2 prompts with counted pairs; got 1"):
         accuracy("ge", GROUPS[:1])
     with pytest.raises(ValueError, match=r"one number for each of two or more images; got \(3,\), \(2,\)"):
         strict((1, 2, 3), (1, 2))

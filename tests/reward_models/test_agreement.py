@@ -8,7 +8,7 @@ import pytest
 from reward_models.accuracy import win_rates
 
 
-def test_the_unanimous_best_has_one_and_the_unanimous_worst_zero() -> None:
+def test_win_rate_is_one_for_the_unanimous_best_and_zero_for_the_worst() -> None:
     """Two scorers, three images. Wins: image 0 beats both others twice (4), image 1 beats image 2 once, image 2 beats
     image 1 once; C = (4, 1, 1) of 2 * 2 = 4 comparisons each."""
     scores = np.array([[9.0, 2.0, 1.0], [0.3, 0.1, 0.2]])
@@ -16,7 +16,7 @@ def test_the_unanimous_best_has_one_and_the_unanimous_worst_zero() -> None:
     assert win_rates(np.array([[4.0, 3, 2, 1], [40, 30, 20, 10]])).tolist() == [1, 2 / 3, 1 / 3, 0]
 
 
-def test_they_add_up_to_half_the_images_without_ties() -> None:
+def test_win_rates_without_ties_sum_to_half_the_images() -> None:
     scores = np.random.default_rng(0).standard_normal((5, 4))
     phi = win_rates(scores)
     assert phi.sum().item() == pytest.approx(4 / 2, abs=1e-12)
@@ -24,11 +24,11 @@ def test_they_add_up_to_half_the_images_without_ties() -> None:
 
 
 def test_a_tie_is_a_win_for_neither() -> None:
-    """C = (1, 1, 0): the equal pair gives nothing, each beats the third; of 2 comparisons. Their sum is below 3/2."""
+    """C = (1, 1, 0) of 2 comparisons: the tie counts for neither, and both beat the third. The sum is below 3/2."""
     assert win_rates(np.array([[2.0, 2.0, 1.0]])).tolist() == [0.5, 0.5, 0.0]
 
 
-def test_units_do_not_matter_and_images_may_change_places() -> None:
+def test_win_rates_are_invariant_to_units_and_image_order() -> None:
     scores = np.random.default_rng(1).standard_normal((3, 5))
     rescaled = np.stack([np.exp(scores[0]), scores[1] * 1000 - 7, scores[2]])
     order = np.array([4, 2, 0, 3, 1])

@@ -1,4 +1,4 @@
-"""Which scorers are a calibrated choice, and what of: differences over the temperature are logits."""
+"""Choice temperatures: score differences over the temperature are logits of choices."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ CLIP = {
 }
 
 
-def test_the_judge_chooses_as_its_annotators_do() -> None:
+def test_the_judge_has_the_choice_temperature_of_its_annotators() -> None:
     assert choice_temperature_of(Judge()) == Annotator().temperature == 0.35
     assert choice_temperature_of(Person(name="bright")) == Annotator("bright").temperature
 
 
 @pytest.mark.parametrize(("unit", "temperature"), [("logit", 1.0), ("raw", None), ("x100", None)])
-def test_a_clip_scorer_does_in_the_unit_logit(unit: Any, temperature: float | None) -> None:
+def test_a_clip_scorer_has_a_choice_temperature_only_in_the_unit_logit(unit: Any, temperature: float | None) -> None:
     assert choice_temperature_of(CLIPScorer(CLIP, unit=unit)) == temperature
 
 
-def test_what_is_trained_otherwise_does_not() -> None:
+def test_other_scorers_and_mixtures_have_no_choice_temperature() -> None:
     judge = Judge()
     assert choice_temperature_of(AestheticPredictor(CLIP)) is None
     assert choice_temperature_of(WeightedSum({"judge": (judge, 1.0)})) is None
 
 
-def test_the_shipped_scorers_of_people() -> None:
-    """Standardised rewards are divided by the deviation of their head, so differences times it are logits."""
+def test_choice_temperatures_of_the_shipped_scorers() -> None:
+    """Standardised rewards are divided by the std of their head, so differences times this std are logits."""
     assert choice_temperature_of(load_scorer("playground_hps", "cpu")) == 1.0
     scorer = load_scorer("playground_vp_score", "cpu")
     assert isinstance(scorer, BLIPScorer)
@@ -60,14 +60,14 @@ def test_the_shipped_scorers_of_people() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, -1.0, float("nan"), float("inf"), True, "1"])
-def test_a_temperature_is_a_number_above_0(bad: Any) -> None:
+def test_a_choice_temperature_must_be_positive_and_finite(bad: Any) -> None:
     judge = Judge()
     judge.choice_temperature = bad
     with pytest.raises(ValueError, match="choice_temperature of Judge must be a finite number above 0"):
         choice_temperature_of(judge)
 
 
-def test_a_scorer_needs_none() -> None:
+def test_the_choice_temperature_is_optional() -> None:
     class Plain:
         differentiable, unit = False, "x"
 
@@ -78,7 +78,7 @@ def test_a_scorer_needs_none() -> None:
     assert not isinstance(Plain(), Matching) and isinstance(Judge(), Matching)
 
 
-def test_the_judges_match_is_the_part_of_its_score_for_the_prompt() -> None:
+def test_match_of_the_judge_is_the_prompt_part_of_its_score() -> None:
     images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     prompts = ["red circle on white"] * 4
     judge = Judge()

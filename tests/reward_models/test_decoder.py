@@ -1,4 +1,4 @@
-"""The one decoder: what damaged files give, and what only looks damaged."""
+"""The decoder on damaged files, and on valid files that Pillow rejects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png_with(*chunks: bytes, behind: bool = False) -> bytes:
-    """A PNG with more chunks, before its pixels or behind them."""
+    """A PNG with additional chunks before or after its pixels."""
     data = encoded(noise(), "PNG")
     place = data.index(b"IEND") - 4 if behind else data.index(b"IDAT") - 4
     return data[:place] + b"".join(chunks) + data[place:]
@@ -53,7 +53,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_png_with_long_text_or_profile_is_whole(kind: str, behind: bool) -> None:
+def test_a_png_with_long_text_or_profile_is_decoded(kind: str, behind: bool) -> None:
     expected = torch.from_numpy(np.array(noise())).permute(2, 0, 1)
     assert torch.equal(to_tensor(decode(png_with(TEXTS[kind], behind=behind))), expected)
     cut = png_with(TEXTS[kind])[:-60]
@@ -61,7 +61,7 @@ def test_a_png_with_long_text_or_profile_is_whole(kind: str, behind: bool) -> No
         decode(cut)
 
 
-def test_what_a_png_says_of_its_orientation_counts_beside_a_long_text() -> None:
+def test_png_orientation_is_applied_despite_a_long_text() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encoded(Image.new("RGB", (3, 5)), "PNG", exif=exif)
@@ -69,18 +69,18 @@ def test_what_a_png_says_of_its_orientation_counts_beside_a_long_text() -> None:
     assert decode(data[:place] + TEXTS["zTXt"] + data[place:]).size == (5, 3)
 
 
-def test_damaged_exif_and_avif_are_reasons(tmp_path: Path) -> None:
+def test_damaged_exif_and_avif_raise_with_a_reason(tmp_path: Path) -> None:
     for name in ("exif_type_error.jpg", "damaged.avif"):
-        with pytest.raises(ImageError, match=r"^(damaged: |not an image|AVIF, which needs)"):
+        with pytest.raises(ImageError, match=r"^(damaged: |not an image|AVIF is supported only by)"):
             read_image(CASES / name)
 
 
-def test_heic_says_what_it_needs() -> None:
+def test_heic_without_pillow_heif_raises_with_the_package() -> None:
     if "HEIF" in Image.OPEN:
         pytest.skip("pillow-heif is installed")
     for brand in (b"heic", b"heix", b"mif1"):
         data = struct.pack(">I", 24) + b"ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100)
-        with pytest.raises(ImageError, match="HEIC, which needs another package: pip install pillow-heif"):
+        with pytest.raises(ImageError, match="HEIC is supported only with another package: pip install pillow-heif"):
             decode(data)
 
 
@@ -94,7 +94,7 @@ def test_one_list_of_suffixes_without_hidden_files(tmp_path: Path) -> None:
 
 
 def mutants(data: bytes, count: int, random: np.random.Generator) -> list[bytes]:
-    """Flipped, overwritten, cut, repeated and inserted bytes, more of them in the head, where the structure is."""
+    """Flipped, overwritten, truncated, repeated and inserted bytes, mostly in the header."""
     found = []
     for _ in range(count):
         new = bytearray(data)
@@ -132,7 +132,7 @@ def seeds() -> dict[str, bytes]:
 
 @pytest.mark.filterwarnings("ignore")
 def test_three_thousand_damaged_images_give_an_image_or_a_reason() -> None:
-    """No other error, no memory address, one line."""
+    """Only ImageError, in one line, without a memory address."""
     random, refused, total, start = np.random.default_rng(13), 0, 0, time.monotonic()
     for name, data in seeds().items():
         decode(data)

@@ -1,4 +1,4 @@
-"""Reading text and JSON, and writing whole files."""
+"""Reading text and JSON, and atomic writing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reward_models.files import (
 )
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntw\u2028o\n".encode())
     assert read_text(tmp_path / "a.txt") == "one\r\ntw\u2028o\n"
     assert list(text_lines(tmp_path / "a.txt")) == ["one\r\n", "tw\u2028o\n"]
@@ -57,7 +57,7 @@ def test_json_that_cannot_be_read_is_a_value_error_of_one_short_line(text: str |
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        with pytest.raises(OSError, match=f"a folder, a pipe or a device, and not a file: '{path}'"):
+        with pytest.raises(OSError, match=f"a folder, a pipe or a device instead of a file: '{path}'"):
             open_file(path)
     for name in ("a\0b", "a\ud83d", "x" * 300):
         with pytest.raises(OSError):
@@ -66,7 +66,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         open_file(tmp_path / "gone")
 
 
-def test_what_leads_out_of_a_folder() -> None:
+def test_paths_that_leave_a_folder_are_detected() -> None:
     assert [name for name in ("../x", "a/../../x", "/x", "a\\..\\x", "..") if not leads_out(name)] == []
     assert [name for name in ("x", "a/x", "..x", "a/...", "x..y/z") if leads_out(name)] == []
 
@@ -90,7 +90,7 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_whole(file / "b", "")
 
 
-def test_new_files_have_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+def test_new_files_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         write_whole(tmp_path / "a", "x")
@@ -99,7 +99,7 @@ def test_new_files_have_the_rights_that_the_umask_leaves(tmp_path: Path) -> None
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
 
 
-def test_an_error_of_what_is_read_meanwhile_keeps_its_own_words(tmp_path: Path) -> None:
+def test_errors_inside_a_replacing_block_are_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone"), replacing(tmp_path / "a"):
         (tmp_path / "gone").read_bytes()
     assert not list(tmp_path.iterdir())
@@ -116,7 +116,7 @@ def test_folders_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     folder, before = tmp_path / "export", os.umask(0o027)
     try:
         for text in ("first", "second"):
-            (tmp_path / ".export.tmp").mkdir()  # of a process that was killed
+            (tmp_path / ".export.tmp").mkdir()  # left by a killed process
             with replacing_folder(folder) as temporary:
                 assert not temporary.exists()
                 temporary.mkdir()

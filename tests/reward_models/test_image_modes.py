@@ -1,4 +1,4 @@
-"""What becomes of palettes, grey, transparency, 16 bits and orientation tags; docs/preprocessing.md says why."""
+"""Decoding of palettes, grey, transparency, 16 bits and orientation tags, as in docs/preprocessing.md."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_grey_one_bit_and_print_colours_become_rgb() -> None:
 def test_more_than_8_bits_are_refused_and_not_clipped(tmp_path: Path) -> None:
     """Pillow's own conversion would turn every 16-bit grey above 255 white."""
     Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ImageError, match="more than 8 bits a channel; save it with 8"):
+    with pytest.raises(ImageError, match="more than 8 bits per channel; save it with 8 bits"):
         read_image(tmp_path / "deep.png")
 
 
 def test_orientation_tags_are_applied(tmp_path: Path) -> None:
-    """Tag 6: the camera was held upright, the file lies on its side. 3 high and 5 wide becomes 5 high and 3 wide."""
+    """Tag 6: an upright photograph stored on its side. 3 high and 5 wide becomes 5 high and 3 wide."""
     lying = Image.fromarray(np.arange(45, dtype=np.uint8).reshape(3, 5, 3))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -54,7 +54,7 @@ def test_orientation_tags_are_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
-def test_what_was_read_can_still_be_resized_after_the_file_is_closed(suffix: str, tmp_path: Path) -> None:
+def test_an_image_can_be_resized_after_its_file_is_closed(suffix: str, tmp_path: Path) -> None:
     """Pillow reads lazily, and `read_rgb` does not copy an image that is RGB already."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     image.save(tmp_path / f"x.{suffix}")

@@ -1,4 +1,4 @@
-"""Several scorers as one: weights, normalisation, gradients."""
+"""Weighted sums of scorers: weights, normalisation, gradients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_fixed_normalisation() -> None:
 
 
 def test_running_normalisation() -> None:
-    """0, 0.5, 1 and 0.5 have mean 0.5 and variance 0.125, however they are cut into batches; 1 is then 1.41421."""
+    """0, 0.5, 1 and 0.5 have mean 0.5 and variance 0.125, for any batch sizes; 1 is then 1.41421."""
     values = [0.0, 0.5, 1.0, 0.5]
     for cut in (1, 2, 3):
         mixture = WeightedSum({"mean": (Mean(), 1.0)}, normalise="running")
@@ -65,7 +65,7 @@ def test_running_normalisation() -> None:
         assert mixture.count == 4
     before = mixture.mean.clone()
     mixture.train().score(_grey(0.1, 0.2), ["x", "y"])
-    assert torch.equal(mixture.mean, before)  # only update changes it
+    assert torch.equal(mixture.mean, before)  # only `update` changes the statistics
 
 
 def test_running_statistics_survive_a_checkpoint() -> None:
@@ -88,29 +88,29 @@ def test_gradients_pass_through_the_normalisation_but_not_into_the_statistics() 
     assert not WeightedSum({"mean": (Mean(), 1.0), "length": (Length(), 1.0)}).differentiable
 
 
-def test_networks_move_with_the_mixture() -> None:
+def test_networks_are_submodules_of_the_mixture() -> None:
     mixture = WeightedSum({"a.b": (Mean(), 1.0), "length": (Length(), 1.0)})
     assert [p.shape for p in mixture.parameters()] == [torch.Size([])]
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_inconsistent_mixture_settings_are_refused() -> None:
     scorers: dict[str, tuple[Scorer, float]] = {"mean": (Mean(), 1.0)}
     with pytest.raises(ValueError, match="needs at least one scorer"):
         WeightedSum({})
-    with pytest.raises(ValueError, match="normalise='fixed' needs statistics"):
+    with pytest.raises(ValueError, match="statistics are required with normalise='fixed'"):
         WeightedSum(scorers, normalise="fixed")
-    with pytest.raises(ValueError, match="nothing else takes them; it is 'none'"):
+    with pytest.raises(ValueError, match="allowed only with it; got normalise='none'"):
         WeightedSum(scorers, statistics={"mean": (0, 1)})
-    with pytest.raises(ValueError, match="statistics must be given for mean; got maen"):
+    with pytest.raises(ValueError, match="expected statistics of mean; got maen"):
         WeightedSum(scorers, normalise="fixed", statistics={"maen": (0, 1)})
     with pytest.raises(ValueError, match="deviation of 'mean' must be above 0"):
         WeightedSum(scorers, normalise="fixed", statistics={"mean": (0, 0)})
     mixture = WeightedSum(scorers, normalise="running")
-    with pytest.raises(ValueError, match=r"scores of 'mean' seen so far \(0\) do not differ"):
+    with pytest.raises(ValueError, match="the 0 scores of 'mean' so far do not differ"):
         mixture.score(_grey(0.5), ["x"])
     with pytest.raises(ValueError, match="nan or infinite"):
         mixture.update({"mean": torch.tensor([float("nan")])})
-    with pytest.raises(ValueError, match="update is for normalise='running' and 'start'; it is 'none'"):
+    with pytest.raises(ValueError, match="`update` needs normalise='running' or 'start'; got 'none'"):
         WeightedSum(scorers).update({"mean": torch.zeros(1)})
     with pytest.raises(ValueError, match="images must be float"):
         WeightedSum(scorers).score(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ["x"])
@@ -120,8 +120,8 @@ def _two(**settings) -> WeightedSum:
     return WeightedSum({"a": (Mean(), 1.0), "b": (Mean(), 1.0)}, normalise="start", **settings)
 
 
-def test_statistics_of_the_start_stay() -> None:
-    """256 scores decide; later ones change nothing: (3 - 0.5) / 0.5 = 5 with a mean of 0.5 and a deviation of 0.5."""
+def test_start_statistics_do_not_change_later() -> None:
+    """The first 256 scores fix the statistics: (3 - 0.5) / 0.5 = 5 with mean 0.5 and std 0.5."""
     mixture = _two()
     first = torch.tensor([0.0, 1.0] * 128)
     mixture.update({"a": first, "b": first})
@@ -143,14 +143,14 @@ def test_maxmin_moves_the_weights_to_the_scorer_with_the_smallest_gain() -> None
     )
 
 
-def test_maxmin_of_groups_in_conflict_evens_their_gains() -> None:
-    """Three groups, five actions, the policy in closed form: p ~ exp(sum w_g r_g / beta). With the weights that MaxMin
-    ends at, no group is worse off than the worst under equal weights, and all gain alike."""
+def test_maxmin_equalises_the_gains_of_conflicting_groups() -> None:
+    """Three groups, five actions, the policy in closed form: p ~ exp(sum w_g r_g / beta). With the final weights of
+    MaxMin, no group has a smaller gain than the smallest under equal weights, and all gains are equal."""
     rewards = torch.tensor([[1.0, 0.2, 0.0, 0.6, 0.1], [0.0, 0.9, 0.1, 0.5, 0.2], [0.1, 0.0, 1.0, 0.4, 0.3]])
     names = ("a", "b", "c")
     mixture = WeightedSum({n: (Mean(), 1.0) for n in names}, normalise="start", maxmin=5)
     everything = {n: rewards[k].repeat(52) for k, n in enumerate(names)}
-    mixture.update(everything)  # the reference: every action alike, 260 scores
+    mixture.update(everything)  # the reference: a uniform policy, 260 scores
     units = torch.stack(list(mixture.normalised({n: rewards[k] for k, n in enumerate(names)}).values()))
 
     def gains(weights: Sequence[float]) -> Tensor:
@@ -167,6 +167,6 @@ def test_maxmin_of_groups_in_conflict_evens_their_gains() -> None:
     assert ended.max() - ended.min() < 0.05 < equal.max() - equal.min()
 
 
-def test_maxmin_needs_a_start_to_count_from() -> None:
+def test_maxmin_requires_start_normalisation() -> None:
     with pytest.raises(ValueError, match="maxmin compares gains"):
         WeightedSum({"a": (Mean(), 1.0)}, normalise="running", maxmin=0.5)

@@ -22,7 +22,7 @@ GEOMETRIES = [(300, 500), (333, 777), (512, 512), (224, 100), (100, 224), (225, 
 
 
 def _image(rng: np.random.Generator, height: int, width: int, mode: str = "RGB") -> Image.Image:
-    """Noise over hard edges, in a mode; with real transparency where the mode has any."""
+    """Noise over hard edges in an image mode, with transparency if the mode supports it."""
     pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
     pixels[: height // 2, : width // 2] = (255, 0, 255, 255)
     image = Image.fromarray(pixels, "RGBA")
@@ -34,13 +34,13 @@ def _bytes(x: Tensor) -> np.ndarray:
 
 
 def _sizes(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """(height, width) between 1 x 1 and 1500 x 2000, most of them small: every twentieth may be as large as that."""
+    """(height, width) between 1 x 1 and 1500 x 2000, mostly small; every twentieth may have the full size."""
     limits = [(1500, 2000) if k % 20 == 0 else (160, 160) for k in range(count)]
     return [(int(rng.integers(1, h + 1)), int(rng.integers(1, w + 1))) for h, w in limits]
 
 
 def test_resize_has_the_bytes_of_pillow() -> None:
-    """200 sizes, to the squares and shorter sides that networks want and to any other, up and down: no byte differs."""
+    """200 sizes, to network input sizes and to others, larger and smaller: no byte differs."""
     rng = np.random.default_rng(0)
     modes = ("RGB", "L", "P", "RGBA")
     for k, (height, width) in enumerate(_sizes(rng, 200)):
@@ -57,7 +57,7 @@ def test_resize_has_the_bytes_of_pillow() -> None:
 
 @pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
 def test_few_pixels_and_few_outputs_have_the_bytes_of_pillow(filter: Interpolation) -> None:
-    """Where both orders of the passes give the same for most images, and Pillow's must be found all the same."""
+    """Sizes at which both pass orders agree for most images; Pillow's order must still be detected."""
     rng = np.random.default_rng(6)
     sizes = [(689, 170, 7, 7), (976, 481, 7, 7), (12, 2, 3, 3), (6, 3, 3, 2), (7, 9, 2, 11)]
     sizes += [tuple(rng.integers(1, 13, 4).tolist()) for _ in range(300)]
@@ -72,15 +72,15 @@ def test_few_pixels_and_few_outputs_have_the_bytes_of_pillow(filter: Interpolati
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", [(5, 4), (11, 17)])
 def test_gradient_is_that_of_the_linear_filter(interpolation: Interpolation, size: tuple[int, int]) -> None:
-    """Against finite differences of Pillow's resize of an image of floats, where pixels are at the limits too. It is
-    linear, so a step of 1 has no error but that of float32."""
+    """Against finite differences of Pillow's resize of a float image, also with pixels at the limits. The resize is
+    linear, so a step of 1 has only float32 rounding errors."""
     torch.manual_seed(0)
     x = torch.rand(1, 1, 9, 7).mul(1.4).sub(0.2).clamp(0, 1).requires_grad_()
     weights = torch.randn(1, 1, *size)
     (gradient,) = torch.autograd.grad((resize(x, size, interpolation=interpolation) * weights).sum(), x)
 
     def unrounded(image: Tensor) -> float:
-        """By Pillow, which neither rounds nor clamps images of floats."""
+        """Resize by Pillow, which does not round or clamp float images."""
         done = Image.fromarray(image[0, 0].numpy()).resize(size[::-1], FILTERS[interpolation])
         return float((np.asarray(done, dtype=np.float64) * weights[0, 0].numpy()).sum())
 
@@ -102,7 +102,7 @@ def test_coefficients_by_hand() -> None:
 
 @pytest.mark.parametrize("height, width", GEOMETRIES)
 def test_shortest_is_torchvision_or_transformers(height: int, width: int) -> None:
-    """Their own classes on Pillow images, to zero: the resize, and the crop that each rounds in its way."""
+    """Equal to their classes on Pillow images, with difference 0: the resize, and the rounding of the crop."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     image = _image(np.random.default_rng(1), height, width)
@@ -121,7 +121,7 @@ def test_shortest_is_torchvision_or_transformers(height: int, width: int) -> Non
 
 
 def test_the_two_crops_differ_where_half_a_pixel_is_left() -> None:
-    """227 high: (227 - 224) / 2 = 1.5 is 2 to even and 1 cut off."""
+    """Height 227: (227 - 224) / 2 = 1.5 is 2 half to even, and 1 rounded down."""
     x = torch.rand(1, 3, 227, 224)
     rows = ImageRule(224, method="plain", mean=(0, 0, 0), std=(1, 1, 1))
     assert torch.equal(rows(x), x[:, :, 2:226])
@@ -130,10 +130,10 @@ def test_the_two_crops_differ_where_half_a_pixel_is_left() -> None:
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("height, width", [*GEOMETRIES, (600, 1)])
-def test_longest_is_what_hpsv2_does(height: int, width: int, antialias: bool) -> None:
-    """Restated: the longer side to 224, sides rounded to even, bicubic on the float tensor, overshoot kept, black
-    around it. Always padded, and never a side of 0, where the original fails."""
-    # Contiguous: torch is wrong about one pixel wide results of what is channels-last.
+def test_longest_equals_the_preprocessing_of_hpsv2(height: int, width: int, antialias: bool) -> None:
+    """A reimplementation: the longer side to 224, sides rounded to even, bicubic on the float tensor, overshoot kept,
+    black around it. Always padded, and never a side of 0, where the original fails."""
+    # Contiguous: torch gives wrong one-pixel-wide results for channels-last tensors.
     x = to_tensor(_image(np.random.default_rng(2), height, width))[None].contiguous().float() / 255
     rule = ImageRule(224, resize="longest", method="antialias" if antialias else "plain", clamp=False)
     scale = 224 / max(height, width)
@@ -150,7 +150,7 @@ def test_longest_is_what_hpsv2_does(height: int, width: int, antialias: bool) ->
 
 @pytest.mark.parametrize("how", ["shortest", "longest", "squash"])
 @pytest.mark.parametrize("height, width", [(300, 500), (333, 777), (90, 64), (64, 64), (31, 67)])
-def test_shrunk_by_pillow_it_is_the_same_input(how: str, height: int, width: int) -> None:
+def test_shrinking_with_pillow_gives_the_same_input(how: str, height: int, width: int) -> None:
     """Bit for bit, for the decoders of `reward-score`."""
     image = _image(np.random.default_rng(3), height, width)
     rule = ImageRule(64, resize=how)  # type: ignore[arg-type]
@@ -162,11 +162,11 @@ def test_gradients_reach_every_pixel_of_the_crop_and_no_other() -> None:
     x = torch.rand(2, 3, 48, 80).requires_grad_()
     ImageRule(32)(x).square().sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
-    columns = x.grad.abs().sum((0, 1, 2)) > 0  # 80 wide becomes 53, of which 10 are cut off on either side
+    columns = x.grad.abs().sum((0, 1, 2)) > 0  # width 80 becomes 53, of which 10 are cropped on either side
     assert columns[20:60].all() and not columns[:8].any() and not columns[-8:].any()
 
 
-def test_autocast_and_half_precision_do_not_touch_it() -> None:
+def test_preprocessing_ignores_autocast_and_half_precision() -> None:
     x = to_tensor(_image(np.random.default_rng(4), 50, 70))[None].float() / 255
     expected = ImageRule(32)(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -175,8 +175,8 @@ def test_autocast_and_half_precision_do_not_touch_it() -> None:
 
 @pytest.mark.parametrize("method", ["pil", "antialias", "plain"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_the_memory_format_of_an_image_does_not_count(method: Any, interpolation: Any) -> None:
-    """Decoded files are channels-last. Strips whose shorter side shrinks to a pixel are where torch went wrong."""
+def test_channels_last_images_give_the_same_result(method: Any, interpolation: Any) -> None:
+    """Decoded files are channels-last. torch gave wrong results for strips with a shorter side of one pixel."""
     random = np.random.default_rng(0)
     for height, width in ((300, 1), (700, 3), (3, 700), (1, 300), (2, 2), (1, 1), (40, 61)):
         decoded = torch.from_numpy(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).permute(2, 0, 1)[None]

@@ -1,4 +1,4 @@
-"""load_scorer: names, settings and their types, classes of the user's own."""
+"""load_scorer: names, settings and their types, custom classes."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ def test_settings_get_the_types_of_the_constructor() -> None:
         ("hps_v2,unit=x10", "'unit' must be one of raw, x100, logit; got 'x10'"),
         ("hps_v2,antialias=no", "'antialias' must be true or false; got 'no'"),
         ("social_reward", "scorer 'social_reward' needs weights: write 'social_reward,weights=...'"),
-        ("reward_models.mixture:WeightedSum", "can be built from Python only: it needs scorers"),
+        ("reward_models.mixture:WeightedSum", "can be built in Python only: it needs scorers"),
         ("clip,modle=x", "scorer 'clip,modle=x': no setting 'modle', did you mean 'model'?; known: model, pretrained"),
         ("clip,weight=two", "scorer 'clip,weight=two': 'weight' must be float; got 'two'"),
         ("clip,weight", "no setting 'weight'"),
         ("loading_scorers:Plain,n=1.5", "'n' must be int; got '1.5'"),
         ("loading_scorers:Plain,on=yes", "'on' must be true or false; got 'yes'"),
         ("loading_scorers:Plain,how=c", "'how' must be one of a, b; got 'c'"),
-        ("loading_scorers:Plain,table=x", "'table' can be set from Python only"),
-        ("loading_scorers:Net,n=1", "no setting 'n'; this scorer takes none"),
+        ("loading_scorers:Plain,table=x", "'table' can be set in Python only"),
+        ("loading_scorers:Net,n=1", "no setting 'n'; this scorer has no settings"),
         ("loading_scorers:Plian", "'loading_scorers' has no Plian, did you mean 'Plain'?"),
-        ("loading_scorers:Half", "'loading_scorers:Half' is no scorer: it has no attribute differentiable, score"),
+        ("loading_scorers:Half", "'loading_scorers:Half' is not a scorer: it has no attribute differentiable, score"),
         ("no_such_module:Scorer", "no module 'no_such_module'; expected no_such_module.py in this folder"),
     ],
 )
@@ -86,20 +86,20 @@ def test_errors_list_the_known_names(spec: str, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_devices_that_are_not_there() -> None:
+def test_unknown_devices_raise() -> None:
     with pytest.raises(ValueError, match=r"--device must be auto, cpu, cuda, cuda:1, \.\.\.; got 'gpu'"):
         load_scorer("loading_scorers:Plain", "gpu")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="--device cuda asks for a GPU"):
+        with pytest.raises(ValueError, match="--device cuda needs a GPU"):
             load_scorer("loading_scorers:Plain", "cuda")
 
 
-def test_a_module_that_lacks_a_library_says_which() -> None:
+def test_a_module_with_a_missing_import_raises_with_its_name() -> None:
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         load_scorer("loading_broken:Scorer")
 
 
-def test_networks_come_frozen() -> None:
+def test_networks_are_loaded_frozen_in_eval_mode() -> None:
     scorer: Any = load_scorer("loading_scorers:Net", "cpu")
     assert not scorer.layer.training and not scorer.linear.weight.requires_grad
 
@@ -119,18 +119,18 @@ def test_import_and_help_load_no_torch() -> None:
     assert "reward-score images" in done.stdout and "clip" in done.stdout
 
 
-def test_every_name_leads_to_something_that_builds_a_scorer() -> None:
+def test_every_registered_name_can_be_imported_and_called() -> None:
     for target in (*SCORERS.values(), *FAMILIES.values()):
         module, _, attribute = target.partition(":")
         build = getattr(importlib.import_module(module), attribute)
         assert callable(build) and (target in SCORERS.values() or callable(build.from_folder))
 
 
-def test_published_weights_that_are_not_there_say_what_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the ten seconds in which a ViT-H-14 fills with random numbers."""
+def test_missing_published_weights_raise_with_the_download_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error comes before the ten seconds of random initialisation of a ViT-H-14."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     url = r"https://huggingface\.co/xswu/HPSv2/resolve/main/HPS_v2\.1_compressed\.pt"
-    with pytest.raises(FileNotFoundError, match=f"cannot be had: .* Download {url} and give the path"):
+    with pytest.raises(FileNotFoundError, match=f"cannot be downloaded: .* Download {url} and give the path"):
         load_scorer("hps_v2.1")
 
 
@@ -142,22 +142,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "mine, tuned"
 
 
-def test_a_scorer_folder_is_a_spec(folder: Path) -> None:
+def test_a_scorer_folder_can_be_used_as_spec(folder: Path) -> None:
     scorer: Any = load_scorer(str(folder), "cpu")
     assert scorer.unit == "x100" and not scorer.training
     assert scorer.score(torch.rand(2, 3, 30, 40), ["a", "b"]).shape == (2,)
 
 
-def test_folders_that_are_no_scorers_say_why(folder: Path) -> None:
+def test_folders_without_a_scorer_raise_with_the_reason(folder: Path) -> None:
     plain = folder.rename(folder.parent / "plain")
-    with pytest.raises(ValueError, match="no setting 'unit'; this scorer takes none"):
+    with pytest.raises(ValueError, match="no setting 'unit'; this scorer has no settings"):
         load_scorer(f"{plain},unit=raw")
-    with pytest.raises(FileNotFoundError, match="is no scorer folder: it has no reward_config"):
+    with pytest.raises(FileNotFoundError, match="is not a scorer folder: it has no reward_config"):
         load_scorer(str(folder.parent))
     config = json.loads((plain / "reward_config.json").read_text())
     for change, message in (
-        ({"family": "clap"}, r"no family 'clap', did you mean 'clip'\?; known: clip, "),
-        ({"family": 3}, "must be an object with the text 'family'"),
+        ({"family": "clap"}, r"unknown family 'clap', did you mean 'clip'\?; known: clip, "),
+        ({"family": 3}, "must be an object with the string 'family'"),
         ({"rule": {"size": 28, "shape": 1}}, r"does not describe a scorer of family 'clip': TypeError.*shape"),
         ({"architecture": {"embed_dim": 4}}, "lacks vision_cfg, text_cfg"),
     ):

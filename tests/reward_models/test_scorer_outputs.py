@@ -1,4 +1,4 @@
-"""Every use of a scorer checks its answer: what is no float32 [B], or not finite, is an error that names the scorer."""
+"""Every use of a scorer checks its output: other than finite float32 [B] raises an error with the scorer's name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Scorer:
-    """Brightness, given back as somebody's scorer might do."""
+    """Brightness, returned in the ways of custom scorers."""
 
     differentiable, unit = True, "raw"
 
@@ -86,7 +86,7 @@ class Detached(Scorer):
 
 
 class Steep(Scorer):
-    """The root of nothing: its scores are finite, their gradients are not."""
+    """Square root of 0: finite scores with infinite gradients."""
 
     def answer(self, scores: Tensor) -> Any:
         return (scores * 0).sqrt()
@@ -119,7 +119,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", [*SHAPES, *NUMBERS])
-def test_in_training(kind: Any) -> None:
+def test_wrong_scorer_outputs_stop_rewards_and_mixtures(kind: Any) -> None:
     """Mixtures, rewards and the monitor's held-out scorer, which is a mixture of one."""
     words = f"^scorer '{spec(kind)}' .*{ {**SHAPES, **NUMBERS}[kind] }"
     held_out = load_mixture("cpu", scorers=(spec(kind),))
@@ -131,7 +131,7 @@ def test_in_training(kind: Any) -> None:
 
 
 @pytest.mark.parametrize(("kind", "words"), [(Detached, "no gradient"), (Steep, "gradient of scorer")])
-def test_gradients_that_are_promised(kind: Any, words: str) -> None:
+def test_missing_or_infinite_gradients_of_a_differentiable_scorer_raise(kind: Any, words: str) -> None:
     rewards = Rewards(load_mixture("cpu", scorers=(spec(kind),)), lambda x: x, list)
     with pytest.raises((ValueError, FloatingPointError), match=words) as caught:
         rewards.ascend(IMAGES, PROMPTS)
@@ -139,8 +139,8 @@ def test_gradients_that_are_promised(kind: Any, words: str) -> None:
     assert rewards.score(IMAGES, PROMPTS).shape == (4,)
 
 
-def test_images_that_are_not_finite_are_not_the_scorers_fault() -> None:
-    with pytest.raises(FloatingPointError, match="what drew them has diverged"):
+def test_images_that_are_not_finite_raise_before_scoring() -> None:
+    with pytest.raises(FloatingPointError, match="the model that generated them has diverged"):
         scores_of("it", Scorer(), IMAGES.clone().fill_(torch.nan), PROMPTS)
     with pytest.raises(FloatingPointError, match="diverged"):
         check_images(torch.where(IMAGES > 0.99, torch.nan, IMAGES), PROMPTS)
@@ -152,7 +152,9 @@ def test_half_precision_becomes_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", [*SHAPES, *NUMBERS])
-def test_of_files(kind: Any, files: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_scorer_outputs_stop_the_commands_on_files(
+    kind: Any, files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """score_files, reward-score, win_rate, rank_images and reward_accuracy: one line that names the scorer."""
     words = {**SHAPES, **NUMBERS}[kind]
     with pytest.raises(ValueError, match=words):
@@ -185,8 +187,10 @@ def run(name: str, *words: str) -> int:
 
 @pytest.mark.parametrize("kind", [OneForAll, Nan, List])
 @pytest.mark.parametrize("name", ["draft", "pso"])
-def test_in_recipes(kind: Any, name: str, tmp_path: Path, recipe: Callable) -> None:
-    """The whole way: training stops at its first step, and says which scorer it was."""
+def test_wrong_scorer_outputs_stop_a_recipe_at_its_first_step(
+    kind: Any, name: str, tmp_path: Path, recipe: Callable
+) -> None:
+    """Full recipes: training stops at its first step with the name of the scorer."""
     settings = [f"run.folder={tmp_path / 'run'}", f"reward.scorers=['{spec(kind)}']", "monitor.prompts=null"]
     settings += ["trainer.steps=1", "data.batch_size=4", "hooks.checkpoint_every=0", "hooks.sample_every=0"]
     with pytest.raises((ValueError, FloatingPointError), match=f"scorer '{spec(kind)}'"):

@@ -43,6 +43,6 @@ def test_text_that_fits_no_type_is_refused(text: str, hint: Any) -> None:
         from_text(text, hint)
 
 
-def test_types_in_words() -> None:
+def test_descriptions_of_types() -> None:
     assert words(tuple[int, ...] | None) == "a list of int or null" and words(Many) == "one of a, no, 3"
     assert words(bool) == "true or false" and typed([1, 2], tuple[float, ...]) == (1.0, 2.0)

@@ -1,4 +1,4 @@
-"""Files of weights: found, read without running code, loaded strictly, written whole; and converted."""
+"""Weight files: finding, reading without executing code, strict loading, atomic writing, and conversion."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_layout_gives_the_same_tensors(tmp_path: Path) -> None:
         _assert_equal(read_state(tmp_path / f"{i}.pt"), STATE)
     save_state(prefixed, tmp_path / "x.safetensors")
     _assert_equal(read_state(tmp_path / "x.safetensors"), STATE)
-    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}  # no parallel training wrote this
+    mixed = {"module.a": torch.zeros(1), "b": torch.zeros(1)}  # not written by parallel training
     torch.save(mixed, tmp_path / "mixed.pt")
     assert read_state(tmp_path / "mixed.pt").keys() == mixed.keys()
 
@@ -59,22 +59,22 @@ FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {
         r"Python objects \(torch\.nn.*Linear\).*state_dict",
     ),
     "cut": ("x.pt", _cut, "is damaged or cut off"),
-    "cut safetensors": ("x.safetensors", _cut_safetensors, "is damaged, or no safetensors file"),
+    "cut safetensors": ("x.safetensors", _cut_safetensors, "is damaged or not a safetensors file"),
     "empty": ("x.bin", lambda p: p.write_bytes(b""), r"is damaged or cut off \(EOFError\); download it again"),
-    "web page": ("x.pt", lambda p: p.write_text("<html>404</html>"), r"no file of torch\.save, or damaged; download"),
+    "web page": ("x.pt", lambda p: p.write_text("<html>404</html>"), r"damaged or not a file of torch\.save; download"),
     "lfs pointer": (
         "x.safetensors",
         lambda p: p.write_text("version https:"),
-        "is damaged, or no safetensors",
+        "is damaged or not a safetensors",
     ),
-    "tensor": ("x.pt", lambda p: torch.save(torch.zeros(2), p), "holds no state dict but a Tensor"),
-    "nothing": ("x.pt", lambda p: torch.save({}, p), "holds no state dict but an empty dict"),
-    "other": ("x.pt", lambda p: torch.save({"net": STATE}, p), r"under 'net' lies a dict with a\.weight, a\.bias"),
+    "tensor": ("x.pt", lambda p: torch.save(torch.zeros(2), p), "contains a Tensor instead of a state dict"),
+    "nothing": ("x.pt", lambda p: torch.save({}, p), "contains an empty dict instead of a state dict"),
+    "other": ("x.pt", lambda p: torch.save({"net": STATE}, p), r"the value of 'net' is a dict with a\.weight, a\.bias"),
 }
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_files_that_are_no_weights_say_what_they_are(case: str, tmp_path: Path) -> None:
+def test_files_without_weights_raise_with_their_content(case: str, tmp_path: Path) -> None:
     name, write, message = FILES[case]
     write(tmp_path / name)
     with pytest.raises(ValueError, match=message) as error:
@@ -82,7 +82,7 @@ def test_files_that_are_no_weights_say_what_they_are(case: str, tmp_path: Path) 
     assert name in str(error.value)
 
 
-def test_a_pickle_is_not_run(tmp_path: Path) -> None:
+def test_pickled_code_is_not_executed(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -93,7 +93,7 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_every_cut_of_a_file_is_one_error(tmp_path: Path) -> None:
+def test_truncated_files_raise_at_every_length(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     for old in (True, False):
         torch.save({"state_dict": STATE}, path, _use_new_zipfile_serialization=not old)
@@ -115,18 +115,18 @@ def test_strict_loading_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError) as error:
         load_strict(module, wrong, where="weights.pt", ignore=["b.6"])
     assert str(error.value) == (
-        "the tensors in 'weights.pt' are not those of the model: 1 missing: a.bias; "
+        "the tensors in 'weights.pt' do not match the model: 1 missing: a.bias; "
         "6 unexpected: b.0, b.1, b.2, b.3, b.4 and 1 more; 1 of another shape: a.weight [3, 2] (expected [2, 3])"
     )
-    assert torch.equal(linear.weight, STATE["a.weight"])  # nothing was half loaded
+    assert torch.equal(linear.weight, STATE["a.weight"])  # nothing was loaded partially
 
 
-def test_files_are_found_or_it_is_said_what_to_download(tmp_path: Path) -> None:
+def test_missing_files_raise_with_what_to_download(tmp_path: Path) -> None:
     save_state(STATE, tmp_path / "model.safetensors")
     assert find_file(str(tmp_path), None) == find_file(tmp_path / "model.safetensors", "x.pt")
-    with pytest.raises(FileNotFoundError, match=r"no 'x\.pt' in the folder .*; it holds model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no 'x\.pt' in the folder .*; it contains model\.safetensors"):
         find_file(str(tmp_path), "x.pt")
-    with pytest.raises(FileNotFoundError, match=r"'no/such/file\.pt' is no file, no folder and no hub id"):
+    with pytest.raises(FileNotFoundError, match=r"'no/such/file\.pt' is not a file, a folder or a hub id"):
         find_file("no/such/file.pt", None)
     with pytest.raises(
         FileNotFoundError, match=r"HF_HUB_OFFLINE is set.*https://huggingface\.co/own/er/resolve/main/x"
@@ -134,7 +134,7 @@ def test_files_are_found_or_it_is_said_what_to_download(tmp_path: Path) -> None:
         find_file("own/er", "x.pt")
 
 
-def test_the_cache_of_the_hub_serves_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_hub_files_are_found_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layout of the cache: refs/main names the snapshot."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_OFFLINE", True, raising=False)
@@ -165,18 +165,20 @@ def test_convert_to_safetensors_keeps_everything(tmp_path: Path) -> None:
     _assert_equal(read_state(tmp_path / "out.safetensors"), state)
     with pytest.raises(ValueError, match="exists; delete it or choose another name"):
         convert(tmp_path / "ImageReward.pt", tmp_path / "out.safetensors")
-    with pytest.raises(ValueError, match="is no CLIP checkpoint of open_clip or transformers, so 'hf' cannot be had"):
+    with pytest.raises(
+        ValueError, match="is not a CLIP checkpoint of open_clip or transformers, so it cannot be converted to 'hf'"
+    ):
         convert(tmp_path / "ImageReward.pt", tmp_path / "hf.safetensors", "hf")
     with pytest.raises(ValueError, match=r"must end in \.safetensors; got"):
         convert(tmp_path / "ImageReward.pt", tmp_path / "out.bin")
-    with pytest.raises(ValueError, match="convert writes safetensors, hf, open_clip; got 'onnx'"):
+    with pytest.raises(ValueError, match="the layout must be one of safetensors, hf, open_clip; got 'onnx'"):
         convert(tmp_path / "ImageReward.pt", tmp_path / "x.safetensors", "onnx")  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError, match="does not exist, or is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a file"):
         convert(tmp_path / "none.pt", tmp_path / "x.safetensors")
 
 
 def test_convert_there_and_back(tmp_path: Path) -> None:
-    """And transformers itself reads the file as its own."""
+    """transformers loads the file as well."""
     vision = {"image_size": 28, "layers": 1, "width": 32, "head_width": 16, "patch_size": 14}
     network = open_clip.CLIP(8, vision, {"vocab_size": 60, "width": 16, "heads": 2, "layers": 1})
     torch.save({"state_dict": network.state_dict()}, tmp_path / "HPS.pt")

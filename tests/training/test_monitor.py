@@ -1,4 +1,4 @@
-"""The monitor: silent on images that stay as they are, plain words on each way of hacking, a run that it stops."""
+"""The monitor: no warning for unchanged images, a warning for each sign of reward hacking, and stopping a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGES = torch.cat([imagine([parse(p) for p in PROMPTS], seed=s).render() for s 
 
 @pytest.fixture(autouse=True)
 def saturation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The colour of the pixels, whatever they show: a scorer made to be hacked, also for processes that are started."""
+    """Scorer of pixel saturation, easy to hack; importable by child processes."""
     code = "class Saturation:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
     code += "        return 10 * (images.amax(1) - images.amin(1)).mean((1, 2))\n"
     (tmp_path / "tests_saturation.py").write_text(code)
@@ -32,7 +32,7 @@ def looked(images: torch.Tensor, held_out: float = 0.0, trained: float = 0.0) ->
     return {**image_statistics(images), "held_out": scores + held_out, "trained": scores + trained}
 
 
-def test_measures_of_known_images() -> None:
+def test_image_statistics_by_hand() -> None:
     """Half of the pixels pure red, half black: saturation 1/2, grey level 1/3 or 0, all clamped; two equal halves."""
     image = torch.zeros(1, 3, 8, 8)
     image[:, 0, :, :4] = 1
@@ -44,7 +44,7 @@ def test_measures_of_known_images() -> None:
     assert image_statistics(noise)["high_frequency"][0] > 5 * found["high_frequency"][0]
 
 
-def test_what_is_said_and_when_nothing_is() -> None:
+def test_warnings_and_when_there_are_none() -> None:
     before = looked(IMAGES)
     assert hacking_signs(before, before, before) == []
     assert hacking_signs(before, before, looked(IMAGES, held_out=0.5, trained=1.0)) == []
@@ -55,8 +55,8 @@ def test_what_is_said_and_when_nothing_is() -> None:
     for images, words in (
         (loud, "more saturated"),
         ((IMAGES + noise).clamp(0, 1), "fine noise"),
-        (torch.cat([IMAGES[:16], IMAGES[:16]]), "losing its diversity"),
-        (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "of the pixels are clamped"),
+        (torch.cat([IMAGES[:16], IMAGES[:16]]), "losing diversity"),
+        (((IMAGES - 0.5) * 4 + 0.5).clamp(0, 1), "more pixels are clamped"),
         (2 * IMAGES, "contrast is"),
     ):
         assert any(words in line for line in hacking_signs(before, before, looked(images))), words
@@ -65,7 +65,7 @@ def test_what_is_said_and_when_nothing_is() -> None:
     assert "fell by" in hacking_signs(before, before, looked(IMAGES, held_out=-0.5, trained=1.0))[0]
 
 
-def test_problems_of_its_settings() -> None:
+def test_invalid_monitor_settings_are_reported() -> None:
     cfg = {"prompts": "nowhere.txt", "prompt_count": 0, "every": 0, "held_out": None, "stop": False}
     assert len(Monitor.check(cfg)) == 3
     assert Monitor.check({**cfg, "prompts": None, "prompt_count": 4, "every": 5}) == []
@@ -80,26 +80,26 @@ def hacked(folder: Path) -> list[str]:
     return settings
 
 
-def test_a_hacked_run_is_stopped_and_says_why(
+def test_reward_hacking_stops_the_run_with_a_warning(
     tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A scorer that likes nothing but colour, climbed fast; the HPS-style one is held out."""
+    """Trains on the saturation scorer with a high learning rate; the HPS-style scorer is held out."""
     recipe("r0", *hacked(tmp_path / "run"))
     said = capsys.readouterr().out
-    assert "the monitor warned:" in said and "warnings of the monitor, the first at step" in said
+    assert "the monitor warned:" in said and "warnings of the monitor, the first one at step" in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 0 and rows[0]["monitor/trained_gain"] == 0
     last = rows[-1]["step"]
     assert last < 40 and rows[-1]["monitor/trained_gain"] > 0
     assert (tmp_path / "run" / "export").exists()
     checkpoints = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert f"step-{last:06d}" in checkpoints  # a run that is stopped is saved
+    assert f"step-{last:06d}" in checkpoints  # a stopped run writes a checkpoint
 
 
 def test_two_processes_stop_a_hacked_run_at_the_same_step(
     tmp_path: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """Each measures half of the prompts; both see all measures, say the same and end together."""
+    """Each process measures half of the prompts. Both get all measurements, print the same and end together."""
     settings = hacked(tmp_path / "two")
     done = two_processes("r0", *settings, "data.batch_size=4")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""What recipes share: the order of their hooks, whose optimizer is whose, and a recipe of one's own."""
+"""Parts shared by recipes: the order of hooks, optimizers of players, and a custom recipe."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def main(argv=None):
 '''
 
 
-def test_a_recipe_of_ones_own_brings_its_algorithm_optimizer_and_hooks(tmp_path: Path, pairs_file: Path) -> None:
-    """Its hook finds a resumed run restored, the step that it declares the last is saved with the weight that it
-    changed, and the export is there when it ends."""
+def test_a_custom_recipe_uses_its_own_algorithm_optimizer_and_hooks(tmp_path: Path, pairs_file: Path) -> None:
+    """Its hook starts after the restore. The step declared as the last is saved with the changed weight, and
+    the export exists at the end."""
     (tmp_path / "train").mkdir()
     (tmp_path / "train/nothing.py").write_text(OWN)
     own = runpy.run_path(str(tmp_path / "train/nothing.py"))
@@ -106,7 +106,7 @@ def test_a_recipe_of_ones_own_brings_its_algorithm_optimizer_and_hooks(tmp_path:
     assert own["CALLS"][4][:2] == ("start", 2)
 
 
-def test_players_have_the_optimizer_of_their_name_or_the_common_one() -> None:
+def test_players_get_the_optimizer_of_their_name_or_the_default() -> None:
     factories = {"optimizer": adamw, "aux_optimizer": adamw}
     cfg = config.resolve({"optimizer": {"lr": 1.0}, "aux_optimizer": {"lr": 2.0}}, [], factories)
     algorithm = type("Two", (), {"players": {"generator": nn.Linear(1, 1), "aux": nn.Linear(1, 1)}})()
@@ -116,14 +116,14 @@ def test_players_have_the_optimizer_of_their_name_or_the_common_one() -> None:
 
 
 @pytest.mark.parametrize(("hooks", "shared"), [(scorer_hooks, "Validation"), (stranger_hooks, "Strangers")])
-def test_own_hooks_of_scorers_come_before_the_validation(hooks: Callable, shared: str, tmp_path: Path) -> None:
+def test_custom_hooks_run_before_validation_in_scorer_recipes(hooks: Callable, shared: str, tmp_path: Path) -> None:
     found = hooks(MagicMock(folder=tmp_path), None, None, [Hook()])
     assert [type(hook).__name__ for hook in found] == ["Restore", "Hook", shared, "Checkpoint"]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "train").glob("*.py")), ids=lambda file: file.stem)
-def test_recipes_leave_to_recipe_py_what_they_share(file: Path) -> None:
-    """A recipe names the trainer, the optimizer and the hooks in its configuration, and calls none of them."""
+def test_recipes_do_not_call_the_shared_factories(file: Path) -> None:
+    """A recipe names the trainer, the optimizer and the hooks in its configuration, and does not call them."""
     called = [n.func for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call)]
     names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called}
     shared = {

@@ -1,4 +1,4 @@
-"""Runs that go on where they were: the monitor's memory, sample grids, early stops, other numbers of processes."""
+"""Resumed runs: the state of the monitor, sample grids, early stops, other numbers of processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def as_killed_after(step: int, whole: Path, broken: Path) -> Path:
-    """The folder of a run that was killed some time after the checkpoint of a step: what came later is there too."""
+    """Folder of a run killed some time after the checkpoint of a step, with the files written after it."""
     shutil.copytree(whole, broken)
     shutil.rmtree(broken / "export")
     for checkpoint in (broken / "checkpoints").iterdir():
@@ -56,7 +56,7 @@ def one_thread() -> Any:
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_every_recipe_restores_first_then_watches_then_saves(
+def test_hook_order_is_the_same_in_every_recipe(
     name: str, tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[str] = []
@@ -65,10 +65,10 @@ def test_every_recipe_restores_first_then_watches_then_saves(
     assert found == ["Restore", "Averaging", "Monitor", "SampleGrid", "Export", "Checkpoint", "Verify"]
 
 
-def test_a_resumed_online_run_remembers_what_the_monitor_saw(
+def test_the_monitor_state_is_restored_on_resume(
     tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best look, though later ones were seen before the kill; one line a step, in order; no grid lost."""
+    """The best measurement is restored, though later ones preceded the kill. One line per step; all grids exist."""
     looks: list[tuple[int, float, float]] = []
     start = Monitor.start
 
@@ -97,7 +97,7 @@ def test_a_resumed_online_run_remembers_what_the_monitor_saw(
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_beside_a_checkpoint_loses_no_sample_grid(
+def test_a_kill_before_or_after_a_checkpoint_keeps_the_sample_grids(
     tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     save = hooks.Checkpoint.save
@@ -120,7 +120,7 @@ def test_a_kill_beside_a_checkpoint_loses_no_sample_grid(
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_resuming_restores_where_no_more_checkpoints_are_wanted(
+def test_resume_restores_with_checkpoints_disabled(
     tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE]
@@ -136,10 +136,10 @@ def offline(folder: Path, pairs: Path, *more: str) -> list[str]:
     return [*settings, "data.batch_size=4", "hooks.checkpoint_every=2", "optimizer.lr=1e-3", *more]
 
 
-def test_another_number_of_processes_goes_on_exactly(
+def test_resuming_on_another_number_of_processes_is_exact(
     tmp_path: Path, pairs_file: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """One process accumulating 2, then two without, then one again: the same samples in the same steps as ever."""
+    """One process with accumulation 2, then two without, then one again: every step uses the same samples."""
     whole = tmp_path / "whole"
     recipe("diffusion_dpo", *offline(whole, pairs_file, "trainer.steps=6", "trainer.grad_accum=2"))
     moved = as_killed_after(2, whole, tmp_path / "moved")
@@ -154,21 +154,19 @@ def test_another_number_of_processes_goes_on_exactly(
     assert all(torch.allclose(value, weights(moved)[key], atol=1e-5) for key, value in weights(whole).items())
 
 
-def test_another_batch_is_refused_in_one_line(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_resuming_with_another_accumulation_is_refused(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *offline(tmp_path / "run", pairs_file, "trainer.steps=2", "trainer.grad_accum=2"))
     resumed = offline(tmp_path / "run", pairs_file, "trainer.steps=3", "run.resume=true")
-    words = (
-        r"accumulated 2 micro-batches over all processes, now it would be 3 on each of 1; set 'trainer.grad_accum' to 2"
-    )
+    words = r"used 2 micro-batches per optimizer step .*; now it would be 1 x 3; set 'trainer.grad_accum' to 2"
     with pytest.raises(ValueError, match=words):
         recipe("diffusion_dpo", *resumed, "trainer.grad_accum=3")
     recipe("diffusion_dpo", *resumed, "trainer.grad_accum=2")
 
 
-def test_two_players_go_on_and_are_watched_alike_on_two_processes(
+def test_two_players_resume_on_two_processes_with_equal_monitor_values(
     tmp_path: Path, recipe: Callable, two_processes: Callable
 ) -> None:
-    """Rollouts, both players' positions, and the monitor, whose three prompts the two processes share."""
+    """Covers rollouts, positions of both players, and a monitor with three prompts on two processes."""
     settings = ["--config=playground", *WATCHED, "data.batch_size=2", "algorithm.aux_rounds=2", "hooks.sample_every=0"]
     whole = tmp_path / "whole"
     recipe("diff_instruct_star", *settings, f"run.folder={whole}", "trainer.steps=4", "trainer.grad_accum=2")

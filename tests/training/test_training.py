@@ -133,7 +133,7 @@ def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: P
     assert all(torch.allclose(first[f][k], second[f][k], atol=1e-5) for f in first for k in first[f])
 
 
-def test_a_run_says_what_it_does_and_leaves_what_it_promises(
+def test_printed_lines_and_files_of_a_run(
     tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
@@ -153,17 +153,15 @@ def test_a_run_says_what_it_does_and_leaves_what_it_promises(
         assert f"policy/{name}" in last
     assert "perf/samples_per_second" in json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
     assert any("@t" in key for key in last)
-    with pytest.raises(FileExistsError, match=r"already holds a run; continue it with run\.resume=true"):
+    with pytest.raises(FileExistsError, match=r"already contains a run; continue it with run\.resume=true"):
         recipe("diffusion_dpo", *arguments(folder, pairs_file))
-    with pytest.raises(
-        ValueError, match=r"other settings than it began with: run\.seed, algorithm\.beta, hooks\.ema_decay"
-    ):
+    with pytest.raises(ValueError, match=r"with changed settings: run\.seed, algorithm\.beta, hooks\.ema_decay"):
         changed = ["algorithm.beta=9", "hooks.ema_decay=0.9", "run.seed=9", "hooks.keep_checkpoints=9"]
         recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", *changed))
 
 
 def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
-    """While it trains: LoRA one U-Net; full two (the reference's), or one where the reference is remembered."""
+    """During training: one U-Net with a LoRA; two with full fine-tuning, or one with stored reference errors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -192,7 +190,7 @@ def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, 
     assert held == [(1, 0, 0), (2, 0, 0), (1, 0, 0)]
 
 
-def test_a_longer_run_continues_a_finished_one(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_a_finished_run_can_be_resumed_with_more_steps(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "long", pairs_file))
     recipe("diffusion_dpo", *arguments(tmp_path / "short", pairs_file, "trainer.steps=3"))
     recipe("diffusion_dpo", *arguments(tmp_path / "short", pairs_file, "run.resume=true"))
@@ -210,7 +208,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_samples(
         recipe("diffusion_dpo", *broken)
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
+def test_a_full_disk_during_a_checkpoint_keeps_the_previous_one(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch
+) -> None:
     """The disk fills while the checkpoint of step 4 is written: one error, and the run resumes from step 2."""
     from accelerate import Accelerator
 
@@ -231,7 +231,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, pairs_file: Path, recipe: Cal
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_a_damaged_checkpoint_raises_with_its_path(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
     file = tmp_path / "run/checkpoints/step-000002/trained_0.safetensors"
     file.write_bytes(file.read_bytes()[:100])
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, pairs_file: Path, recipe:
 
 
 def test_mixed_precision_trains(tmp_path: Path, pairs_file: Path, forks: Any) -> None:
-    """bf16 autocast over a bf16 base; in a process of its own, for accelerate keeps one precision a process."""
+    """bf16 autocast over a bf16 base; in its own process, because accelerate keeps one precision per process."""
     settings = [
         "run.mixed_precision=bf16",
         "backbone.dtype=bf16",
@@ -276,7 +276,7 @@ def test_every_config_error_is_reported_before_anything_loads(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_resuming_with_other_data_is_refused(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
     recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "trainer.steps=2"))
     assert json.loads((tmp_path / "run/data.json").read_text())["PreferencePairs"]["count"] > 0
     image = pairs_file.parent / "chosen0.png"
@@ -284,7 +284,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path, pairs_file: Path, 
     os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     try:
         with pytest.raises(
-            ValueError, match=r"the data of '.*' changed since '.*run' began: images of other sizes or ti"
+            ValueError, match=r"the data of '.*' changed since the start of '.*run': images of other sizes or ti"
         ):
             recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file, "run.resume=true"))
     finally:

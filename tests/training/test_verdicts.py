@@ -1,4 +1,4 @@
-"""The line at the end of a run and the numbers beside its progress bar: no more than the last steps can say."""
+"""The verdict at the end of a run and the values in its progress bar: no claims beyond the data of the last steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHORT = ["hooks.checkpoint_every=0", "hooks.sample_every=0", "hooks.verify_expor
 
 
 class Constant:
-    """Likes everything the same."""
+    """Scorer with the same score for all images."""
 
     differentiable, unit = True, "raw"
 
@@ -42,8 +42,8 @@ class Constant:
 
 
 @pytest.mark.parametrize("kind", [*RANKING, *OTHERS], ids=lambda kind: kind.__name__)
-def test_nothing_is_claimed_that_was_not_seen(kind: Any) -> None:
-    """Without any metric at all, as after steps of ties, and for each alone: a line, and no claim."""
+def test_verdicts_without_metrics_claim_nothing(kind: Any) -> None:
+    """Without metrics, as after steps of ties, and with each metric alone: one line without a claim."""
     it: Any = SimpleNamespace(aspects=("overall",))
     names = ("policy/reward", "policy/accuracy", "policy/winner_error_change", "policy/reference_error")
     for recent in (
@@ -57,7 +57,9 @@ def test_nothing_is_claimed_that_was_not_seen(kind: Any) -> None:
     assert (", the policy ranks images as " in kind.verdict(it, many)) == (kind in RANKING)
 
 
-def test_three_steps_are_too_few(tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: Any) -> None:
+def test_verdict_after_three_steps_says_too_few(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: Any
+) -> None:
     settings = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "data.batch_size=4", "trainer.steps=3"]
     recipe("diffusion_dpo", "--config=playground", *settings, *SHORT, "data.draws_per_sample=null")
     said = capsys.readouterr()
@@ -66,8 +68,8 @@ def test_three_steps_are_too_few(tmp_path: Path, pairs_file: Path, recipe: Calla
     assert re.search(r"train: 100%.*loss 0\.\d+, accuracy [\d.]+", said.err), "the bar shows loss and accuracy"
 
 
-def test_a_scorer_that_likes_everything_the_same(tmp_path: Path, recipe: Callable, capsys: Any) -> None:
-    """All pairs are ties. The run ends as others do, and says that it learned nothing."""
+def test_a_constant_scorer_ends_with_a_verdict_about_ties(tmp_path: Path, recipe: Callable, capsys: Any) -> None:
+    """All pairs are ties. The run ends normally, and the verdict says that nothing was learned."""
     settings = [f"run.folder={tmp_path / 'run'}", f"reward.scorers=['{__name__}:Constant']", "monitor.prompts=null"]
     recipe("pso", "--config=playground", *settings, *SHORT, "trainer.steps=2", "data.batch_size=2")
     said = capsys.readouterr()

@@ -66,7 +66,7 @@ class Checkpoint(Hook):
                 part.load(load_file(path / f"{name}.safetensors"))
             trainer.step, used, turn = state["step"], state["micro_batches"], state["micro_batches_a_turn"]
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
-            cure = f"to resume from '{found[-2].name}', the one before" if found[1:] else "and begin again at step 0"
+            cure = f"to resume from '{found[-2].name}', the one before" if found[1:] else "to start again at step 0"
             raise ValueError(f"checkpoint '{path}' cannot be read ({error}); delete that folder {cure}") from error
         trainer.micro = self._micro_batches_per_rank(trainer, used, turn)
         self.run.metrics.rewind(trainer.step)
@@ -81,8 +81,8 @@ class Checkpoint(Hook):
         if world * trainer.grad_accum != turn:
             cure = f"set 'trainer.grad_accum' to {turn // world}"
             raise ValueError(
-                f"'{self.run.folder}' accumulated {turn} micro-batches over all processes, now it would be "
-                f"{trainer.grad_accum} on each of {world}; "
+                f"'{self.run.folder}' used {turn} micro-batches per optimizer step over all processes; now it would be "
+                f"{world} x {trainer.grad_accum}; "
                 + (f"resume on a number of processes that divides {turn}" if turn % world else cure)
             )
         return used // world
@@ -91,8 +91,8 @@ class Checkpoint(Hook):
         if self.every and (trainer.step % self.every == 0 or trainer.last or trainer.interrupted):
             self.save(trainer)
         if trainer.interrupted:
-            none = "no checkpoint is written, for 'hooks.checkpoint_every' is 0"
-            self.run.print(f"step {trainer.step} is saved; run.resume=true goes on from there" if self.every else none)
+            none = "no checkpoint is written, because 'hooks.checkpoint_every' is 0"
+            self.run.print(f"step {trainer.step} is saved; resume with run.resume=true" if self.every else none)
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of the current step. Every rank calls it. Raises OSError if it cannot be written."""
@@ -107,8 +107,8 @@ class Checkpoint(Hook):
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of the three
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
-                f"cannot write checkpoint '{final}' ({error}); make room and go on with run.resume=true, "
-                "the checkpoints before it are whole"
+                f"cannot write checkpoint '{final}' ({error}); free disk space and resume with run.resume=true; "
+                "earlier checkpoints are intact"
             ) from error
         if self.run.main:
             readable(temporary)

@@ -108,7 +108,7 @@ class Monitor(Hook):
 
     def end(self, trainer: Trainer) -> None:
         if self.warned:
-            self.run.print(f"{len(self.warned)} warnings of the monitor, the first at step {self.warned[0]}")
+            self.run.print(f"{len(self.warned)} warnings of the monitor, the first one at step {self.warned[0]}")
 
     def _measure(self) -> dict[str, Tensor]:
         """Every measure of each sample [2N] or pair of samples [N], on the CPU.
@@ -181,17 +181,19 @@ def hacking_signs(before: Mapping[str, Tensor], best: Mapping[str, Tensor], now:
     for name, (limit, words) in LIMITS.items():
         times = (now[name].mean() / before[name].mean().clamp(min=1e-6)).item()
         if times > limit:
-            said.append(f"{words.format(times - 1)}; rewards may be hacked by it")
+            said.append(f"{words.format(times - 1)}; this may be reward hacking")
     if (less := (now["diversity"].mean() / before["diversity"].mean().clamp(min=1e-6)).item()) < LEAST_DIVERSITY:
-        said.append(f"samples of one prompt differ by {less:.0%} of what they did; the model is losing its diversity")
+        said.append(
+            f"samples of one prompt differ by {less:.0%} of the initial distance; the model is losing diversity"
+        )
     if (more := (now["clamped"].mean() - before["clamped"].mean()).item()) > MOST_CLAMPED:
-        said.append(f"{more:.1%} more of the pixels are clamped than at the start; images are over-saturated")
+        said.append(f"{more:.1%} more pixels are clamped than at the start; images are over-saturated")
     if "held_out" in now:
         lost, won = now["held_out"] - best["held_out"], now["trained"] - best["trained"]
         if lost.mean() < -2 * lost.std() / len(lost) ** 0.5 and won.mean() > 0:
             fall = -(lost.mean() / before["held_out"].std()).item()
             said.append(
                 f"the held-out scorer fell by {fall:.2f} standard deviations from its best "
-                "while the trained reward rose: this is reward hacking; stop, or anchor the model more strongly"
+                "while the trained reward rose: this is reward hacking; stop the run, or increase the regularisation"
             )
     return said

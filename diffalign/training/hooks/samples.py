@@ -59,7 +59,7 @@ class SampleGrid(Hook):
                 parts = [part.cpu() for part in drawn(self.backbone, self.sampler, self.cond, self.prompts)]
             images = torch.cat(parts)
             if not torch.isfinite(images).all():
-                cure = "lower 'optimizer.lr'" if step else "look at the weights and the scheduler of 'backbone.path'"
+                cure = "lower 'optimizer.lr'" if step else "check the weights and the scheduler of 'backbone.path'"
                 raise FloatingPointError(
                     f"the sample grid of step {step} is not finite: {cure}, or choose another 'run.mixed_precision'"
                 )

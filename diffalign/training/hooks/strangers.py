@@ -82,7 +82,7 @@ class Strangers(Hook):
             self.scorer.standardise([head.fit(*self._on_device(choices.of(name))) for name in choices.people])
             with replacing_folder(self.export) as temporary:
                 self.scorer.save(temporary)
-            self.run.print(f"exported: '{self.export}'; `diffalign user fit` makes a user of a few choices")
+            self.run.print(f"exported: '{self.export}'; `diffalign user fit` turns a few choices into a user file")
         self.run.accelerator.wait_for_everyone()
 
     def _on_device(self, choices: Any) -> Any:
@@ -108,8 +108,8 @@ class Strangers(Hook):
             spread.append(doubt.mean().item())
         if len(right) < 2:
             raise ValueError(
-                f"only {len(right)} strangers have {2 * shots} choices, which 'hooks.shots' = {shots} needs; raise "
-                "'choices.strangers' or ask for fewer"
+                f"only {len(right)} held-out annotators have the {2 * shots} choices that 'hooks.shots' = {shots} needs"
+                "; raise 'choices.strangers' or lower 'hooks.shots'"
             )
         low, high = interval(right)
         error = calibration_error(torch.cat(chances))

@@ -43,15 +43,15 @@ def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
     """Problems of an `adapter` section with this `backbone` section, one line each."""
     problems = []
     if backbone["lora_rank"]:
-        problems.append("'backbone.lora_rank' must be 0: what trains is the adapter, whose rank is 'adapter.rank'")
+        problems.append("'backbone.lora_rank' must be 0: only the adapter is trained, and its rank is 'adapter.rank'")
     if cfg["rank"] < 0:
-        problems.append(f"'adapter.rank' = {cfg['rank']} must be 0 (whole matrices) or more")
+        problems.append(f"'adapter.rank' = {cfg['rank']} must be 0 (full-rank matrices) or more")
     try:
         family = family_of(find_pipeline(backbone["path"]))
     except (OSError, ValueError):
         return problems  # reported when the backbone is loaded
     if not issubclass(supported_families().get(family, UNetBackbone), UNetBackbone):
-        problems.append(f"'backbone.path' holds a {family}; user adapters are for Stable Diffusion and SDXL")
+        problems.append(f"'backbone.path' contains a {family}; user adapters support Stable Diffusion and SDXL only")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""ImageReward: twins of some ten thousand weights in the layout of the published file."""
+"""ImageReward on tiny models with the layout of the published file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Files = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A twin of the published folder: ImageReward.pt, a bare dict with what no score depends on; BERT's vocab.txt."""
+    """A tiny version of the published folder: ImageReward.pt with its unused tensors, and BERT's vocab.txt."""
     folder = tmp_path_factory.mktemp("published")
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
     (folder / "twin.json").write_text(json.dumps(ARCHITECTURE))
@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def _state(scorer: BLIPScorer, seed: int) -> dict[str, Tensor]:
-    """Random tensors, none of them neutral, with the published names."""
+    """Random tensors with the published names; no zeros or ones that would hide an error."""
     generator, state = torch.Generator().manual_seed(seed), {}
     for name, x in to_published(scorer.state_dict()).items():
         state[name] = torch.randn(x.shape, generator=generator) * 0.3 + (0.7 if "norm" in name.lower() else 0)
@@ -68,7 +68,7 @@ def images() -> Tensor:
 
 
 class Formulas:
-    """ImageReward's network from its formulas and the published names, in float64, a text at a time without padding."""
+    """ImageReward's network from its formulas and published names, in float64, one text at a time without padding."""
 
     def __init__(self, state: dict[str, Tensor]):
         self.state = {key: x.double() for key, x in state.items()}
@@ -123,7 +123,7 @@ class Formulas:
 
 
 def _ids(prompt: str) -> list[int]:
-    """[CLS], the words, [SEP], at most 35: word pieces written down by hand for the prompts of this file."""
+    """[CLS], the words, [SEP], at most 35: word pieces of this file's prompts by hand."""
     pieces = prompt.lower().replace("dogs", "dog ##s").replace(",", " ,").split()
     ids = [2, *(WORDS.index(x) for x in pieces)]
     return [*ids[:34], 3]
@@ -136,7 +136,7 @@ def _pixels(images: Tensor) -> Tensor:
     return torch.stack([transform(to_pil_image((255 * x).round().byte())) for x in images])
 
 
-def test_scores_are_those_of_the_formulas(files: Files, scorer: Any, images: Tensor) -> None:
+def test_scores_equal_the_formulas_by_hand(files: Files, scorer: Any, images: Tensor) -> None:
     formulas = Formulas(torch.load(files["pt"]))
     rewards = [formulas.reward(x, _ids(p)) for x, p in zip(_pixels(images), PROMPTS, strict=True)]
     expected = (torch.tensor(rewards) - 0.16717362830052426) / 1.0333394966054072
@@ -150,7 +150,7 @@ def test_scores_are_those_of_the_formulas(files: Files, scorer: Any, images: Ten
 
 
 def test_token_ids(files: Files, scorer: Any) -> None:
-    """Lower case, 35 ids, [CLS] first and not [ENC], whose id and [DEC]'s are the last two."""
+    """Lower case, 35 ids, starting with [CLS] and not [ENC]; the ids of [DEC] and [ENC] are the last two."""
     ids, mask = scorer.tokenize(PROMPTS)
     assert ids.shape == mask.shape == (5, 35) and ids.dtype == torch.int64
     for i, prompt in enumerate(PROMPTS):
@@ -161,8 +161,8 @@ def test_token_ids(files: Files, scorer: Any) -> None:
     assert scorer.tokenizer.convert_tokens_to_ids(list(ADDED)) == [len(WORDS), len(WORDS) + 1]
 
 
-def test_what_every_scorer_holds(scorer: Any, images: Tensor) -> None:
-    """float32 [B]; the order and the cut of a batch change nothing; gradients to the pixels, none to the weights."""
+def test_scorer_interface(scorer: Any, images: Tensor) -> None:
+    """float32 [B], independent of batch order and size; gradients to the pixels, none to the weights."""
     any_scorer: object = scorer
     assert isinstance(any_scorer, Scorer)
     assert scorer.differentiable and not scorer.training
@@ -181,7 +181,7 @@ def test_what_every_scorer_holds(scorer: Any, images: Tensor) -> None:
         scorer.score(images.byte(), PROMPTS)
     with pytest.raises(ValueError, match=r"got float32 \(5, 45, 38\)"):
         scorer.score(images[:, 0], PROMPTS)
-    with pytest.raises(ValueError, match="one prompt for each image"):
+    with pytest.raises(ValueError, match="one prompt per image"):
         scorer.score_aspects(images, PROMPTS[:2])
 
 
@@ -194,7 +194,7 @@ def test_following_the_gradient_raises_the_score(scorer: Any, images: Tensor) ->
     assert (scorer.score_pixels(pixels, PROMPTS) > start).all()
 
 
-def test_padding_and_what_is_cut_off_do_not_matter(files: Files, scorer: Any, images: Tensor) -> None:
+def test_padding_and_truncated_tokens_do_not_change_the_score(files: Files, scorer: Any, images: Tensor) -> None:
     long = BLIPScorer({**ARCHITECTURE, "context_length": 60}, weights=str(files["pt"]), tokenizer=str(files["folder"]))
     long.set_statistics(MEAN, STD)
     scores, more = scorer.score(images, PROMPTS), long.eval().score(images, PROMPTS)
@@ -204,7 +204,7 @@ def test_padding_and_what_is_cut_off_do_not_matter(files: Files, scorer: Any, im
 
 
 def test_text_encoder_has_no_causal_mask(scorer: Any, images: Tensor) -> None:
-    """With a causal mask [CLS], the first, would see no word, and every prompt would score the same."""
+    """With a causal mask, [CLS] would not attend to any word, and all prompts would have the same score."""
     scores = scorer.score(images[:1].expand(3, -1, -1, -1), ["a red cube", "a red dog", "two dogs"])
     assert torch.pdist(scores[:, None]).min() > 1e-3
 
@@ -269,8 +269,8 @@ def test_tensors_that_do_not_fit_are_named(case: str, files: Files, tmp_path: Pa
         )
 
 
-def test_every_tensor_of_the_file_is_needed(files: Files) -> None:
-    """Each decides the reward, but the biases of keys, which move all the weights of an attention alike."""
+def test_every_tensor_of_the_file_affects_the_score(files: Files) -> None:
+    """Every tensor changes the reward, except key biases, which shift all attention logits equally."""
     state = torch.load(files["pt"])
     idle = ("blip.vision_proj.weight", "blip.text_proj.bias", "blip.text_encoder.embeddings.position_ids")
     pixels = _pixels(torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3)))
@@ -285,9 +285,11 @@ def test_every_tensor_of_the_file_is_needed(files: Files) -> None:
 def test_wrong_tokenizers_and_architectures_are_refused(files: Files, tmp_path: Path) -> None:
     weights, folder = str(files["folder"]), str(files["folder"])
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS[:-1]) + "\n")
-    with pytest.raises(ValueError, match=r"\[DEC\] and \[ENC\] the ids \[13, 14\], the model has 16 tokens"):
+    with pytest.raises(
+        ValueError, match=r"has the ids \[13, 14\] for \[DEC\] and \[ENC\], but .* last two of its 16 ids"
+    ):
         image_reward(weights=weights, architecture=str(files["architecture"]), tokenizer=str(tmp_path))
-    with pytest.raises(ValueError, match=r"no tokenizer can be had from .*give tokenizer=FOLDER"):
+    with pytest.raises(ValueError, match=r"no tokenizer can be loaded from .*give tokenizer=FOLDER"):
         image_reward(weights=weights, architecture=str(files["architecture"]), tokenizer=str(tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match=r"other\.json' does not exist"):
         image_reward(weights=weights, architecture="other.json")

@@ -1,4 +1,4 @@
-"""The names of ImageReward's tensors, published and in transformers' modules."""
+"""Conversion of ImageReward's tensor names between the published ones and transformers'."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT = {
 
 
 def _published_names() -> set[str]:
-    """Written out from the list of keys in the published file: section 4.1 of the specification."""
+    """The list of keys in the published file, section 4.1 of the specification."""
     both = ("weight", "bias")
     names = {"blip.visual_encoder.cls_token", "blip.visual_encoder.pos_embed"}
     names |= {f"blip.visual_encoder.{x}.{y}" for x in ("patch_embed.proj", "norm") for y in both}
@@ -58,7 +58,7 @@ def test_the_published_names_are_exactly_those_of_the_modules() -> None:
     assert all(published[key].shape == state[to].shape for key, to in zip(published, state, strict=True))
 
 
-def test_names_that_are_alike_do_not_mix() -> None:
+def test_similar_tensor_names_are_mapped_correctly() -> None:
     x = torch.zeros(1)
     names = {
         "blip.visual_encoder.norm.weight": "vision.post_layernorm.weight",
@@ -81,7 +81,7 @@ def test_unknown_names_are_kept_and_reported_by_the_strict_loader() -> None:
     assert not any(pattern.startswith(("blip.visual", "mlp", "*")) for pattern in UNUSED)
 
 
-def test_the_body_is_found_in_each_layout() -> None:
+def test_the_body_is_loaded_from_each_layout() -> None:
     published = to_published(_ours())
     wanted = {key: x for key, x in published.items() if not key.startswith("mlp.")}
     noise = {"blip.vision_proj.weight": torch.zeros(1), "blip.text_encoder.embeddings.position_ids": torch.zeros(1)}

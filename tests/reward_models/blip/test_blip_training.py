@@ -1,4 +1,4 @@
-"""BLIP scorers to be trained: aspects, statistics, folders, what they start from and which weights move."""
+"""Training of BLIP scorers: aspects, statistics, folders, initial weights, and trainable weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _random(scorer: BLIPScorer, seed: int) -> BLIPScorer:
 
 @pytest.fixture(scope="module")
 def scorer(folder: Path) -> BLIPScorer:
-    """With one head."""
+    """A scorer with one head."""
     scorer = BLIPScorer(ARCHITECTURE, weights=str(folder), tokenizer=str(folder)).eval()
     scorer.set_statistics(0.3, 1.2)
     return scorer
@@ -66,7 +66,7 @@ def aspects(folder: Path) -> BLIPScorer:
 
 
 def test_aspects_are_heads_on_one_body(aspects: BLIPScorer, folder: Path, images: Tensor, tmp_path: Path) -> None:
-    """Each gives what a scorer with that head alone gives. score = (4 z1 + 3 z2 + 2 z3 + z4) / 10 of the standardised
+    """Each aspect equals a scorer with that head alone. score = (4 z1 + 3 z2 + 2 z3 + z4) / 10 of the standardised
     rewards z."""
     pixels, state, alone = aspects.preprocess(images), to_published(aspects.state_dict()), []
     for k, name in enumerate(ASPECTS):
@@ -115,19 +115,19 @@ def test_statistics_and_aspects_are_checked(aspects: BLIPScorer, folder: Path) -
             aspects.set_statistics(mean, std)
     settings: dict[str, Any]
     for settings, message in (
-        ({"aspects": ("a", "a")}, "different names"),
-        ({"aspects": ("layers",)}, "different names"),
-        ({"aspects": ("a", "b"), "aspect_weights": (1.0,)}, r"2 numbers from 0, not all 0; got \[1\.0\]"),
-        ({"aspects": ("a", "b"), "aspect_weights": (1.0, -1.0)}, "2 numbers from 0"),
+        ({"aspects": ("a", "a")}, "distinct names"),
+        ({"aspects": ("layers",)}, "distinct names"),
+        ({"aspects": ("a", "b"), "aspect_weights": (1.0,)}, r"2 numbers of 0 or more, not all 0; got \[1\.0\]"),
+        ({"aspects": ("a", "b"), "aspect_weights": (1.0, -1.0)}, "2 numbers of 0 or more"),
     ):
         with pytest.raises(ValueError, match=message):
             BLIPScorer(ARCHITECTURE, tokenizer=str(folder), **settings)
 
 
 def test_a_body_of_another_size_has_its_positions_interpolated(folder: Path, tmp_path: Path) -> None:
-    """Of a plane v(row, column) = column the cubic filter keeps the middle: 4 to 2 columns 0.40625, 2.59375.
+    """On a plane v(row, column) = column the cubic filter is symmetric: 4 to 2 columns give 0.40625, 2.59375.
 
-    Output 0 lies at input 0.5 * 2 - 0.5 = 0.5, between columns 0 and 1; the kernel of a = -0.75 weighs -1, 0, 1 and 2
+    Output 0 is at input 0.5 * 2 - 0.5 = 0.5, between columns 0 and 1; the kernel of a = -0.75 weighs -1, 0, 1 and 2
     with -3, 19, 19, -3 of 32; column -1 is 0 again: (0 + 0 + 19 - 6) / 32 = 13 / 32.
     """
     grid = torch.cat([torch.full((1, 1, 2), 9.0), torch.arange(4.0).repeat(4).view(1, 16, 1).expand(1, 16, 2)], 1)
@@ -151,7 +151,7 @@ def test_a_body_of_another_size_has_its_positions_interpolated(folder: Path, tmp
         BLIPScorer(ARCHITECTURE, body=str(tmp_path / "body.pt"), tokenizer=str(folder))
 
 
-def test_a_body_of_transformers_is_read(folder: Path, tmp_path: Path) -> None:
+def test_a_transformers_checkpoint_loads_as_body(folder: Path, tmp_path: Path) -> None:
     config = BlipConfig(text_config={**TEXT, "hidden_act": "gelu"}, vision_config=VISION)
     theirs = BlipForImageTextRetrieval(config)
     theirs.save_pretrained(tmp_path)
@@ -172,8 +172,8 @@ def test_new_heads_start_as_those_of_image_reward() -> None:
     assert dropouts == [0.2, 0.2, 0.1]
 
 
-def test_a_scorer_learns(folder: Path) -> None:
-    """From random weights to which of two images is brighter, with the loss that training uses."""
+def test_a_small_blip_scorer_can_be_trained(folder: Path) -> None:
+    """Learns from random weights which of two images is brighter, with the training loss."""
     torch.manual_seed(0)
     scorer = BLIPScorer(ARCHITECTURE, tokenizer=str(folder), aspects=("a", "b"))
     assert all(p.requires_grad for p in scorer.parameters())
@@ -190,11 +190,11 @@ def test_a_scorer_learns(folder: Path) -> None:
     assert (better[:, 0] > worse[:, 0]).all() and (better[:, 1] < worse[:, 1]).all()
 
 
-def test_what_image_reward_has_and_trains(tmp_path: Path) -> None:
-    """446,665,953 parameters in the file, of which the two projections to 256 dimensions are not ours: 768 and 1024
-    times 256, and 256 biases each. Of them train 140,488,929: 7 image blocks of 12,596,224 and one without the 1,024
-    weights of its norm1, the last norm's 2,048; 3 text layers of 9,844,992 and one without a query's 768 * 768; the
-    head's 927,969."""
+def test_parameter_counts_of_image_reward(tmp_path: Path) -> None:
+    """The file has 446,665,953 parameters. The two projections to 256 dimensions are not part of our network: 768 and
+    1024 times 256, and 256 biases each. Trainable are 140,488,929: 7 image blocks of 12,596,224 and one without the
+    1,024 weights of its norm1, the last norm's 2,048; 3 text layers of 9,844,992 and one without a query's 768 * 768;
+    the head's 927,969."""
     words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     (tmp_path / "vocab.txt").write_text("\n".join([*words, *(f"w{i}" for i in range(30522 - len(words)))]) + "\n")
     tokenizer = find_tokenizer(tmp_path, 30524)

@@ -1,4 +1,4 @@
-"""The published scorers of the CLIP family: twins of a few thousand weights, in the layout of the published files."""
+"""The published scorers of the CLIP family, on tiny models with the layouts of the published files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Files = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """One twin a published file, each in its layout."""
+    """A tiny model for each published file, in its layout."""
     folder = tmp_path_factory.mktemp("published")
     tiny = {"plain": ARCHITECTURE, "quick": {**ARCHITECTURE, "quick_gelu": True}}
     paths = {name: folder / f"{name}.json" for name in tiny}
@@ -51,7 +51,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 def _random(network: Any, seed: int) -> Any:
-    """No biases of zero, no weights of one, a text that matters."""
+    """Randomise zeros and ones, so that every tensor and the text affect the score."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -77,7 +77,7 @@ def _transformers_clip() -> CLIPModel:
 
 
 def _spec(name: str, files: Files) -> str:
-    """What a user of the command would write."""
+    """Scorer specs as a user writes them."""
     if name == "aesthetic":
         return f"aesthetic,weights={files['head']},clip={files['openai']},architecture={files['quick']}"
     weights = files[{"pickscore": "pickscore", "social_reward": "social"}.get(name, "hps")]
@@ -102,7 +102,7 @@ def _cosines(network: Any, pixels: Tensor, texts: list[str]) -> Tensor:
 
 
 def _crop(images: Tensor) -> Tensor:
-    """An independent path to what the crop rules give: Pillow through torchvision's and open_clip's transform."""
+    """Independent implementation of the crop rules: Pillow with torchvision's and open_clip's transforms."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from torchvision.transforms.functional import to_pil_image
 
@@ -130,7 +130,7 @@ def _column(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
-def test_hps_without_antialias_is_another_number(scorers: dict[str, Any], files: Files, images: Tensor) -> None:
+def test_hps_without_antialias_changes_the_score(scorers: dict[str, Any], files: Files, images: Tensor) -> None:
     old = hps_v2(weights=str(files["hps"]), architecture=str(files["plain"]), antialias=False)
     assert (old.score(images, PROMPTS) - scorers["hps_v2"].score(images, PROMPTS)).abs().max() > 1e-3
     small = F.interpolate(images, (28, 24), mode="bicubic", antialias=False)
@@ -152,7 +152,7 @@ def test_pickscore_equals_transformers(scorers: dict[str, Any], files: Files, im
 
 
 def test_pickscore_reads_prompts_as_transformers_does() -> None:
-    """No unescaping: `&eacute;` is `&`, `eacute`, `;`. The ids end with 49407, and so does what is cut at 77."""
+    """No unescaping: `&eacute;` is `&`, `eacute`, `;`. The ids end with 49407, also after truncation at 77."""
     ours = transformers_clip_tokenizer(TEXT)(PROMPTS)
     plain = open_clip.tokenize(PROMPTS)
     assert ours.shape == plain.shape
@@ -201,8 +201,8 @@ def test_aesthetic_is_one_affine_map_of_the_unit_vector(scorers: dict[str, Any],
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_every_scorer_holds(name: str, scorers: dict[str, Any], images: Tensor) -> None:
-    """float32 [B]; the order and the cut of a batch change nothing; gradients to the pixels, none to the weights."""
+def test_scorer_interface(name: str, scorers: dict[str, Any], images: Tensor) -> None:
+    """float32 [B], independent of batch order and size; gradients to the pixels, none to the weights."""
     assert isinstance(scorers[name], Scorer)
     scorer = scorers[name]
     assert scorer.differentiable

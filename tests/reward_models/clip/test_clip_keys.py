@@ -1,4 +1,4 @@
-"""CLIP checkpoints in open_clip's layout and in transformers': the same numbers, the same features."""
+"""Conversion of CLIP checkpoints between open_clip and transformers: same weights, same features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _open_clip(quick_gelu: bool) -> open_clip.CLIP:
     text = {"context_length": 77, "vocab_size": 120, "width": 32, "heads": 2, "layers": 2}
     model = open_clip.CLIP(24, vision, text, quick_gelu=quick_gelu).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # no biases of zero and no weights of one: each tensor must matter
+        for parameter in model.parameters():  # randomise zeros and ones, so that each tensor affects the result
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model
 
@@ -79,7 +79,7 @@ def test_transformers_to_open_clip(models: tuple[open_clip.CLIP, CLIPModel]) -> 
     _assert_same_features(one, other)
 
 
-def test_there_and_back_is_bit_for_bit(models: tuple[open_clip.CLIP, CLIPModel]) -> None:
+def test_conversion_and_back_is_bit_for_bit(models: tuple[open_clip.CLIP, CLIPModel]) -> None:
     for state, there, back in (
         (models[0].state_dict(), to_transformers, to_open_clip),
         (models[1].state_dict(), to_open_clip, to_transformers),
@@ -89,7 +89,7 @@ def test_there_and_back_is_bit_for_bit(models: tuple[open_clip.CLIP, CLIPModel])
         assert all(torch.equal(returned[key], state[key]) for key in state)
 
 
-def test_a_tensor_that_is_missing_or_unknown_is_not_lost_on_the_way() -> None:
+def test_conversion_keeps_unknown_tensors_and_reports_missing_ones() -> None:
     state = _transformers(False).state_dict()
     del state["vision_model.encoder.layers.1.self_attn.k_proj.bias"]
     with pytest.raises(ValueError, match=r"'vision_model\.encoder\.layers\.1\.self_attn\.k_proj\.bias' is missing"):
@@ -97,8 +97,8 @@ def test_a_tensor_that_is_missing_or_unknown_is_not_lost_on_the_way() -> None:
     assert "text_model.adapter.weight" in to_open_clip({"text_model.adapter.weight": torch.zeros(1)})
 
 
-def test_the_full_size_models_have_each_others_shapes() -> None:
-    """On the meta device. LAION's ViT-H/14, of which HPSv2 and PickScore are, has 986,109,441 parameters."""
+def test_full_size_models_convert_to_each_others_shapes() -> None:
+    """On the meta device. LAION's ViT-H/14, the architecture of HPSv2 and PickScore, has 986,109,441 parameters."""
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
     with torch.device("meta"):

@@ -53,7 +53,7 @@ def images() -> Tensor:
 
 
 def _cosines(folder: Path, images: Tensor, texts: list[str]) -> Tensor:
-    """By open_clip's own functions, and Pillow."""
+    """Reference with open_clip's functions and Pillow."""
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     pixels = torch.stack([transform(to_pil_image((255 * x).round().byte())) for x in images])
@@ -65,7 +65,7 @@ def _cosines(folder: Path, images: Tensor, texts: list[str]) -> Tensor:
 
 def test_equals_open_clip(clip: CLIPScore, folder: Path, images: Tensor) -> None:
     cosines = _cosines(folder, images, ["A photo depicts " + p for p in PROMPTS])
-    assert cosines.min() < 0 < cosines.max()  # both sides of the clamp are seen
+    assert cosines.min() < 0 < cosines.max()  # scores on both sides of the clamp
     scores = clip.score(images, PROMPTS)
     assert scores.shape == (5,) and scores.dtype == torch.float32
     torch.testing.assert_close(scores, 2.5 * cosines.clamp(min=0), atol=1e-5, rtol=0)
@@ -78,7 +78,7 @@ def test_weight_and_prefix(folder: Path, images: Tensor) -> None:
     assert clip.unit == "100*max(cos,0)"
 
 
-def test_follows_the_order_and_the_cut_of_a_batch(clip: CLIPScore, images: Tensor) -> None:
+def test_scores_do_not_depend_on_batch_order_and_size(clip: CLIPScore, images: Tensor) -> None:
     scores, order = clip.score(images, PROMPTS), [3, 0, 4, 1, 2]
     shuffled = clip.score(images[order], [PROMPTS[i] for i in order])
     torch.testing.assert_close(shuffled, scores[order], atol=1e-5, rtol=0)
@@ -87,7 +87,7 @@ def test_follows_the_order_and_the_cut_of_a_batch(clip: CLIPScore, images: Tenso
 
 
 def test_frozen_but_differentiable_in_the_pixels(clip: CLIPScore, images: Tensor) -> None:
-    """Images at the clamp have no gradient, all others a finite one that is not zero, and that leads uphill."""
+    """Images at the clamp have no gradient; others have a finite nonzero one that raises the score."""
     x = images.clone().requires_grad_()
     scores = clip.score(x, PROMPTS)
     (gradient,) = torch.autograd.grad(scores.sum(), x)
@@ -99,8 +99,8 @@ def test_frozen_but_differentiable_in_the_pixels(clip: CLIPScore, images: Tensor
     assert not any(p.requires_grad for p in clip.parameters()) and not clip.training
 
 
-def test_features_of_a_prompt_do_not_depend_on_what_is_cached(folder: Path) -> None:
-    """Bit for bit: a resumed run meets the prompts in other company."""
+def test_prompt_features_do_not_depend_on_the_cache(folder: Path) -> None:
+    """Bit for bit: after a resume, prompts are encoded in other batches."""
     texts = [f"prompt {i}" for i in range(TEXT_CHUNK + 3)]
     one, other = (CLIPScore(model=f"local-dir:{folder}") for _ in range(2))
     other.encode_text(texts[2:5])
@@ -114,7 +114,7 @@ def test_features_of_a_prompt_do_not_depend_on_what_is_cached(folder: Path) -> N
     assert one.encode_text(texts[:1]).dtype == torch.float32 and calls  # computed again from other weights
 
 
-def test_prompts_first_seen_in_inference_mode_can_be_used_for_gradients(folder: Path, images: Tensor) -> None:
+def test_prompts_encoded_in_inference_mode_can_be_used_for_gradients(folder: Path, images: Tensor) -> None:
     clip = CLIPScore(model=f"local-dir:{folder}", weight=-100)
     with torch.inference_mode():
         clip.score(images, PROMPTS)
@@ -141,7 +141,7 @@ def test_preprocessing_is_open_clips(
     torch.testing.assert_close(ours, expected(Image.fromarray(picture)), atol=1e-6, rtol=0)
 
 
-def test_networks_that_take_oblongs_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_networks_with_non_square_input_are_refused(folder: Path, tmp_path: Path) -> None:
     description = json.loads((folder / "open_clip_config.json").read_text())
     description["model_cfg"]["vision_cfg"]["image_size"] = [32, 32]  # as many as it was trained with
     (tmp_path / "open_clip_config.json").write_text(json.dumps(description))
@@ -153,12 +153,12 @@ def test_networks_that_take_oblongs_are_refused(folder: Path, tmp_path: Path) ->
         image_size(clip)
 
 
-def test_is_a_scorer_that_resizes(clip: CLIPScore, images: Tensor) -> None:
+def test_implements_scorer_and_resizing(clip: CLIPScore, images: Tensor) -> None:
     assert isinstance(clip, Scorer) and isinstance(clip, Resizing) and clip.differentiable
     assert torch.equal(clip.score_pixels(clip.preprocess(images), PROMPTS), clip.score(images, PROMPTS))
 
 
-def test_other_images_are_refused(clip: CLIPScore) -> None:
+def test_images_of_other_dtype_or_shape_are_refused(clip: CLIPScore) -> None:
     with pytest.raises(ValueError) as error:
         clip.score(torch.zeros(4, 512, 512, 3, dtype=torch.uint8), ["x"] * 4)
     assert str(error.value) == "images must be float in [0, 1] with shape [B, 3, H, W]; got uint8 (4, 512, 512, 3)"
@@ -166,7 +166,7 @@ def test_other_images_are_refused(clip: CLIPScore) -> None:
         clip.score(torch.zeros(1, 1, 8, 8), ["x"])
     with pytest.raises(ValueError, match=r"with values from -1 to 1"):
         clip.score(torch.tensor([-1.0, 1.0]).repeat(96).view(1, 3, 8, 8), ["x"])
-    with pytest.raises(ValueError, match="one prompt for each image is needed; got 1 for 2 images"):
+    with pytest.raises(ValueError, match="one prompt per image; got 1 for 2 images"):
         check_images(torch.zeros(2, 3, 8, 8), ["x"])
     with pytest.raises(ValueError, match="got 'xy' for 2 images"):
         check_images(torch.zeros(2, 3, 8, 8), "xy")
@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_loaded_are_one_clear_error(folder: Path, tmp_pat
     with pytest.raises(ValueError, match="cannot load model 'ViT-B-32' with pretrained 'laion9b'"):
         CLIPScore(pretrained="laion9b")
     (tmp_path / "open_clip_config.json").write_text((folder / "open_clip_config.json").read_text())
-    with pytest.raises(ValueError, match="could not be loaded"):  # never random weights
+    with pytest.raises(ValueError, match="could not be loaded"):  # does not fall back to random weights
         CLIPScore(model=f"local-dir:{tmp_path}")
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"\x08" + bytes(7) + b"{}")
     with pytest.raises(ValueError, match="cannot load model 'local-dir:"):

@@ -1,4 +1,4 @@
-"""A CLIP scorer of one's own: architectures, tokenizers, training, and what is saved of it."""
+"""Trainable CLIP scorers: architectures, tokenizers, training, and saving."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def images() -> Tensor:
     return torch.rand(5, 3, 45, 38, generator=torch.Generator().manual_seed(0))
 
 
-def test_architectures_that_cannot_be_built_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_architectures_raise_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no model 'ViT-H14', did you mean 'ViT-H-14'\?"):
         CLIPScorer("ViT-H14")
@@ -34,7 +34,7 @@ def test_architectures_that_cannot_be_built_say_why(monkeypatch: pytest.MonkeyPa
         CLIPScorer({"embed_dim": 4, "vision_cfg": VISION})
     with pytest.raises(ValueError, match=r"cannot build this architecture: .*depth"):
         CLIPScorer({**ARCHITECTURE, "depth": 2})
-    with pytest.raises(ValueError, match="'ViT-B-16-SigLIP' is no plain CLIP; the scorer `clip` takes it"):
+    with pytest.raises(ValueError, match="'ViT-B-16-SigLIP' is not a plain CLIP; the scorer `clip` supports it"):
         CLIPScorer("ViT-B-16-SigLIP")
     with pytest.raises(FileNotFoundError, match="the weights 'openai' of ViT-B-32-quickgelu are not in the cache"):
         CLIPScorer("ViT-B-32-quickgelu", weights="openai")
@@ -43,7 +43,7 @@ def test_architectures_that_cannot_be_built_say_why(monkeypatch: pytest.MonkeyPa
 def test_training_updates_both_towers_and_clears_the_prompt_cache(images: Tensor, tmp_path: Path) -> None:
     scorer = CLIPScorer(ARCHITECTURE, ImageRule(SIZE, resize="longest", method="antialias", clamp=False))
     torch.manual_seed(5)
-    with torch.no_grad():  # no biases of zero, no weights of one, a text that matters
+    with torch.no_grad():  # randomise zeros and ones, so that every tensor and the text affect the score
         for name, parameter in scorer.named_parameters():
             if name != "clip.logit_scale":
                 parameter.normal_(0, 0.3)
@@ -71,11 +71,11 @@ def test_a_tokenizer_that_the_model_cannot_read_is_refused(tmp_path: Path) -> No
     transformers_clip_tokenizer(TEXT).save(tmp_path)
     CLIPScorer(ARCHITECTURE, tokenizer=str(tmp_path))
     for text, message in (
-        ({"vocab_size": 100}, r"has 49408 tokens, the model 100"),
+        ({"vocab_size": 100}, r"has 49408 tokens, but the model 100"),
         ({"pool_type": "eos"}, r"set text_cfg pool_type='eos' and eos_id=49407"),
     ):
         with pytest.raises(ValueError, match=message):
             CLIPScorer({**ARCHITECTURE, "text_cfg": {**TEXT, **text}}, tokenizer=str(tmp_path))
     CLIPScorer({**ARCHITECTURE, "text_cfg": {**TEXT, "pool_type": "eos", "eos_id": 49407}}, tokenizer=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="the tokenizer 'nowhere' is no folder"):
+    with pytest.raises(FileNotFoundError, match="the tokenizer 'nowhere' is not a folder"):
         CLIPScorer(ARCHITECTURE, tokenizer="nowhere")

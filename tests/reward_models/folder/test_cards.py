@@ -1,4 +1,4 @@
-"""Reward cards: one for every name, and nothing in them that the code contradicts."""
+"""Reward cards: one per scorer, consistent with the code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_every_name_has_a_card_and_every_card_a_name() -> None:
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_card_says_everything(name: str) -> None:
+def test_a_card_has_every_field(name: str) -> None:
     text = card_text(name)
     for label in (
         "source ",
@@ -55,6 +55,6 @@ def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
         card_text("pick_score")
 
 
-def test_cards_need_no_torch() -> None:
+def test_cards_do_not_import_torch() -> None:
     code = "import sys, reward_models.folder.cards as c; c.card_text('clip'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

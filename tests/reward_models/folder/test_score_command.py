@@ -49,7 +49,7 @@ SCORERS = """
 def clip(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The spec of a tiny CLIP with random weights."""
     path = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(8)  # whose scores are above zero
+    torch.manual_seed(8)  # with scores above zero
     config = {
         "embed_dim": 16,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
@@ -135,7 +135,7 @@ def test_two_scorers_over_subfolders_in_every_format(
 def test_pillow_shrinks_in_the_threads_for_scorers_of_one_rule_and_the_table_stays_the_same(
     images: Path, clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Scorers of one rule get small images of one size; one more with another rule, and they get the whole ones."""
+    """Scorers with a common rule get small images of one size; with an additional rule, they get the full images."""
     shapes: set[tuple[int, ...]] = set()
     whole_rule = ImageRule.__call__
 
@@ -205,7 +205,7 @@ def test_score_files_returns_scores_in_order(images: Path, clip: str) -> None:
     assert scores.shape == (10,) and scores.dtype == torch.float32
     alone = torch.cat([score_files(load_clip(clip), [f], [f.name]) for f in files])
     torch.testing.assert_close(scores, alone, atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="got 1 for 10 files"):
+    with pytest.raises(ValueError, match="got 1 prompts for 10 files"):
         score_files(load_clip(clip), files, ["x"])
 
 
@@ -215,7 +215,7 @@ def _arguments(images: Path, out: Path, *scorers: str) -> list[str]:
 
 
 def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path: Path) -> None:
-    """Threads stand for the processes: they share nothing but the files and the barrier. Batches are shared whole."""
+    """Threads simulate processes that share only files and the barrier. Whole batches are distributed."""
     whole, out, barrier, codes = tmp_path / "one.jsonl", tmp_path / "two.jsonl", threading.Barrier(2, timeout=60), {}
     assert main([*_arguments(images, whole, clip, "command_scorers:Red"), "--batch-size", "6"]) == 0
     seen = sys.modules["command_scorers"].Red.batches
@@ -259,7 +259,7 @@ def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path:
         (["info", "hps"], "no card of 'hps', did you mean 'hps_v2'?"),
         (["convert", "nowhere.pt", "x.safetensors"], "'nowhere.pt' does not exist"),
         (["IMAGES", "--scorer", "clip"], "the following arguments are required: --out; see --help"),
-        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--batch-size", "0"], "must be a whole number from 1"),
+        (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--batch-size", "0"], "must be an integer of 1 or more"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--prompt", "x", "--prompts", "y"], "not allowed with"),
     ],
 )

@@ -18,7 +18,7 @@ CASES = Path(__file__).parents[2] / "data" / "cases"
 FINE = {"image": "0.png", "prompt": "a red circle"}
 
 LINES = {
-    "NUL": (json.dumps({**FINE, "image": "a\0b.png"}), "bad name: it holds a NUL"),
+    "NUL": (json.dumps({**FINE, "image": "a\0b.png"}), "bad name: it contains a NUL"),
     "half a character": (json.dumps({**FINE, "image": "\ud83d.png"}), "bad name: it is not valid Unicode"),
     "half a character in a prompt": (json.dumps({**FINE, "prompt": "\ud83d"}), "bad prompt: it is not valid Unicode"),
     "deep": ("[" * 20_000, "nested too deeply"),
@@ -81,7 +81,7 @@ def test_a_manifest_names_images_in_its_folder_only_and_a_list_any(tmp_path: Pat
     assert not read_items(tmp_path / "in/own.jsonl").faults
 
 
-def test_the_cells_of_a_bad_name_can_be_written(tmp_path: Path) -> None:
+def test_undecodable_file_names_can_be_written_to_a_table(tmp_path: Path) -> None:
     name = b"caf\xe9.png"
     try:
         (tmp_path / os.fsdecode(name)).write_bytes(b"x")
@@ -92,7 +92,7 @@ def test_the_cells_of_a_bad_name_can_be_written(tmp_path: Path) -> None:
     assert bad.image.encode() and "not valid Unicode" in bad.fault and not fine.fault
 
 
-def test_bad_rows_of_a_csv_are_faults(tmp_path: Path) -> None:
+def test_bad_csv_rows_are_listed_with_their_reason(tmp_path: Path) -> None:
     rows = ["image,prompt", "0.png,a", "1.png", "2.png," + "x" * 200_000, "3.png,caf\xe9", "4.png,b"]
     (tmp_path / "list.csv").write_bytes("\n".join(rows).encode("latin-1"))
     items = read_items(tmp_path / "list.csv")
@@ -106,8 +106,8 @@ def test_bad_rows_of_a_csv_are_faults(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["list.jsonl", "list.csv"])
-def test_mutants_of_a_list_are_items_or_a_named_error(tmp_path: Path, name: str) -> None:
-    """Whatever is read can be written to a table, and good lines before a bad one stay what they are."""
+def test_fuzzed_lists_give_items_or_a_named_error(tmp_path: Path, name: str) -> None:
+    """Everything that is read can be written to a table, and good lines before a bad one are unchanged."""
     random, refused = np.random.default_rng(5), 0
     rows = [json.dumps({"image": f"{k}.png", "prompt": f"prompt é {k}"}, ensure_ascii=False) for k in range(8)]
     if name == "list.csv":

@@ -51,7 +51,7 @@ def test_prompts_in_a_text_file_are_in_the_order_of_the_images(folder: Path, tmp
         read_items(folder, prompts=file)
 
 
-def test_lists_say_what_is_scored(folder: Path, tmp_path: Path) -> None:
+def test_lists_select_the_scored_images(folder: Path, tmp_path: Path) -> None:
     rows = [("a/1.JPG", 'say "hi", you'), ("2.png", "two\nlines"), ("2.png", "again")]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps({"image": i, "prompt": p}) + "\n\n" for i, p in rows))
     (tmp_path / "list.csv").write_text('prompt,image\n"say ""hi"", you",a/1.JPG\n"two\nlines",2.png\nagain,2.png\n')
@@ -73,7 +73,7 @@ def test_manifest_in_the_folder(folder: Path) -> None:
 def test_text_files_beside_the_images(folder: Path) -> None:
     for i, name in enumerate(("2.txt", "10.txt", "a/1.txt")):
         (folder / name).write_text(f"prompt {i}\n")
-    with pytest.raises(ValueError, match=r"no prompt for 1 of 4 images, first 'a/sub/3.webp'; give --prompt TEXT"):
+    with pytest.raises(ValueError, match=r"no prompt for 1 of 4 images, such as 'a/sub/3.webp'; give --prompt TEXT"):
         read_items(folder)
     (folder / "a/sub/3.txt").write_text("prompt 3\n")
     assert [p for _, p in _pairs(folder)] == ["prompt 0", "prompt 1", "prompt 2", "prompt 3"]
@@ -99,7 +99,7 @@ def test_lists_without_one_good_line_name_file_and_line(
         read_items(folder, prompts=tmp_path / name)
 
 
-def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
+def test_missing_files_and_empty_folders_raise(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="'nowhere' does not exist"):
         read_items(Path("nowhere"), prompt="x")
     with pytest.raises(FileNotFoundError, match=r"no\.txt' does not exist"):
@@ -109,7 +109,7 @@ def test_what_is_not_there(folder: Path, tmp_path: Path) -> None:
         read_items(tmp_path / "empty", prompt="x")
 
 
-def test_reading_shows_transparency_over_white_and_turns_upright(tmp_path: Path) -> None:
+def test_reading_composites_over_white_and_applies_the_orientation(tmp_path: Path) -> None:
     """By hand: half-transparent red over white is (255, 127 or 128, 127 or 128); clear pixels are white."""
     rgba = np.zeros((1, 2, 4), np.uint8)
     rgba[0, 0] = (255, 0, 0, 128)
@@ -136,7 +136,7 @@ def test_reading_shows_transparency_over_white_and_turns_upright(tmp_path: Path)
     assert read_image(tmp_path / "turned.png")[0].tolist() == [[255], [0]]
 
 
-def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
+def test_unreadable_files_raise_with_a_reason(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])

@@ -1,4 +1,4 @@
-"""What `reward-score` gives beside the table: summary, best of N, the page, cards, converted files."""
+"""Other outputs of `reward-score`: summary, best of N, the page, cards, converted files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def own_scorers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """40 images, 10 of each prompt: image i has red 5 i and green 200 - 5 i, number 7 is damaged."""
+    """40 images, 10 per prompt: image i has red 5 i and green 200 - 5 i; image 7 is damaged."""
     path, rows = tmp_path / "images", []
     path.mkdir()
     for i in range(40):
@@ -76,7 +76,7 @@ def test_summary_by_hand() -> None:
 
 
 def test_best_of_n_by_hand() -> None:
-    """The first of equals wins; failed images do not take part; a prompt of which all failed has no row."""
+    """The first of equal images wins; failed images are ignored; a prompt with only failed images has no row."""
     rows = map(Row, "123456", "abaacb")
     nan = (np.nan, np.nan)
     scores = np.array([(0.5, 0.1), (1.0, 1.0), (0.5, 0.7), nan, nan, (1.5, 0.0)])
@@ -124,7 +124,7 @@ def test_page_shows_the_worst_and_the_best_and_needs_no_other_file(images: Path,
     shown = [a for tag, a in page.tags if tag == "img"]
     order = [i for i in range(40) if i != 7]
     red = [order[:16], order[::-1][:16]]
-    sheets = [*red, *red[::-1]]  # green is the less the more red there is
+    sheets = [*red, *red[::-1]]  # more red means less green
     assert [a["alt"] for a in shown] == [f"{i}.png" for sheet in sheets for i in sheet]
     kind, _, data = (shown[0]["src"] or "").partition(",")
     thumbnail = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -181,4 +181,4 @@ def test_convert_writes_the_requested_names(tmp_path: Path, capsys: pytest.Captu
     assert "written: " in capsys.readouterr().out
     assert load_file(tmp_path / "a.safetensors")["a.weight"].tolist() == state["a.weight"].tolist()
     assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors"), "--to", "hf"]) == 1
-    assert "is no CLIP checkpoint" in capsys.readouterr().err
+    assert "is not a CLIP checkpoint" in capsys.readouterr().err

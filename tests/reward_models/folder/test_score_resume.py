@@ -1,4 +1,4 @@
-"""`reward-score --resume` after a kill, and several processes: nothing lost, nothing twice, the same bytes."""
+"""`reward-score --resume` after a kill, and with several processes: the same bytes, no row lost or repeated."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def test_killed_and_resumed_equals_uninterrupted(
     done = 2 * (journal.read_bytes().count(b"\n") - 1)
     assert 6 <= done < 20
     with journal.open("ab") as file:
-        file.write(b'{"batch": 9, "results": [[0.')  # what a kill in the middle of a write leaves
+        file.write(b'{"batch": 9, "results": [[0.')  # incomplete line after a kill
 
     assert main(_arguments(images, out, red)) == 1
-    assert "is left from an unfinished run; add --resume, or delete it" in capsys.readouterr().err
+    assert "belongs to an unfinished run; add --resume, or delete the file" in capsys.readouterr().err
     assert main([*_arguments(images, out, red), "--resume", "--scorer", "resume_scorers:Blue"]) == 1
-    assert "was begun with --scorer resume_scorers:Red; " in capsys.readouterr().err
+    assert "was started with --scorer resume_scorers:Red; " in capsys.readouterr().err
     seen = sys.modules["resume_scorers"].Red.batches
     seen.clear()
     assert main([*_arguments(images, out, red), "--resume"]) == 0
@@ -97,15 +97,15 @@ def test_killed_and_resumed_equals_uninterrupted(
     [
         (
             ["--scorer", "resume_scorers:Blue"],
-            "was begun with --scorer resume_scorers:Red; give the same, or delete it",
+            "was started with --scorer resume_scorers:Red; use the same setting, or delete the file",
         ),
-        (["--batch-size", "4"], "was begun with --batch-size 2; "),
-        (["--dtype", "bf16"], "was begun with --dtype fp32; "),
-        (["--compile"], "was begun with no --compile; "),
-        (["--prompt", "x"], "was begun with other images or prompts; "),
+        (["--batch-size", "4"], "was started with --batch-size 2; "),
+        (["--dtype", "bf16"], "was started with --dtype fp32; "),
+        (["--compile"], "was started with no --compile; "),
+        (["--prompt", "x"], "was started with other images or prompts; "),
     ],
 )
-def test_what_would_change_the_numbers_cannot_be_changed_on_resume(
+def test_resume_refuses_settings_that_change_the_scores(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], message: str
 ) -> None:
     out, red = tmp_path / "s.csv", "resume_scorers:Red"
@@ -116,7 +116,7 @@ def test_what_would_change_the_numbers_cannot_be_changed_on_resume(
 
 
 def _stopped_at(images: Path, out: Path, *, batch: int) -> bytes:
-    """The journal of a run whose scorer failed at a batch."""
+    """Journal of a run with a scorer that failed at a batch."""
     red = sys.modules.get("resume_scorers") or importlib.import_module("resume_scorers")
     red.Red.stops = len(red.Red.batches) + batch
     assert main(_arguments(images, out, "resume_scorers:Red")) == 1
@@ -125,8 +125,8 @@ def _stopped_at(images: Path, out: Path, *, batch: int) -> bytes:
     return out.with_name("s.csv.partial-0.jsonl").read_bytes()
 
 
-def test_what_failed_before_is_not_tried_again(images: Path, tmp_path: Path) -> None:
-    """0.png is damaged when the first run reads it, and whole when the second could."""
+def test_failed_images_are_not_scored_again_on_resume(images: Path, tmp_path: Path) -> None:
+    """0.png is damaged during the first run, and intact during the second."""
     out, red, whole = tmp_path / "s.csv", "resume_scorers:Red", (images / "0.png").read_bytes()
     (images / "0.png").write_text("no image")
     _stopped_at(images, out, batch=3)
@@ -138,7 +138,7 @@ def test_what_failed_before_is_not_tried_again(images: Path, tmp_path: Path) -> 
     assert failed == {"image": "0.png", "prompt": "prompt 0", "reason": "not an image that Pillow can read"}
 
 
-def test_any_number_of_processes_goes_on_where_one_or_two_stopped(images: Path, tmp_path: Path) -> None:
+def test_scoring_resumes_on_another_number_of_processes(images: Path, tmp_path: Path) -> None:
     """Batches 0, 1 and 2 are done by one process; of the rest, the second of two does 3, 5, 7, 9; one does the rest."""
     whole, out, red = tmp_path / "whole/s.csv", tmp_path / "s.csv", "resume_scorers:Red"
     assert main(_arguments(images, whole, red)) == 0
@@ -150,7 +150,7 @@ def test_any_number_of_processes_goes_on_where_one_or_two_stopped(images: Path, 
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_kill_while_the_first_line_is_written(images: Path, tmp_path: Path) -> None:
+def test_resume_with_an_incomplete_first_line(images: Path, tmp_path: Path) -> None:
     whole, out, red = tmp_path / "whole/s.csv", tmp_path / "s.csv", "resume_scorers:Red"
     assert main(_arguments(images, whole, red)) == 0
     (tmp_path / "s.csv.partial-0.jsonl").write_text('{"--scorer": ["res')
@@ -158,7 +158,7 @@ def test_a_kill_while_the_first_line_is_written(images: Path, tmp_path: Path) ->
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.partial-*"))
 
 
-def test_recipe_shares_the_work_among_processes(images: Path, own_scorers: Path, tmp_path: Path) -> None:
+def test_score_folder_recipe_runs_on_two_processes(images: Path, own_scorers: Path, tmp_path: Path) -> None:
     """Two real processes, as a launcher starts them. The second says nothing and exits with 0."""
     whole, out, red = tmp_path / "one.csv", tmp_path / "two.csv", "resume_scorers:Red"
     assert main(_arguments(images, whole, red)) == 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from diffalign.report.win_rate import TIE, paired_win_rate, sign_flip
+from diffalign.report.equal_noise import TIE, paired_win_rate, sign_flip
 from reward_models.accuracy import interval
 
 VISIBLE = 0.2
@@ -135,7 +135,7 @@ def label_effect(
     """
     sd = float(np.std(np.asarray(base, dtype=np.float64)))
     if not sd:
-        raise ValueError("all images of the base score the same, so no effect can be measured; use another scorer")
+        raise ValueError("all images of the base have the same score, so no effect can be measured; use another scorer")
     return Estimate(*(x / sd for x in change(random, true, prompt_ids, seed=seed)))
 
 

@@ -1,4 +1,4 @@
-"""People's preference, gain, changes and the label effect: numbers by hand, symmetries, what is refused."""
+"""Preference rate, gain, changes and the label effect: values by hand, symmetries, errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffalign.report import paired_win_rate
-from diffalign.report.comparison import GAIN, change, compare, headline, label_effect, preferred, sentence, verdict
+from diffalign.report.preference_rate import GAIN, change, compare, headline, label_effect, preferred, sentence, verdict
 
 IDS = ["a", "a", "b", "b"]
 
@@ -87,7 +87,7 @@ def test_equal_models_are_preferred_half_of_the_time(temperature: float | None) 
 
 @pytest.mark.parametrize("temperature", [None, 0.35])
 def test_pairs_of_equal_noise_are_never_used(temperature: float | None) -> None:
-    """A nudge up from the same noise wins all of those pairs, and of different noise hardly more than half. With sample
+    """A small shift wins all pairs of equal noise, but hardly more than half of those of different noise. With sample
     1 of the base alone moved up, only pairs of aligned samples 0 and 2 with it change."""
     base, _, ids = _random(prompts=200)
     nudged = compare(base, base + 1e-3, ids, name="s", choice_temperature=temperature)
@@ -103,7 +103,7 @@ def test_pairs_of_equal_noise_are_never_used(temperature: float | None) -> None:
 def test_samples_of_a_prompt_may_lie_anywhere_and_prompts_weigh_the_same() -> None:
     base, aligned, ids = _random()
     order = np.random.default_rng(1).permutation(len(ids)).reshape(-1)
-    order = np.array(sorted(order, key=lambda i: i % 3))  # other prompts between, the samples in their order
+    order = np.array(sorted(order, key=lambda i: i % 3))  # other prompts in between, samples in order
     apart = [x[order] for x in (base, aligned)], [ids[i] for i in order]
     found = preferred(*apart[0], apart[1], choice_temperature=1.0)
     assert found.tolist() == pytest.approx(preferred(base, aligned, ids, choice_temperature=1.0).tolist())
@@ -157,7 +157,7 @@ def test_one_sentence_says_what_was_preferred_and_how_surely() -> None:
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt_id 'b' has 1 sample.* --samples-per-prompt 2"):
         compare([0.0, 1.0, 2.0], [0.0, 1.0, 2.0], ["a", "a", "b"], name="s", choice_temperature=None)
-    with pytest.raises(ValueError, match="all images of the base score the same"):
+    with pytest.raises(ValueError, match="all images of the base have the same score"):
         label_effect([1.0] * 4, [1.0, 2.0, 3.0, 4.0], [0.0] * 4, IDS)
     with pytest.raises(ValueError, match="at least 2 prompts"):
         compare([0.0, 1.0], [1.0, 2.0], ["a", "a"], name="s", choice_temperature=None)
@@ -166,7 +166,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 def test_a_base_whose_images_all_score_the_same_has_no_unit_of_gain() -> None:
-    """Nothing is made up, and the other scorers of a comparison are still reported."""
+    """No value is invented, and the other scorers of a comparison are still reported."""
     found = compare([1.0] * 4, [1.0, 2.0, 3.0, 4.0], IDS, name="s", choice_temperature=None)
     assert [found[key] for key in GAIN] == [None] * 3 and verdict(found) == "not measurable"
     assert sentence({**found, "name": "s"}).startswith("s gives all images of the base the same score")

@@ -1,4 +1,4 @@
-"""Paired win rates: hand-made numbers, ties, coverage of the interval, determinism."""
+"""Paired win rates: values by hand, ties, coverage of the interval, determinism."""
 
 from __future__ import annotations
 
