@@ -3,8 +3,8 @@
     python benchmarks/demo_runs.py                # half an hour on two cores
     python benchmarks/demo_runs.py --seed 0
 
-Writes results/demo.json, one summary a seed, and docs/demo.png, the grid of seed 0, which README shows: held-out prompts,
-the base's image above the aligned one from the same noise.
+Writes results/demo.json, one summary a seed, and docs/demo.png, the grid of seed 0, which README shows: held-out
+prompts, the base's image above the aligned one from the same noise.
 """
 
 from __future__ import annotations
