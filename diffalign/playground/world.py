@@ -1,9 +1,9 @@
 """The playground world: captions with compositional attributes, and a renderer.
 
 A caption reads `[small|large] COLOUR SHAPE [left|right|top|bottom] on BACKGROUND`. Other properties vary in the data:
-vividness, the distance of the object from its named place, the strength of the texture, and missing optional words. An
-image that is good in all of them is likely but not usual. So alignment can learn a preference for vivid, well-placed and
-clean objects.
+vividness, the distance of the object from its named place, the strength of the texture, and missing optional words.
+An image that is good in all of them is likely but not usual. So alignment can learn a preference for vivid,
+well-placed and clean objects.
 
 One in eight (colour, shape, background) combinations never occurs in training. These are the held-out prompts.
 """
