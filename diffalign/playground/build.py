@@ -269,7 +269,11 @@ def build(
         decoded = vae.decode(vae.encode(held_out * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
     psnr = -10 * math.log10(F.mse_loss(decoded, held_out).item())
     seen = Judge().measure(decoded, [x.caption for x in w])
-    card = {"psnr": round(psnr, 2), "scaling_factor": vae.config.scaling_factor, "best_reachable": best_reachable()}
+    card = {
+        "psnr": round(psnr, 2),
+        "scaling_factor": vae.config.scaling_factor,
+        "best_reachable": best_reachable(n=samples),
+    }
     card |= {f"decoded_{k}": round(seen[k].mean().item(), 4) for k in ("colour", "shape", "background", "size")}
     print(card, flush=True)
     save_pipeline(train_unet(work, vae, unet_steps, images, given), out)
