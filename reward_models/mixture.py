@@ -158,10 +158,10 @@ def load_mixture(
     """The reward for training: a weighted sum of scorers loaded by `load_scorer`.
 
     Args:
-        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class weights: one number
-        per scorer; default: 1 for all normalise: running divides each score by the standard deviation of all scores so
-        far, so that units do not matter;
-            start uses that of the first 256 scores
+        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class
+        weights: one number per scorer; default: 1 for all
+        normalise: running divides each score by the standard deviation of all scores so far, so that units do not
+            matter; start uses that of the first 256 scores
         maxmin: above 0, how strongly the weights favour the scorer with the smallest gain (2); needs normalise start
         dtype: dtype of the scorers' networks
     """
