@@ -13,8 +13,7 @@ from reward_models.protocol import Scorer, scores_of
 
 
 class WeightedSum(nn.Module):
-    """Weighted sum of scorers, sum_k weight_k (score_k - mean_k) / std_k: a scorer, differentiable if all its parts
-    are.
+    """Weighted sum of scorers, sum_k weight_k (score_k - mean_k) / std_k. Differentiable if all its scorers are.
 
     scorers     name -> (scorer, weight). A negative weight penalises a score
     normalise   none     mean 0, std 1: scores are not normalised
