@@ -19,8 +19,7 @@ from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAP
 from reward_models.files import write_whole, writing
 
 RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
-"""Aspects of a rating: prompt match, vividness, cleanliness, placement. VisionPrefer's harmlessness has no counterpart
-in this world."""
+"""Aspects of a rating: prompt match, vividness, cleanliness, placement. Harmlessness has no counterpart here."""
 
 CHUNK = 500
 """Number of captions rendered and measured at once."""
