@@ -226,8 +226,7 @@ def put_folder(new: Path, path: Path) -> None:
 
 @contextmanager
 def writing(path: PathLike) -> Iterator[None]:
-    """Context for libraries that write files themselves. Their errors of a full or read-only disk become OSError with
-    `path`.
+    """Context for libraries that write files themselves. Errors of full or read-only disks become OSError.
 
     The file, or all files of the folder, get the usual permissions of new files (safetensors uses mode 600).
     """

@@ -65,8 +65,7 @@ def find_images(folder: Path) -> list[str]:
 
 
 def _natural(path: str) -> tuple[str, str]:
-    """Sort key of natural order: numbers compare by length and digits, after the end of a folder's name and before
-    text.
+    """Sort key of natural order: numbers compare by length and digits, after folder ends and before text.
 
     A string, because lists of parts would take 500 bytes per name."""
     key = re.sub("[0-9]+", lambda m: _number(m[0].lstrip("0")), path)

@@ -13,8 +13,7 @@ from reward_models.protocol import Scorer, scores_of
 
 
 class WeightedSum(nn.Module):
-    """Weighted sum of scorers, sum_k weight_k (score_k - mean_k) / std_k: a scorer, differentiable if all its parts
-    are.
+    """Weighted sum of scorers, sum_k weight_k (score_k - mean_k) / std_k. Differentiable if all its scorers are.
 
     scorers     name -> (scorer, weight). A negative weight penalises a score
     normalise   none     mean 0, std 1: scores are not normalised
@@ -158,10 +157,10 @@ def load_mixture(
     """The reward for training: a weighted sum of scorers loaded by `load_scorer`.
 
     Args:
-        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class weights: one number
-        per scorer; default: 1 for all normalise: running divides each score by the standard deviation of all scores so
-        far, so that units do not matter;
-            start uses that of the first 256 scores
+        scorers: names of scorers (hps_v2.1, pickscore, ...), scorer folders or package.module:Class
+        weights: one number per scorer; default: 1 for all
+        normalise: running divides each score by the standard deviation of all scores so far, so that units do not
+            matter; start uses that of the first 256 scores
         maxmin: above 0, how strongly the weights favour the scorer with the smallest gain (2); needs normalise start
         dtype: dtype of the scorers' networks
     """

@@ -45,8 +45,7 @@ SCORER_LAYERS = (
 """Layers of reward_models/."""
 
 SHARED = {f"reward_models.{name}" for name in ("accuracy", "files", "images", "settings")}
-"""Modules of reward_models that diffalign may import: text, atomic writing, decoding, the hub, intervals, settings; no
-networks."""
+"""Modules of reward_models that diffalign may import: text, atomic writing, decoding, the hub, intervals, settings."""
 
 
 def _python(folder: str) -> list[Path]:

@@ -22,8 +22,7 @@ from reward_models.files import write_whole, writing
 from reward_models.images import decode
 
 RATED = ("prompt_following", "aesthetic", "fidelity", "composition")
-"""Aspects of a rating: prompt match, vividness, cleanliness, placement. VisionPrefer's harmlessness has no counterpart
-in this world."""
+"""Aspects of a rating: prompt match, vividness, cleanliness, placement. Harmlessness has no counterpart here."""
 
 CHUNK = 500
 """Number of captions rendered and measured at once."""

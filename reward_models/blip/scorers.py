@@ -180,8 +180,10 @@ class BLIPScorer(NetworkScorer):
         self.vision.compile(*args, **settings)
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write a scorer folder for `load_scorer(folder)`. Weights have ImageReward's names, except heads of aspects:
-        `mlp.<aspect>.layers.*`."""
+        """Write a scorer folder for `load_scorer(folder)`.
+
+        Weights have ImageReward's names, except heads of aspects: `mlp.<aspect>.layers.*`.
+        """
         save_state(_Published(self).state_dict(), Path(folder) / WEIGHTS, {"family": "blip"})
         self.tokenizer.save_pretrained(folder)
         weights = list(self.aspect_weights) if self.aspects else None
@@ -229,8 +231,7 @@ class _Published(nn.Module):
 
 
 def image_reward(*, weights: str = SOURCE, tokenizer: str | None = None, architecture: str | None = None) -> BLIPScorer:
-    """ImageReward (Xu et al., 2023), standardised with its authors' constants: 98 % of their images score between -2
-    and 2.
+    """ImageReward (Xu et al., 2023), standardised as by its authors: 98 % of their images score -2 to 2.
 
     weights       file, folder or hub id
     tokenizer     folder or hub id; default: the tokenizer in the folder of the weights, else bert-base-uncased

@@ -93,8 +93,7 @@ def longer_line(name: str, longer: Mapping[str, Any]) -> str:
 
 
 def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str, str, float, int]]:
-    """Rows (prompt, scorer, best image, its score, number of images), in the order of prompts. Ties go to the first
-    image.
+    """Rows (prompt, scorer, best image, its score, number of images), in the order of prompts; the first of ties.
 
     scores  [N, scorers], nan for missing scores; a prompt without scores has no row
     """

@@ -64,8 +64,7 @@ def _csv(path: Path, columns: Columns, rows: Rows, meta: str) -> None:
 
 
 def _escape_formula(cell: Any) -> Any:
-    """Text with an apostrophe before =, +, -, @ etc., so that no spreadsheet runs it as a formula (OWASP, CSV
-    injection).
+    """Text with an apostrophe before =, +, -, @ etc., against formulas in spreadsheets (OWASP, CSV injection).
 
     Numbers are unchanged.
     """

@@ -104,8 +104,7 @@ class PAL(Head):
 
 
 class VPL(Head):
-    """b(z) + h(z) . vector, where an encoder of the person's choices gives the posterior N(m, v) of the vector; prior
-    N(0, I).
+    """b(z) + h(z) . vector. An encoder of choices gives the posterior N(m, v) of the vector; prior N(0, I).
 
     Each choice is evidence N(m_i, v_i) about the vector: 1/v = 1 + sum 1/v_i, m = v sum m_i/v_i.
 

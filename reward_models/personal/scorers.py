@@ -33,8 +33,7 @@ from reward_models.weights import WEIGHTS, load_strict, read_state, save_state, 
 
 
 class PersonalScorer(NetworkScorer):
-    """Personal scorer: frozen CLIP features and a head of reward_models.personal.heads. Unit: the logit of being
-    chosen.
+    """Personal scorer: frozen CLIP features and a head of reward_models.personal.heads. Unit: choice logit.
 
     features  any scorer on CLIP: clip, hps_v2.1, pickscore, playground_hps, ...
     head      head for the width of the features
@@ -56,8 +55,7 @@ class PersonalScorer(NetworkScorer):
         self.register_buffer("scale", torch.ones(size))
 
     def score(self, images: Tensor, prompts: Sequence[str], users: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] float in [0, 1], B prompts and user vectors [U] or [B, U] -> float32 [B]; default: an unknown
-        person.
+        """[B, 3, H, W] float in [0, 1], B prompts, user vectors [U] or [B, U] or None (unknown person) -> float32 [B].
 
         Raises ValueError for other images.
         """
