@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from diffalign.draws import seeded
-from diffalign.networks.placement import trainable
+from diffalign.networks.placement import train_lora
 
 GENERATOR = "default"
 """Name of the first peft adapter, which is the one exported."""
@@ -35,8 +35,7 @@ def add_lora(
         )
         network.add_adapter(config, adapter_name=name)
     for layer in lora_layers(network):
-        for parameters in (layer.lora_A, layer.lora_B):
-            trainable(parameters)  # of all adapters: peft freezes the others when it adds one
+        train_lora(layer, network)  # all its adapters: peft freezes the others when it adds one
 
 
 def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
