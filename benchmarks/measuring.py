@@ -29,6 +29,7 @@ def watch(
     seconds: float = 20.0,
     matmul: float | None = None,
     inside_until: float | None = None,
+    count: bool = True,
 ) -> Iterator[None]:
     """Measures a loop over it, every turn of which takes one step; what is found is reported at once.
 
@@ -45,6 +46,7 @@ def watch(
     inside_until   look into two more steps, where they can be over by this time of `time.monotonic`: one under the
                    profiler, which slows the host, so that the busy share is a lower bound; one that counts operations,
                    recomputed ones among them
+    count          whether to count operations; in compiled code they cannot be seen
     """
     for _ in range(warmup):
         yield
@@ -66,7 +68,7 @@ def watch(
         wall = time.perf_counter() - started
     if gpu:
         report(gpu_busy=round(busy_seconds(profiler.events()) / wall, 3))
-    if time.monotonic() + slow > inside_until:
+    if not count or time.monotonic() + slow > inside_until:
         return
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Whole()  # type: ignore[assignment]

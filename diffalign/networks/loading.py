@@ -55,7 +55,7 @@ def load_backbone(
         dtype: dtype of frozen weights; trainable weights are always float32
         attention: attention implementation
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
-        compile: compile the trainable network by torch's compiler: blocks, the blocks that repeat, takes a minute or two
+        compile: compile the trainable network: blocks, the blocks that repeat, takes a minute or two
             and gains most; whole takes several minutes. A GPU trains faster then; the first step takes that time
         max_sequence_length: T5 tokens per prompt (SD3 and FLUX; other families have no T5)
         guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
