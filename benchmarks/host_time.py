@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from results_file import RESULTS, ROOT, commit, cpu, write_rows
 
+torch.set_num_threads(1)
 ROWS = RESULTS / "host_time.json"
 STEPS = 12
 os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -46,12 +47,12 @@ class Parts:
         def timed(*args: Any, **kwargs: Any) -> Any:
             if self._inside:
                 return function(*args, **kwargs)
-            self._inside, started = True, time.perf_counter()
+            self._inside, started = True, time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
                 self._inside = False
-                self.seconds[name] += time.perf_counter() - started
+                self.seconds[name] += time.process_time() - started
 
         setattr(owner, method, timed)
 
@@ -61,9 +62,9 @@ def watch(parts: Parts, found: list[Counter[str]], steps: int, profiler: cProfil
     yield from itertools.repeat(None, 3)
     for _ in range(steps):
         parts.seconds.clear()
-        started = time.perf_counter()
+        started = time.process_time()
         yield
-        total = time.perf_counter() - started
+        total = time.process_time() - started
         found.append(Counter({**parts.seconds, "ours": total - parts.seconds.total()}))
     profiler.enable()
     yield from itertools.repeat(None, steps)
@@ -74,7 +75,7 @@ def by_function(profiler: cProfile.Profile, steps: int) -> list[tuple[str, float
     """Our functions with the ms a step that passed in them and in what they called, the slowest first."""
     found = []
     for (file, _, name), (_, _, _, cumulative, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
-        if file.startswith(str(ROOT / "diffalign")):
+        if file.startswith(str(ROOT / "diffalign")) or "accelerate" in file or "optimizer.py" in file:
             found.append((f"{Path(file).name}:{name}", 1e3 * cumulative / steps))
     return sorted(found, key=lambda x: -x[1])
 

@@ -118,8 +118,9 @@ def precision(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def as_input(network: Any, *tensors: Tensor) -> list[Tensor]:
-    """Tensors cast to the weight dtype of a diffusers model."""
-    dtype = network.dtype
+    """Tensors cast to the weight dtype of a diffusers model: `network.dtype`, which would visit every module."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    dtype = next(p.dtype for name, p in network.named_parameters() if not any(k in name for k in kept))
     return [x.to(dtype) for x in tensors]
 
 
