@@ -27,6 +27,9 @@ MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 """Layers whose weights autocast casts at every forward pass."""
 GRAPHS = 64
 """Most graphs that are compiled of one block: one for each shape, LoRA on or off, with gradients or without."""
+COMPILER: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
+"""Settings of the compiler. Intermediate results are rounded as in eager mode: otherwise rounding would depend on the
+graph, and in half precision the reference would no longer equal the policy at the start."""
 Role = Literal["policy", "reference", "encoder", "decoder"]
 
 
@@ -170,11 +173,7 @@ def _compute_norms_in_half(network: nn.Module) -> None:
 
 
 def _compile(denoiser: Any) -> None:
-    """Compile a placed denoiser as its `compiled` says; the first forward and backward pass take the time.
-
-    Intermediate results are rounded as in eager mode. Otherwise rounding would depend on the graph, and in half
-    precision the reference would no longer equal the policy at the start.
-    """
+    """Compile a placed denoiser as its `compiled` says; the first forward and backward pass take the time."""
     how = getattr(denoiser, "compiled", "off")
     if how == "off":
         return
@@ -184,7 +183,7 @@ def _compile(denoiser: Any) -> None:
     blocks = getattr(network, "_repeated_blocks", None) or network._no_split_modules
     for module in [network] if how == "whole" else network.modules():
         if how == "whole" or type(module).__name__ in blocks:
-            module.compile(dynamic=False, options={"emulate_precision_casts": True})
+            module.compile(**COMPILER)
 
 
 _compiler_times: list[float] = []
