@@ -4,9 +4,9 @@
 
 The network has as many layers as SDXL's, 70 transformer blocks with 560 LoRA layers, but so few channels that kernels
 cost next to nothing. Diffusion-DPO runs with a fresh reference, so that LoRAs are switched off and on. Not ours, and
-listed beside it: the network's forward and backward pass, clipping and the optimizer's step by torch and accelerate, which
-come once for all micro-batches of a step, and reading the batch, which worker processes do in a real run. Times are of
-the processor. `ours` holds what torch frees when a loss goes out of scope; `ours_in_python` is what the profiler sees,
+listed beside it: the network's forward and backward pass, clipping and the optimizer's step by torch and accelerate,
+once for all micro-batches of a step, and reading the batch, which worker processes do in a real run. Times are of the
+processor. `ours` holds what torch frees when a loss goes out of scope; `ours_in_python` is what the profiler sees,
 itself included. Writes results/host_time.json.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import RESULTS, ROOT, commit, cpu, write_rows
+from results_file import RESULTS, commit, cpu, write_rows
 
 torch.set_num_threads(1)
 ROWS = RESULTS / "host_time.json"

@@ -89,7 +89,7 @@ class Trainer:
             hook.start(self)
         self.run.print(*self._describe(loader))
         batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
-        compiling = 0.0
+        compiled = 0.0
         bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
         with self._signals.caught():
             while self.step < self.steps:
@@ -100,7 +100,7 @@ class Trainer:
                 self.step += 1
                 values["perf/samples_per_second"] = self._effective(loader) / (time.perf_counter() - started)
                 self.run.log(self.step, values)
-                compiling = self._say_how_long(compiling)
+                compiled = self._describe_compiling(compiled)
                 if self.run.accelerator.num_processes == 1:
                     self.interrupted = self._signals.signum
                 for hook in self.hooks:
@@ -221,9 +221,9 @@ class Trainer:
         means = (total[: len(names), 0] / total[: len(names), 1]).unbind()
         return dict(zip(names, means, strict=True))
 
-    def _say_how_long(self, said: float) -> float:
-        """Print how long compiling took, if it took longer than `said` seconds; returns the seconds."""
-        seconds = compile_seconds()
+    def _describe_compiling(self, said: float) -> float:
+        """Print how long this run has compiled, if it was longer than `said` seconds; returns the seconds."""
+        seconds = compile_seconds() - self.run.compiled_before
         if seconds > said:
             self.run.print(f"compiled in {seconds:.0f} s; another run with the same shapes reads torch's cache")
         return seconds
