@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def by_function(profiler: cProfile.Profile, steps: int) -> list[tuple[str, float
     return sorted(found, key=lambda x: -x[1])
 
 
-def measure(scratch: Path, steps: int) -> tuple[list[Counter[str]], cProfile.Profile]:
+def measure(scratch: Path, steps: int, more: Sequence[str]) -> tuple[list[Counter[str]], cProfile.Profile]:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from diffusers import UNet2DConditionModel
@@ -109,7 +109,7 @@ def measure(scratch: Path, steps: int) -> tuple[list[Counter[str]], cProfile.Pro
     parts.time(AcceleratedOptimizer, "zero_grad", "optimizer")
     parts.time(_BaseDataLoaderIter, "__next__", "reading")
     place = Place(scratch, tiny=True, until=time.monotonic() + 600, matmul=None)
-    settings = ["data.draws_per_sample=null", "backbone.lora_rank=8", "backbone.gradient_checkpointing=false"]
+    settings = [*more, "data.draws_per_sample=null", "backbone.lora_rank=8", "backbone.gradient_checkpointing=false"]
     recipe(place, watch(parts, found, steps), "diffusion_dpo", "sdxl", "deep", 2, settings)
     return found, parts.profiler
 
@@ -117,9 +117,10 @@ def measure(scratch: Path, steps: int) -> tuple[list[Counter[str]], cProfile.Pro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="micro-batches measured")
+    parser.add_argument("settings", nargs="*", help="of train/diffusion_dpo.py, such as backbone.compile=blocks")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found, profiler = measure(Path(scratch), args.steps)
+        found, profiler = measure(Path(scratch), args.steps, args.settings)
     median: Callable[[str], float] = lambda name: round(1e3 * statistics.median(x[name] for x in found), 2)  # noqa: E731
     names = sorted({name for x in found for name in x})
     row = {"case": "SDXL's layers, LoRA, one micro-batch", "device": cpu(), "unit": "ms", "commit": commit()}
@@ -128,7 +129,8 @@ def main() -> None:
     print(json.dumps(row))
     for name, ms in by_function(profiler, args.steps)[:25]:
         print(f"{ms:8.2f} ms  {name}  (under the profiler, with what it calls)")
-    write_rows(ROWS, [row])
+    if not args.settings:
+        write_rows(ROWS, [row])
 
 
 if __name__ == "__main__":
