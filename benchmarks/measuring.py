@@ -114,8 +114,9 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
 
 
 def fresh(device: torch.device) -> None:
-    """Let go of what is no longer used, and count the peak of memory from here on."""
+    """Let go of what is no longer used, count the peak of memory from here on, and forget that TF32 was allowed."""
     gc.collect()
+    torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

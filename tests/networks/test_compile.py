@@ -20,6 +20,15 @@ from diffalign.networks.reference import reference_for
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
 WAYS = [*((family, "blocks") for family in FAMILIES), ("tiny_sd3", "whole")]
+ROOT = Path(__file__).parent.parent.parent
+FAST = {"dynamic": False, "backend": "aot_eager"}
+"""Graphs are captured as always, and run as they are: no code is generated."""
+FAST_RECIPE = f"""
+import runpy, sys
+from diffalign.networks import placement
+placement.COMPILER = {FAST}
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+"""
 CPU, HALF = torch.device("cpu"), torch.bfloat16
 
 
@@ -35,8 +44,7 @@ def new_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def fast_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured as always, and run as they are: no code is generated."""
-    monkeypatch.setattr(placement, "COMPILER", {"dynamic": False, "backend": "aot_eager"})
+    monkeypatch.setattr(placement, "COMPILER", FAST)
 
 
 def graphs() -> int:
@@ -108,3 +116,21 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     assert found["blocks"] == pytest.approx(found["off"], abs=1e-5)
     assert found["blocks"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert capsys.readouterr().out.count("compiled in ") == 1
+
+
+def test_two_processes_compile_too(
+    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, forks: Any
+) -> None:
+    """With DDP around compiled blocks: the losses of one process that accumulates."""
+    settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={tiny_sd}"]
+    settings += ["backbone.lora_rank=2", "trainer.steps=2", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
+    settings += ["hooks.verify_export=false"]
+    here = [f"run.folder={tmp_path / 'two'}", "backbone.compile=blocks"]
+    done = forks.run(FAST_RECIPE, str(ROOT / "train" / "diffusion_dpo.py"), *settings, *here, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    recipe("diffusion_dpo", *settings, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=2")
+    two, one = (
+        [json.loads(line)["policy/loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    assert two == pytest.approx(one, abs=1e-5)
