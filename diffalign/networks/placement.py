@@ -14,13 +14,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -93,7 +94,7 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
             network.to(memory_format=torch.channels_last)
     if where.gradient_checkpointing and role != "encoder":
         model = network.network if role == "policy" else network
-        model.enable_gradient_checkpointing()  # diffusers checkpoints with use_reentrant=False
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
     return network
 
 

@@ -86,6 +86,7 @@ def test_every_family_is_compiled_once_for_each_state_of_its_lora(
     assert graphs() == compiled
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="the C++ code of older ones cannot round as eager mode does")
 def test_the_compiled_reference_equals_the_policy_in_half_precision(tiny_sd: Path) -> None:
     """With the code that a run compiles. Without `emulate_precision_casts` this fails."""
     before = compile_seconds()
