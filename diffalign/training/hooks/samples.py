@@ -51,6 +51,7 @@ class SampleGrid(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.every == 0 or trainer.last:
+            trainer.check_loss()
             self.draw(trainer.step)
 
     def draw(self, step: int) -> None:
