@@ -106,9 +106,6 @@ CASES = {
     "sd15-lora-8-whole": dpo(
         "sd15", 8, 8, 150, ", compiled whole", compiled="whole", baseline=False, like=("sd15-lora-8", "baseline")
     ),
-    "sd15-full-8-whole": dpo(
-        "sd15", 0, 8, 150, ", compiled whole", compiled="whole", baseline=False, like=("sd15-full-8", "baseline")
-    ),
     "xformers": dpo("sd15", 8, 8, 12, ", xformers against sdpa", run="xformers", like=("sd15-lora-8", "ours")),
 }
 TOGETHER = {"tests": device_tests, "demo": demo}

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -80,7 +80,8 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
     if role == "policy":
         network.compute_dtype = network.network.compute_dtype = where.compute_dtype
         if where.compute_dtype is not None:
-            _compute_norms_in_half(network)
+            for layer in network.modules():
+                layer.__class__ = HALF_NORMS.get(type(layer), type(layer))
             torch.backends.cuda.matmul.allow_tf32 = True  # for the float32 products outside autocast
         if hasattr(network.network, "conv_in"):  # a U-Net
             network.network.to(memory_format=torch.channels_last)
@@ -165,12 +166,7 @@ def _affine(norm: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
     return weight, bias
 
 
-def _compute_norms_in_half(network: nn.Module) -> None:
-    for layer in network.modules():
-        if type(layer) is nn.GroupNorm:
-            layer.__class__ = _HalfGroupNorm
-        elif type(layer) is nn.LayerNorm:
-            layer.__class__ = _HalfLayerNorm
+HALF_NORMS = {nn.GroupNorm: _HalfGroupNorm, nn.LayerNorm: _HalfLayerNorm}
 
 
 def _compile(denoiser: Any) -> None:
@@ -185,6 +181,11 @@ def _compile(denoiser: Any) -> None:
     for module in [network] if how == "whole" else network.modules():
         if how == "whole" or type(module).__name__ in blocks:
             module.compile(**COMPILER)
+
+
+def uncompiled(where: Placement) -> AbstractContextManager[Any]:
+    """Context manager for a few forward passes in other shapes than those of training, not worth compiling."""
+    return nullcontext() if where.compile == "off" else torch.compiler.set_stance("force_eager")
 
 
 _compiler_times: list[float] = []

@@ -110,13 +110,15 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
         settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={tiny_sd}"]
         settings += [f"backbone.lora_rank={rank}", f"backbone.compile={how}", "data.draws_per_sample=2"]
         settings += ["run.mixed_precision=bf16", "algorithm.beta=5000", "trainer.steps=3", "optimizer.lr=1e-4"]
-        settings += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
+        settings += ["hooks.checkpoint_every=0", "hooks.verify_export=false", "hooks.sample_every=3"]
+        settings += ["hooks.sample_prompts=[small red circle on white]", "hooks.sample_steps=2"]
         recipe("diffusion_dpo", "--config=playground", *settings)
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found[how] = [row["policy/loss"] for row in rows]
     assert found["blocks"] == pytest.approx(found["off"], abs=1e-5)
     assert found["blocks"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert capsys.readouterr().out.count("compiled in ") == 1
+    assert graphs() <= 3, "samples compile nothing"
 
 
 def test_two_processes_compile_too(
