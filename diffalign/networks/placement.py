@@ -148,8 +148,7 @@ class _HalfGroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = _affine(self, x.dtype)
-            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+            return F.group_norm(x, self.num_groups, *_affine(self, x.dtype), self.eps)
 
 
 class _HalfLayerNorm(nn.LayerNorm):
@@ -157,13 +156,11 @@ class _HalfLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            weight, bias = _affine(self, x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+            return F.layer_norm(x, self.normalized_shape, *_affine(self, x.dtype), self.eps)
 
 
 def _affine(norm: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    weight, bias = (None if x is None else x.to(dtype) for x in (norm.weight, norm.bias))
-    return weight, bias
+    return tuple(None if x is None else x.to(dtype) for x in (norm.weight, norm.bias))  # type: ignore[return-value]
 
 
 HALF_NORMS = {nn.GroupNorm: _HalfGroupNorm, nn.LayerNorm: _HalfLayerNorm}
