@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -37,7 +38,9 @@ def new_compiler() -> Iterator[None]:
     torch._dynamo.reset()  # forgets who asked to be told of compilations
     placement._watch_compiler.cache_clear()
     counters.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
     yield
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch._dynamo.reset()
     placement._watch_compiler.cache_clear()
 
