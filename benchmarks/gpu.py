@@ -85,11 +85,6 @@ CASES = {
     "sd15-lora-8": dpo("sd15", 8, 8, 25),
     "sd15-full-8": dpo("sd15", 0, 8, 25),
     "sdxl-lora-2": dpo("sdxl", 8, 2, 55, ", checkpointing", warmup=2, steps=6),
-    "sd15-lora-8-compiled": dpo("sd15", 8, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-lora-8", "baseline")),
-    "sdxl-lora-2-compiled": dpo(
-        "sdxl", 8, 2, 100, ", checkpointing, compiled blocks", **COMPILED, steps=6, like=("sdxl-lora-2", "baseline")
-    ),
-    "sd15-full-8-compiled": dpo("sd15", 0, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-full-8", "baseline")),
     "sd15-lora-1": dpo("sd15", 8, 1, 15),
     "sd15-full-1": dpo("sd15", 0, 1, 15),
     "di-star-sd15": other("diff_instruct_star", "sd15", 4, 25, "sdxl_dmd2", TEACHER),
@@ -97,6 +92,11 @@ CASES = {
     "r0-sd15": other("r0", "sd15", 4, 15, "sd15"),
     "inpo-sd15": other("inpo", "sd15", 4, 15, "sd15"),
     "scoring": Case("reward-score, ViT-H-14", "images/s", 25, "scoring", {"images": 128}),
+    "sd15-lora-8-compiled": dpo("sd15", 8, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-lora-8", "baseline")),
+    "sdxl-lora-2-compiled": dpo(
+        "sdxl", 8, 2, 100, ", checkpointing, compiled blocks", **COMPILED, steps=6, like=("sdxl-lora-2", "baseline")
+    ),
+    "sd15-full-8-compiled": dpo("sd15", 0, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-full-8", "baseline")),
     "pso-sdxl": other("pso", "sdxl", 2, 35, "sdxl_dmd2", steps=3),
     "r0-sdxl": other("r0", "sdxl", 1, 30, "sd15", steps=3),
     "inpo-sdxl": other("inpo", "sdxl", 1, 40, "sdxl", steps=3),
