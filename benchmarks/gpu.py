@@ -14,6 +14,8 @@ Results of cases that are not run again are kept.
   ours, baseline     rates in `unit`; for tests the numbers of passed and of all tests; for the demo seconds
   peak_gb_*          peak memory of the allocator, GB (2^30 bytes), with weights, encoding and the reference
   matmul_share       ours: operations per second, with recomputation, over the rate of an 8192^3 bf16 product
+  compile_seconds    compiled cases: time to compile, which is over before the first timed step
+  first_loss_over_ln2  Diffusion-DPO: first loss minus ln 2; 0 where reference and policy agree at the start
   gpu_busy           ours: share of a step in which a kernel runs, under the profiler (a lower bound)
 """
 
@@ -73,6 +75,7 @@ def other(name: str, size: str, batch: int, seconds: float, config: str, *more: 
 
 
 FRESH = {"more": ["data.draws_per_sample=null"], "baseline": False}
+COMPILED: dict[str, Any] = {"compiled": "blocks", "baseline": False}
 TEACHER = "teacher.path={pipeline}"  # one set of weights with two LoRAs
 CASES = {
     "tests": Case("tests/device", "tests passed", 90, "device_tests"),
@@ -89,12 +92,20 @@ CASES = {
     "r0-sd15": other("r0", "sd15", 4, 15, "sd15"),
     "inpo-sd15": other("inpo", "sd15", 4, 15, "sd15"),
     "scoring": Case("reward-score, ViT-H-14", "images/s", 25, "scoring", {"images": 128}),
+    "sd15-lora-8-compiled": dpo("sd15", 8, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-lora-8", "baseline")),
+    "sdxl-lora-2-compiled": dpo(
+        "sdxl", 8, 2, 100, ", checkpointing, compiled blocks", **COMPILED, steps=6, like=("sdxl-lora-2", "baseline")
+    ),
+    "sd15-full-8-compiled": dpo("sd15", 0, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-full-8", "baseline")),
     "pso-sdxl": other("pso", "sdxl", 2, 35, "sdxl_dmd2", steps=3),
     "r0-sdxl": other("r0", "sdxl", 1, 30, "sd15", steps=3),
     "inpo-sdxl": other("inpo", "sdxl", 1, 40, "sdxl", steps=3),
     "di-star-sdxl": other("diff_instruct_star", "sdxl", 1, 70, "sdxl_dmd2", TEACHER, steps=2),
     "sd15-lora-8-fresh": dpo("sd15", 8, 8, 12, ", new noise every epoch", **FRESH, like=("sd15-lora-8", "baseline")),
     "sd15-full-8-fresh": dpo("sd15", 0, 8, 12, ", new noise every epoch", **FRESH, like=("sd15-full-8", "baseline")),
+    "sd15-lora-8-whole": dpo(
+        "sd15", 8, 8, 150, ", compiled whole", compiled="whole", baseline=False, like=("sd15-lora-8", "baseline")
+    ),
     "xformers": dpo("sd15", 8, 8, 12, ", xformers against sdpa", run="xformers", like=("sd15-lora-8", "ours")),
 }
 TOGETHER = {"tests": device_tests, "demo": demo}
@@ -188,8 +199,15 @@ class Session:
             theirs, side = like
             names = {"baseline": side, "peak_gb_baseline": f"peak_gb_{side}"}
             self.take(key, {ours: self.found(theirs, name) for ours, name in names.items()})
+            if "compiled" in CASES[key].settings:
+                self.take(key, {"matmul_share": self._share_as_uncompiled(key, theirs)})
         self.save()
         print(json.dumps(self.rows[key]), flush=True)
+
+    def _share_as_uncompiled(self, key: str, theirs: str) -> float | None:
+        """Share of the matmul rate of a compiled step, which does the operations of the uncompiled one."""
+        ours, rate, share = self.rows[key]["ours"], self.found(theirs, "ours"), self.found(theirs, "matmul_share")
+        return round(share * ours / rate, 4) if ours and rate and share else None
 
     def found(self, key: str, what: str) -> Any:
         """Results of a case from this call, or from an earlier call on the same device."""

@@ -6,6 +6,7 @@ Our side is the recipe's `main` with the shipped config of a real model size, st
 from __future__ import annotations
 
 import importlib.util
+import math
 import runpy
 import tempfile
 import time
@@ -20,14 +21,16 @@ from random_models import SIZES, pipeline_folder, playground_pairs, vit_h, vit_t
 from released_step import released_step
 
 from diffalign.commands import launch
+from diffalign.networks.placement import compile_seconds
 from diffalign.playground.world import captions
+from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 from reward_models.folder.scoring import score_files
 
 Report = Callable[..., None]
 QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]
 ENDLESS = ["trainer.steps=1000000000", "trainer.grad_accum=1", "run.mixed_precision=bf16", "backbone.dtype=bf16"]
-PAIRS = {"sd15": 32, "sdxl": 8}
+PAIRS = {"sd15": 32, "sdxl": 8, "deep": 8}
 """Number of pairs on disk: enough for an epoch of several steps, and encoded within seconds."""
 WORKERS = 8
 PROMPTS = 16
@@ -45,7 +48,7 @@ class Place(NamedTuple):
     def device(self) -> torch.device:
         return torch.device("cpu" if self.tiny else "cuda")
 
-    def ours(self, report: Report, amount: float, *, part: float = 4, **counts: int) -> Iterator[None]:
+    def ours(self, report: Report, amount: float, *, part: float = 4, **counts: Any) -> Iterator[None]:
         """Measures our side, for at most a part of the remaining time."""
         limits: Any = {"seconds": (self.until - time.monotonic()) / part, "inside_until": self.until}
         return watch(report, "ours", amount, self.device, **counts, **limits, matmul=self.matmul)
@@ -92,12 +95,22 @@ def pairs(
     config: str,
     more: Sequence[str] = (),
     baseline: bool = True,
+    compiled: str = "off",
     warmup: int = 3,
     steps: int = 10,
 ) -> None:
-    """Diffusion-DPO by train/diffusion_dpo.py, and the released step on the same pairs."""
+    """Diffusion-DPO by train/diffusion_dpo.py, and the released step on the same pairs.
+
+    Compilation ends before the first timed step. With stored reference errors the first loss is ln 2.
+    """
     settings = [f"data.draws_per_sample={2 if size == 'sd15' else 1}", f"backbone.lora_rank={rank}", *more]
-    recipe(place, place.ours(report, batch, warmup=warmup, steps=steps), "diffusion_dpo", config, size, batch, settings)
+    settings.append(f"backbone.compile={compiled}")
+    before = compile_seconds()
+    watching = place.ours(report, batch, warmup=warmup, steps=steps, count=compiled == "off")
+    first = recipe(place, watching, "diffusion_dpo", config, size, batch, settings)
+    if compiled != "off":
+        report(compile_seconds=round(compile_seconds() - before, 1))
+    report(first_loss_over_ln2=float(first["policy/loss"]) - math.log(2))
     if not baseline:
         return
     fresh(place.device)
@@ -127,8 +140,11 @@ def algorithm(
 
 def recipe(
     place: Place, watching: Iterator[None], name: str, config: str, size: str, batch: int, settings: Sequence[str]
-) -> None:
-    """Run train/<name>.py on a model with random weights until enough training steps are measured."""
+) -> dict[str, Any]:
+    """Run train/<name>.py on a model with random weights until enough training steps are measured.
+
+    Returns the metrics of the first step.
+    """
     main = runpy.run_path(str(launch.find("train", name)))["main"]
     data = place.pairs(size) if name in ("diffusion_dpo", "inpo") else _prompts(place.scratch / "prompts.txt")
     online = data.suffix == ".txt"
@@ -142,7 +158,7 @@ def recipe(
     with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
         fresh(place.device)
         argv = [f"--config={config}", f"run.folder={folder}/run", *quiet, *ENDLESS, *here, *settings]
-        watched(watching, lambda: main(argv))
+        return watched(watching, lambda: main(argv))
 
 
 class Measured(Exception):
@@ -166,22 +182,28 @@ class Clock:
         raise AssertionError("the recipe ended before its steps were measured")
 
 
-def watched(watching: Iterator[None], run: Callable[[], Any]) -> None:
-    """Run a recipe with the hook `clock` added after its own hooks."""
-    fit = Trainer.fit
+def watched(watching: Iterator[None], run: Callable[[], Any]) -> dict[str, Any]:
+    """Run a recipe with the hook `clock` added after its own hooks. Returns the metrics of the first step."""
+    fit, log = Trainer.fit, Run.log
+    first: dict[str, Any] = {}
 
     def timed(self: Trainer, loader: Any) -> None:
         self.hooks = [*self.hooks, Clock(watching)]
         fit(self, loader)
 
-    Trainer.fit = timed  # type: ignore[method-assign]
+    def logged(self: Run, step: int, values: Any) -> None:
+        first.update({} if first else values)
+        log(self, step, values)
+
+    Trainer.fit, Run.log = timed, logged  # type: ignore[method-assign]
     try:
         run()
     except Measured:
         pass
     finally:
-        Trainer.fit = fit  # type: ignore[method-assign]
+        Trainer.fit, Run.log = fit, log  # type: ignore[method-assign]
         watching.close()  # type: ignore[attr-defined]
+    return first
 
 
 def _prompts(file: Path) -> Path:

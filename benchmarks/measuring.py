@@ -29,6 +29,7 @@ def watch(
     seconds: float = 20.0,
     matmul: float | None = None,
     inside_until: float | None = None,
+    count: bool = True,
 ) -> Iterator[None]:
     """Iterator that measures a loop with one step per iteration, and reports results at once.
 
@@ -45,6 +46,7 @@ def watch(
     inside_until   run two more steps if they can end before this time of `time.monotonic`: one under the profiler,
                    which slows the host, so that the busy share is a lower bound; and one that counts operations,
                    including recomputed ones
+    count          whether to count operations; compiled code hides them
     """
     for _ in range(warmup):
         yield
@@ -66,7 +68,7 @@ def watch(
         wall = time.perf_counter() - started
     if gpu:
         report(gpu_busy=round(busy_seconds(profiler.events()) / wall, 3))
-    if time.monotonic() + slow > inside_until:
+    if not count or time.monotonic() + slow > inside_until:
         return
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = Whole()  # type: ignore[assignment]
@@ -112,8 +114,9 @@ def matmul_rate(device: torch.device, size: int = 8192) -> float:
 
 
 def fresh(device: torch.device) -> None:
-    """Free unused memory and reset the peak memory."""
+    """Free unused memory, reset the peak memory, and disallow TF32, which a run may have allowed."""
     gc.collect()
+    torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

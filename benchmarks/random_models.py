@@ -65,6 +65,12 @@ SMALL_SDXL = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 6 * 8 + 24,
 }
+DEEP = SDXL | {  # SDXL's layers with few channels
+    "sample_size": 8,
+    "block_out_channels": (8, 8, 16),
+    "norm_num_groups": 4,
+    "attention_head_dim": (1, 1, 2),
+}
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 SMALL_VAE = {"block_out_channels": (4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
 SDXL_VAE = {"scaling_factor": 0.13025}
@@ -72,6 +78,7 @@ SIZES = {
     "sd15": Size({"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE, ((768, 12, 12),), 512),
     "sdxl": Size(SDXL | ADDED, VAE | SDXL_VAE, ((768, 12, 12), (1280, 32, 20)), 1024),
     "sd15, tiny": Size(SMALL | {"cross_attention_dim": 16}, SMALL_VAE, ((16, 1, 2),), 32),
+    "deep, tiny": Size(DEEP | SMALL_SDXL | ADDED, SMALL_VAE | SDXL_VAE, ((16, 1, 2), (24, 1, 2)), 64),
     "sdxl, tiny": Size(SMALL | SMALL_SDXL | ADDED, SMALL_VAE | SDXL_VAE, ((16, 1, 2), (24, 1, 2)), 64),
 }
 LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

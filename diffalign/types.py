@@ -197,11 +197,17 @@ class PromptBatch(NamedTuple):
 Batch = TypeVar("Batch", LatentBatch, GroupBatch, PromptBatch, ChoiceBatch)
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; the copy is asynchronous. Without pinned memory CUDA would first empty its queue."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device; the copy is asynchronous."""
-    moved: dict[str, Any] = {
-        k: v.to(device, non_blocking=True) for k, v in batch._asdict().items() if isinstance(v, (Tensor, Cond, Drawn))
-    }
+    fields = {k: v for k, v in batch._asdict().items() if isinstance(v, (Tensor, Cond, Drawn))}
+    moved: dict[str, Any] = tree_map_only(Tensor, lambda x: upload(x, device), fields)
     return batch._replace(**moved)
 
 

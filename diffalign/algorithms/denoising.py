@@ -93,10 +93,11 @@ class Denoising(Algorithm):
         """Each metric [n] split into quarters of the noise levels, NaN outside a quarter; n is N, or G for pairs."""
         fraction = self.noising.schedule.fraction(noised.input[1])
         bucket = (fraction * LEVEL_BUCKETS).ceil().long().clamp(1, LEVEL_BUCKETS) - 1
+        inside = bucket == torch.arange(LEVEL_BUCKETS, device=bucket.device)[:, None]
         return {
-            f"{name}@t{k * 1000 // LEVEL_BUCKETS:03d}": torch.where(bucket[: len(values)] == k, values, torch.nan)
+            f"{name}@t{k * 1000 // LEVEL_BUCKETS:03d}": row
             for name, values in metrics.items()
-            for k in range(LEVEL_BUCKETS)
+            for k, row in enumerate(torch.where(inside[:, : len(values)], values, torch.nan))
         }
 
 

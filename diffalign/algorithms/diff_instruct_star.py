@@ -32,7 +32,7 @@ from diffalign.networks.sampler import Sampler, Transition
 from diffalign.networks.score_networks import ScoreNetworks
 from diffalign.objectives.divergence import Distance, NoisySample, divergence_gradient, guidance_factor
 from diffalign.objectives.rewards import Rewards, norm
-from diffalign.types import Cond, Metrics, PromptBatch, RecentMetrics
+from diffalign.types import Cond, Metrics, PromptBatch, RecentMetrics, upload
 
 MIDDLE = (0.02, 0.98)
 """Range of noise levels at which scores are compared, as fractions from clean (0) to pure noise (1), as in DMD2."""
@@ -116,7 +116,7 @@ class DiffInstructStar(Algorithm):
     def noised(self, x0: Tensor, batch: PromptBatch) -> tuple[NoisySample, Tensor]:
         """Noised generator samples and their timesteps [B]."""
         schedule = self.noising.schedule
-        t = self.noising.sample(batch.keys).clamp(*schedule.at(torch.tensor(MIDDLE))).to(x0.device)
+        t = upload(self.noising.sample(batch.keys).clamp(*schedule.at(torch.tensor(MIDDLE))), x0.device)
         eps = self.noising.noise(batch.keys, x0)
         return NoisySample(schedule.add_noise(x0, eps, t), eps, *schedule.coefficients(t)), t
 
@@ -125,7 +125,7 @@ class DiffInstructStar(Algorithm):
         with torch.no_grad():
             x0 = self.transition(batch, grad=False).x0
         _activate(self.scores.aux)
-        t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
+        t, eps = upload(self.noising.sample(batch.keys), x0.device), self.noising.noise(batch.keys, x0)
         error = errors(self.aux, self.noising.add(x0, eps, t, batch.cond))
         return error.mean(), {"error": error.detach()}
 

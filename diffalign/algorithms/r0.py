@@ -23,7 +23,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.reference import AdapterOffReference, FrozenReference
 from diffalign.networks.sampler import Sampler, Transition
 from diffalign.objectives.rewards import RewardDirection, Rewards, cosine, norm, unit_length
-from diffalign.types import Cond, PromptBatch
+from diffalign.types import Cond, PromptBatch, upload
 
 
 class R0(RewardGradient):
@@ -96,7 +96,7 @@ class R0(RewardGradient):
     def _guidance(self, x0: Tensor, batch: PromptBatch) -> Tensor:
         """Guidance direction of the reference with respect to x0, a / s (eps(x_t) - eps(x_t|c)) up to its length."""
         schedule, n = self.noising.schedule, len(x0)
-        t, eps = self.noising.sample(batch.keys).to(x0.device), self.noising.noise(batch.keys, x0)
+        t, eps = upload(self.noising.sample(batch.keys), x0.device), self.noising.noise(batch.keys, x0)
         x_t = schedule.add_noise(x0, eps, t)
         both = Cond.cat([batch.cond, self.empty.repeat(n)._replace(size=batch.cond.size)])
         out = self.reference(x_t.repeat(2, 1, 1, 1), t.repeat(2), both)

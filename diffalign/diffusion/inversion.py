@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.diffusion.schedule import Schedule, VPSchedule, per_sample, upcast
 from diffalign.diffusion.steps import Network, gaussian_step, guided
 from diffalign.draws import Draws
-from diffalign.types import Cond, Key, Path
+from diffalign.types import Cond, Key, Path, upload
 
 
 class Inversion:
@@ -113,7 +113,7 @@ class Inversion:
             x_next = self._step(network, x[moving], now, then, some, without)
             if self.eta:
                 noise = self.draws.normal([(keys[i], k) for i in moving.tolist()], x.shape[1:], stream="inversion")
-                x_next = x_next + self._posterior_std(now, then) * noise.to(x.device)
+                x_next = x_next + self._posterior_std(now, then) * upload(noise, x.device)
             x = x.index_copy(0, moving, x_next)
         return x
 

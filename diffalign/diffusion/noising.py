@@ -12,7 +12,7 @@ from torch import Tensor
 from diffalign.diffusion.schedule import ErrorUnit, Schedule, VPSchedule, upcast
 from diffalign.diffusion.steps import Network
 from diffalign.draws import Draws
-from diffalign.types import Cond, Key
+from diffalign.types import Cond, Key, upload
 
 
 class Noised(NamedTuple):
@@ -92,7 +92,7 @@ class Noising:
 
     def noise(self, keys: Sequence[Key], like: Tensor) -> Tensor:
         """One eps per key, [len(keys), C, h, w] on the device of `like` [N, C, h, w]; stream "noise"."""
-        return self.draws.normal(keys, like.shape[1:], stream="noise").to(like.device)
+        return upload(self.draws.normal(keys, like.shape[1:], stream="noise"), like.device)
 
     def add(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Noised:
         """x0, eps [N, C, h, w], t [N] and a Cond of batch N -> noised latents with their targets."""

@@ -40,6 +40,7 @@ def load_backbone(
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
     attention: Literal["sdpa", "xformers"] = "sdpa",
     gradient_checkpointing: bool = False,
+    compile: Literal["off", "blocks", "whole"] = "off",
     max_sequence_length: int = 256,
     guidance_embedding: float = 1.0,
     seed: int = 0,
@@ -54,6 +55,8 @@ def load_backbone(
         dtype: dtype of frozen weights; trainable weights are always float32
         attention: attention implementation
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
+        compile: compile the trainable network: blocks, the blocks that repeat, takes a minute or two
+            and gains most; whole takes several minutes. A GPU trains faster then; the first step takes that time
         max_sequence_length: T5 tokens per prompt (SD3 and FLUX; other families have no T5)
         guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
         seed: seed of the LoRA's initial weights
@@ -67,7 +70,7 @@ def load_backbone(
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     where = placement if isinstance(placement, Placement) else Placement(placement)
     where = where._replace(frozen_dtype=DTYPES[dtype], lora=lora_rank > 0)
-    where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
+    where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing, compile=compile)
     backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
     place(backbone.denoiser, "policy", where)
     if lora_rank:

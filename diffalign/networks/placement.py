@@ -1,8 +1,8 @@
-"""Device and precision of networks: dtypes, autocast, memory format, attention, gradient checkpointing, DDP.
+"""Device and precision of networks: dtypes, autocast, compilation, memory format, attention, checkpointing, DDP.
 
-No other file of diffalign decides these; torch.compile and sharding belong here too. Trainable weights are float32, and
-their matrix products are computed in `compute_dtype`. Frozen weights are stored in `frozen_dtype`. Each network carries
-its own autocast, so callers need none. Losses, errors and log densities are float32, outside autocast.
+No other file of diffalign decides these; sharding belongs here too. Trainable weights are float32. Policy and reference
+compute in `compute_dtype`, norms too. Frozen weights are stored in `frozen_dtype`. Each network carries its own
+autocast, so callers need none. Losses, errors and log densities are float32, outside autocast.
 `reward_models.placement` places scorers.
 """
 
@@ -11,17 +11,26 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 """Layers whose weights autocast casts at every forward pass."""
+GRAPHS = 64
+"""Most graphs that are compiled of one block: one for each shape, LoRA on or off, with gradients or without."""
+COMPILER: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
+"""Settings of the compiler. Intermediate results are rounded as in eager mode: otherwise rounding would depend on the
+graph, and in half precision the reference would no longer equal the policy at the start."""
 Role = Literal["policy", "reference", "encoder", "decoder"]
 
 
@@ -29,11 +38,12 @@ class Placement(NamedTuple):
     """Device and precision settings. The run sets the first two (`run.placement`), the backbone section the others.
 
     device         device of all networks
-    compute_dtype  dtype of the matrix products of policy and reference; None for the dtype of the weights
+    compute_dtype  dtype in which policy and reference compute; None for the dtype of the weights
     frozen_dtype   dtype of frozen weights
     lora           whether only a LoRA trains, so that the base weights are frozen
     attention      attention implementation
     gradient_checkpointing  recompute activations in the backward pass
+    compile        compile the trainable network and its reference: the repeated blocks, or the whole network
     """
 
     device: torch.device
@@ -42,6 +52,7 @@ class Placement(NamedTuple):
     lora: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     gradient_checkpointing: bool = False
+    compile: Literal["off", "blocks", "whole"] = "off"
 
     def dtype(self, role: Role, *, overflows: bool = False) -> torch.dtype:
         """Weight dtype of a network in this role. overflows: it overflows in float16, so it gets float32 instead."""
@@ -67,16 +78,24 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
     assert where is not None
     network.to(where.device)
     if role == "policy":
-        network.compute_dtype = where.compute_dtype
+        network.compute_dtype = network.network.compute_dtype = where.compute_dtype
+        if where.compute_dtype is not None:
+            for layer in network.modules():
+                layer.__class__ = HALF_NORMS.get(type(layer), type(layer))
+            torch.backends.cuda.matmul.allow_tf32 = True  # for the float32 products outside autocast
         if hasattr(network.network, "conv_in"):  # a U-Net
             network.network.to(memory_format=torch.channels_last)
         if where.attention == "xformers":
             network.network.enable_xformers_memory_efficient_attention()
+        network.compiled = where.compile
+        _compile(network)
     else:
         network.eval().requires_grad_(False)
+        if role == "decoder" and where.device.type != "cpu":
+            network.to(memory_format=torch.channels_last)
     if where.gradient_checkpointing and role != "encoder":
         model = network.network if role == "policy" else network
-        model.enable_gradient_checkpointing()  # diffusers checkpoints with use_reentrant=False
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
     return network
 
 
@@ -91,7 +110,7 @@ def prepare(module: nn.Module, accelerator: Any) -> nn.Module:
 
 @contextmanager
 def precision(network: nn.Module, device: torch.device) -> Iterator[None]:
-    """Autocast of a placed denoiser: matrix products in its `compute_dtype`, norms and softmax in float32.
+    """Autocast of a placed denoiser: matrix products in its `compute_dtype`, softmax in float32.
 
     The weight cache is disabled: before torch 2.11 a cast made under no_grad was reused by calls that need gradients.
     """
@@ -104,8 +123,9 @@ def precision(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def as_input(network: Any, *tensors: Tensor) -> list[Tensor]:
-    """Tensors cast to the weight dtype of a diffusers model."""
-    dtype = network.dtype
+    """Tensors cast to the weight dtype of a diffusers model: `network.dtype`, which would visit every module."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) or ()
+    dtype = next(p.dtype for name, p in network.named_parameters() if not any(k in name for k in kept))
     return [x.to(dtype) for x in tensors]
 
 
@@ -116,7 +136,70 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     for layer in copied.modules() if dtype is not None else ():
         if isinstance(layer, MATRICES):
             layer.to(dtype)
+    _compile(copied)
     return copied
+
+
+class _HalfGroupNorm(nn.GroupNorm):
+    """GroupNorm in the dtype of its input, with statistics in float32, as torch's kernels compute them.
+
+    CUDA's autocast would convert the whole input to float32, and all that follows up to the next matrix product.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, *_affine(self, x.dtype), self.eps)
+
+
+class _HalfLayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, *_affine(self, x.dtype), self.eps)
+
+
+def _affine(norm: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(None if x is None else x.to(dtype) for x in (norm.weight, norm.bias))  # type: ignore[return-value]
+
+
+HALF_NORMS = {nn.GroupNorm: _HalfGroupNorm, nn.LayerNorm: _HalfLayerNorm}
+
+
+def _compile(denoiser: Any) -> None:
+    """Compile a placed denoiser as its `compiled` says; the first forward and backward pass take the time."""
+    how = getattr(denoiser, "compiled", "off")
+    if how == "off":
+        return
+    network = denoiser.network
+    torch._dynamo.config.recompile_limit = GRAPHS
+    _watch_compiler()
+    blocks = getattr(network, "_repeated_blocks", None) or network._no_split_modules
+    for module in [network] if how == "whole" else network.modules():
+        if how == "whole" or type(module).__name__ in blocks:
+            module.compile(**COMPILER)
+
+
+def uncompiled(where: Placement) -> AbstractContextManager[Any]:
+    """Context manager for a few forward passes in other shapes than those of training, not worth compiling."""
+    return nullcontext() if where.compile == "off" else torch.compiler.set_stance("force_eager")
+
+
+_compiler_times: list[float] = []
+
+
+@cache
+def _watch_compiler() -> None:
+    """From now on, note when each compilation of this process begins and ends."""
+    from torch._dynamo import callback
+
+    for register in (callback.on_compile_start, callback.on_compile_end):
+        register(lambda *_: _compiler_times.append(time.perf_counter()))
+
+
+def compile_seconds() -> float:
+    """Seconds that compiling took so far in this process; torch's cache keeps the results for later runs."""
+    return sum(end - start for start, end in zip(_compiler_times[::2], _compiler_times[1::2], strict=False))
 
 
 def on_cpu(network: nn.Module) -> nn.Module:
@@ -131,6 +214,16 @@ def on_cpu(network: nn.Module) -> nn.Module:
 def freeze(module: nn.Module, dtype: torch.dtype) -> None:
     """Freeze a module and cast it to a dtype."""
     module.requires_grad_(False).to(dtype)
+
+
+def train_lora(layer: Any, network: Any) -> None:
+    """Make all LoRAs of a peft layer of a network trainable, in float32.
+
+    Under autocast the layer need not cast its inputs to float32, which autocast would cast back.
+    """
+    for parameters in (layer.lora_A, layer.lora_B):
+        trainable(parameters)
+    layer.cast_input_dtype_enabled = getattr(network, "compute_dtype", None) is None
 
 
 def trainable(module: nn.Module) -> None:

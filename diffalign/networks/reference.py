@@ -36,7 +36,7 @@ class AdapterOffReference:
     """
 
     def __init__(self, denoiser: nn.Module):
-        self.denoiser = denoiser
+        self.denoiser, self.layers = denoiser, lora_layers(denoiser)
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -46,7 +46,7 @@ class AdapterOffReference:
 
     def using(self) -> AbstractContextManager[None]:
         """A context manager that disables the LoRA, so that `denoiser` is the reference; inputs may need gradients."""
-        return adapters_off(self.denoiser)
+        return adapters_off(self.layers)
 
 
 def reference_for(denoiser: nn.Module) -> FrozenReference | AdapterOffReference:

@@ -21,7 +21,7 @@ from diffalign.diffusion.schedule import Schedule, VPSchedule, per_sample
 from diffalign.diffusion.steps import Network, Step, gaussian_step, guided, renoise_step
 from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
-from diffalign.types import Cond, Key
+from diffalign.types import Cond, Key, upload
 
 StepKind = Literal["deterministic", "ancestral", "renoise", "random"]
 SCHEDULERS: dict[str, tuple[StepKind, dict[str, Any]]] = {
@@ -149,7 +149,7 @@ class Sampler:
 
     def start(self, keys: Sequence[Key]) -> Tensor:
         """Initial latents [len(keys), C, h, w]."""
-        return self.scale * self.draws.normal(keys, self.shape, stream="latents").to(self.device)
+        return self.scale * upload(self.draws.normal(keys, self.shape, stream="latents"), self.device)
 
     def walk(
         self,
@@ -180,7 +180,7 @@ class Sampler:
                 x_next = mean
                 if self.law != "deterministic" and k + 1 < len(self):  # the last step never adds noise
                     noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
-                    x_next = mean + std * noise.to(x.device)
+                    x_next = mean + std * upload(noise, x.device)
                 x0, _ = self.schedule.split(out, x, t)
             transitions.append(Transition(x, t, t_next, out, x0, mean, std, x_next))
             x = x_next
@@ -207,7 +207,7 @@ class Sampler:
         if self.law == "renoise":
             return renoise_step(self.schedule, out, x_t, t, t_next)
         eta = self.draws.uniform(keys, stream="eta")
-        return renoise_step(self.schedule, out, x_t, t, t_next, per_sample(eta).to(x_t.device))
+        return renoise_step(self.schedule, out, x_t, t, t_next, upload(per_sample(eta), x_t.device))
 
     def noising(self) -> Noising:
         """Noising for training at the timesteps of this sampler only, with errors of the noise prediction."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
@@ -78,8 +79,8 @@ class LowRank(nn.Module):
 
 
 def has_user_adapter(network: nn.Module) -> bool:
-    """Whether the network has a user adapter."""
-    return bool(_processors(network))
+    """Whether the network has a user adapter. Asked in every forward pass, so it walks through no modules."""
+    return isinstance(getattr(network, "encoder_hid_proj", None), MultiIPAdapterImageProjection)
 
 
 def _processors(network: Any) -> list[Any]:

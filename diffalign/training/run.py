@@ -23,7 +23,7 @@ from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Pro
 from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
-from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
+from diffalign.networks.placement import Placement, compile_seconds, deterministic_only, placement_of, prepare
 from diffalign.training.metrics import MetricsFile
 from reward_models.files import read_lines, write_whole, writing
 
@@ -68,6 +68,7 @@ class Run:
         trackers = None if tracker == "none" else tracker
         self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=trackers, project_dir=self.folder)
         self.draws, self.log_every, self.resume = Draws(seed), log_every, resume
+        self.compiled_before = compile_seconds()  # of an earlier run in this process
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.accelerator, log_every)
         if self.main:
             self._claim(config)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.config import too_small
 from diffalign.interruption import ENDING, Interruption
-from diffalign.networks.placement import trained_parameters
+from diffalign.networks.placement import compile_seconds, trained_parameters
 from diffalign.training.optim import Player
 from diffalign.training.run import Run
 from diffalign.types import Metrics
@@ -65,6 +66,8 @@ class Trainer:
         self.stop = ""  # reason for an early stop; set by a hook
         self.interrupted = 0  # the signal that ends the run after this step, the same on every rank
         self.micro = 0  # micro-batches consumed by this rank
+        self._unread: Callable[[], None] = lambda: None  # the check of the last loss
+        self._trained = {name: trained_parameters(player.module) for name, player in players.items()}
         self._signals = Interruption(
             "the run ends after this step; send the signal once more to end it at once" if run.main else ""
         )
@@ -88,6 +91,7 @@ class Trainer:
             hook.start(self)
         self.run.print(*self._describe(loader))
         batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
+        compiled = 0.0
         bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
         with self._signals.caught():
             while self.step < self.steps:
@@ -98,6 +102,7 @@ class Trainer:
                 self.step += 1
                 values["perf/samples_per_second"] = self._effective(loader) / (time.perf_counter() - started)
                 self.run.log(self.step, values)
+                compiled = self._describe_compiling(compiled)
                 if self.run.accelerator.num_processes == 1:
                     self.interrupted = self._signals.signum
                 for hook in self.hooks:
@@ -112,6 +117,7 @@ class Trainer:
                     self.run.print(f"stopped after step {self.step}: {self.stop}")
                     break
         bar.close()
+        self.check_loss()
         self.run.metrics.flush()
         for hook in self.hooks:
             hook.end(self)
@@ -128,6 +134,7 @@ class Trainer:
 
     def _leave(self) -> NoReturn:
         """Exit with the signal's status; the checkpoint of the last step is already written."""
+        self.check_loss()
         name = signal.Signals(self.interrupted).name
         self.run.print(f"ended by {name} after step {self.step}")
         self.run.metrics.flush()
@@ -156,14 +163,12 @@ class Trainer:
             used += self.algorithm.keys(batch)
             self.micro += 1
         values: dict[str, Any] = self._mean(collected)
-        if not torch.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss of player '{turn.player}' is {values['loss'].item()} at step {self.step + 1}; samples on "
-                f"this rank: {used}. Lower 'optimizer.lr' or 'algorithm.beta', or check these samples."
-            )
-        values["grad_norm"] = accelerator.clip_grad_norm_(
-            trained_parameters(player.module), self.max_grad_norm
-        ).detach()
+        check = self._later_check(turn.player, values["loss"], used)
+        self.check_loss()  # of the optimizer step before: the device is busy with this one, so nobody waits
+        self._unread = check
+        if self.run.device.type == "cpu":
+            self.check_loss()
+        values["grad_norm"] = accelerator.clip_grad_norm_(self._trained[turn.player], self.max_grad_norm).detach()
         lr = player.lr_at(self.step)
         for group in player.optimizer.param_groups:
             group["lr"] = lr
@@ -172,21 +177,58 @@ class Trainer:
         values["lr"] = lr
         return {f"{turn.player}/{name}": value for name, value in values.items()}
 
+    def check_loss(self) -> None:
+        """Raise FloatingPointError if the last loss is not finite. Hooks that save call it first: it may wait.
+
+        The trainer itself checks a loss one optimizer step late, so that the device never waits for the host.
+        """
+        check, self._unread = self._unread, lambda: None
+        check()
+
+    def _later_check(self, player: str, loss: Tensor, used: Sequence[Any]) -> Callable[[], None]:
+        read, step = read_later(loss), self.step + 1
+
+        def check() -> None:
+            if not math.isfinite(value := read()):
+                raise FloatingPointError(
+                    f"the loss of player '{player}' is {value} at step {step}; samples on this rank: {used}. "
+                    "Lower 'optimizer.lr' or 'algorithm.beta', or check these samples."
+                )
+
+        return check
+
     def _mean(self, collected: Sequence[Metrics]) -> dict[str, Tensor]:
-        """Mean of each metric over samples, micro-batches and ranks. NaN is ignored, except in the loss."""
-        names = sorted(collected[0])
-        sums = []
-        for name in names:
-            values = torch.cat([m[name].reshape(-1).float() for m in collected])
-            valid = torch.ones_like(values, dtype=torch.bool) if name == "loss" else ~values.isnan()
-            sums.append(torch.stack([torch.where(valid, values, 0.0).sum(), valid.sum()]))
+        """Mean of each metric over samples, micro-batches and ranks. NaN is ignored, except in the loss.
+
+        Metrics of equal length are reduced together: one kernel instead of one for each.
+        """
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in sorted(collected[0]):
+            groups.setdefault(tuple(m[name].numel() for m in collected), []).append(name)
+        names, sums = [name for group in groups.values() for name in group], []
+        for group in groups.values():
+            rows = [torch.stack([m[name].reshape(-1).float() for name in group]) for m in collected]
+            values = torch.cat(rows, dim=1)
+            valid = ~values.isnan()
+            if "loss" in group:
+                valid[group.index("loss")] = True
+            sums.append(torch.stack([torch.where(valid, values, 0.0).sum(1), valid.sum(1)], dim=1))
         several = self.run.accelerator.num_processes > 1
         if several:  # share the received signals in the same reduction: all ranks end after the same step
-            sums.append(torch.stack([torch.full_like(sums[0][0], float(self._signals.signum == n)) for n in ENDING]))
-        total = self.run.accelerator.reduce(torch.stack(sums), reduction="sum")
+            signals = [float(self._signals.signum == n) for n in ENDING]
+            sums.append(torch.stack([torch.full_like(sums[0][0, 0], signal) for signal in signals])[None])
+        total = self.run.accelerator.reduce(torch.cat(sums), reduction="sum")
         if several and not self.interrupted:
             self.interrupted = next((int(n) for n, k in zip(ENDING, total[-1].tolist(), strict=True) if k), 0)
-        return {name: pair[0] / pair[1] for name, pair in zip(names, total[: len(names)], strict=True)}
+        means = (total[: len(names), 0] / total[: len(names), 1]).unbind()
+        return dict(zip(names, means, strict=True))
+
+    def _describe_compiling(self, said: float) -> float:
+        """Print how long this run has compiled, if it was longer than `said` seconds; returns the seconds."""
+        seconds = compile_seconds() - self.run.compiled_before
+        if seconds > said:
+            self.run.print(f"compiled in {seconds:.0f} s; another run with the same shapes reads torch's cache")
+        return seconds
 
     def _effective(self, loader: Any) -> int:
         return loader.batch_size * self.grad_accum * self.run.accelerator.num_processes
@@ -201,3 +243,21 @@ class Trainer:
             count = sum(p.numel() for p in trained_parameters(player.module))
             lines.append(f"player '{name}': {count:,} trainable parameters, lr {player.lr:g} (not scaled by the batch)")
         return lines + list(self.algorithm.describe())
+
+
+def read_later(x: Tensor) -> Callable[[], float]:
+    """Start to copy a scalar to the host. The result waits for the copy and returns the number.
+
+    The host does not wait where the device has events; elsewhere the copy is made at once.
+    """
+    events = x.device.type != "cpu" and getattr(torch.get_device_module(x.device), "Event", None)
+    if not events:
+        return x.item
+    number, arrived = x.to("cpu", non_blocking=True), events()  # torch pins the copy's memory
+    arrived.record()
+
+    def read() -> float:
+        arrived.synchronize()
+        return number.item()
+
+    return read

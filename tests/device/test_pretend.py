@@ -70,6 +70,18 @@ def test_waits_and_uploads_are_counted() -> None:
     assert not seen.waits and seen.uploads.total() == 1
 
 
+def test_a_copy_that_is_read_later_does_not_wait() -> None:
+    """Unless the device has nothing else to do meanwhile."""
+    x = torch.ones(2, device=HERE)
+    for work in (True, False):
+        with pretend.watched() as seen:
+            copied, event = x.to("cpu", non_blocking=True), torch.get_device_module(x.device).Event()
+            event.record()
+            _ = x + 1 if work else x
+            event.synchronize()
+        assert copied.tolist() == [1, 1] and seen.waits.total() == (not work)
+
+
 def test_the_device_has_its_own_random_generator() -> None:
     torch.manual_seed(1)
     host = torch.randn(2)

@@ -31,7 +31,7 @@ NAME = "pretend"
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 """Whether this version of torch can register a device with Python kernels."""
 
-MIXES = {"_local_scalar_dense", "_to_copy", "copy_", "index", "index_put_", "_index_put_impl_"}
+MIXES = {"_local_scalar_dense", "_to_copy", "copy_", "_foreach_copy_", "index", "index_put_", "_index_put_impl_"}
 """Operators that accept CPU tensors together with device tensors. Index operators accept only CPU indices."""
 STRICT = {"cat", "stack", "index_select", "gather", "scatter", "mm", "addmm", "bmm", "baddbmm", "where_index"}
 """Operators that refuse even zero-dimensional CPU tensors."""
@@ -132,6 +132,7 @@ class Seen(NamedTuple):
 
 _watchers: list[Seen] = []
 _random: list[Tensor] = []  # state of the device's random generator
+_queued = [0]  # operators that ran on the device
 refuse_float64 = False
 """As Apple's mps does."""
 
@@ -142,6 +143,16 @@ class _Module(backend_registration._DummyBackendModule if AVAILABLE else object)
     def set_device(self, device: Any) -> None: ...
     def synchronize(self, device: Any = None) -> None:
         _note("waits")
+
+    class Event:
+        """Waiting for it counts where nothing was queued after it: the device would be idle."""
+
+        def record(self) -> None:
+            self.queued = _queued[0]
+
+        def synchronize(self) -> None:
+            if self.queued == _queued[0]:
+                _note("waits")
 
     def empty_cache(self) -> None: ...
     def manual_seed_all(self, seed: int) -> None:
@@ -293,9 +304,11 @@ def _refuse_mixtures(name: str, args: Any, kwargs: Any) -> None:
         )
 
 
-def _count(func: Any, name: str, args: Any, out_here: bool) -> None:
+def _count(name: str, args: Any, kwargs: Any, out_here: bool) -> None:
     if not _watchers:
         return
+    if name == "_to_copy" and isinstance(args[0], Pretend) and not out_here and kwargs.get("non_blocking"):
+        return  # into pinned memory, as CUDA's; reading it needs an event
     if name in WAITS or (name == "_to_copy" and isinstance(args[0], Pretend) and not out_here):
         _note("waits")
     elif name == "copy_" and isinstance(args[1], Pretend) != isinstance(args[0], Pretend):
@@ -321,7 +334,8 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         here = isinstance(args[0], Pretend)
     if here and isinstance(kwargs.get("generator"), torch.Generator):
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
-    _count(func, name, args, here)
+    _count(name, args, kwargs, here)
+    _queued[0] += here
 
     def unwrap(x: Any) -> Any:
         if isinstance(x, Pretend):

@@ -88,7 +88,7 @@ def test_recomputing_under_another_lora_is_wrong_and_activate_prevents_it(tiny_s
 
 def test_adapters_off_leaves_every_lora_trainable(tiny_sd: Path) -> None:
     backbone, scores = shared(tiny_sd)
-    with pytest.raises(KeyError), adapters_off(backbone.denoiser):
+    with pytest.raises(KeyError), adapters_off(lora_layers(backbone.denoiser)):
         raise KeyError
     assert all(p.requires_grad for m in (backbone.denoiser, scores.aux) for p in m.parameters())
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from diffalign.networks.families.base import Backbone
+from diffalign.networks.placement import uncompiled
 from diffalign.networks.sampler import Sampler
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -27,7 +28,8 @@ def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key])
     size = max(1, PIXELS // width**2)
     for i in range(0, len(keys), size):
         some = keys[i : i + size]
-        x0 = sampler.sample(backbone.denoiser, cond.at(torch.arange(i, i + len(some))), some)
+        with uncompiled(backbone.source.placement):
+            x0 = sampler.sample(backbone.denoiser, cond.at(torch.arange(i, i + len(some))), some)
         yield backbone.decode(x0)
 
 
@@ -51,6 +53,7 @@ class SampleGrid(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         if trainer.step % self.every == 0 or trainer.last:
+            trainer.check_loss()
             self.draw(trainer.step)
 
     def draw(self, step: int) -> None:

@@ -102,7 +102,7 @@ def test_lora_starts_as_the_base_and_switches_off_exactly(tiny_sd: Path) -> None
 def test_adapters_are_enabled_again_after_an_error(tiny_sd: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
     trained = sum(p.requires_grad for p in backbone.denoiser.parameters())
-    with pytest.raises(RuntimeError, match="boom"), adapters_off(backbone.denoiser):
+    with pytest.raises(RuntimeError, match="boom"), adapters_off(lora_layers(backbone.denoiser)):
         raise RuntimeError("boom")
     assert sum(p.requires_grad for p in backbone.denoiser.parameters()) == trained
     assert not any(layer.disable_adapters for layer in lora_layers(backbone.denoiser))
