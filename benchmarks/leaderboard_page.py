@@ -184,9 +184,17 @@ def draw(rows: Rows) -> list[str]:
             axes.plot(line.mean("gain_sd"), line.diversity_change, "o", color=colour, label=name)
         axes.set(xlabel="gain, sd", ylabel="change of diversity")
 
+    def hacking(axes: Axes) -> None:
+        for k, r in enumerate(rows["curves"]):
+            _, proxy, judge = zip(*r["points"], strict=True)
+            style = "--" if r["name"].endswith("alone") else "-"
+            axes.plot(proxy, judge, style, color=COLOURS[k // 2], label=r["name"])
+        axes.set(xlabel="gain of the scorer that is climbed, sd", ylabel="gain of the judge, sd")
+
     words = (
         ("frontier", frontier, "Gain against drift of all settings tried on the base (validation captions)"),
         ("diversity", cost, "What a gain costs in diversity, and what choosing among the base's samples costs"),
+        ("curves", hacking, "Proxy reward against true preference over 300 steps, with the regulariser and without"),
     )
     out = []
     for name, paint, title in words:

@@ -105,4 +105,19 @@ GROUPED: tuple[tuple[Row, ...], ...] = (
 )
 """Rows in the order of work: a group with all its seeds before the next one."""
 
+CURVES: dict[str, tuple[str, Settings]] = {
+    "r0 plus": ("r0 plus/four_step/scorer", ()),
+    "r0 plus alone": ("r0 plus/four_step/scorer", ("algorithm.guidance_weight=0", "algorithm.start_weight=0")),
+    "draft": ("draft/playground/scorer", ()),
+    "draft alone": ("draft/playground/scorer", ("algorithm.reference_weight=0",)),
+    "refl": ("refl/playground/scorer", ()),
+    "refl alone": ("refl/playground/scorer", ("algorithm.reference_weight=0",)),
+    "diff_instruct_star": ("diff_instruct_star/four_step/scorer", ()),
+    "diff_instruct_star alone": ("diff_instruct_star/four_step/scorer", ("algorithm.reward_weight=10000",)),
+    "pso": ("pso/four_step/scorer", ()),
+    "pso alone": ("pso/four_step/scorer", ("algorithm.beta=1",)),
+}
+"""Longer runs of all that climb a scorer, with their regulariser and (nearly) without: name -> row, changes."""
+CURVE = ("optimizer.lr=1e-3", "trainer.steps=300")
+
 ROWS = {row.name: row for group in GROUPED for row in group}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from leaderboard_rows import BASE, FLOW, STEPS, Row, Settings
+from leaderboard_rows import BASE, CURVE, FLOW, STEPS, Row, Settings
 from scorers import train as train_scorer
 from torch import Tensor
 
@@ -117,6 +117,14 @@ class World:
         with counting() as count:
             recipe["main"](["--config=playground", *words, *row.changes, *settings])
         return {"forwards": count["forwards"], "seconds": round(time.time() - started, 1)}
+
+    def curve(self, row: Row, changes: Settings) -> list[tuple[int, float, float]]:
+        """Steps, and gains of the scorer that is climbed and of the exact judge, in their standard deviations."""
+        out = self.folder / "curve"
+        watch = ("monitor.prompts=playground", "monitor.held_out=diffalign.playground:Judge", "monitor.every=20")
+        self.train(row, (*CURVE, *changes, *watch), "true", 0, out)
+        names = ("step", "monitor/trained_gain", "monitor/held_out_gain")
+        return [tuple(x[n] for n in names) for x in read_lines(out / "metrics.jsonl") if names[1] in x]
 
     def drift(self, model: str, lora: Path) -> float:
         """Mean square distance of an aligned model's predictions from its base's, on noised samples of the base."""
