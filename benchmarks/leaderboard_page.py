@@ -136,7 +136,7 @@ def table(rows: Rows) -> str:
             ", ".join(f"{r['gain_sd']:+.2f}" for r in line.runs if r["labels"] == "flipped"),
             f"{100 * line.match_change:+.1f}",
             f"{line.diversity_change:+.1%}",
-            choosing_loses(rows, line.mean("gain_sd")),
+            choosing_loses(rows, line.mean("gain_sd")) if line.row.model == BASE else "",
             f"{line.mean('drift'):.3f}",
             f"{line.mean('forwards'):,.0f}",
             f"{line.mean('seconds'):.0f}",
@@ -177,7 +177,8 @@ def draw(rows: Rows) -> list[str]:
         axes.set(xlabel="drift: mean square change of the predictions", ylabel="gain, sd", xscale="log")
 
     def cost(axes: Axes) -> None:
-        axes.plot(*zip(*best_of(rows), strict=True), "k--", label="best of 2, 4, 8 by the judge")
+        if len(best_of(rows)) > 1:
+            axes.plot(*zip(*best_of(rows), strict=True), "k--", label="best of 2, 4, 8 by the judge")
         lines = [line for row in ROWS.values() if (line := Line(row, rows)).true and row.model == BASE]
         for colour, line in zip(COLOURS * 3, lines, strict=False):
             name = f"{line.row.algorithm} ({line.row.regime})"
@@ -198,8 +199,8 @@ def draw(rows: Rows) -> list[str]:
     )
     out = []
     for name, paint, title in words:
-        _figure(DOCS / f"leaderboard_{name}.svg", paint)
-        out.append(f"![{title}](leaderboard_{name}.svg)\n\n{title}.")
+        if _figure(DOCS / f"leaderboard_{name}.svg", paint):
+            out.append(f"![{title}](leaderboard_{name}.svg)\n\n{title}.")
     return out
 
 
@@ -207,15 +208,18 @@ def _swept(rows: Rows) -> list[Row]:
     return [row for row in ROWS.values() if row.model == BASE and len(_mine(rows["tuning"], row)) > 1]
 
 
-def _figure(path: Path, paint: Callable[[Axes], None]) -> None:
+def _figure(path: Path, paint: Callable[[Axes], None]) -> bool:
+    """Write a figure, unless it would be empty."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         paint(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=8)
+        if not axes.get_legend_handles_labels()[0]:
+            return False
+        axes.legend(frameon=False, fontsize=8)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return True
 
 
 def write_page(rows: Rows) -> None:
