@@ -52,6 +52,27 @@ def problems(recipe: str, sections: dict[str, Any], *overrides: str) -> list[str
     return []
 
 
+def test_every_setting_of_the_leaderboard_is_valid(sections: Callable) -> None:
+    """Six different ones for each row; a run that fails hours later would show it too late."""
+    rows = runpy.run_path(str(ROOT / "benchmarks" / "leaderboard_rows.py"))
+    known = {row.recipe: sections(row.recipe) for row in rows["ROWS"].values()}
+    for name, row in rows["ROWS"].items():
+        assert len(set(row.grid)) == 6, name
+        for settings in row.grid:
+            assert problems(row.recipe, known[row.recipe], "data.limit=null", *row.changes, *settings) == [], name
+        assert model_of(row) == row.model, name
+    for name, changes in rows["CURVES"].values():
+        row = rows["ROWS"][name]
+        assert problems(row.recipe, known[row.recipe], *row.changes, *rows["CURVE"], *changes) == [], name
+
+
+def model_of(row: Any) -> str:
+    """The model that a row trains, from its changes or its recipe's config."""
+    said = [word.split("=")[1] for word in row.changes if word.startswith("backbone.path=")]
+    path = config.read("playground", ROOT / "configs" / row.recipe)["backbone"]["path"]
+    return said[0] if said else path
+
+
 def keys(factory: Any, kind: type) -> list[str]:
     """Keys of a section with one number of this type."""
     found = {key: hint for key, (hint, _) in config.parameters(factory).items() if typing.get_origin(hint) is not tuple}

@@ -1,0 +1,185 @@
+"""Leaderboard: every algorithm tuned alike, with true, random and flipped labels, by the exact judge.
+
+    python benchmarks/leaderboard.py --hours 12                 # everything that the results lack
+    python benchmarks/leaderboard.py --row sft/playground/own --seed 0 --labels true
+    python benchmarks/leaderboard.py --hours 0                  # only writes the page and the figures again
+
+A row trains on pairs that simulated annotators label anew, or on prompts with a learned scorer. It is tuned first: six
+settings, one seed, true labels, chosen by how often people prefer its images of validation captions. The chosen setting
+is then measured on test captions with three seeds of true and of random labels (a scorer trained on random ratings) and
+one of flipped labels (the scorer with weight -1). All captions are held out of the base and the pairs; nothing is drawn
+with guidance. The gain with random labels is the training effect; what true labels gain beyond it is the label effect.
+
+Writes, run by run, results/leaderboard.json (runs on test captions), leaderboard_tuning.json (on validation captions),
+leaderboard_prompts.json (each run by prompt), leaderboard_curves.json (proxy reward against true preference); and
+docs/leaderboard.md with its figures. Continues where it was stopped. A run whose setting is no longer the chosen one is
+done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from leaderboard_page import write_page
+from leaderboard_rows import BASE, CURVE, CURVES, GROUPED, ROWS, STEPS, Row, Settings
+from leaderboard_world import NUMBERS, World, against, best_of
+from results_file import RESULTS, commit, read_rows, write_rows
+
+LABELS = ("true", "random", "flipped")
+KEY = ("algorithm", "model", "regime", "labels", "seed")
+BASELINES, OVER = "baselines", "curves"
+WORK = Path("runs") / "leaderboard"
+
+
+class Board:
+    """The result files: runs on test captions, runs on validation captions, numbers by prompt."""
+
+    def __init__(self, folder: Path = RESULTS):
+        names = {"runs": "leaderboard", "tuning": "leaderboard_tuning", "prompts": "leaderboard_prompts"}
+        names["curves"] = "leaderboard_curves"
+        self.files = {name: folder / f"{file}.json" for name, file in names.items()}
+        self.rows = {name: read_rows(file) for name, file in self.files.items()}
+
+    def put(self, name: str, row: dict[str, Any], key: tuple[str, ...] = KEY) -> None:
+        """Add a row in place of the one with the same key, and write the file."""
+        kept = [old for old in self.rows[name] if any(old[k] != row[k] for k in key)]
+        self.rows[name] = [*kept, row]
+        write_rows(self.files[name], self.rows[name])
+
+    def tried(self, row: Row) -> dict[Settings, float]:
+        """Settings of a row that were tried, and how often people prefer their images of validation captions."""
+        mine = [r for r in self.rows["tuning"] if _is(r, row)]
+        found = {tuple(r["settings"]): r["people_prefer"] for r in mine}
+        return {settings: found[settings] for settings in row.grid if settings in found}
+
+    def done(self, row: Row, settings: Settings, labels: str, seed: int) -> bool:
+        """Whether a run on test captions exists with these settings."""
+        wanted = (labels, seed, [*row.changes, *settings])
+        return any(_is(r, row) and (r["labels"], r["seed"], r["settings"]) == wanted for r in self.rows["runs"])
+
+
+def _is(found: dict[str, Any], row: Row) -> bool:
+    return (found["algorithm"], found["model"], found["regime"]) == (row.algorithm, row.model, row.regime)
+
+
+def describe(row: Row, labels: str, seed: int) -> dict[str, Any]:
+    """The key of a run."""
+    return dict(zip(KEY, (row.algorithm, row.model, row.regime, labels, seed), strict=True))
+
+
+def tune(board: Board, world: World, row: Row, limit: int) -> Iterator[None]:
+    """Try up to `limit` settings of a row; none if there is only one to choose from."""
+    for settings in row.grid[: limit * (limit > 1)]:
+        if settings not in board.tried(row):
+            found, _ = world.run(row, settings, "true", 0, "validation")
+            entry = {**describe(row, "true", 0), **found, "settings": list(settings), "commit": commit()}
+            board.put("tuning", entry, (*KEY, "settings"))
+            print(row.name, *settings, f"people prefer {found['people_prefer']}, gain {found['gain_sd']}", flush=True)
+            yield
+
+
+def measure(board: Board, world: World, row: Row, labels: str, seed: int) -> Iterator[None]:
+    """One run on test captions with the best of the settings that were tried, or the first."""
+    tried = board.tried(row) or {row.grid[0]: 0.0}
+    best = max(tried, key=lambda settings: tried[settings])
+    if not board.done(row, best, labels, seed):
+        found, by_prompt = world.run(row, best, labels, seed, "test")
+        key = describe(row, labels, seed)
+        board.put("prompts", {**key, **by_prompt})
+        board.put("runs", {**key, **found, "settings": [*row.changes, *best], "commit": commit()})
+        print(row.name, labels, seed, *(f"{name} {found[name]}" for name in NUMBERS), flush=True)
+        yield
+
+
+def baselines(board: Board, world: World) -> Iterator[None]:
+    """The base with more guidance, and the best of several of its samples; and each base against itself."""
+    known = {(r["algorithm"], r["model"]) for r in board.rows["runs"]}
+    empty = {"regime": "own", "labels": "true", "seed": 0, "drift": 0.0, "forwards": 0, "seconds": 0.0}
+
+    def put(name: str, model: str, found: dict[str, Any], settings: list[str]) -> None:
+        row = {"algorithm": name, "model": model, **empty, **found, "settings": settings, "commit": commit()}
+        board.put("runs", {**{k: row[k] for k in KEY}, **row}, ("algorithm", "model"))
+        print(name, model, *(f"{number} {found[number]}" for number in NUMBERS), flush=True)
+
+    for model in STEPS:
+        if ("base", model) not in known:
+            folder = world.images(model, "test")
+            put("base", model, against(folder, folder)[0], [])
+            yield
+    if ("best of 2 by judge", BASE) not in known:
+        for name, found in best_of(world):
+            put(name, BASE, found, [])
+        yield
+    for guidance in ("1.5", "2", "3"):
+        if (f"guidance {guidance}", BASE) not in known:
+            images = world.images(BASE, "test", f"--guidance={guidance}", out=f"guidance-{guidance}")
+            found = against(world.images(BASE, "test"), images)[0]
+            put(f"guidance {guidance}", BASE, found, [f"sampler.guidance={guidance}"])
+            yield
+
+
+def overoptimise(board: Board, world: World) -> Iterator[None]:
+    """Curves of proxy reward and true preference of all that climb a scorer."""
+    known = {r["name"] for r in board.rows["curves"]}
+    for name, (row, changes) in CURVES.items():
+        if name not in known:
+            points = world.curve(ROWS[row], changes)
+            entry = {"name": name, "row": row, "settings": [*CURVE, *changes], "points": points, "commit": commit()}
+            board.put("curves", entry, ("name",))
+            yield
+
+
+def work(board: Board, world: World, args: argparse.Namespace) -> Iterator[None]:
+    """All that is missing, the most telling first; pauses after each run."""
+    wanted = args.row or [BASELINES, *ROWS, OVER]
+    if BASELINES in wanted:
+        yield from baselines(board, world)
+    for group in GROUPED:
+        rows = [row for row in group if row.name in wanted]
+        for row in rows:
+            yield from tune(board, world, row, args.settings)
+        for seed in args.seed or (0, 1, 2):
+            for labels in args.labels or LABELS:
+                for row in rows:
+                    if labels != "flipped" or seed == 0:
+                        yield from measure(board, world, row, labels, seed)
+    if OVER in wanted:
+        yield from overoptimise(board, world)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add(
+        "--row",
+        choices=(BASELINES, *ROWS, OVER),
+        action="append",
+        help="algorithm/model/regime; may be repeated; default: all",
+    )
+    add("--labels", choices=LABELS, action="append", help="default: all")
+    add("--seed", type=int, action="append", help="default: 0, 1, 2")
+    add(
+        "--settings",
+        type=int,
+        default=6,
+        metavar="N",
+        help="settings tried for each row (6); 1 takes the first untried",
+    )
+    add("--hours", type=float, default=12, help="start no run after so many hours (12)")
+    add("--work", type=Path, default=WORK, help="folder of images, latents and runs (runs/leaderboard)")
+    args = parser.parse_args()
+    board, started = Board(), time.time()
+    if args.hours > 0:
+        for _ in work(board, World(args.work), args):
+            write_page(board.rows)
+            if time.time() - started > args.hours * 3600:
+                break
+    write_page(board.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""The table of docs/leaderboard.md and its figures, from the result files of the leaderboard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from leaderboard_rows import BASE, ROWS, Row
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from results_file import ROOT
+
+from diffalign.report import Estimate
+from diffalign.report.curves import COLOURS
+from reward_models.files import replacing, write_whole
+
+DOCS = ROOT / "docs"
+PAGE = DOCS / "leaderboard.md"
+MARK = "<!-- what follows is written by benchmarks/leaderboard.py -->"
+MOST_LOST = 0.1
+"""A row that loses more of its prompt match (points) or diversity (share) is marked and stands last."""
+
+Rows = dict[str, list[dict[str, Any]]]
+Matrix = NDArray[np.float64]
+STYLE: dict[Any, Any] = {"svg.hashsalt": "diffalign", "font.size": 9, "axes.spines.top": False}
+STYLE |= {"axes.spines.right": False}
+
+
+def pooled(values: Matrix, resamples: int = 2000) -> Estimate:
+    """Mean of values [seeds, prompts], with a 95 % bootstrap interval over both."""
+    rng, (seeds, prompts) = np.random.default_rng(0), values.shape
+    some, many = (rng.integers(n, size=(resamples, n)) for n in (seeds, prompts))
+    means = [values[np.ix_(a, b)].mean() for a, b in zip(some, many, strict=True)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+class Line:
+    """A row with its runs on test captions; `rows` are those of the result files."""
+
+    def __init__(self, row: Row, rows: Rows):
+        self.row = row
+        self.by_prompt = {(r["labels"], r["seed"]): r for r in _mine(rows["prompts"], row)}
+        self.runs = [r for r in _mine(rows["runs"], row) if (r["labels"], r["seed"]) in self.by_prompt]
+        self.true = [r for r in self.runs if r["labels"] == "true"]
+        self.tried = len(_mine(rows["tuning"], row))
+        base = [r for r in rows["runs"] if r["algorithm"] == "base" and r["model"] == row.model]
+        self.match_change = self.mean("match") - base[0]["match"] if base and self.true else 0.0
+        self.diversity_change = self.mean("diversity") / base[0]["diversity"] - 1 if base and self.true else 0.0
+
+    def mean(self, name: str) -> float:
+        """Mean of a number over the seeds, true labels."""
+        return float(np.mean([r[name] for r in self.true]))
+
+    def matrix(self, name: str, labels: str, seeds: Sequence[int] | None = None) -> Matrix:
+        """`prefer` or `gain` of all runs with these labels, [seeds, prompts]."""
+        seeds = self.seeds(labels) if seeds is None else seeds
+        return np.array([self.by_prompt[labels, seed][name] for seed in seeds])
+
+    def seeds(self, labels: str) -> list[int]:
+        """Seeds that were run."""
+        return sorted(r["seed"] for r in self.runs if r["labels"] == labels)
+
+    def label_effect(self) -> Estimate | None:
+        """Gain with true labels minus gain with random labels, over the seeds that have both."""
+        both = sorted(set(self.seeds("true")) & set(self.seeds("random")))
+        return pooled(self.matrix("gain", "true", both) - self.matrix("gain", "random", both)) if both else None
+
+    def over(self, other: Line | None) -> Estimate | None:
+        """How much more often people prefer this row's images to the base's than another row's."""
+        if other is None or other is self:
+            return None
+        both = sorted(set(self.seeds("true")) & set(other.seeds("true")))
+        if not both:
+            return None
+        return pooled(self.matrix("prefer", "true", both) - other.matrix("prefer", "true", both))
+
+    @property
+    def lost(self) -> list[str]:
+        """What it loses too much of."""
+        changes = {"match": self.match_change, "diversity": self.diversity_change}
+        return [name for name, change in changes.items() if change < -MOST_LOST]
+
+
+def _mine(found: list[dict[str, Any]], row: Row) -> list[dict[str, Any]]:
+    wanted = (row.algorithm, row.model, row.regime)
+    return [r for r in found if (r["algorithm"], r["model"], r["regime"]) == wanted]
+
+
+def best_of(rows: Rows) -> list[tuple[float, float]]:
+    """(gain, change of diversity) of the best of 1, 2, 4, ... of the base's samples by the judge."""
+    mine = [r for r in rows["runs"] if r["model"] == BASE and r["regime"] == "own"]
+    base = [r["diversity"] for r in mine if r["algorithm"] == "base"]
+    chosen = [r for r in mine if r["algorithm"].startswith("best of") and r["algorithm"].endswith("by judge")]
+    return [(0.0, 0.0), *sorted((r["gain_sd"], r["diversity"] / base[0] - 1) for r in chosen)]
+
+
+def choosing_loses(rows: Rows, gain: float) -> str:
+    """What the best of n loses of its diversity at a gain."""
+    gains, changes = zip(*best_of(rows), strict=True)
+    if len(gains) < 2:
+        return ""
+    beyond = gain > gains[-1]
+    return f"{'beyond ' * beyond}{np.interp(gain, gains, changes):+.1%}"
+
+
+def table(rows: Rows) -> str:
+    """One line for each row with a run on test captions with true labels."""
+    lines = [line for row in ROWS.values() if (line := Line(row, rows)).true]
+    plain = {line.row.model: line for line in lines if line.row.algorithm == "sft" and line.row.regime == "own"}
+    others = {line.row.model: line for line in lines if line.row.algorithm == "sft" and line.row.regime == "others"}
+    lines.sort(key=lambda line: (bool(line.lost), -line.mean("people_prefer")))
+    names = [
+        *("algorithm", "model", "trains on", "people prefer", "more than SFT", "gain, sd", "training effect"),
+        *("label effect", "flipped", "match", "diversity", "best of n loses", "drift", "forwards", "seconds"),
+        *("seeds true, random", "settings tried", "setting"),
+    ]
+    out = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for line in lines:
+        sft = (others if line.row.regime == "others" else plain).get(line.row.model)
+        mark = f" **loses {' and '.join(line.lost)}**" if line.lost else ""
+        random = line.seeds("random")
+        cells = (
+            f"{line.row.algorithm}{mark}",
+            line.row.model,
+            line.row.regime,
+            _shown(pooled(line.matrix("prefer", "true")), ".1%"),
+            _shown(line.over(sft), "+.1%"),
+            _shown(pooled(line.matrix("gain", "true")), "+.2f"),
+            _shown(pooled(line.matrix("gain", "random")) if random else None, "+.2f"),
+            _shown(line.label_effect(), "+.2f"),
+            ", ".join(f"{r['gain_sd']:+.2f}" for r in line.runs if r["labels"] == "flipped"),
+            f"{100 * line.match_change:+.1f}",
+            f"{line.diversity_change:+.1%}",
+            choosing_loses(rows, line.mean("gain_sd")) if line.row.model == BASE else "",
+            f"{line.mean('drift'):.3f}",
+            f"{line.mean('forwards'):,.0f}",
+            f"{line.mean('seconds'):.0f}",
+            f"{len(line.true)}, {len(random)}",
+            f"{line.tried} of {len(line.row.grid)}",
+            ", ".join(word for word in line.true[0]["settings"] if word not in line.row.changes),
+        )
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
+
+
+def _shown(found: Estimate | None, digits: str) -> str:
+    return "" if found is None else "{:{d}} [{:{d}}, {:{d}}]".format(*found, d=digits)
+
+
+def baselines(rows: Rows) -> str:
+    """The base models, the base with more guidance, and the best of several samples."""
+    names = ("baseline", "model", "people prefer", "gain, sd", "match", "diversity", "change of diversity")
+    known = {row.algorithm for row in ROWS.values()}
+    out = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    mine = [r for r in rows["runs"] if r["algorithm"] not in known]
+    base = {r["model"]: r["diversity"] for r in mine if r["algorithm"] == "base"}
+    for r in sorted(mine, key=lambda r: r["people_prefer"]):
+        ends = [Estimate(*(r[name + end] for end in ("", "_low", "_high"))) for name in ("people_prefer", "gain_sd")]
+        change = r["diversity"] / base[r["model"]] - 1
+        shown = [_shown(ends[0], ".1%"), _shown(ends[1], "+.2f"), f"{r['match']:.3f}", f"{r['diversity']:.3f}"]
+        out.append(f"| {' | '.join((r['algorithm'], r['model'], *shown, f'{change:+.1%}'))} |")
+    return "\n".join(out)
+
+
+def draw(rows: Rows) -> list[str]:
+    """Write the figures; returns their lines for the page."""
+
+    def frontier(axes: Axes) -> None:
+        for colour, row in zip(COLOURS, _swept(rows), strict=False):
+            some = sorted((r["drift"], r["gain_sd"]) for r in _mine(rows["tuning"], row))
+            axes.plot(*zip(*some, strict=True), "o-", color=colour, label=row.algorithm, markersize=3)
+        axes.set(xlabel="drift: mean square change of the predictions", ylabel="gain, sd", xscale="log")
+
+    def cost(axes: Axes) -> None:
+        if len(best_of(rows)) > 1:
+            axes.plot(*zip(*best_of(rows), strict=True), "k--", label="best of 2, 4, 8 by the judge")
+        lines = [line for row in ROWS.values() if (line := Line(row, rows)).true and row.model == BASE]
+        for colour, line in zip(COLOURS * 3, lines, strict=False):
+            name = f"{line.row.algorithm} ({line.row.regime})"
+            axes.plot(line.mean("gain_sd"), line.diversity_change, "o", color=colour, label=name)
+        axes.set(xlabel="gain, sd", ylabel="change of diversity")
+
+    def hacking(axes: Axes) -> None:
+        for k, r in enumerate(rows["curves"]):
+            _, proxy, judge = zip(*r["points"], strict=True)
+            style = "--" if r["name"].endswith("alone") else "-"
+            axes.plot(proxy, judge, style, color=COLOURS[k // 2], label=r["name"])
+        axes.set(xlabel="gain of the scorer that is climbed, sd", ylabel="gain of the judge, sd")
+
+    words = (
+        ("frontier", frontier, "Gain against drift of all settings tried on the base (validation captions)"),
+        ("diversity", cost, "What a gain costs in diversity, and what choosing among the base's samples costs"),
+        ("curves", hacking, "Proxy reward against true preference over 300 steps, with the regulariser and without"),
+    )
+    out = []
+    for name, paint, title in words:
+        if _figure(DOCS / f"leaderboard_{name}.svg", paint):
+            out.append(f"![{title}](leaderboard_{name}.svg)\n\n{title}.")
+    return out
+
+
+def _swept(rows: Rows) -> list[Row]:
+    return [row for row in ROWS.values() if row.model == BASE and len(_mine(rows["tuning"], row)) > 1]
+
+
+def _figure(path: Path, paint: Callable[[Axes], None]) -> bool:
+    """Write a figure, unless it would be empty."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        paint(axes)
+        if not axes.get_legend_handles_labels()[0]:
+            return False
+        axes.legend(frameon=False, fontsize=8)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+    return True
+
+
+def write_page(rows: Rows) -> None:
+    """Write what follows MARK in docs/leaderboard.md, and the figures."""
+    before = PAGE.read_text().split(MARK)[0]
+    parts = [MARK, table(rows), "## Baselines that cost nothing", baselines(rows), "## Figures", *draw(rows)]
+    write_whole(PAGE, before + "\n\n".join(parts) + "\n")
