@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -56,15 +57,15 @@ class KeyedLoader:
         return self._load(_Stream(self, micro), draw)
 
     def once(self) -> Iterator[Any]:
-        """One pass over all examples with each of their `draws_per_sample` draws, in fixed order; this rank's share.
+        """One pass over all examples with each of their `draws_per_sample` draws; this rank's share.
 
-        Every rank gets the same number of batches: the last ones are padded with the first examples.
+        The micro-batches are those with which training starts, until each draw has occurred: what is computed here is
+        compared with what training computes in a batch of the same samples. In half precision on a GPU the rounding of
+        a sample depends on its batch.
         """
-        everything = [(k, i) for k in range(self.dataset.draws_per_sample or 1) for i in range(len(self.dataset))]
-        chunk = self.batch_size * self.world_size
-        everything += everything[: -len(everything) % chunk]
-        starts = range(self.rank * self.batch_size, len(everything), chunk)
-        return self._load([everything[start : start + self.batch_size] for start in starts], lambda batch: batch)
+        total = (self.dataset.draws_per_sample or 1) * len(self.dataset)
+        micro_batches = -(-total // (self.batch_size * self.world_size))
+        return self._load(islice(_Stream(self, 0), micro_batches), lambda batch: batch)
 
     def _load(self, places: Iterable[list[tuple[int, int]]], draw: Callable[[Any], Any]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(

@@ -77,6 +77,19 @@ def test_two_accumulation_steps_get_the_same_samples_as_two_processes(seven):
     assert_equal(one, [batch for both in zip(*ranks, strict=True) for batch in both])
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_one_pass_has_the_micro_batches_of_training_until_each_draw_has_occurred(seven, world_size):
+    """3 draws of 7 pairs are 21 samples: 11 micro-batches of 2, or 6 on each of two ranks; the last one is padded."""
+    seven.draws_per_sample = 3
+    loaders = [loader_of(seven, rank=r, world_size=world_size) for r in range(world_size)]
+    for loader in loaders:
+        once = list(loader.once())
+        assert_equal(once, take(loader, 0, len(once)))
+    keys = [key for loader in loaders for batch in loader.once() for key in batch.keys]
+    assert len(keys) == {1: 22, 2: 24}[world_size]
+    assert set(keys) == {(draw, sample) for draw in range(3) for sample in seven.ids}
+
+
 def test_resuming_at_a_later_batch_takes_no_time_for_skipped_ones(seven):
     loader = loader_of(seven, rank=1, world_size=2)
     assert_equal(take(loader, 0, 12)[9:], take(loader, 9, 3))
