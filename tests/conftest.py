@@ -320,7 +320,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def forks() -> Iterator[forking.Server]:
     """forks.run(code, ...) runs Python code in a process of its own, without its imports."""
     server = forking.Server()
