@@ -29,6 +29,11 @@ ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny_sd: Path) -> None:
+    OFFLINE[2:] = [f"backbone.path={tiny_sd}"]
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
     before = torch.get_num_threads()
@@ -61,6 +66,7 @@ def settings(folder: Path, *more: str) -> list[str]:
 
 
 OFFLINE = ["hooks.sample_steps=1", "optimizer.lr_warmup_steps=0"]
+"""`small` adds a model of few layers."""
 WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "reward.normalise=running"]
 
 
@@ -327,7 +333,7 @@ def test_a_folder_without_a_step_is_unused(
 ) -> None:
     """Whether the run failed while it loaded or after the monitor's first look; with other settings, resumed or not."""
     watched = [] if name == "diffusion_dpo" else ["monitor.every=2", "monitor.prompt_count=3", "run.log_every=1"]
-    words = settings(tmp_path, *watched, "trainer.steps=2")
+    words = settings(tmp_path, *(watched or OFFLINE), "trainer.steps=2")
 
     def fails(self: Trainer, *arguments: Any) -> Any:
         self.run.metrics.flush()
