@@ -309,9 +309,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append([recipe.stem, *words])
         try:
             return runpy.run_path(str(recipe))["main"](list(words)) or 0
-        except ValueError as error:  # which would end the process
+        except ValueError as error:  # which would end the process, with this exit code
             print(error)
-            return 1
+            return 2
 
     monkeypatch.setattr(launch, "start", start)
     return calls
