@@ -10,8 +10,8 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -59,21 +59,32 @@ def _arguments(images: Path, out: Path, scorer: str) -> list[str]:
     return [str(images), "--scorer", scorer, "--out", str(out), "--batch-size", "2", "--device", "cpu"]
 
 
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from reward_models.folder.cli import main
+journal, *arguments = sys.argv[1:]
+os.environ["RED_SECONDS"] = "0.1"
+
+def kill():
+    while not os.path.exists(journal) or Path(journal).read_bytes().count(b"\\n") < 4:  # the job and three batches
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+main(arguments)
+"""
+
+
 def test_killed_and_resumed_equals_uninterrupted(
-    images: Path, tmp_path: Path, own_scorers: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, own_scorers: Path, capsys: pytest.CaptureFixture[str], forks: Any
 ) -> None:
     red = "resume_scorers:Red"
     whole, out = tmp_path / "whole/s.csv", tmp_path / "killed/s.csv"
     assert main(_arguments(images, whole, red)) == 0
-    env = {**os.environ, "PYTHONPATH": f"{own_scorers}{os.pathsep}{ROOT}", "RED_SECONDS": "0.1"}
-    command = [sys.executable, "-m", "reward_models.folder.cli", *_arguments(images, out, red)]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    journal, deadline = out.with_name("s.csv.partial-0.jsonl"), time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:  # the job and three batches
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
+    journal = out.with_name("s.csv.partial-0.jsonl")
+    killed = forks.run(KILLED, str(journal), *_arguments(images, out, red))
+    assert killed.returncode == -signal.SIGKILL and not out.exists(), killed.stderr
     done = 2 * (journal.read_bytes().count(b"\n") - 1)
     assert 6 <= done < 20
     with journal.open("ab") as file:
