@@ -87,7 +87,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, signum: int, step: int) -> None:
     [
         ("diffusion_dpo", signal.SIGTERM, 3, OFFLINE),
         ("diffusion_dpo", signal.SIGINT, 6, OFFLINE),
-        ("diff_instruct_star", signal.SIGINT, 1, ["algorithm.aux_rounds=1", *WATCHED]),
+        ("diff_instruct_star", signal.SIGINT, 1, ["algorithm.aux_rounds=1", *WATCHED, "trainer.steps=5"]),
     ],
 )
 def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(

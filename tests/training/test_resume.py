@@ -86,6 +86,7 @@ def test_a_resumed_online_run_remembers_what_the_monitor_saw(
     monkeypatch.setattr(Monitor, "start", spy)
     settings = ["--config=playground", *WATCHED, "trainer.steps=6", "optimizer.lr=3e-3", "data.batch_size=2"]
     settings += ["hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white]", "reward.normalise=running"]
+    settings += ["algorithm.aux_rounds=1"]
     whole = tmp_path / "whole"
     recipe("diff_instruct_star", *settings, f"run.folder={whole}")
     for step in (0, 4):
