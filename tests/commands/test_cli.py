@@ -45,7 +45,7 @@ def test_tools_are_commands_and_generate_is_known_after_eval_too(monkeypatch: py
 
 def test_gpus_are_not_counted_where_none_is_visible() -> None:
     """By torch, whose import takes seconds."""
-    code = "import sys; from diffalign.commands import launch; assert launch._gpus() == 0 and 'torch' not in sys.modules"
+    code = "import sys; from diffalign.commands.launch import _gpus; assert _gpus() == 0 and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
 
 

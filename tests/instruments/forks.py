@@ -94,7 +94,7 @@ def _child(job: dict[str, Any], rank: int) -> int:
 def _own_streams() -> None:
     """Those of this process, where pytest has put its own; also for the libraries' logs."""
     sys.stdin = open(os.devnull)  # noqa: SIM115
-    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     logging.root.handlers.clear()
     for logger in logging.root.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", ()):

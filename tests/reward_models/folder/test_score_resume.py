@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -169,23 +166,20 @@ def test_a_kill_while_the_first_line_is_written(images: Path, tmp_path: Path) ->
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.partial-*"))
 
 
-def test_recipe_shares_the_work_among_processes(images: Path, own_scorers: Path, tmp_path: Path) -> None:
-    """Two real processes, as a launcher starts them. The second says nothing and exits with 0."""
+SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_recipe_shares_the_work_among_processes(
+    images: Path, own_scorers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], forks: Any
+) -> None:
+    """Two processes with the environment that a launcher gives them. The second says nothing and exits with 0."""
     whole, out, red = tmp_path / "one.csv", tmp_path / "two.csv", "resume_scorers:Red"
     assert main(_arguments(images, whole, red)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval/score_folder.py"), *_arguments(images, out, red)]
-    processes = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = f"{own_scorers}{os.pathsep}{ROOT}"
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "20 images scored" in said[0][0] and said[1][0] == ""
-    assert "10/10" in said[0][1], "the first of two has half of the images"
+    done = forks.run(SCRIPT, str(ROOT / "eval/score_folder.py"), *_arguments(images, out, red), processes=2)
+    assert done.returncode == 0, done.stderr
+    said = capsys.readouterr().out.replace(str(whole), str(out))
+    assert "20 images scored" in said and done.stdout == said
+    assert "10/10" in done.stderr and "20/20" not in done.stderr, "the first of two has half of the images"
     assert out.read_bytes() == whole.read_bytes()
 
 
