@@ -174,7 +174,7 @@ runpy.run_path(recipe)["main"](arguments)
 
 @pytest.mark.parametrize("name", ["ppd", "personal_reward"])
 def test_killed_and_resumed_equals_never_killed(
-    tmp_path: Path, people: Path, users: Path, recipe: Callable, forks: Any, name: str
+    tmp_path: Path, people: Path, users: Path, recipe: Callable, forks: Any, tiny_sd: Path, name: str
 ) -> None:
     torch.set_num_threads(1)
 
@@ -182,7 +182,8 @@ def test_killed_and_resumed_equals_never_killed(
         more = ["--config=playground", f"run.folder={tmp_path / folder}", f"data.path={people}", "trainer.steps=5"]
         more += ["hooks.checkpoint_every=2", "run.log_every=1"]
         if name == "ppd":
-            return [*more, f"users.path={users}", "data.limit=40", "hooks.verify_export=false"]
+            more += [f"users.path={users}", "data.limit=40", "hooks.verify_export=false"]
+            return [*more, f"backbone.path={tiny_sd}"]
         return [*more, "choices.batch_size=8", "hooks.shots=[4]", "choices.strangers=0.4"]
 
     recipe(name, *settings("whole"))
