@@ -13,21 +13,28 @@ from types import SimpleNamespace
 from typing import Any
 
 import forks as forking
-import pretend
 import pytest
-import torch
-from torchvision.utils import save_image
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process per core already; child processes inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 if os.environ.get("DIFFALIGN_TEST_DEVICE") != "cuda":
     # Two processes cannot share a card, and sums on one differ in the last bits: tests/device alone are for a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-if pretend.AVAILABLE and not torch.cuda.is_available():
-    pretend.register()  # now, because autograd starts one thread per device at the first backward pass of a process
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    """Prepare torch, which the process that only hands out tests need not import."""
+    if not isinstance(collector, pytest.Session):
+        return
+    import pretend
+    import torch
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+    if pretend.AVAILABLE and not torch.cuda.is_available():
+        pretend.register()  # now, since autograd starts a thread for each device at a process's first backward pass
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,6 +46,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 pairs of rendered scenes as JSONL: winners vivid, losers pale."""
+    from torchvision.utils import save_image
+
     from diffalign.playground.world import captions, imagine, parse
 
     folder = tmp_path_factory.mktemp("pairs")
@@ -125,6 +134,7 @@ def two_tokenizers(folder: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An eps-prediction StableDiffusionPipeline with SD1.5's scheduler settings and random weights."""
+    import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -183,6 +193,7 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusionXLPipeline with SDXL's scheduler settings and random weights."""
+    import torch
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -222,6 +233,7 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A StableDiffusion3Pipeline without T5, with SD3's scheduler and autoencoder settings and random weights."""
+    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
     from transformers import CLIPTextModelWithProjection
 
@@ -258,6 +270,7 @@ def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FluxPipeline as FLUX.1-dev: distilled for guidance, dynamic shift; random weights."""
+    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 
@@ -309,9 +322,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append([recipe.stem, *words])
         try:
             return runpy.run_path(str(recipe))["main"](list(words)) or 0
-        except ValueError as error:  # would end the process
+        except ValueError as error:  # would end the process with this exit code
             print(error)
-            return 1
+            return 2
 
     monkeypatch.setattr(launch, "start", start)
     return calls
@@ -320,7 +333,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def forks() -> Iterator[forking.Server]:
     """forks.run(code, ...) runs Python code in a forked process that has the imports already."""
     server = forking.Server()

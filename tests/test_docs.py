@@ -100,7 +100,7 @@ def test_every_command_of_the_algorithms_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "algorithms.md").read_text()
-    tiny = ["trainer.steps=1", "data.limit=4", "hooks.sample_every=0", "hooks.verify_export=false"]
+    tiny = ["trainer.steps=1", "data.limit=4", "data.batch_size=4", "hooks.sample_every=0", "hooks.verify_export=false"]
     watched = ("pso", "diff_instruct_star", "r0", "draft", "refl")
     for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):
         words = shlex.split(line.replace("--n 64", "--n 4").replace("--steps 10", "--steps 2"))

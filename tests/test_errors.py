@@ -371,7 +371,7 @@ program.run(main)
 @pytest.mark.parametrize(
     "launcher",
     [
-        [*launch.ACCELERATE, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")],
+        [launch.ACCELERATE, "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")],
         ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     ],
     ids=["accelerate", "torchrun"],

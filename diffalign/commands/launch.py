@@ -25,7 +25,8 @@ ROOT = PACKAGE.parent if (PACKAGE.parent / "train" / "diffusion_dpo.py").exists(
 SHUTDOWN_SECONDS = "600"
 """How long torchrun waits after a signal, for the checkpoint of the run, before it kills the processes."""
 
-ACCELERATE = ("accelerate.commands.accelerate_cli", "launch")
+ACCELERATE = "accelerate.commands.launch"
+"""Not accelerate_cli, which imports every command, and with them transformers."""
 
 
 def recipes(kind: str) -> dict[str, Path]:
@@ -72,10 +73,10 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
         environment["ACCELERATE_USE_CPU"] = "true"
     elif config is not None:
         shipped = ROOT / "configs" / "accelerate" / f"{config}.yaml"
-        launcher = [*ACCELERATE, "--config_file", str(shipped if shipped.exists() else config)]
+        launcher = [ACCELERATE, "--config_file", str(shipped if shipped.exists() else config)]
         launcher += [f"--num_processes={processes}"] if processes else []
     elif (count := processes or gpus or 1) > 1:
-        launcher = [*ACCELERATE, "--multi_gpu", "--num_machines=1", f"--num_processes={count}"]
+        launcher = [ACCELERATE, "--multi_gpu", "--num_machines=1", f"--num_processes={count}"]
         launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
     else:
         launcher = []
@@ -113,6 +114,8 @@ def call(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _gpus() -> int:
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # none are visible
+        return 0
     import torch
 
     return torch.cuda.device_count()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from diffalign.commands import cli, launch
 from diffalign.playground import BASE
-from diffalign.playground.build import build
+from diffalign.playground import build as playground
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +42,12 @@ def test_tools_are_commands_also_after_eval(monkeypatch: pytest.MonkeyPatch) -> 
     names = ("generate", "generate", "user", "user")
     assert started == [(tools / f"{name}.py", words, alone) for name in names]
     assert cli.main(["eval", "--num-processes=2", "generate"]) == 0 and started[-1][-1]["processes"] == 2
+
+
+def test_gpus_are_not_counted_where_none_is_visible() -> None:
+    """By torch, whose import takes seconds."""
+    code = "import sys; from diffalign.commands.launch import _gpus; assert _gpus() == 0 and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
 
 
 @pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
@@ -96,16 +102,18 @@ def test_playground_prompts_and_label_commands(tmp_path: Path, capsys: pytest.Ca
     assert "no annotator 'me'" in capsys.readouterr().err
 
 
-def test_playground_build_starts_and_resumes(tmp_path: Path) -> None:
+def test_playground_build_starts_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = playground.encode
+    monkeypatch.setattr(playground, "encode", lambda vae, n, seed: encode(vae, min(n, 64), seed=seed))
     sizes = {"autoencoder_steps": 2, "unet_steps": 2, "images": 64, "samples": 8}
-    card = build(tmp_path / "base", tmp_path / "work", **sizes)
+    card = playground.build(tmp_path / "base", tmp_path / "work", **sizes)
     assert {"psnr", "colour", "shape", "score", "unet_steps"} <= card.keys()
     built, shipped = ({str(f.relative_to(d)) for f in d.rglob("*.*")} for d in (tmp_path / "base", BASE))
     assert built == shipped
     weights = "text_encoder/model.safetensors"
     assert load_file(tmp_path / "base" / weights).keys() == load_file(BASE / weights).keys()
     before = (tmp_path / "work" / "unet.pt").stat().st_mtime_ns
-    assert build(tmp_path / "again", tmp_path / "work", **sizes) == card
+    assert playground.build(tmp_path / "again", tmp_path / "work", **sizes) == card
     assert (tmp_path / "work" / "unet.pt").stat().st_mtime_ns == before
 
 

@@ -29,6 +29,11 @@ ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny_sd: Path) -> None:
+    OFFLINE[2:] = [f"backbone.path={tiny_sd}"]
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
     before = torch.get_num_threads()
@@ -61,6 +66,7 @@ def settings(folder: Path, *more: str) -> list[str]:
 
 
 OFFLINE = ["hooks.sample_steps=1", "optimizer.lr_warmup_steps=0"]
+"""`small` adds a model of few layers."""
 WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "reward.normalise=running"]
 
 
@@ -81,7 +87,7 @@ def signalled(monkeypatch: pytest.MonkeyPatch, signum: int, step: int) -> None:
     [
         ("diffusion_dpo", signal.SIGTERM, 3, OFFLINE),
         ("diffusion_dpo", signal.SIGINT, 6, OFFLINE),
-        ("diff_instruct_star", signal.SIGINT, 1, ["algorithm.aux_rounds=1", *WATCHED]),
+        ("diff_instruct_star", signal.SIGINT, 1, ["algorithm.aux_rounds=1", *WATCHED, "trainer.steps=5"]),
     ],
 )
 def test_a_signal_ends_the_run_after_its_step_and_a_checkpoint(
@@ -329,7 +335,7 @@ def test_a_run_folder_without_a_finished_step_can_be_reused(
 ) -> None:
     """After a failure during loading or after the monitor's first measurement; with other settings, resumed or not."""
     watched = [] if name == "diffusion_dpo" else ["monitor.every=2", "monitor.prompt_count=3", "run.log_every=1"]
-    words = settings(tmp_path, *watched, "trainer.steps=2")
+    words = settings(tmp_path, *(watched or OFFLINE), "trainer.steps=2")
 
     def fails(self: Trainer, *arguments: Any) -> Any:
         self.run.metrics.flush()

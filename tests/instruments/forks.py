@@ -1,4 +1,4 @@
-"""A server process that has imported the project and forks jobs, so that subprocess tests need no imports.
+"""Forks jobs from a process that has imported the project, so that tests of whole processes need no imports.
 
 server = Server()
 done = server.run("import os; print(os.getpid())", "an argument", processes=2)   # as `python -c code an argument`
@@ -6,7 +6,10 @@ done = server.run("import os; print(os.getpid())", "an argument", processes=2)  
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -14,20 +17,30 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-IMPORTS = "diffusers, transformers, peft, diffalign.training.hooks.standard, reward_models"
+IMPORTS = ("torch", "diffusers", "transformers", "peft", "diffalign.training.hooks.standard", "reward_models")
 
 
 class Server:
-    """Forks one job at a time. Linux only, without accelerator."""
+    """A fork of this process, with everything it has imported, which forks one job at a time.
+
+    Made before the first backward pass, whose threads a fork does not have. Linux only, without accelerator.
+    """
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__)), IMPORTS]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self.socket, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.socket.close()
+                _serve(theirs.makefile("rw"))
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        theirs.close()
+        self.jobs = self.socket.makefile("rw")
 
     def run(self, code: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
         """Run Python code with sys.argv[1:] in forked processes; several processes form a gloo group.
@@ -43,30 +56,29 @@ class Server:
             environment |= {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with tempfile.TemporaryDirectory() as folder:
             job = {"code": code, "argv": ["-c", *arguments], "env": environment, "n": processes, "folder": folder}
-            assert self.process.stdin is not None and self.process.stdout is not None
-            self.process.stdin.write(json.dumps({**job, "cwd": os.getcwd(), "path": sys.path}) + "\n")
-            self.process.stdin.flush()
-            codes = json.loads(self.process.stdout.readline())
+            self.jobs.write(json.dumps({**job, "cwd": os.getcwd(), "path": sys.path}) + "\n")
+            self.jobs.flush()
+            codes = json.loads(self.jobs.readline())
             out, err = ("".join(Path(folder, f"{k}.{x}").read_text() for k in range(processes)) for x in ("out", "err"))
         return subprocess.CompletedProcess(arguments, next((c for c in codes if c), 0), out, err)
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.jobs.close()
+        self.socket.close()
+        os.waitpid(self.pid, 0)
 
 
 def _child(job: dict[str, Any], rank: int) -> int:
     for fd, name in ((1, "out"), (2, "err")):
         file = os.open(Path(job["folder"], f"{rank}.{name}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, fd)
+    _own_streams()
     os.environ.clear()
     os.environ.update(job["env"])
     if job["n"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.chdir(job["cwd"])
     sys.argv, sys.path[:] = job["argv"], job["path"]
-    sys.stdin = open(os.devnull)  # noqa: SIM115
     try:
         exec(compile(job["code"], "<forked>", "exec"), {"__name__": "__main__"})
     except SystemExit as error:
@@ -79,12 +91,23 @@ def _child(job: dict[str, Any], rank: int) -> int:
     return 0
 
 
-def _serve() -> None:
-    for name in sys.argv[1].split(","):
-        __import__(name.strip())
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of imports and children must not mix with answers
-    for line in sys.stdin:
+def _own_streams() -> None:
+    """Those of this process, where pytest has put its own; also for the libraries' logs."""
+    sys.stdin = open(os.devnull)  # noqa: SIM115
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    logging.root.handlers.clear()
+    for logger in logging.root.manager.loggerDict.values():
+        for handler in getattr(logger, "handlers", ()):
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
+
+
+def _serve(jobs: IO[str]) -> None:
+    gc.freeze()  # a collection would copy the pages of all objects into each process
+    for line in jobs:
+        for name in IMPORTS:  # those that the process before the fork has not
+            importlib.import_module(name)
+        sys.modules["torch"].set_num_threads(1)
         job = json.loads(line)
         children = []
         for rank in range(job["n"]):
@@ -95,8 +118,4 @@ def _serve() -> None:
                 os._exit(code)  # the server's own exit is not the child's
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(codes), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+        print(json.dumps(codes), file=jobs, flush=True)

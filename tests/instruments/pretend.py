@@ -16,16 +16,16 @@ autocast's cache of cast weights.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
 AVAILABLE = hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
@@ -285,11 +285,28 @@ def _on_device(device: Any) -> bool:
     return device is not None and torch.device(device).type == NAME
 
 
-def _refuse_mixtures(name: str, args: Any, kwargs: Any) -> None:
+def _mapped(f: Callable[[Any], Any], x: Any) -> Any:
+    """f of each leaf of an operator's arguments. torch's pytree does this too, in five times the time."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return kind([_mapped(f, y) for y in x])
+    return {k: _mapped(f, y) for k, y in x.items()} if kind is dict else f(x)
+
+
+def _tensors(x: Any, found: list[Tensor]) -> list[Tensor]:
+    """Add the tensors of an operator's arguments to `found`."""
+    if isinstance(x, Tensor):
+        found.append(x)
+    elif isinstance(x, (tuple, list)):
+        for y in x:
+            _tensors(y, found)
+    elif isinstance(x, dict):
+        _tensors([*x.values()], found)
+    return found
+
+
+def _refuse_mixtures(name: str, args: Any, ours: list[Pretend], others: list[Tensor]) -> None:
     """Raise as CUDA does for tensors of two devices in one operator."""
-    leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    ours = [x for x in leaves if isinstance(x, Pretend)]
-    others = [x for x in leaves if not isinstance(x, Pretend)]
     if not (ours and others):
         return
     if name in MIXES:
@@ -323,11 +340,19 @@ def _count(name: str, args: Any, kwargs: Any, out_here: bool) -> None:
             _note("uploads")
 
 
+@functools.cache
+def _facts(func: Any) -> tuple[str, bool, bool]:
+    """Name of an operator, whether it changes its arguments, and whether it draws random numbers."""
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    return func._schema.name.removeprefix("aten::"), func._schema.is_mutable, random
+
+
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on the wrapped tensors; results are on the device as with CUDA."""
-    name = func._schema.name.removeprefix("aten::")
-    _refuse_mixtures(name, args, kwargs)
-    ours = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Pretend)]
+    name, mutable, random = _facts(func)
+    tensors = _tensors((args, kwargs), [])
+    ours = [x for x in tensors if isinstance(x, Pretend)]
+    _refuse_mixtures(name, args, ours, [x for x in tensors if not isinstance(x, Pretend)])
     target = kwargs.get("device")
     here = _on_device(target) if target is not None else bool(ours)
     if name in ("copy_", "set_"):
@@ -342,11 +367,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             return x.raw
         return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
 
-    with _own_stream() if here and torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
-        result = func(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    with _own_stream() if here and random else contextlib.nullcontext():
+        result = func(*_mapped(unwrap, args), **_mapped(unwrap, kwargs))
     if name == "_local_scalar_dense" or not here:
         return result
-    if func._schema.is_mutable:
+    if mutable:
         for x in ours:
             if (
                 x.shape != x.raw.shape or x.stride() != x.raw.stride()
@@ -362,7 +387,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
             return same
         return Pretend(x)
 
-    return tree_map(wrap, result)
+    return _mapped(wrap, result)
 
 
 @contextlib.contextmanager
@@ -446,7 +471,7 @@ def _cast(args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
         floating = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(dtype) if floating and x.device.type == NAME else x
 
-    return tree_map(one, args), tree_map(one, kwargs)
+    return _mapped(one, args), _mapped(one, kwargs)
 
 
 def _to_half(args: Any, kwargs: Any) -> Any:
@@ -458,5 +483,5 @@ def _to_float(args: Any, kwargs: Any) -> Any:
 
 
 def _to_widest(args: Any, kwargs: Any) -> Any:
-    types = {x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_floating_point()}
+    types = {x.dtype for x in _tensors((args, kwargs), []) if x.is_floating_point()}
     return _cast(args, kwargs, torch.float32) if torch.float32 in types else (args, kwargs)

@@ -164,7 +164,7 @@ def test_two_players_killed_and_resumed_equal_never_killed(
     """Bit for bit, the running statistics of the reward and a moving average included."""
     torch.set_num_threads(1)
     more = ["teacher.path=playground_one_step"] if shared else []
-    more += ["trainer.steps=5", "hooks.checkpoint_every=2", "data.batch_size=2", "hooks.ema_decay=0.9"]
+    more += ["trainer.steps=4", "hooks.checkpoint_every=2", "data.batch_size=2", "hooks.ema_decay=0.9"]
     recipe("diff_instruct_star", *two_players(tmp_path / "whole", *more))
     script = str(ROOT / "train" / "diff_instruct_star.py")
     killed = forks.run(KILLED, script, *two_players(tmp_path / "broken", *more))

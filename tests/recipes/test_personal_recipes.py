@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +79,7 @@ def test_every_head_trains_and_loads(tmp_path: Path, people: Path, recipe: Calla
     assert scorer.score(images, prompts).isfinite().all(), "for anybody"
 
 
+@pytest.mark.usefixtures("started")
 def test_personal_workflow_from_choices_to_images(
     tmp_path: Path, people: Path, encoder: Path, users: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,14 +124,14 @@ def test_personal_workflow_from_choices_to_images(
 
 
 def test_the_code_in_the_exported_readme_runs(
-    tmp_path: Path, people: Path, users: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, people: Path, users: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, forks: Any
 ) -> None:
     """The Python code in the README.md of an export runs with stock diffusers."""
     settings = [f"data.path={people}", f"users.path={users}", f"run.folder={tmp_path / 'run'}", "trainer.steps=1"]
     recipe("ppd", "--config=playground", *settings, "data.limit=40", "hooks.verify_export=false", *BARE)
     monkeypatch.chdir(tmp_path / "run" / "export")
     code = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = forks.run("import sys; sys.modules['diffalign'] = None\n" + code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -175,7 +174,7 @@ runpy.run_path(recipe)["main"](arguments)
 
 @pytest.mark.parametrize("name", ["ppd", "personal_reward"])
 def test_killed_and_resumed_equals_never_killed(
-    tmp_path: Path, people: Path, users: Path, recipe: Callable, forks: Any, name: str
+    tmp_path: Path, people: Path, users: Path, recipe: Callable, forks: Any, tiny_sd: Path, name: str
 ) -> None:
     torch.set_num_threads(1)
 
@@ -183,7 +182,8 @@ def test_killed_and_resumed_equals_never_killed(
         more = ["--config=playground", f"run.folder={tmp_path / folder}", f"data.path={people}", "trainer.steps=5"]
         more += ["hooks.checkpoint_every=2", "run.log_every=1"]
         if name == "ppd":
-            return [*more, f"users.path={users}", "data.limit=40", "hooks.verify_export=false"]
+            more += [f"users.path={users}", "data.limit=40", "hooks.verify_export=false"]
+            return [*more, f"backbone.path={tiny_sd}"]
         return [*more, "choices.batch_size=8", "hooks.shots=[4]", "choices.strangers=0.4"]
 
     recipe(name, *settings("whole"))

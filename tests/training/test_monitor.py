@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,17 @@ PROMPTS = captions(16, held_out=True)
 IMAGES = torch.cat([imagine([parse(p) for p in PROMPTS], seed=s).render() for s in (0, 1)])
 
 
-@pytest.fixture(autouse=True)
-def saturation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def saturation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Scorer of pixel saturation, easy to hack; importable by child processes."""
     code = "class Saturation:\n    differentiable, unit = True, 'raw'\n    def score(self, images, prompts):\n"
     code += "        return 10 * (images.amax(1) - images.amin(1)).mean((1, 2))\n"
-    (tmp_path / "tests_saturation.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    folder = tmp_path_factory.mktemp("saturation")
+    (folder / "tests_saturation.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        yield
 
 
 def looked(images: torch.Tensor, held_out: float = 0.0, trained: float = 0.0) -> dict[str, torch.Tensor]:
@@ -80,34 +85,39 @@ def hacked(folder: Path) -> list[str]:
     return settings
 
 
-def test_reward_hacking_stops_the_run_with_a_warning(
-    tmp_path: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, recipe: Callable, saturation: None) -> tuple[Path, str]:
+    """Folder and output of a hacked run of one process, with the accumulated batch of two."""
+    folder, said = tmp_path_factory.mktemp("hacked") / "run", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        recipe("r0", *hacked(folder), "data.batch_size=4", "trainer.grad_accum=2")
+    return folder, said.getvalue()
+
+
+def test_reward_hacking_stops_the_run_with_a_warning(alone: tuple[Path, str]) -> None:
     """Trains on the saturation scorer with a high learning rate; the HPS-style scorer is held out."""
-    recipe("r0", *hacked(tmp_path / "run"))
-    said = capsys.readouterr().out
+    folder, said = alone
     assert "the monitor warned:" in said and "warnings of the monitor, the first one at step" in said
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 0 and rows[0]["monitor/trained_gain"] == 0
     last = rows[-1]["step"]
     assert last < 40 and rows[-1]["monitor/trained_gain"] > 0
-    assert (tmp_path / "run" / "export").exists()
-    checkpoints = {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert (folder / "export").exists()
+    checkpoints = {p.name for p in (folder / "checkpoints").iterdir()}
     assert f"step-{last:06d}" in checkpoints  # a stopped run writes a checkpoint
 
 
 def test_two_processes_stop_a_hacked_run_at_the_same_step(
-    tmp_path: Path, recipe: Callable, two_processes: Callable
+    tmp_path: Path, alone: tuple[Path, str], two_processes: Callable
 ) -> None:
     """Each process measures half of the prompts. Both get all measurements, print the same and end together."""
     settings = hacked(tmp_path / "two")
     done = two_processes("r0", *settings, "data.batch_size=4")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stopped after step") == 1
-    recipe("r0", *hacked(tmp_path / "one"), "data.batch_size=4", "trainer.grad_accum=2")
     one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (alone[0], tmp_path / "two")
     )
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for a, b in zip(one, two, strict=True):

@@ -19,6 +19,8 @@ from diffalign.training.trainer import Trainer
 BARE = ["hooks.verify_export=false", "run.log_every=1", "hooks.keep_checkpoints=9", "optimizer.lr_warmup_steps=0"]
 WATCHED = [*BARE, "hooks.checkpoint_every=2", "data.limit=16", "monitor.every=1", "monitor.prompt_count=3"]
 ONLINE = ("refl", "draft", "r0", "pso", "diff_instruct_star")
+SMALL: list[str] = []
+"""The model of few layers of `small`, in runs on preference pairs."""
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -45,6 +47,11 @@ def almost(a: list[dict[str, float]], b: list[dict[str, float]], **tolerance: fl
     for one, other in zip(a, b, strict=True):
         for key in one:
             assert one[key] == pytest.approx(other[key], **tolerance), (one["step"], key)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny_sd: Path) -> None:
+    SMALL[:] = [f"backbone.path={tiny_sd}"]
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +86,7 @@ def test_the_monitor_state_is_restored_on_resume(
     monkeypatch.setattr(Monitor, "start", spy)
     settings = ["--config=playground", *WATCHED, "trainer.steps=6", "optimizer.lr=3e-3", "data.batch_size=2"]
     settings += ["hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white]", "reward.normalise=running"]
+    settings += ["algorithm.aux_rounds=1"]
     whole = tmp_path / "whole"
     recipe("diff_instruct_star", *settings, f"run.folder={whole}")
     for step in (0, 4):
@@ -108,7 +116,7 @@ def test_a_kill_before_or_after_a_checkpoint_keeps_the_sample_grids(
         if trainer.step == 2:
             raise KeyboardInterrupt
 
-    settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE]
+    settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE, *SMALL]
     settings += ["trainer.steps=3", "hooks.checkpoint_every=2", "hooks.sample_every=2", "data.batch_size=2"]
     settings += ["hooks.sample_prompts=[small red circle on white]", "hooks.sample_steps=1"]
     monkeypatch.setattr(hooks.Checkpoint, "save", killed)
@@ -123,7 +131,7 @@ def test_a_kill_before_or_after_a_checkpoint_keeps_the_sample_grids(
 def test_resume_restores_with_checkpoints_disabled(
     tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE]
+    settings = ["--config=playground", f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", *BARE, *SMALL]
     settings += ["hooks.sample_every=0", "data.batch_size=2"]
     recipe("diffusion_dpo", *settings, "trainer.steps=2")
     recipe("diffusion_dpo", *settings, "trainer.steps=3", "hooks.checkpoint_every=0", "run.resume=true")
@@ -133,7 +141,7 @@ def test_resume_restores_with_checkpoints_disabled(
 
 def offline(folder: Path, pairs: Path, *more: str) -> list[str]:
     settings = ["--config=playground", f"run.folder={folder}", f"data.path={pairs}", *BARE, "hooks.sample_every=0"]
-    return [*settings, "data.batch_size=4", "hooks.checkpoint_every=2", "optimizer.lr=1e-3", *more]
+    return [*settings, *SMALL, "data.batch_size=4", "hooks.checkpoint_every=2", "optimizer.lr=1e-3", *more]
 
 
 def test_resuming_on_another_number_of_processes_is_exact(

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
+SMALL: list[str] = []
+"""The model of few layers of `small`, in every run."""
 
 KILLED = """
 import os, runpy, signal, sys
@@ -57,6 +59,7 @@ def arguments(folder: Path, pairs: Path, *more: str) -> list[str]:
         "hooks.sample_every=0",
         "hooks.verify_export=false",
         "run.log_every=1",
+        *SMALL,
         *more,
     ]
 
@@ -72,6 +75,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[f][k], b[f][k]) for f in a for k in a[f])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tiny_sd: Path) -> None:
+    SMALL[:] = [f"backbone.path={tiny_sd}"]
 
 
 @pytest.fixture(scope="module", autouse=True)

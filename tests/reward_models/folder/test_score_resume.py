@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -59,21 +56,32 @@ def _arguments(images: Path, out: Path, scorer: str) -> list[str]:
     return [str(images), "--scorer", scorer, "--out", str(out), "--batch-size", "2", "--device", "cpu"]
 
 
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from reward_models.folder.cli import main
+journal, *arguments = sys.argv[1:]
+os.environ["RED_SECONDS"] = "0.1"
+
+def kill():
+    while not os.path.exists(journal) or Path(journal).read_bytes().count(b"\\n") < 4:  # the job and three batches
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+main(arguments)
+"""
+
+
 def test_killed_and_resumed_equals_uninterrupted(
-    images: Path, tmp_path: Path, own_scorers: Path, capsys: pytest.CaptureFixture[str]
+    images: Path, tmp_path: Path, own_scorers: Path, capsys: pytest.CaptureFixture[str], forks: Any
 ) -> None:
     red = "resume_scorers:Red"
     whole, out = tmp_path / "whole/s.csv", tmp_path / "killed/s.csv"
     assert main(_arguments(images, whole, red)) == 0
-    env = {**os.environ, "PYTHONPATH": f"{own_scorers}{os.pathsep}{ROOT}", "RED_SECONDS": "0.1"}
-    command = [sys.executable, "-m", "reward_models.folder.cli", *_arguments(images, out, red)]
-    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    journal, deadline = out.with_name("s.csv.partial-0.jsonl"), time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 4:  # the job and three batches
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
+    journal = out.with_name("s.csv.partial-0.jsonl")
+    killed = forks.run(KILLED, str(journal), *_arguments(images, out, red))
+    assert killed.returncode == -signal.SIGKILL and not out.exists(), killed.stderr
     done = 2 * (journal.read_bytes().count(b"\n") - 1)
     assert 6 <= done < 20
     with journal.open("ab") as file:
@@ -158,23 +166,20 @@ def test_resume_with_an_incomplete_first_line(images: Path, tmp_path: Path) -> N
     assert out.read_bytes() == whole.read_bytes() and not list(tmp_path.glob("*.partial-*"))
 
 
-def test_score_folder_recipe_runs_on_two_processes(images: Path, own_scorers: Path, tmp_path: Path) -> None:
-    """Two real processes, as a launcher starts them. The second says nothing and exits with 0."""
+SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_score_folder_recipe_runs_on_two_processes(
+    images: Path, own_scorers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], forks: Any
+) -> None:
+    """Two processes with the environment that a launcher gives them. The second says nothing and exits with 0."""
     whole, out, red = tmp_path / "one.csv", tmp_path / "two.csv", "resume_scorers:Red"
     assert main(_arguments(images, whole, red)) == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, str(ROOT / "eval/score_folder.py"), *_arguments(images, out, red)]
-    processes = []
-    for rank in ("0", "1"):
-        env = {**os.environ, **where, "RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = f"{own_scorers}{os.pathsep}{ROOT}"
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert "20 images scored" in said[0][0] and said[1][0] == ""
-    assert "10/10" in said[0][1], "the first of two has half of the images"
+    done = forks.run(SCRIPT, str(ROOT / "eval/score_folder.py"), *_arguments(images, out, red), processes=2)
+    assert done.returncode == 0, done.stderr
+    said = capsys.readouterr().out.replace(str(whole), str(out))
+    assert "20 images scored" in said and done.stdout == said
+    assert "10/10" in done.stderr and "20/20" not in done.stderr, "the first of two has half of the images"
     assert out.read_bytes() == whole.read_bytes()
 
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +32,28 @@ SCORER = """
             Red.scored += len(images)
             return images[:, 0].mean((1, 2))
 """
-PEAK = "import resource, sys; from reward_models.folder.cli import main; code = main(sys.argv[1:]); \
-print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, code)"
+PEAKS = """
+import resource, sys
+from reward_models.folder.cli import main
+folder, *settings = sys.argv[1:]
+for items in ("few", "all"):
+    code = main([f"{folder}/images/{items}.jsonl", "--out", f"{folder}/{items}.csv", *settings])
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, code)
+"""
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from reward_models.folder.cli import main
+journal, lines, *arguments = sys.argv[1:]
+
+def kill():
+    while not os.path.exists(journal) or Path(journal).read_bytes().count(b"\\n") < int(lines):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=kill, daemon=True).start()
+main(arguments)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -67,27 +87,22 @@ def own_scorers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
+SETTINGS = ("--scorer", "scale_scorers:Red", "--batch-size", str(BATCH), "--device", "cpu", "--workers", "2")
+
+
 def _arguments(folder: Path, items: str, out: Path) -> list[str]:
-    scorer = ("--scorer", "scale_scorers:Red", "--batch-size", str(BATCH), "--device", "cpu", "--workers", "2")
-    return [str(folder / "images" / items), "--out", str(out), *scorer]
-
-
-def _command(folder: Path, items: str, out: Path) -> tuple[list[str], dict[str, str]]:
-    path = f"{folder}{os.pathsep}{ROOT}"
-    return [sys.executable, "-c", PEAK, *_arguments(folder, items, out)], {**os.environ, "PYTHONPATH": path}
+    return [str(folder / "images" / items), "--out", str(out), *SETTINGS]
 
 
 @pytest.fixture(scope="module")
 def peaks(folder: Path) -> dict[str, int]:
-    """Peak memory in bytes of whole runs over few and all images, each in a process of its own."""
-    found = {}
-    for items in ("few", "all"):
-        command, env = _command(folder, f"{items}.jsonl", folder / f"{items}.csv")
-        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-        word, peak, code = run.stdout.splitlines()[-1].split()
-        assert (word, code) == ("peak", "2")
-        found[items] = int(peak) * 1024
-    return found
+    """Peak memory in bytes of a process after a run over few and then after one over all images."""
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-c", PEAKS, str(folder), *SETTINGS]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    few, every = (line.split() for line in run.stdout.splitlines() if line.startswith("peak "))
+    assert few[2] == every[2] == "2"
+    return {"few": int(few[1]) * 1024, "all": int(every[1]) * 1024}
 
 
 def test_memory_does_not_grow_with_the_number_of_images(peaks: dict[str, int]) -> None:
@@ -104,16 +119,13 @@ def test_one_row_for_each_good_image_and_a_reason_for_each_bad_one(folder: Path,
     assert {x["reason"].partition(":")[0] for x in failed} == {"damaged", "not an image that Pillow can read"}
 
 
-def test_killed_halfway_and_resumed_equals_uninterrupted(folder: Path, peaks: dict[str, int], tmp_path: Path) -> None:
+def test_killed_halfway_and_resumed_equals_uninterrupted(
+    folder: Path, peaks: dict[str, int], tmp_path: Path, forks: Any
+) -> None:
     out = tmp_path / "all.csv"
-    command, env = _command(folder, "all.jsonl", out)
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal, deadline = out.with_name("all.csv.partial-0.jsonl"), time.monotonic() + 60
-    while not journal.exists() or journal.read_bytes().count(b"\n") < GOOD // BATCH // 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
+    journal = out.with_name("all.csv.partial-0.jsonl")
+    killed = forks.run(KILLED, str(journal), str(GOOD // BATCH // 2), *_arguments(folder, "all.jsonl", out))
+    assert killed.returncode == -signal.SIGKILL and not out.exists(), killed.stderr
     done = BATCH * (journal.read_bytes().count(b"\n") - 1)
 
     assert main([*_arguments(folder, "all.jsonl", out), "--resume"]) == 2
