@@ -118,6 +118,6 @@ CURVES: dict[str, tuple[str, Settings]] = {
     "pso alone": ("pso/four_step/scorer", ("algorithm.beta=1",)),
 }
 """Longer runs of all that climb a scorer, with their regulariser and (nearly) without: name -> row, changes."""
-CURVE = ("optimizer.lr=1e-3", "trainer.steps=300")
+CURVE = ("optimizer.lr=1e-3", "optimizer.lr_cosine_steps=null", "trainer.steps=300")
 
 ROWS = {row.name: row for group in GROUPED for row in group}
