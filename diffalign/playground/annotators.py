@@ -135,6 +135,8 @@ def label(
             if margin[k].abs() >= min_margin:
                 won = bool(chosen[k])
                 scores = (points[not won][k], points[won][k])
+                if labels == "random":
+                    scores = (max(scores), min(scores))  # losses that use scores must not learn the truth from them
                 kept.append(Compared(rows[a]["prompt"], *((a, b) if won else (b, a)), prob[k].item(), scores, name))
     write = _write_parquet if out.suffix == ".parquet" else _write_jsonl
     write(kept, [folder / row["image"] for row in rows], out)

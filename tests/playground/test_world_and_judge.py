@@ -172,5 +172,6 @@ def test_random_labels_say_nothing_about_the_truth(tmp_path: Path) -> None:
         margins = torch.stack([truth[p["chosen"]] - truth[p["rejected"]] for p in pairs])
         assert abs(int((margins > 0).sum()) - 40) <= 1
         assert margins.mean().abs() < 0.03 * margins.abs().mean()
+        assert all(p["scores"][0] >= p["scores"][1] for p in pairs), "the scores do not tell which one is better"
         chosen.append([p["chosen"] for p in pairs])
     assert chosen[0] != chosen[1]
