@@ -119,6 +119,12 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/, manifest.jsonl and choices.jsonl")
     p.set_defaults(run=_people)
+    p = commands.add_parser("others", help="draw images of captions by other generators, mostly worse than the base")
+    p.add_argument("--n", type=int, default=1260, help="captions")
+    p.add_argument("--samples-per-prompt", type=int, default=8)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True, help="folder of images/ and manifest.jsonl")
+    p.set_defaults(run=_others)
     p = commands.add_parser("unpack", help="write shipped pairs as a folder, to label them again")
     p.add_argument("pairs", choices=("playground", "playground_own", "playground_others"))
     p.add_argument("--n", type=int, default=2000, help="pairs, the first ones")
@@ -240,6 +246,14 @@ def _people(args: argparse.Namespace) -> int:
     names, file = [f"person-{k}" for k in range(args.people)], args.out / "choices.jsonl"
     kept, _ = label(args.out, file, annotators=names, opinions=args.opinions, min_margin=0, seed=args.seed)
     print(f"{kept} choices of {args.people} persons in '{file}'")
+    return 0
+
+
+def _others(args: argparse.Namespace) -> int:
+    from diffalign.playground.others import write_others
+
+    found = write_others(args.out, args.n, samples_per_prompt=args.samples_per_prompt, seed=args.seed)
+    print(f"{found} images of {args.n} prompts in '{args.out}', to be compared by `diffalign playground label`")
     return 0
 
 

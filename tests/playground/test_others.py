@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torchvision.utils import save_image
 
+from diffalign.commands import cli
 from diffalign.data.readers import read_records
 from diffalign.playground import BASE, Judge
 from diffalign.playground.annotators import label, load
@@ -27,7 +28,8 @@ def test_a_folder_of_other_generators_can_be_labelled(tmp_path: Path) -> None:
     kept, compared = label(tmp_path, tmp_path / "pairs.parquet")
     assert compared == 24 and kept > 12 and len(list(read_records(tmp_path / "pairs.parquet"))) == kept
     first = (tmp_path / "manifest.jsonl").read_text(), images
-    write_others(tmp_path, 12, samples_per_prompt=4)
+    words = ["playground", "others", "--n", "12", "--samples-per-prompt", "4", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
     assert (tmp_path / "manifest.jsonl").read_text() == first[0] and torch.equal(load(tmp_path)[1], first[1])
     assert json.loads(first[0].splitlines()[5])["image"] == "images/00001_1.png"
 
