@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from diffalign import __version__
 from diffalign.commands import launch, program
@@ -119,6 +120,12 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/, manifest.jsonl and choices.jsonl")
     p.set_defaults(run=_people)
+    _pair_commands(commands)
+    _build_options(commands.add_parser("build", help="train the shipped weights from scratch (hours on a CPU)"))
+
+
+def _pair_commands(commands: Any) -> None:
+    """Commands with which the shipped pairs were made, and are labelled again."""
     p = commands.add_parser("others", help="draw images of captions by other generators, mostly worse than the base")
     p.add_argument("--n", type=int, default=1260, help="captions")
     p.add_argument("--samples-per-prompt", type=int, default=8)
@@ -130,7 +137,6 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--n", type=int, default=2000, help="pairs, the first ones")
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and manifest.jsonl")
     p.set_defaults(run=_unpack)
-    _build_options(commands.add_parser("build", help="train the shipped weights from scratch (hours on a CPU)"))
 
 
 def _build_options(p: argparse.ArgumentParser) -> None:
