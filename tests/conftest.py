@@ -24,9 +24,9 @@ if os.environ.get("DIFFALIGN_TEST_DEVICE") != "cuda":
 ROOT = Path(__file__).parent.parent
 
 
-def pytest_collectstart(collector: pytest.Collector) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Prepare torch, which the process that only hands out tests need not import."""
-    if not isinstance(collector, pytest.Session):
+    if "PYTEST_XDIST_WORKER" not in os.environ and session.config.getoption("numprocesses", None):
         return
     import pretend
     import torch
