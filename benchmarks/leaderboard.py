@@ -95,30 +95,36 @@ def measure(board: Board, world: World, row: Row, labels: str, seed: int) -> Ite
         yield
 
 
+def itself(board: Board, world: World, model: str) -> Iterator[None]:
+    """A base against itself: its match and diversity, from which the others' change."""
+    if not any((r["algorithm"], r["model"]) == ("base", model) for r in board.rows["runs"]):
+        folder = world.images(model, "test")
+        put_baseline(board, "base", model, against(folder, folder)[0], [])
+        yield
+
+
+def put_baseline(board: Board, name: str, model: str, found: dict[str, Any], settings: list[str]) -> None:
+    """Add a row that nothing was trained for."""
+    key = dict(zip(KEY, (name, model, "own", "true", 0), strict=True))
+    costs = {"drift": 0.0, "forwards": 0, "seconds": 0.0}
+    board.put("runs", {**key, **found, **costs, "settings": settings, "commit": commit()})
+    print(name, model, *(f"{number} {found[number]}" for number in NUMBERS), flush=True)
+
+
 def baselines(board: Board, world: World) -> Iterator[None]:
-    """The base with more guidance, and the best of several of its samples; and each base against itself."""
-    known = {(r["algorithm"], r["model"]) for r in board.rows["runs"]}
-    empty = {"regime": "own", "labels": "true", "seed": 0, "drift": 0.0, "forwards": 0, "seconds": 0.0}
-
-    def put(name: str, model: str, found: dict[str, Any], settings: list[str]) -> None:
-        row = {"algorithm": name, "model": model, **empty, **found, "settings": settings, "commit": commit()}
-        board.put("runs", {**{k: row[k] for k in KEY}, **row}, ("algorithm", "model"))
-        print(name, model, *(f"{number} {found[number]}" for number in NUMBERS), flush=True)
-
+    """Every base against itself; best of several samples of the base; the base with more guidance."""
     for model in STEPS:
-        if ("base", model) not in known:
-            folder = world.images(model, "test")
-            put("base", model, against(folder, folder)[0], [])
-            yield
-    if ("best of 2 by judge", BASE) not in known:
+        yield from itself(board, world, model)
+    known = {r["algorithm"] for r in board.rows["runs"]}
+    if "best of 2 by judge" not in known:
         for name, found in best_of(world):
-            put(name, BASE, found, [])
+            put_baseline(board, name, BASE, found, [])
         yield
     for guidance in ("1.5", "2", "3"):
-        if (f"guidance {guidance}", BASE) not in known:
+        if f"guidance {guidance}" not in known:
             images = world.images(BASE, "test", f"--guidance={guidance}", out=f"guidance-{guidance}")
             found = against(world.images(BASE, "test"), images)[0]
-            put(f"guidance {guidance}", BASE, found, [f"sampler.guidance={guidance}"])
+            put_baseline(board, f"guidance {guidance}", BASE, found, [f"sampler.guidance={guidance}"])
             yield
 
 
@@ -141,6 +147,7 @@ def work(board: Board, world: World, args: argparse.Namespace) -> Iterator[None]
     for group in GROUPED:
         rows = [row for row in group if row.name in wanted]
         for row in rows:
+            yield from itself(board, world, row.model)
             yield from tune(board, world, row, args.settings)
         for seed in args.seed or (0, 1, 2):
             for labels in args.labels or LABELS:

@@ -80,6 +80,12 @@ class Line:
         return pooled(self.matrix("prefer", "true", both) - other.matrix("prefer", "true", both))
 
     @property
+    def seconds(self) -> str:
+        """Mean over the runs with any labels; empty where it was not measured."""
+        known = [r["seconds"] for r in self.runs if r["seconds"] is not None]
+        return f"{np.mean(known):.0f}" if known else ""
+
+    @property
     def lost(self) -> list[str]:
         """What it loses too much of."""
         changes = {"match": self.match_change, "diversity": self.diversity_change}
@@ -139,7 +145,7 @@ def table(rows: Rows) -> str:
             choosing_loses(rows, line.mean("gain_sd")) if line.row.model == BASE else "",
             f"{line.mean('drift'):.3f}",
             f"{line.mean('forwards'):,.0f}",
-            f"{line.mean('seconds'):.0f}",
+            line.seconds,
             f"{len(line.true)}, {len(random)}",
             f"{line.tried} of {len(line.row.grid)}",
             ", ".join(word for word in line.true[0]["settings"] if word not in line.row.changes),

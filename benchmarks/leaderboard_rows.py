@@ -56,6 +56,7 @@ SFT = six(N, ("400", "200"), LR, ("1e-3", "3e-4", "3e-3"))
 SMPO = ("algorithm.smoothing=10", "algorithm.score_range=10", "inversion.renoise=1")
 GROUPS = (*LONG, "data.batch_size=4")  # of up to eight images
 REWARD = six(N, ("100", "200"), LR, ("1e-3", "3e-4", "3e-3"))
+ONLINE_PSO = ("trainer.steps=150", "optimizer.lr_cosine_steps=150")
 STAR = six("algorithm.reward_weight", ("100", "400"), LR, ("3e-4", "1e-3", "1e-4"))
 STAR_FOUR = (f"backbone.path={FOUR}", "sampler.steps=4")
 ONE_STEP = (f"backbone.path={ONE}", "sampler.steps=1")
@@ -77,7 +78,7 @@ GROUPED: tuple[tuple[Row, ...], ...] = (
     (
         Row("r0 plus", "r0", REWARD, FOUR, "scorer"),
         Row("draft", "draft", REWARD, regime="scorer"),
-        Row("pso", "pso", six(BETA, ("50", "10"), LR, ("1e-3", "3e-3", "3e-4")), FOUR, "scorer"),
+        Row("pso", "pso", six(BETA, ("10", "50"), LR, ("3e-3", "1e-3", "6e-3")), FOUR, "scorer", ONLINE_PSO),
     ),
     offline(regime="others"),
     (

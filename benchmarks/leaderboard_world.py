@@ -99,7 +99,7 @@ class World:
         return run / "export"
 
     def train(self, row: Row, settings: Settings, labels: str, seed: int, out: Path) -> dict[str, float]:
-        """Train by the recipe; returns the seconds and the images that passed through a denoiser."""
+        """Train by the recipe; returns the seconds of processor time and the images that passed through a denoiser."""
         words = [f"run.folder={out}", f"run.seed={seed}", f"backbone.seed={seed}"]
         words += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
         if row.regime == "scorer":
@@ -113,10 +113,10 @@ class World:
                 "data.limit=null",
             ]
         shutil.rmtree(out, ignore_errors=True)
-        started, recipe = time.time(), runpy.run_path(str(launch.find("train", row.recipe)))
+        started, recipe = time.process_time(), runpy.run_path(str(launch.find("train", row.recipe)))
         with counting() as count:
             recipe["main"](["--config=playground", *words, *row.changes, *settings])
-        return {"forwards": count["forwards"], "seconds": round(time.time() - started, 1)}
+        return {"forwards": count["forwards"], "seconds": round(time.process_time() - started, 1)}
 
     def curve(self, row: Row, changes: Settings) -> list[tuple[int, float, float]]:
         """Steps, and gains of the scorer that is climbed and of the exact judge, in their standard deviations."""
