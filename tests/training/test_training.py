@@ -148,7 +148,7 @@ def test_printed_lines_and_files_of_a_run(
     tracked = ["run.tracker=tensorboard", "hooks.sample_every=4", "optimizer.lr_warmup_steps=4", "optimizer.lr=1e-3"]
     recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked))
     said = capsys.readouterr().out
-    for words in ("effective batch 4 = 4", "trainable parameters, lr 0.001", "beta 70", "verdict: implicit accuracy"):
+    for words in ("effective batch 4 = 4", "trainable parameters, lr 0.001", "beta 65", "verdict: implicit accuracy"):
         assert words in said
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
     assert {p.name for p in (folder / "samples").iterdir()} == {f"step-00000{k}.png" for k in (0, 4, 6)}

@@ -104,7 +104,7 @@ def test_a_folder_that_save_wrote_is_read_back(
             assert again.unit == saved.unit == "standardised" and again.rule == saved.rule
             assert again.aspects == saved.aspects and again.architecture == saved.architecture
             assert not any(p.requires_grad for p in again.parameters())
-    with pytest.raises(ValueError, match=r"is a scorer folder: its reward_config\.json says mean; leave it out"):
+    with pytest.raises(ValueError, match=r"scorer folder: its reward_config\.json already sets mean; leave it out"):
         vp_score(weights=str(tmp_path / "single"), mean=1.0)
     assert load_scorer(str(tmp_path / "single")).score_aspects(images, PROMPTS).keys() == {"overall"}  # type: ignore[attr-defined]
 
