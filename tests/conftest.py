@@ -18,7 +18,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process per core already; child processes inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-if os.environ.get("DIFFALIGN_TEST_DEVICE") != "cuda":
+ON_GPU = os.environ.get("DIFFALIGN_TEST_DEVICE") == "cuda"
+if not ON_GPU:
     # Two processes cannot share a card, and sums on one differ in the last bits: tests/device alone are for a GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-    if pretend.AVAILABLE and not torch.cuda.is_available():
+    if pretend.AVAILABLE and not ON_GPU:  # torch is not asked: CUDA must not start before processes are forked
         pretend.register()  # now, since autograd starts a thread for each device at a process's first backward pass
 
 

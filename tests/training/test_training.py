@@ -145,8 +145,9 @@ def test_printed_lines_and_files_of_a_run(
     tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    tracked = ["run.tracker=tensorboard", "hooks.sample_every=4", "optimizer.lr_warmup_steps=4", "optimizer.lr=1e-3"]
-    recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked))
+    tracked = ["run.tracker=tensorboard", "hooks.sample_every=4"]
+    rate = ["optimizer.lr_warmup_steps=4", "optimizer.lr=1e-3", "optimizer.lr_cosine_steps=null"]
+    recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, *rate))
     said = capsys.readouterr().out
     for words in ("effective batch 4 = 4", "trainable parameters, lr 0.001", "beta 65", "verdict: implicit accuracy"):
         assert words in said
