@@ -166,7 +166,7 @@ def test_printed_lines_and_files_of_a_run(
         recipe("diffusion_dpo", *arguments(folder, pairs_file))
     with pytest.raises(ValueError, match=r"with changed settings: run\.seed, algorithm\.beta, hooks\.ema_decay"):
         changed = ["algorithm.beta=9", "hooks.ema_decay=0.9", "run.seed=9", "hooks.keep_checkpoints=9"]
-        recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, "run.resume=true", *changed))
+        recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, *rate, "run.resume=true", *changed))
 
 
 def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
