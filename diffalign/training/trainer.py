@@ -242,6 +242,9 @@ class Trainer:
         for name, player in self.players.items():
             count = sum(p.numel() for p in trained_parameters(player.module))
             lines.append(f"player '{name}': {count:,} trainable parameters, lr {player.lr:g} (not scaled by the batch)")
+            if player.lr_cosine_steps and player.lr_cosine_steps < self.steps:
+                end = f"'lr_cosine_steps' = {player.lr_cosine_steps} is below 'trainer.steps' = {self.steps}"
+                lines.append(f"player '{name}' has lr 0 at the end: {end}")
         return lines + list(self.algorithm.describe())
 
 

@@ -169,6 +169,16 @@ def test_printed_lines_and_files_of_a_run(
         recipe("diffusion_dpo", *arguments(folder, pairs_file, *tracked, *rate, "run.resume=true", *changed))
 
 
+def test_a_learning_rate_that_ends_before_training_is_named(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for steps, named in ((1, True), (2, False)):
+        settings = ["trainer.steps=2", "optimizer.lr_warmup_steps=0", f"optimizer.lr_cosine_steps={steps}"]
+        recipe("diffusion_dpo", *arguments(tmp_path / f"run{steps}", pairs_file, *settings))
+        said = "has lr 0 at the end: 'lr_cosine_steps' = 1 is below 'trainer.steps' = 2" in capsys.readouterr().out
+        assert said == named
+
+
 def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch) -> None:
     """During training: one U-Net with a LoRA; two with full fine-tuning, or one with stored reference errors."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
