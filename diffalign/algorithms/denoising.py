@@ -14,8 +14,9 @@ from diffalign.diffusion.noising import Noised, Noising, errors
 from diffalign.diffusion.steps import Network
 from diffalign.types import Drawn, Key, LatentBatch, Metrics, RecentMetrics
 
-MAX_DRIFT = 0.1
-"""Largest relative increase of the winners' error over the reference's; images degrade beyond it."""
+MAX_DRIFT = 1.0
+"""Largest relative increase of the winners' error over the reference's. On the playground people prefer the images
+of runs with +11 % to +34 % in 71 to 84 % of pairs; at +466 % the prompt is lost."""
 LEVEL_BUCKETS = 4
 """Number of noise-level intervals for which metrics are also logged separately."""
 
@@ -138,5 +139,5 @@ def _describe_drift(recent: RecentMetrics) -> str:
     if change not in recent.errors:
         return f"{text} in the last step; one step is too few to measure drift; judge its images"
     if drift - 2 * recent.errors[change] / error > MAX_DRIFT:
-        return f"{text}: over {MAX_DRIFT:.0%} more, which destroys images; lower the lr or raise beta"
+        return f"{text}: over {MAX_DRIFT:.0%} more, a sign that training destroys images; lower the lr or raise beta"
     return f"{text}; judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"

@@ -5,7 +5,7 @@ policy against reference, over the last tenth of the steps, if the algorithm log
 independent noise. A gain is in standard deviations of the base's scores; see preference_rate.py.
 
     failed              the run or its evaluation ended with an error
-    destroyed           drift is above +10 %: image quality collapses, whatever the score
+    destroyed           drift is above +100 %: image quality collapses, whatever the score
     loses the prompt    prompt match fell by more than 10 points
     loses diversity     samples of a prompt differ by more than 10 % less than the base's
     too small to see    the gain is within 0.2 standard deviations of zero
@@ -27,8 +27,8 @@ from diffalign.report import preference_rate
 from diffalign.report.preference_rate import HEADLINES, headline
 from reward_models.files import read_json, read_lines
 
-DRIFT = 0.1
-"""Drift above this destroys images. The summary line of a training run has the same threshold."""
+DRIFT = 1.0
+"""Drift above this destroys images. The summary line of a training run has the same threshold (MAX_DRIFT)."""
 
 LOST = 0.1
 """Maximum loss of prompt match or diversity, whatever the gain."""

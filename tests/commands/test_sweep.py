@@ -169,7 +169,8 @@ WORSE = {"people_prefer": 0.3, "people_prefer_low": 0.2, "people_prefer_high": 0
     [
         ({}, "better"),
         ({"drift": None}, "better"),
-        ({"drift": 0.11}, "destroyed"),
+        ({"drift": 0.9}, "better"),
+        ({"drift": 1.1}, "destroyed"),
         ({"match_change": -0.11}, "loses the prompt"),
         ({"diversity_change": -0.11}, "loses diversity"),
         ({"diversity_change": -0.11, "gain_sd": 0.1}, "loses diversity"),
@@ -177,7 +178,7 @@ WORSE = {"people_prefer": 0.3, "people_prefer_low": 0.2, "people_prefer_high": 0
         ({"gain_sd": 0.199}, "too small to see"),
         (WORSE, "worse"),
         ({**WORSE, "gain_sd": -0.199}, "too small to see"),
-        ({**WORSE, "drift": 0.5}, "destroyed"),
+        ({**WORSE, "drift": 1.5}, "destroyed"),
     ],
 )
 def test_verdicts(change: dict, said: str) -> None:
@@ -201,7 +202,7 @@ def test_advice_and_table() -> None:
         return {**found, "verdict": verdict(found)}
 
     rows = [
-        row(50, drift=0.14),
+        row(50, drift=1.4),
         row(60, match_change=-0.2, people_prefer=0.9),
         row(70, diversity_change=-0.3, people_prefer=0.95),
         row(200, people_prefer=0.65, people_prefer_low=0.55, gain_sd=0.9),
@@ -215,7 +216,7 @@ def test_advice_and_table() -> None:
     assert advice(rows) == (
         "best: algorithm.beta=500, 70.0%; algorithm.beta=200 cannot be told from it (65.0%); "
         "algorithm.beta=900 is preferred less (55.0%); "
-        "algorithm.beta=50 drifts +14%: images are being destroyed; "
+        "algorithm.beta=50 drifts +140%: images are being destroyed; "
         "algorithm.beta=60 loses prompt match (-20%); algorithm.beta=70 loses diversity (-30%); "
         "algorithm.beta=2000 is not clearly preferred: the interval contains one half; "
         "algorithm.beta=9000 changes nothing that can be seen (+0.01 standard deviations); "
@@ -224,7 +225,7 @@ def test_advice_and_table() -> None:
     assert advice(rows[6:]).startswith("no point beats the base; ")
     lines = markdown(rows).splitlines()
     assert lines[2] == (
-        "| 50 | 70.0% [60.0%, 80.0%] | +0.40 [+0.30, +0.50] | -2.0% | -3.0% | 60% | +14.0% | 0.65 |  | destroyed |"
+        "| 50 | 70.0% [60.0%, 80.0%] | +0.40 [+0.30, +0.50] | -2.0% | -3.0% | 60% | +140.0% | 0.65 |  | destroyed |"
     )
     assert lines[-1] == "| 0 |  |  |  |  |  |  |  |  | failed |"
 
