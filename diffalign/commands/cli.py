@@ -76,10 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    """A number of things on the command line, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1; got {text!r}")
+    return int(text)
+
+
 def _playground(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     p = commands.add_parser("prompts", help="write captions of the playground world as JSONL")
-    p.add_argument("--n", type=int, default=256)
+    p.add_argument("--n", type=_count, default=256)
     p.add_argument("--held-out", action="store_true", help="combinations outside the shipped model's training data")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True)
@@ -95,28 +102,30 @@ def _playground(parser: argparse.ArgumentParser) -> None:
     p.add_argument("--min-margin", type=float, default=0.3, help="leave out pairs closer than this many points")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
     p.add_argument("--noise", type=float, default=0.0, help="fraction of labels flipped at random")
-    p.add_argument("--votes", type=int, default=1, help="people who compare each pair; how many agree becomes `prob`")
-    p.add_argument("--opinions", type=int, default=1, help="annotators who label each pair; one line for each label")
+    p.add_argument(
+        "--votes", type=_count, default=1, help="people who compare each pair; how many agree becomes `prob`"
+    )
+    p.add_argument("--opinions", type=_count, default=1, help="annotators who label each pair; one line for each label")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl, or .parquet in Pick-a-Pic's columns")
     p.set_defaults(run=_label)
     p = commands.add_parser("rank", help="rank all samples of each prompt in a folder with simulated annotators")
     p.add_argument("folder", type=Path, help="written by `diffalign generate --samples-per-prompt 4`")
-    p.add_argument("--votes", type=int, default=3, help="people who rank each group")
+    p.add_argument("--votes", type=_count, default=3, help="people who rank each group")
     p.add_argument("--labels", choices=("true", "flipped", "random"), default="true", help="flipped, random: controls")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help=".jsonl of prompt, images and win rates phi")
     p.set_defaults(run=_rank)
     p = commands.add_parser("ratings", help="render rated and ranked images: data to train a scorer on")
-    p.add_argument("--prompts", type=int, default=8000, help="captions, each with four images")
+    p.add_argument("--prompts", type=_count, default=8000, help="captions, each with four images")
     p.add_argument("--held-out", action="store_true", help="combinations outside the shipped models' training data")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and ratings.jsonl")
     p.set_defaults(run=_ratings)
     p = commands.add_parser("people", help="render pairs with simulated choices: data of a personal scorer")
-    p.add_argument("--people", type=int, default=180, help="simulated people, each with their own preferences")
-    p.add_argument("--prompts", type=int, default=3600, help="captions, each with two images")
-    p.add_argument("--opinions", type=int, default=5, help="people who choose from each pair")
+    p.add_argument("--people", type=_count, default=180, help="simulated people, each with their own preferences")
+    p.add_argument("--prompts", type=_count, default=3600, help="captions, each with two images")
+    p.add_argument("--opinions", type=_count, default=5, help="people who choose from each pair")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/, manifest.jsonl and choices.jsonl")
     p.set_defaults(run=_people)
@@ -127,14 +136,14 @@ def _playground(parser: argparse.ArgumentParser) -> None:
 def _pair_commands(commands: Any) -> None:
     """Commands with which the shipped pairs were made, and are labelled again."""
     p = commands.add_parser("others", help="draw images of captions by other generators, mostly worse than the base")
-    p.add_argument("--n", type=int, default=1260, help="captions")
-    p.add_argument("--samples-per-prompt", type=int, default=8)
+    p.add_argument("--n", type=_count, default=1260, help="captions")
+    p.add_argument("--samples-per-prompt", type=_count, default=8)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and manifest.jsonl")
     p.set_defaults(run=_others)
     p = commands.add_parser("unpack", help="write shipped pairs as a folder, to label them again")
     p.add_argument("pairs", choices=("playground", "playground_own", "playground_others"))
-    p.add_argument("--n", type=int, default=2000, help="pairs, the first ones")
+    p.add_argument("--n", type=_count, default=2000, help="pairs, the first ones")
     p.add_argument("--out", type=Path, required=True, help="folder of images/ and manifest.jsonl")
     p.set_defaults(run=_unpack)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from diffalign.draws import Draws
 from diffalign.playground.judge import TRUE_TASTE, Judge
 from diffalign.playground.people import PROTOTYPES, Person
+from diffalign.playground.world import SIZE
 from reward_models.files import read_lines, replacing, write_whole
+from reward_models.images import ImageError, read_image
 
 _MATCH = {"colour": 1.0, "shape": 1.0, "background": 1.0, "size": 1.0}
 TASTES = {
@@ -52,6 +54,8 @@ class Annotator:
             raise ValueError(
                 f"no annotator '{name}'; known: {', '.join([*TASTES, *PROTOTYPES])}, person-1, person-2, ..."
             )
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive; got {temperature}")
         self.name, self.temperature, self.draws = name, temperature, Draws(seed)
 
     def choose(
@@ -64,10 +68,36 @@ class Annotator:
 
 
 def load(folder: Path) -> tuple[list[dict[str, Any]], Tensor]:
-    """Manifest rows and images [N, 3, 32, 32] in [0, 1] of a folder written by tools/generate.py."""
-    rows = read_lines(folder / "manifest.jsonl")
-    images = [pil_to_tensor(Image.open(folder / row["image"]).convert("RGB")) for row in rows]
+    """Manifest rows and images [N, 3, 32, 32] in [0, 1] of a folder written by tools/generate.py.
+
+    Raises FileNotFoundError without a manifest, and ValueError naming a damaged row or image.
+    """
+    manifest = folder / "manifest.jsonl"
+    if not manifest.exists():
+        raise FileNotFoundError(
+            f"no manifest.jsonl in '{folder}'; `diffalign generate` and `playground unpack` write it"
+        )
+    rows = read_lines(manifest)
+    if not rows:
+        raise ValueError(f"'{manifest}' lists no images; write the folder again")
+    images = []
+    for i, row in enumerate(rows, 1):
+        if missing := {"image", "prompt", "prompt_id"} - row.keys():
+            raise ValueError(f"'{manifest}', line {i}: {', '.join(sorted(missing))} missing")
+        try:
+            images.append(read_image(folder / row["image"]))
+        except ImageError as error:
+            raise ValueError(f"'{folder / row['image']}': {error}") from error
+        if images[-1].shape[1:] != (SIZE, SIZE):
+            height, width = images[-1].shape[1:]
+            raise ValueError(f"'{folder / row['image']}' has {width} x {height} pixels; the playground's have {SIZE}")
     return rows, torch.stack(images).float() / 255
+
+
+def begin(folder: Path, listing: str) -> None:
+    """Make the folder and its images/, without the listing of an earlier command, which would name other images."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    (folder / listing).unlink(missing_ok=True)
 
 
 class Compared(NamedTuple):
@@ -103,6 +133,12 @@ def label(
     chosen, rejected, prob, scores, annotator) or .parquet (Pick-a-Pic's columns, images inside). Raises ValueError for
     an even number of votes.
     """
+    if out.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"out must end in .jsonl or .parquet; got '{out}'")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise must lie in [0, 1]; got {noise}")
+    if not math.isfinite(min_margin):
+        raise ValueError(f"min_margin must be a number; got {min_margin}")
     if votes < 1 or votes % 2 == 0:
         raise ValueError(f"votes must be odd, so that there is a majority; got {votes}")
     if not 1 <= opinions <= len(annotators):
@@ -110,6 +146,8 @@ def label(
     rows, images = load(folder)
     groups = by_prompt(rows)
     pairs = [(g, a, b) for g, ids in groups.items() for a, b in zip(ids[::2], ids[1::2], strict=False)]
+    if not pairs:
+        raise ValueError(f"no prompt in '{folder}' has two samples to compare; generate with --samples-per-prompt 2")
     kept = []
     for turn, name in enumerate(annotators):
         mine = [p for k, p in enumerate(pairs) if (turn - k * opinions) % len(annotators) < opinions]
@@ -158,7 +196,12 @@ def rank(
     Labels as in `label`: flipped reverses every ranking, random shuffles it. Writes lines of prompt, images and scores
     {phi}.
     """
+    if votes < 1:
+        raise ValueError(f"votes must be at least 1; got {votes}")
     rows, images = load(folder)
+    for prompt_id, ids in by_prompt(rows).items():
+        if len(ids) < 2:
+            raise ValueError(f"prompt_id {prompt_id!r} in '{folder}' has 1 sample; ranking needs two or more")
     judged = Judge().score(images, [row["prompt"] for row in rows])
     draws, lines = Draws(seed), []
     for prompt_id, ids in by_prompt(rows).items():

@@ -20,6 +20,7 @@ from torchvision.utils import save_image
 
 from diffalign.draws import Draws
 from diffalign.playground import BASE
+from diffalign.playground.annotators import begin
 from diffalign.playground.card import samples
 from diffalign.playground.ratings import draw, missed
 from diffalign.playground.world import captions, parse
@@ -84,13 +85,15 @@ def write_others(
     Writes images/ and manifest.jsonl, whose rows also name the generator; `diffalign playground label` compares
     neighbouring samples of a prompt. Returns how many images.
     """
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    begin(folder, "manifest.jsonl")
     texts = [t for t in captions(prompts, held_out=held_out, seed=seed) for _ in range(samples_per_prompt)]
     known = generators()
     chosen = Draws(seed).integers(range(len(texts)), 0, len(known), stream="generator").tolist()
     rows: list[dict[str, Any]] = [{}] * len(texts)
     for turn, (name, generator) in enumerate(known.items()):
         mine = [i for i, k in enumerate(chosen) if k == turn]
+        if not mine:
+            continue
         for i, image in zip(mine, generator([texts[i] for i in mine], seed * len(known) + turn), strict=True):
             prompt_id, k = divmod(i, samples_per_prompt)
             file = f"images/{prompt_id:05d}_{k}.png"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from diffalign.playground.annotators import by_prompt, load
+from diffalign.playground.annotators import begin, by_prompt, load
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS, COLOURS, PLACES, RADII, SHAPES, Wish, captions, imagine, parse
 from reward_models.files import write_whole, writing
@@ -53,7 +53,7 @@ def write_ratings(
     returns the path of the latter.
     """
     texts = captions(prompts, held_out=held_out, seed=seed)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    begin(folder, "ratings.jsonl")
     lines = []
     for start in tqdm(range(0, prompts, CHUNK), "render and rate", disable=prompts <= CHUNK):
         some = texts[start : start + CHUNK]
@@ -96,7 +96,7 @@ def rate(folder: Path, *, images_per_prompt: int = 4, temperature: float = 0.35,
 
 def write_pairs(folder: Path, prompts: int, *, held_out: bool = False, seed: int = 0) -> None:
     """Render two images per caption that match it, with a manifest.jsonl as of `diffalign generate`, for annotators."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    begin(folder, "manifest.jsonl")
     texts = [text for text in captions(prompts, held_out=held_out, seed=seed) for _ in range(2)]
     images = imagine([parse(text) for text in texts], seed=seed).render()
     rows = []
@@ -113,7 +113,7 @@ def unpack_pairs(pairs: Path, folder: Path, n: int) -> int:
     """Write the images of the first n pairs of a parquet file in Pick-a-Pic's columns, with a manifest.jsonl as
     `diffalign generate` writes it, so that annotators can compare them again. Returns how many pairs."""
     table = pq.read_table(pairs, columns=["caption", "jpg_0", "jpg_1"]).slice(0, n).to_pylist()
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    begin(folder, "manifest.jsonl")
     rows = []
     for i, pair in enumerate(table):
         for k in range(2):

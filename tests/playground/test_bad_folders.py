@@ -1,0 +1,105 @@
+"""Wrong numbers and damaged folders end in one line that names what is wrong, and leave nothing that looks complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffalign.commands import cli
+from diffalign.playground.annotators import begin, label, rank
+from diffalign.playground.others import write_others
+from diffalign.playground.ratings import write_pairs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_pairs(tmp_path / "pairs", 3)
+    return tmp_path / "pairs"
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+
+
+def rewrite(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "prompts --n 0",
+        "others --n=-1",
+        "others --samples-per-prompt 0",
+        "unpack playground_own --n=-5",
+        "ratings --prompts 0",
+        "people --people 0",
+    ],
+)
+def test_counts_below_one_are_refused(words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["playground", *words.split(), "--out", str(tmp_path / "out")])
+    assert "must be a whole number from 1; got" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive; got 0.0"),
+        ({"temperature": float("nan")}, "temperature must be positive; got nan"),
+        ({"noise": 2.0}, r"noise must lie in \[0, 1\]; got 2.0"),
+        ({"min_margin": float("nan")}, "min_margin must be a number; got nan"),
+        ({"out": Path("l.csv")}, "must end in .jsonl or .parquet; got 'l.csv'"),
+    ],
+)
+def test_wrong_settings_of_labels_are_named(folder: Path, change: dict[str, Any], said: str) -> None:
+    out = change.pop("out", folder / "out.jsonl")
+    with pytest.raises(ValueError, match=said):
+        label(folder, out, **change)
+    assert not out.exists()
+
+
+def test_damaged_folders_are_named(folder: Path, tmp_path: Path) -> None:
+    rows, out = rows_of(folder), tmp_path / "out.jsonl"
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.jsonl in '.*empty'; `diffalign generate` and"):
+        label(tmp_path / "empty", out)
+    rewrite(folder, [])
+    with pytest.raises(ValueError, match="lists no images"):
+        label(folder, out)
+    rewrite(folder, [rows[0], {k: v for k, v in rows[1].items() if k != "prompt_id"}])
+    with pytest.raises(ValueError, match=r"manifest\.jsonl', line 2: prompt_id missing"):
+        label(folder, out)
+    rewrite(folder, rows[::2])
+    with pytest.raises(ValueError, match="has two samples to compare; generate with --samples-per-prompt 2"):
+        label(folder, out)
+    with pytest.raises(ValueError, match="has 1 sample; ranking needs two or more"):
+        rank(folder, out)
+    with pytest.raises(ValueError, match="votes must be at least 1; got 0"):
+        rank(folder, out, votes=0)
+    rewrite(folder, rows)
+    image = folder / rows[3]["image"]
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=image.name):
+        label(folder, out)
+    Image.new("RGB", (64, 64)).save(image)
+    with pytest.raises(ValueError, match=f"{image.name}' has 64 x 64 pixels"):
+        label(folder, out)
+    assert not out.exists()
+
+
+def test_a_folder_that_is_written_again_has_no_listing_until_it_is_whole(folder: Path) -> None:
+    assert (folder / "manifest.jsonl").exists()
+    begin(folder, "manifest.jsonl")
+    assert not (folder / "manifest.jsonl").exists() and (folder / "images").exists()
+
+
+def test_one_image_of_other_generators(tmp_path: Path) -> None:
+    """Most of the generators then have nothing to draw."""
+    assert write_others(tmp_path / "one", 1, samples_per_prompt=1) == 1
+    assert len(rows_of(tmp_path / "one")) == 1
