@@ -44,7 +44,7 @@ def load_lora(pipe: Any, path: Path) -> None:
                 _load_peft(pipe, file)
             else:
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"'--lora {path}' does not fit this model: {first_line(error)}") from error
     finally:
         diffusers.utils.logging.set_verbosity(before)

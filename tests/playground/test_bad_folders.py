@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from diffalign.commands import cli
-from diffalign.playground.annotators import begin, label, rank
+from diffalign.playground import PAIRS, others, ratings
+from diffalign.playground.annotators import label, rank
 from diffalign.playground.others import write_others
-from diffalign.playground.ratings import write_pairs
+from diffalign.playground.ratings import unpack_pairs, write_pairs, write_ratings
 
 
 @pytest.fixture
@@ -93,10 +94,30 @@ def test_damaged_folders_are_named(folder: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_a_folder_that_is_written_again_has_no_listing_until_it_is_whole(folder: Path) -> None:
-    assert (folder / "manifest.jsonl").exists()
-    begin(folder, "manifest.jsonl")
-    assert not (folder / "manifest.jsonl").exists() and (folder / "images").exists()
+WRITERS = {
+    "pairs": (lambda folder: write_pairs(folder, 1), "manifest.jsonl"),
+    "unpack": (lambda folder: unpack_pairs(PAIRS, folder, 1), "manifest.jsonl"),
+    "others": (lambda folder: write_others(folder, 1, samples_per_prompt=2), "manifest.jsonl"),
+    "ratings": (lambda folder: write_ratings(folder, 1), "ratings.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_folder_whose_images_are_replaced_loses_its_old_listing_first(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, listing = WRITERS[name]
+    write(tmp_path)
+    assert (tmp_path / listing).exists()
+
+    def full(path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ratings, "writing", full)
+    monkeypatch.setattr(others, "writing", full)
+    with pytest.raises(OSError, match="no space left"):
+        write(tmp_path)
+    assert not (tmp_path / listing).exists()
 
 
 def test_one_image_of_other_generators(tmp_path: Path) -> None:
