@@ -84,7 +84,7 @@ CASES = {
     "matmul": Case("bf16 matmul, 8192^3", "TFLOP/s", 5, "matmul"),
     "sd15-lora-8": dpo("sd15", 8, 8, 60),
     "sd15-full-8": dpo("sd15", 0, 8, 60),
-    "sdxl-lora-2": dpo("sdxl", 8, 2, 80, ", checkpointing", warmup=2, steps=6),
+    "sdxl-lora-2": dpo("sdxl", 8, 2, 80, ", checkpointing", steps=6),
     "sd15-lora-1": dpo("sd15", 8, 1, 15),
     "sd15-full-1": dpo("sd15", 0, 1, 15),
     "di-star-sd15": other("diff_instruct_star", "sd15", 4, 25, "sdxl_dmd2", TEACHER),

@@ -21,7 +21,7 @@ from random_models import SIZES, pipeline_folder, playground_pairs, vit_h, vit_t
 from released_step import released_step
 
 from diffalign.commands import launch
-from diffalign.networks.placement import compile_seconds
+from diffalign.networks.compilation import compile_seconds
 from diffalign.playground.world import captions
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
@@ -30,6 +30,7 @@ from reward_models.folder.scoring import score_files
 Report = Callable[..., None]
 QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]
 ENDLESS = ["trainer.steps=1000000000", "trainer.grad_accum=1", "run.mixed_precision=bf16", "backbone.dtype=bf16"]
+FAST = ["backbone.cuda_graphs=true"]
 PAIRS = {"sd15": 32, "sdxl": 8, "deep": 8}
 """Number of pairs on disk: enough for an epoch of several steps, and encoded within seconds."""
 WORKERS = 8
@@ -157,7 +158,7 @@ def recipe(
     quiet = QUIET if online else QUIET[:-1]
     with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
         fresh(place.device)
-        argv = [f"--config={config}", f"run.folder={folder}/run", *quiet, *ENDLESS, *here, *settings]
+        argv = [f"--config={config}", f"run.folder={folder}/run", *quiet, *ENDLESS, *FAST, *here, *settings]
         return watched(watching, lambda: main(argv))
 
 

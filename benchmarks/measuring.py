@@ -7,6 +7,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,17 +40,21 @@ def watch(
     Steps are timed between device events, which adds no synchronisation; the rate is `amount` over their median. Peak
     memory is the peak since `fresh`, minus the memory allocated at that time.
 
-    report         receives `<side>` (the rate), `peak_gb_<side>`, and with `inside_until` `gpu_busy` and `matmul_share`
+    report         receives `<side>` (the rate), `peak_gb_<side>`, with `matmul` `matmul_share`, with `inside_until`
+                   `gpu_busy`
     warmup         number of steps before the first timed step
     steps          number of timed steps; fewer, but at least LEAST, after `seconds`
     matmul         TFLOP/s of the matrix unit, for the step's share
-    inside_until   run two more steps if they can end before this time of `time.monotonic`: one under the profiler,
-                   which slows the host, so that the busy share is a lower bound; and one that counts operations,
-                   including recomputed ones
-    count          whether to count operations; compiled code hides them
+    inside_until   run one more step if it can end before this time of `time.monotonic`, under the profiler, which
+                   slows the host, so that the busy share is a lower bound
+    count          whether to count the operations of the first step, including recomputed ones. Compiled code hides
+                   them, and CUDA graphs do from the third call on
     """
-    for _ in range(warmup):
-        yield
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Whole()  # type: ignore[assignment]
+    for k in range(warmup):
+        with counter if matmul and count and k == 0 else nullcontext():
+            yield
     marks, end = [_mark(device)], time.monotonic() + seconds
     while len(marks) <= LEAST or (len(marks) <= steps and time.monotonic() < end):
         yield
@@ -57,6 +62,8 @@ def watch(
     synchronize(device)
     step = statistics.median(_between(*pair) for pair in itertools.pairwise(marks))
     report(**{side: significant(amount / step), f"peak_gb_{side}": peak_gb(device)})
+    if matmul and count and warmup:
+        report(matmul_share=significant(counter.get_total_flops() / 1e12 / step / matmul))
     slow, gpu = 4 * step, device.type == "cuda"  # time under the profiler, and to read its events
     if inside_until is None or time.monotonic() + slow > inside_until:
         return
@@ -68,14 +75,6 @@ def watch(
         wall = time.perf_counter() - started
     if gpu:
         report(gpu_busy=round(busy_seconds(profiler.events()) / wall, 3))
-    if not count or time.monotonic() + slow > inside_until:
-        return
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = Whole()  # type: ignore[assignment]
-    with counter:
-        yield
-    if matmul:
-        report(matmul_share=significant(counter.get_total_flops() / 1e12 / step / matmul))
 
 
 class Whole:

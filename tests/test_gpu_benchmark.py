@@ -230,8 +230,8 @@ def test_a_watch_takes_the_steps_it_says_and_reports_at_once(load: Any) -> None:
         torch.autograd.grad(network(pixels).sum(), pixels)
         taken += 1
         time.sleep(0.01)
-    assert taken == 7
-    assert reports == [(5, "ours"), (5, "peak_gb_ours"), (7, "matmul_share")]
+    assert taken == 6
+    assert reports == [(5, "ours"), (5, "peak_gb_ours"), (5, "matmul_share")]
     taken = 0
     for _ in watch(report, "baseline", 8, torch.device("cpu"), warmup=0, steps=100, seconds=0):
         taken += 1

@@ -41,6 +41,7 @@ def load_backbone(
     attention: Literal["sdpa", "xformers"] = "sdpa",
     gradient_checkpointing: bool = False,
     compile: Literal["off", "blocks", "whole"] = "off",
+    cuda_graphs: bool = False,
     max_sequence_length: int = 256,
     guidance_embedding: float = 1.0,
     seed: int = 0,
@@ -57,6 +58,8 @@ def load_backbone(
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
         compile: compile the trainable network: blocks, the blocks that repeat, takes a minute or two
             and gains most; whole takes several minutes. A GPU trains faster then; the first step takes that time
+        cuda_graphs: record the trainable network's passes and launch each by one call. Saves the most time where the
+            host is slower than the GPU: LoRAs, small batches. It keeps the memory of a step. Without effect on a CPU
         max_sequence_length: T5 tokens per prompt (SD3 and FLUX; other families have no T5)
         guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
         seed: seed of the LoRA's initial weights
@@ -70,7 +73,8 @@ def load_backbone(
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     where = placement if isinstance(placement, Placement) else Placement(placement)
     where = where._replace(frozen_dtype=DTYPES[dtype], lora=lora_rank > 0)
-    where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing, compile=compile)
+    where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
+    where = where._replace(compile=compile, cuda_graphs=cuda_graphs)
     backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
     place(backbone.denoiser, "policy", where)
     if lora_rank:

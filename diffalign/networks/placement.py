@@ -1,9 +1,9 @@
 """Device and precision of networks: dtypes, autocast, compilation, memory format, attention, checkpointing, DDP.
 
-No other file of diffalign decides these; sharding belongs here too. Trainable weights are float32. Policy and reference
-compute in `compute_dtype`, norms too. Frozen weights are stored in `frozen_dtype`. Each network carries its own
-autocast, so callers need none. Losses, errors and log densities are float32, outside autocast.
-`reward_models.placement` places scorers.
+No other file of diffalign decides these, except `compilation` and `cuda_graphs`, which this one uses. Trainable weights
+are float32. Policy and reference compute in `compute_dtype`, norms too. Frozen weights are stored in `frozen_dtype`.
+Each network carries its own autocast, so callers need none. Losses, errors and log densities are float32, outside
+autocast. `reward_models.placement` places scorers.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, partial
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,14 +22,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from diffalign.networks.compilation import compile_blocks
+from diffalign.networks.cuda_graphs import CudaGraphs
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
 """Layers whose weights autocast casts at every forward pass."""
-GRAPHS = 64
-"""Most graphs that are compiled of one block: one for each shape, LoRA on or off, with gradients or without."""
-COMPILER: dict[str, Any] = {"dynamic": False, "options": {"emulate_precision_casts": True}}
-"""Settings of the compiler. Intermediate results are rounded as in eager mode: otherwise rounding would depend on the
-graph, and in half precision the reference would no longer equal the policy at the start."""
 Role = Literal["policy", "reference", "encoder", "decoder"]
 
 
@@ -44,6 +41,7 @@ class Placement(NamedTuple):
     attention      attention implementation
     gradient_checkpointing  recompute activations in the backward pass
     compile        compile the trainable network and its reference: the repeated blocks, or the whole network
+    cuda_graphs    record the trainable network and its reference as CUDA graphs
     """
 
     device: torch.device
@@ -53,6 +51,7 @@ class Placement(NamedTuple):
     attention: Literal["sdpa", "xformers"] = "sdpa"
     gradient_checkpointing: bool = False
     compile: Literal["off", "blocks", "whole"] = "off"
+    cuda_graphs: bool = False
 
     def dtype(self, role: Role, *, overflows: bool = False) -> torch.dtype:
         """Weight dtype of a network in this role. overflows: it overflows in float16, so it gets float32 instead."""
@@ -87,15 +86,16 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
             network.network.to(memory_format=torch.channels_last)
         if where.attention == "xformers":
             network.network.enable_xformers_memory_efficient_attention()
-        network.compiled = where.compile
-        _compile(network)
+        network.compiled, network.graphs = where.compile, CudaGraphs() if where.cuda_graphs else None
+        compile_blocks(network)
     else:
         network.eval().requires_grad_(False)
         if role == "decoder" and where.device.type != "cpu":
             network.to(memory_format=torch.channels_last)
     if where.gradient_checkpointing and role != "encoder":
         model = network.network if role == "policy" else network
-        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        random = any(isinstance(layer, nn.Dropout) and layer.p for layer in model.modules())
+        model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
     return network
 
 
@@ -103,7 +103,7 @@ def prepare(module: nn.Module, accelerator: Any) -> nn.Module:
     """A trainable network wrapped by accelerate: DDP for several processes, and accelerate's autocast.
 
     Scorers in training have no other autocast. Call it after copying the reference and before building the optimizer.
-    torch.compile and `fully_shard` go here.
+    `fully_shard` goes here.
     """
     return accelerator.prepare_model(module)
 
@@ -115,10 +115,7 @@ def precision(network: nn.Module, device: torch.device) -> Iterator[None]:
     The weight cache is disabled: before torch 2.11 a cast made under no_grad was reused by calls that need gradients.
     """
     dtype: Any = getattr(network, "compute_dtype", None)
-    if dtype is None:
-        yield
-        return
-    with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
+    with nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype, cache_enabled=False):
         yield
 
 
@@ -136,7 +133,7 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
     for layer in copied.modules() if dtype is not None else ():
         if isinstance(layer, MATRICES):
             layer.to(dtype)
-    _compile(copied)
+    compile_blocks(copied)
     return copied
 
 
@@ -164,42 +161,6 @@ def _affine(norm: Any, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None
 
 
 HALF_NORMS = {nn.GroupNorm: _HalfGroupNorm, nn.LayerNorm: _HalfLayerNorm}
-
-
-def _compile(denoiser: Any) -> None:
-    """Compile a placed denoiser as its `compiled` says; the first forward and backward pass take the time."""
-    how = getattr(denoiser, "compiled", "off")
-    if how == "off":
-        return
-    network = denoiser.network
-    torch._dynamo.config.recompile_limit = GRAPHS
-    _watch_compiler()
-    blocks = getattr(network, "_repeated_blocks", None) or network._no_split_modules
-    for module in [network] if how == "whole" else network.modules():
-        if how == "whole" or type(module).__name__ in blocks:
-            module.compile(**COMPILER)
-
-
-def uncompiled(where: Placement) -> AbstractContextManager[Any]:
-    """Context manager for a few forward passes in other shapes than those of training, not worth compiling."""
-    return nullcontext() if where.compile == "off" else torch.compiler.set_stance("force_eager")
-
-
-_compiler_times: list[float] = []
-
-
-@cache
-def _watch_compiler() -> None:
-    """From now on, note when each compilation of this process begins and ends."""
-    from torch._dynamo import callback
-
-    for register in (callback.on_compile_start, callback.on_compile_end):
-        register(lambda *_: _compiler_times.append(time.perf_counter()))
-
-
-def compile_seconds() -> float:
-    """Seconds that compiling took so far in this process; torch's cache keeps the results for later runs."""
-    return sum(end - start for start, end in zip(_compiler_times[::2], _compiler_times[1::2], strict=False))
 
 
 def on_cpu(network: nn.Module) -> nn.Module:

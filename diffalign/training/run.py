@@ -23,7 +23,8 @@ from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Pro
 from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
-from diffalign.networks.placement import Placement, compile_seconds, deterministic_only, placement_of, prepare
+from diffalign.networks.compilation import compile_seconds
+from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
 from diffalign.training.metrics import MetricsFile
 from reward_models.files import read_lines, write_whole, writing
 

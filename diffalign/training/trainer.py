@@ -16,7 +16,8 @@ from tqdm import tqdm
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.config import too_small
 from diffalign.interruption import ENDING, Interruption
-from diffalign.networks.placement import compile_seconds, trained_parameters
+from diffalign.networks.compilation import compile_seconds
+from diffalign.networks.placement import trained_parameters
 from diffalign.training.optim import Player
 from diffalign.training.run import Run
 from diffalign.types import Metrics

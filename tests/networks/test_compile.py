@@ -14,9 +14,10 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from diffalign.networks import placement
+from diffalign.networks import compilation
+from diffalign.networks.compilation import compile_seconds
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.placement import Placement, compile_seconds
+from diffalign.networks.placement import Placement
 from diffalign.networks.reference import reference_for
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
@@ -26,8 +27,8 @@ FAST = {"dynamic": False, "backend": "aot_eager"}
 """Graphs are captured as always, and run as they are: no code is generated."""
 FAST_RECIPE = f"""
 import runpy, sys
-from diffalign.networks import placement
-placement.COMPILER = {FAST}
+from diffalign.networks import compilation
+compilation.COMPILER = {FAST}
 runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 """
 CPU, HALF = torch.device("cpu"), torch.bfloat16
@@ -36,18 +37,18 @@ CPU, HALF = torch.device("cpu"), torch.bfloat16
 @pytest.fixture(autouse=True)
 def new_compiler() -> Iterator[None]:
     torch._dynamo.reset()  # forgets who asked to be told of compilations
-    placement._watch_compiler.cache_clear()
+    compilation._watch_compiler.cache_clear()
     counters.clear()
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch._dynamo.reset()
-    placement._watch_compiler.cache_clear()
+    compilation._watch_compiler.cache_clear()
 
 
 @pytest.fixture
 def fast_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "COMPILER", FAST)
+    monkeypatch.setattr(compilation, "COMPILER", FAST)
 
 
 def graphs() -> int:

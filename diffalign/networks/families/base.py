@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from diffalign.diffusion.schedule import Schedule
+from diffalign.networks.cuda_graphs import CudaGraphs
 from diffalign.networks.placement import Placement, Role, as_input, free_memory, place, precision
 from diffalign.types import Cond
 from reward_models.files import read_json
@@ -25,11 +26,17 @@ class Denoiser(nn.Module, ABC):
     """The trainable network with one call signature for all families. `network` is the wrapped diffusers model."""
 
     network: Any
+    graphs: CudaGraphs | None = None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, C, h, w], t [B], cond of batch B -> the network's prediction, float32 [B, C, h, w]."""
+        if self.graphs and self.graphs.usable(x_t, cond):
+            return self.graphs(self, self._forward, x_t, t, *cond)
+        return self._forward(x_t, t, *cond)
+
+    def _forward(self, x_t: Tensor, t: Tensor, *cond: Tensor | None) -> Tensor:
         with precision(self, x_t.device):
-            return self.predict(x_t, t, cond).float()
+            return self.predict(x_t, t, Cond._make(cond)).float()
 
     @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -43,7 +43,8 @@ class SDXLDenoiser(Denoiser):
         height, width = (self.factor * n for n in x_t.shape[2:])
         size = cond.size
         if size is None:
-            size = torch.tensor([height, width, 0, 0, height, width], device=x_t.device).expand(len(x_t), 6)
+            numbers = (height, width, 0, 0, height, width)  # filled on the device: a copy would wait for the host
+            size = torch.stack([torch.full((len(x_t),), n, device=x_t.device) for n in numbers], dim=1)
         x_t, tokens, pooled = as_input(self.network, x_t, cond.tokens, cond.pooled)
         # Sizes stay float32: bfloat16 would round 1023 to 1024.
         return call_with_user(self.network, cond.user, x_t, t, tokens, text_embeds=pooled, time_ids=size.float())

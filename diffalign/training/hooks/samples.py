@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
+from diffalign.networks.compilation import uncompiled
 from diffalign.networks.families.base import Backbone
-from diffalign.networks.placement import uncompiled
 from diffalign.networks.sampler import Sampler
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -28,7 +28,7 @@ def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key])
     size = max(1, PIXELS // width**2)
     for i in range(0, len(keys), size):
         some = keys[i : i + size]
-        with uncompiled(backbone.source.placement):
+        with uncompiled(backbone.source.placement.compile):
             x0 = sampler.sample(backbone.denoiser, cond.at(torch.arange(i, i + len(some))), some)
         yield backbone.decode(x0)
 
