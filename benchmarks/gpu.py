@@ -91,7 +91,7 @@ CASES = {
     "pso-sd15": other("pso", "sd15", 4, 15, "sdxl_dmd2"),
     "r0-sd15": other("r0", "sd15", 4, 15, "sd15"),
     "inpo-sd15": other("inpo", "sd15", 4, 15, "sd15"),
-    "scoring": Case("reward-score, ViT-H-14", "images/s", 25, "scoring", {"images": 128}),
+    "scoring": Case("reward-score, ViT-H-14", "images/s", 25, "scoring", {"images": 2048}),
     "sd15-lora-8-compiled": dpo("sd15", 8, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-lora-8", "baseline")),
     "sdxl-lora-2-compiled": dpo(
         "sdxl", 8, 2, 100, ", checkpointing, compiled blocks", **COMPILED, steps=6, like=("sdxl-lora-2", "baseline")

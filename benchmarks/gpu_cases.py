@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import scoring as scoring_loops
 import torch
 from measuring import fresh, matmul_rate, significant, watch
-from random_models import SIZES, pipeline_folder, playground_pairs, vit_h, vit_tiny
+from random_models import SIZES, pipeline_folder, playground_pairs
 from released_step import released_step
 
 from diffalign.commands import launch
@@ -25,7 +25,8 @@ from diffalign.networks.compilation import compile_seconds
 from diffalign.playground.world import captions
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
-from reward_models.folder.scoring import score_files
+from reward_models.folder.decoding import Decoder
+from reward_models.loading import load_scorer
 
 Report = Callable[..., None]
 QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]
@@ -212,20 +213,33 @@ def _prompts(file: Path) -> Path:
     return file
 
 
-def scoring(report: Report, place: Place, *, images: int) -> None:
-    """`reward-score` with ViT-H-14 on files, and the published loop over single images."""
-    scorer = (vit_tiny() if place.tiny else vit_h()).to(place.device).eval().requires_grad_(False)
-    prompts = scoring_loops.make_prompts(images)
-    with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
-        files = scoring_loops.make_images(Path(folder), images)
+def scoring(report: Report, place: Place, *, images: int, few: int = 32) -> None:
+    """`reward-score` with ViT-H-14 on files; its decoder alone and its network alone, on batches that are on the device
+    (`decode`, `bare`); and the published loop over the first few images."""
+    spec, count = f"random_models:{'vit_tiny' if place.tiny else 'vit_h'}", 3 * few if place.tiny else images
+    prompts = scoring_loops.make_prompts(count)
+    limits: Any = {"warmup": 1, "steps": 2}
+    with (
+        tempfile.TemporaryDirectory(dir=place.scratch) as folder,
+        Decoder(device=place.device, images=count) as decoder,
+    ):
+        files = scoring_loops.make_images(Path(folder), count, sides=(512,))
+        scorer: Any = load_scorer(spec, place.device, dtype="auto")
         fresh(place.device)
-        for _ in place.ours(report, images, warmup=1, steps=3):
-            scorer.clear_cache()
-            score_files(scorer, files, prompts)
+        for _ in place.ours(report, count, **limits):
+            scoring_loops.ours(scorer, decoder, files, prompts, place.device)
+        seconds = (place.until - time.monotonic()) / 3
+        for _ in watch(report, "bare", count, place.device, **limits, seconds=seconds):
+            scoring_loops.forward(scorer, prompts, place.device)
+        started = time.perf_counter()
+        scoring_loops.decode(scorer, decoder, files, prompts, place.device)
+        report(decode=significant(count / (time.perf_counter() - started)))
+        del scorer
         fresh(place.device)
-        scoring_loops.baseline(scorer, files[:2], prompts[:2], place.device)
-        for _ in place.baseline(report, images, warmup=0, steps=3):
-            scoring_loops.baseline(scorer, files, prompts, place.device)
+        exact: Any = load_scorer(spec, place.device)
+        scoring_loops.baseline(exact, files[:2], prompts[:2], place.device)
+        for _ in place.baseline(report, few, warmup=0, steps=3):
+            scoring_loops.baseline(exact, files[:few], prompts[:few], place.device)
 
 
 def xformers(report: Report, place: Place, **settings: Any) -> None:

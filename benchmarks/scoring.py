@@ -20,7 +20,7 @@ import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,17 @@ from torch.nn import functional as F
 
 from reward_models.clip.scorers import CLIPScorer
 from reward_models.files import write_whole
-from reward_models.folder.scoring import score_files
+from reward_models.folder.decoding import Decoder
+from reward_models.folder.items import Item
+from reward_models.folder.scoring import BATCH_SIZE, GPU_BATCH_SIZE, score_items
+from reward_models.placement import as_input, upload
 
 ROWS = RESULTS / "scoring.json"
 SIDES = (512, 640, 768, 896, 1024)
 DISTINCT = 32
 
 
-def make_images(folder: Path, count: int) -> list[Path]:
+def make_images(folder: Path, count: int, sides: Sequence[int] = SIDES) -> list[Path]:
     """JPEG files with the smoothness and size of photographs, in several shapes."""
     random = np.random.default_rng(0)
     files = [folder / f"{k:05d}.jpg" for k in range(count)]
@@ -49,7 +52,7 @@ def make_images(folder: Path, count: int) -> list[Path]:
         if k >= DISTINCT:
             os.link(files[k % DISTINCT], file)
             continue
-        width, height = (int(random.choice(SIDES)) for _ in range(2))
+        width, height = (int(random.choice(sides)) for _ in range(2))
         small = Image.fromarray(random.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8))
         small.resize((width, height), Image.Resampling.BICUBIC).save(file, quality=92)
     return files
@@ -72,14 +75,35 @@ def baseline(scorer: CLIPScorer, files: list[Path], prompts: list[str], device: 
         (features @ F.normalize(scorer.clip.encode_text(text), dim=-1).T).item()
 
 
+def ours(scorer: Any, decoder: Decoder, files: list[Path], prompts: list[str], device: torch.device) -> None:
+    """What the command runs once its decoder and its scorer are ready."""
+    scorer.clear_cache()
+    for _ in score_items(batches(files, prompts, device), {"scorer": scorer}, decoder):
+        pass
+
+
+def decode(scorer: Any, decoder: Decoder, files: list[Path], prompts: list[str], device: torch.device) -> None:
+    """The decoder alone."""
+    for _ in decoder.batches(batches(files, prompts, device), scorer.rule):
+        pass
+
+
+def batches(files: list[Path], prompts: list[str], device: torch.device) -> Iterator[list[Item]]:
+    size = BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE
+    items = [Item(file.name, prompt, file) for file, prompt in zip(files, prompts, strict=True)]
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
 @torch.no_grad()
-def forward(scorer: CLIPScorer, count: int, tokens: torch.Tensor, batch_size: int, device: torch.device) -> None:
-    """The image tower on ready batches, and the text tower on the tokens [P, L] of the different prompts."""
-    for part in tokens.split(batch_size):
-        scorer.clip.encode_text(part).sum().item()
-    pixels = torch.randn(batch_size, 3, scorer.rule.size, scorer.rule.size, device=device)
-    for i in range(0, count, batch_size):
-        scorer.clip.encode_image(pixels[: min(batch_size, count - i)]).sum().item()
+def forward(scorer: Any, prompts: list[str], device: torch.device) -> None:
+    """The image tower on a batch that is on the device, for every image; the text tower on every different prompt."""
+    size, side = BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE, scorer.rule.size
+    tokens = upload(scorer.tokenize(list(dict.fromkeys(prompts))), device)
+    for part in tokens.split(size):
+        scorer.clip.encode_text(part)
+    pixels = as_input(scorer.clip, torch.randn(size, 3, side, side, device=device))
+    for i in range(0, len(prompts), size):
+        scorer.clip.encode_image(pixels[: len(prompts) - i])
 
 
 def best_of_two(work: Callable[[], Any]) -> tuple[float, float]:
@@ -95,31 +119,30 @@ def best_of_two(work: Callable[[], Any]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip architecture")
     args = parser.parse_args()
     device = torch.device("cpu")
     torch.manual_seed(0)
     scorer = CLIPScorer(args.model).eval().requires_grad_(False)
     prompts = make_prompts(args.images)
-    tokens = open_clip.SimpleTokenizer()(list(dict.fromkeys(prompts)))
     with tempfile.TemporaryDirectory() as folder:
         files = make_images(Path(folder), args.images)
         baseline(scorer, files[:2], prompts[:2], device)  # warm-up
         theirs, their_mb = best_of_two(lambda: baseline(scorer, files, prompts, device))
-        ours, our_mb = best_of_two(lambda: (scorer.clear_cache(), score_files(scorer, files, prompts)))
-    ready, _ = best_of_two(lambda: forward(scorer, args.images, tokens, args.batch_size, device))
+        with Decoder() as decoder:
+            mine, our_mb = best_of_two(lambda: ours(scorer, decoder, files, prompts, device))
+    ready, _ = best_of_two(lambda: forward(scorer, prompts, device))
     row = {
         "case": f"reward-score {args.model}",
         "device": f"{os.cpu_count()} cores {cpu()}",
-        "ours": round(args.images / ours, 2),
+        "ours": round(args.images / mine, 2),
         "baseline": round(args.images / theirs, 2),
-        "ratio": round(theirs / ours, 2),
+        "ratio": round(theirs / mine, 2),
         "unit": "images/s",
         "peak_mb_ours": round(our_mb),
         "peak_mb_baseline": round(their_mb),
         "forward": round(args.images / ready, 2),
-        "share_of_forward": round(ready / ours, 3),
+        "share_of_forward": round(ready / mine, 3),
         "images": args.images,
         "commit": commit(),
     }

@@ -129,14 +129,15 @@ def score(
     items: dict[str, list[Item]], scorers: dict[str, Scorer], batch_size: int
 ) -> dict[str, dict[str, list[float]]]:
     """Scores: scorer -> style -> scores in prompt order. Raises ValueError listing images that cannot be scored."""
+    from reward_models.folder.decoding import Decoder
     from reward_models.folder.scoring import Failed, score_items
 
     scores: dict[str, dict[str, list[float]]] = {name: {style: [] for style in items} for name in scorers}
     bad: list[str] = []
-    with tqdm(total=sum(map(len, items.values())), desc="score", unit="image", leave=False) as bar:
+    with Decoder() as decoder, tqdm(total=sum(map(len, items.values())), desc="score", unit="image") as bar:
         for style, whole in items.items():
             work = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
-            for results in score_items(work, scorers):
+            for results in score_items(work, scorers, decoder):
                 for result in results:
                     if isinstance(result, Failed):
                         bad.append(f"{result.item.image} ({result.reason})")

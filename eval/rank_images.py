@@ -101,21 +101,23 @@ def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
 
 def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int) -> list[tuple[float, ...]]:
     """Scores of every image, one per scorer. Raises ValueError naming the images that cannot be scored."""
+    from reward_models.folder.decoding import Decoder
     from reward_models.folder.scoring import Failed, score_items
 
     batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     scores: list[tuple[float, ...]] = []
     failed: list[Failed] = []
-    with tqdm(total=len(items), desc="rank_images", unit="image") as bar:
-        for results in score_items(batches, scorers):
+    with Decoder() as decoder, tqdm(total=len(items), desc="rank_images", unit="image") as bar:
+        for results in score_items(batches, scorers, decoder):
             bar.update(len(results))
             scores += [result.scores for result in results if not isinstance(result, Failed)]
             failed += [result for result in results if isinstance(result, Failed)]
             if failed:
                 break  # the run fails; only check the remaining images, to report all bad ones at once
     if failed:
-        rest = score_items(batches[-(-(len(scores) + len(failed)) // batch_size) :], {})
-        failed += [result for results in rest for result in results if isinstance(result, Failed)]
+        with Decoder() as decoder:
+            rest = score_items(batches[-(-(len(scores) + len(failed)) // batch_size) :], {}, decoder)
+            failed += [result for results in rest for result in results if isinstance(result, Failed)]
         names = "\n".join(f"  '{one.item.image}': {one.reason}" for one in failed[:SHOWN])
         more = f"\n  and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
         raise ValueError(f"{len(failed)} of {len(items)} images cannot be scored; generate them again:\n{names}{more}")

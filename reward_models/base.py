@@ -83,6 +83,9 @@ class NetworkScorer(nn.Module, ABC):
         self.clear_cache()  # cached features have the old device or dtype
         return super()._apply(fn, recurse)
 
+    def foresee(self, prompts: Sequence[str], later: Sequence[str]) -> None:
+        """Prepare to score `prompts` next and `later` afterwards. Never changes a score."""
+
     def clear_cache(self) -> None:
         """Clear the cached prompt features, because the weights changed."""
 

@@ -38,7 +38,7 @@ FAMILIES = {
 }
 """`family` in the reward_config.json of a scorer folder -> class with `save` and `from_folder`."""
 
-Dtype = Literal["fp32", "bf16", "fp16"]
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def load_scorer(
@@ -49,7 +49,8 @@ def load_scorer(
     spec     a name of SCORERS or `package.module:Class` with settings, such as `clip,model=ViT-L-14,pretrained=openai`;
              or a scorer folder, as training and `save` write it
     device   `auto` is a GPU if there is one, else the CPU
-    dtype    dtype of the network; scores are always float32. Ignored for scorers that are not an `nn.Module`
+    dtype    dtype of the network; scores are always float32. `auto` is fp16 on a GPU for scorers that define `cast`,
+             else fp32. Ignored for scorers that are not an `nn.Module`
     compile  compile the network: a slower start, then faster
 
     Raises ValueError for unknown names, keys, values and devices, with the nearest known one, and errors of the scorer.

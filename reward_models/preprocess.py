@@ -22,6 +22,8 @@ from PIL import __version__ as PILLOW
 from torch import Tensor
 from torch.nn import functional as F
 
+from reward_models.placement import upload
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -69,7 +71,8 @@ class ImageRule:
             images = images.clamp(0, 1)
         left, top, right, bottom = self._padding(to)
         images = F.pad(images, (left, right, top, bottom), value=round(255 * self.fill) / 255)
-        return tv.normalize(images, list(self.mean), list(self.std))
+        mean, std = (upload(torch.tensor(x).view(3, 1, 1), images.device) for x in (self.mean, self.std))
+        return (images - mean) / std
 
     def shrink(self, image: Image.Image) -> Image.Image:
         """An RGB image resized and cropped by Pillow.
@@ -133,6 +136,8 @@ def resize(
             images = tv.resize(images, list(size), mode, antialias=method == "antialias")
         return images[..., top:bottom, left:right]
     height, width = images.shape[-2:]
+    if images.device.type == "cpu" and not images.requires_grad and not images.sum().isnan():
+        return _by_pillow(images, size, interpolation)[..., top:bottom, left:right] / 255
     x = _straight_through(images * 255, lambda v: v.clamp(0, 255).round())
     for axis in pass_order(height, width, *size, interpolation):
         n, m, wanted = (width, size[1], (left, right)) if axis == -1 else (height, size[0], (top, bottom))
@@ -143,11 +148,18 @@ def resize(
     return (x / 255).float()
 
 
+def _by_pillow(x: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """[B, C, H, W] in [0, 1] -> grey levels [B, C, h, w] by Pillow itself, which is faster but gives no gradients."""
+    planes = (x * 255).clamp_(0, 255).round_().to(torch.uint8).flatten(0, 1).numpy()
+    resized = [np.asarray(Image.fromarray(p).resize(size[::-1], _PILLOW[interpolation])) for p in planes]
+    return torch.from_numpy(np.stack(resized)).unflatten(0, x.shape[:2]).float()
+
+
 def _filter(x: Tensor, blocks: Sequence[Band], axis: int) -> Tensor:
     """One pass of Pillow's resize along an axis, rounded to 8 bits. Always in float64, also under mixed precision."""
     parts = []
     for first, last, matrix in blocks:
-        weights = torch.from_numpy(matrix).to(x.device)
+        weights = upload(torch.from_numpy(matrix), x.device)
         part = x.narrow(axis, first, last - first).double()
         parts.append(part @ weights.T if axis == -1 else weights @ part)
     return _straight_through(torch.cat(parts, dim=axis), lambda v: (v + 0.5).floor().clamp(0, 255))

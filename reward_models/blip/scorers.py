@@ -37,7 +37,7 @@ from reward_models.blip.networks import (
     tokenizer_beside,
 )
 from reward_models.clip.scorers import read_rule
-from reward_models.placement import as_input, full_precision
+from reward_models.placement import as_input, full_precision, upload
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import check_images
 from reward_models.weights import CONFIG, WEIGHTS, load_strict, read_config, read_state, save_state, write_config
@@ -133,7 +133,7 @@ class BLIPScorer(NetworkScorer):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed images and B prompts -> rewards float32, [B], or [B, A] with A aspects; not standardised."""
         image = self.vision(as_input(self.vision, pixels)).last_hidden_state
-        ids, mask = (x.to(image.device) for x in self.tokenize(prompts))
+        ids, mask = (upload(x, image.device) for x in self.tokenize(prompts))
         # is_decoder=False disables the causal mask: the text is encoded, not generated
         out = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=image, is_decoder=False)
         with full_precision(image.device):
@@ -145,8 +145,8 @@ class BLIPScorer(NetworkScorer):
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed images and B prompts -> float32 [B]: the weighted mean of the standardised rewards."""
         rewards = self._standardised(pixels, prompts)
-        weights = rewards.new_tensor(self.aspect_weights)
-        return (rewards * (weights / weights.sum())).sum(-1)
+        weights = torch.tensor(self.aspect_weights)
+        return (rewards * upload(weights / weights.sum(), rewards.device)).sum(-1)
 
     def score_aspects(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """[B, 3, H, W] float in [0, 1] and B prompts -> the standardised reward float32 [B] of each aspect, or of

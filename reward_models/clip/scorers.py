@@ -20,13 +20,13 @@ from reward_models.base import NetworkScorer
 from reward_models.clip.networks import build_clip, check_model_name, clip_config, find_weights, image_size, load_clip
 from reward_models.clip.text import Tokenize, TransformersTokenizer, find_tokenizer, token_counts
 from reward_models.files import one_line, reachable
-from reward_models.placement import as_input
+from reward_models.placement import as_input, upload
 from reward_models.preprocess import ImageRule
 from reward_models.weights import WEIGHTS, save_state, write_config
 
-TEXT_CHUNK = 8
-"""Batch size of the text tower; smaller batches are padded. The batch shape changes the last bits of features, and the
-features of a prompt must not depend on which prompts are already cached."""
+TEXT_CHUNK, GPU_TEXT_CHUNK = 8, 32
+"""Batch size of the text tower on a CPU and on a GPU; smaller batches are padded. The batch shape changes the last bits
+of features, and the features of a prompt must not depend on which prompts are already cached."""
 CACHED_PROMPTS = 20_000
 
 Unit = Literal["raw", "x100", "logit"]
@@ -87,18 +87,25 @@ class CLIPFeatures(NetworkScorer):
         if len(self._features) > CACHED_PROMPTS:
             self._features.clear()
         missing = [text for text in dict.fromkeys(texts) if text not in self._features]
-        for i in range(0, len(missing), TEXT_CHUNK):
-            chunk = missing[i : i + TEXT_CHUNK]
-            features = self._encode(chunk + [""] * (TEXT_CHUNK - len(chunk)))
+        size = TEXT_CHUNK if next(self.clip.parameters()).device.type == "cpu" else GPU_TEXT_CHUNK
+        for i in range(0, len(missing), size):
+            chunk = missing[i : i + size]
+            features = self._encode(chunk + [""] * (size - len(chunk)))
             self._features.update(zip(chunk, features, strict=False))
         return torch.stack([self._features[text] for text in texts])
+
+    def foresee(self, prompts: Sequence[str], later: Sequence[str]) -> None:
+        """If a prompt is not cached, encode it together with those of `later`, which fill the batch."""
+        texts = [self.prefix + prompt for prompt in prompts]
+        if not self.training and any(text not in self._features for text in texts):
+            self.encode_text(texts + [self.prefix + prompt for prompt in later])
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
         """Token limit of prompts, and the number of tokens of each prompt."""
         return token_counts(self.tokenize, [self.prefix + prompt for prompt in prompts])
 
     def _encode(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenize(texts).to(next(self.clip.parameters()).device)
+        tokens = upload(self.tokenize(texts), next(self.clip.parameters()).device)
         return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
 
     def clear_cache(self) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from reward_models import __version__
-from reward_models.loading import SCORERS, Dtype, load_scorer
+from reward_models.folder.engine import Processes, add_options, check_scorers, score_all
+from reward_models.loading import SCORERS
 
 if TYPE_CHECKING:
     from reward_models.folder.items import Items
@@ -68,7 +69,7 @@ def main(
             return _info(words[1:])
         if words[:1] == ["convert"]:
             return _convert(words[1:])
-        return _score(_parser().parse_args(words), rank, world, wait)
+        return _score(_parser().parse_args(words), Processes(rank, world, wait))
     except (ValueError, OSError) as error:
         print(f"reward-score: {error}", file=sys.stderr)
         return 1
@@ -98,21 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         help=".jsonl or .csv with image (relative to the folder) and prompt, for the listed images; or .txt with one "
         "prompt per line, for the images in natural order",
     )
-    add("--batch-size", type=_positive, default=32, metavar="B", help="images scored at once (32)")
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    add("--dtype", choices=get_args(Dtype), default="fp32", help="dtype of networks (fp32); scores are always float32")
-    add("--compile", action="store_true", help="compile the networks: a slower start, then faster")
-    add("--workers", type=_positive, metavar="N", help="threads that decode images (number of cores, at most 16)")
-    add("--resume", action="store_true", help="continue an unfinished run with the same OUT")
+    add_options(parser, resume="an unfinished run with the same OUT")
     add("--report", type=Path, metavar="FILE.html", help="HTML page with histograms and the worst and best images")
     add("--best", type=Path, metavar="FILE", help="table with the best image of every prompt, for each scorer")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more; got '{text}'")
-    return int(text)
 
 
 def _info(words: Sequence[str]) -> int:
@@ -153,44 +143,18 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--report must end in .html; got '{args.report}'")
     if args.best and args.best.resolve() == args.out.resolve():
         raise ValueError(f"--out and --best are the same file, '{args.out}'")
-    twice = [name for name in args.scorer if args.scorer.count(name) > 1]
-    if twice:
-        raise ValueError(f"--scorer {twice[0]} is given twice")
+    check_scorers(args.scorer)
 
 
-def _score(args: argparse.Namespace, rank: int, world: int, wait: Callable[[], None]) -> int:
-    from tqdm import tqdm  # lazy here and below: `--help` does not need them
-
-    from reward_models.folder.items import read_items
-    from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
-    from reward_models.folder.scoring import score_items
+def _score(args: argparse.Namespace, processes: Processes) -> int:
+    from reward_models.folder.items import read_items  # lazy here and below: `--help` does not need them
 
     _check(args)
     if args.user:
         args.scorer = [f"{name},user={args.user}" for name in args.scorer]
-    items, size = read_items(args.images, prompt=args.prompt, prompts=args.prompts), args.batch_size
-    job = {"--scorer": args.scorer, "--batch-size": size, "--dtype": args.dtype, "--compile": args.compile}
-    job["images or prompts"] = items.digest
-    done = read_journals(args.out, job, Outcomes(len(items), len(args.scorer), size)).done
-    if done.any() and not args.resume:
-        raise ValueError(
-            f"'{find_journals(args.out)[0]}' belongs to an unfinished run; add --resume, or delete the file"
-        )
-    scorers = {name: load_scorer(name, args.device, dtype=args.dtype, compile=args.compile) for name in args.scorer}
-    wait()  # no process writes while another still reads the journals
-    # The last bits of a score depend on its batch. So batches are fixed before they are distributed or skipped, and
-    # the table does not depend on the number of processes or on interruptions.
-    todo = [number for number in range(rank, len(done), world) if not done[number]]
-    batches = (items[number * size : (number + 1) * size] for number in todo)
-    bar = tqdm(total=len(todo) * size, desc="reward-score", unit="image", disable=rank > 0)
-    with Journal(args.out, job, rank=rank) as journal, bar:
-        for number, results in zip(todo, score_items(batches, scorers, num_workers=args.workers), strict=True):
-            journal.append(number, results)
-            bar.update(len(results))
-    wait()
-    if rank:
-        return 0
-    return _finish(args, items, scorers, read_journals(args.out, job, Outcomes(len(items), len(scorers), size)))
+    items = read_items(args.images, prompt=args.prompt, prompts=args.prompts)
+    found = score_all(items, args, args.out, processes)
+    return 0 if found is None else _finish(args, items, *found)
 
 
 def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> int:
@@ -199,9 +163,6 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     from reward_models.folder.report import BEST_COLUMNS, best_rows, longer_line, summary_lines, write_report
     from reward_models.folder.tables import write_failures, write_meta, write_table
 
-    missing = int((~outcomes.done).sum())
-    if missing:
-        raise ValueError(f"{missing} batches of {args.batch_size} have no result; run again with --resume")
     scores, reasons = outcomes.scores, dict(sorted(outcomes.reasons.items()))
     failed = write_failures(
         args.out, [{"image": items[i].image, "prompt": items[i].prompt, "reason": x} for i, x in reasons.items()]
@@ -234,9 +195,10 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
 
     described = {}
     for k, (name, scorer) in enumerate(scorers.items()):
-        rule = getattr(scorer, "rule", None)
+        rule, weight = getattr(scorer, "rule", None), next(getattr(scorer, "parameters", lambda: iter(()))(), None)
         described[name] = {
             "unit": scorer.unit,
+            "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
             "longer_prompts": longer_prompts(scorer, items.prompts),
             **summarise(outcomes.scores[:, k]),

@@ -1,26 +1,29 @@
-"""Batched scoring of image files. Threads decode images ahead of the scorers; several scorers share a decoded image."""
+"""Batched scoring of image files. Images are decoded ahead of the scorers; several scorers share a decoded image."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reward_models.base import NetworkScorer
+from reward_models.folder.decoding import Batch, Decoder
 from reward_models.folder.items import Item
-from reward_models.images import ImageError, read_image, read_rgb, to_tensor
+from reward_models.placement import download, upload
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer, checked, device_of
 
-PREFETCH_BATCHES = 2
-"""Number of batches decoded ahead; memory holds one more."""
+LATE = 2
+"""Number of batches whose scores have not returned from a GPU when the next batch is started."""
+BATCH_SIZE, GPU_BATCH_SIZE = 32, 64
+"""Default number of images that are scored at once on a CPU and on a GPU."""
 
 
 class Scored(NamedTuple):
@@ -45,7 +48,7 @@ def score_files(
     files: Sequence[str | os.PathLike[str]],
     prompts: Sequence[str],
     *,
-    batch_size: int = 32,
+    batch_size: int = BATCH_SIZE,
     num_workers: int | None = None,
     name: str = "",
 ) -> Tensor:
@@ -61,45 +64,43 @@ def score_files(
     items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]
     work = (items[i : i + batch_size] for i in range(0, len(items), batch_size))
     scores: list[float] = []
-    for results in score_items(work, {name or type(scorer).__name__: scorer}, num_workers=num_workers):
-        for result in results:
-            if isinstance(result, Failed):
-                raise ValueError(f"cannot score '{result.item.image}': {result.reason}")
-            scores += result.scores
+    with Decoder(num_workers, device=device_of(scorer), images=len(items)) as decoder:
+        for results in score_items(work, {name or type(scorer).__name__: scorer}, decoder):
+            for result in results:
+                if isinstance(result, Failed):
+                    raise ValueError(f"cannot score '{result.item.image}': {result.reason}")
+                scores += result.scores
     return torch.tensor(scores)
 
 
 def score_items(
-    work: Iterable[Sequence[Item]], scorers: Mapping[str, Scorer], *, num_workers: int | None = None
+    work: Iterable[Sequence[Item]], scorers: Mapping[str, Scorer], decoder: Decoder
 ) -> Iterator[list[Result]]:
     """The results of every batch, in order. Files that cannot be read, or that get a score of nan or inf, are Failed.
 
-    work         batches, consumed lazily
-    scorers      name -> scorer
-    num_workers  decoding threads (Pillow releases the GIL; worker processes were not faster); default: this process's
-                 share of the machine's cores, at most 16
+    work     batches, consumed lazily
+    scorers  name -> scorer
+
+    A GPU is never waited for: the scores of a batch are read when the next LATE batches have been started. If a scorer
+    raises, the results of the batches before are given first.
     """
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    workers = num_workers or min(16, max(1, share))
-    for items, images in _decoded(work, common_rule(scorers.values()), workers):
-        good = [i for i, image in enumerate(images) if isinstance(image, Tensor)]
-        pixels = [image for image in images if isinstance(image, Tensor)]
-        prompts = [items[i].prompt for i in good]
-        columns = {name: _score(name, scorer, pixels, prompts) for name, scorer in scorers.items()} if good else {}
-        results: list[Result] = []
-        position = {i: k for k, i in enumerate(good)}
-        for i, (item, image) in enumerate(zip(items, images, strict=True)):
-            if not isinstance(image, Tensor):
-                results.append(Failed(item, image))
-                continue
-            scores = {name: column[position[i]] for name, column in columns.items()}
-            bad = [f"scorer '{name}' returned {x}" for name, x in scores.items() if not math.isfinite(x)]
-            results.append(Failed(item, "; ".join(bad)) if bad else Scored(item, tuple(scores.values())))
-        yield results
+    late = LATE if any(device_of(scorer).type != "cpu" for scorer in scorers.values()) else 0
+    started: deque[_Started] = deque()
+    try:
+        for batch in decoder.batches(work, common_rule(scorers.values())):
+            started.append(_start(batch, scorers))
+            if len(started) > late:
+                yield _results(started.popleft())
+    except Exception:
+        while started:
+            yield _results(started.popleft())
+        raise
+    while started:
+        yield _results(started.popleft())
 
 
 def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
-    """The common rule of all scorers for which decoding threads can resize with Pillow; None if there is none.
+    """The common rule of all scorers for which the decoder can resize with Pillow; None if there is none.
 
     Without it, scorers get the full image."""
     rules = {
@@ -110,49 +111,77 @@ def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
     return rule if rule is not None and rule.method == "pil" else None
 
 
-def _decoded(
-    work: Iterable[Sequence[Item]], rule: ImageRule | None, workers: int
-) -> Iterator[tuple[Sequence[Item], list[Tensor | str]]]:
-    """Batches with their images, uint8 [3, H, W], each image or the reason why it cannot be read."""
-    waiting: deque[tuple[Sequence[Item], list[Future[Tensor | str]]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for items in work:
-                waiting.append((items, [pool.submit(_read, item, rule) for item in items]))
-                if len(waiting) > PREFETCH_BATCHES:
-                    items, images = waiting.popleft()
-                    yield items, [image.result() for image in images]
-            while waiting:
-                items, images = waiting.popleft()
-                yield items, [image.result() for image in images]
-        finally:
-            pool.shutdown(cancel_futures=True)
+class _Started(NamedTuple):
+    """A batch whose scores are being computed: its items, the reasons of bad images by position, and the scores of the
+    others by scorer, once they are waited for."""
 
-
-def _read(item: Item, rule: ImageRule | None) -> Tensor | str:
-    if item.fault:
-        return item.fault
-    try:
-        return read_image(item.path) if rule is None else to_tensor(rule.shrink(read_rgb(item.path)))
-    except ImageError as error:
-        return str(error)
+    items: Sequence[Item]
+    reasons: dict[int, str]
+    columns: dict[str, Callable[[], Tensor]]
 
 
 @torch.no_grad()
-def _score(name: str, scorer: Scorer, images: Sequence[Tensor], prompts: Sequence[str]) -> list[float]:
-    """Scores of one batch by one scorer; images uint8 [3, H, W] of any sizes."""
-    device = device_of(scorer)
-    sizes: dict[torch.Size, list[int]] = {}
+def _start(batch: Batch, scorers: Mapping[str, Scorer]) -> _Started:
+    """Start to score a batch with every scorer."""
+    reasons = {i: image for i, image in enumerate(batch.images) if isinstance(image, str)}
+    images = [image for image in batch.images if not isinstance(image, str)]
+    if not images:
+        return _Started(batch.items, reasons, {})
+    prompts = [item.prompt for i, item in enumerate(batch.items) if i not in reasons]
+    sizes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         sizes.setdefault(image.shape, []).append(i)
-    groups = [(torch.stack([images[i] for i in group]), group) for group in sizes.values()]
-    order = torch.tensor([i for group in sizes.values() for i in group]).argsort()
+    stacks = [torch.from_numpy(np.stack([images[i] for i in group])) for group in sizes.values()]
+    groups = [*sizes.values()]
+    copies: dict[torch.device, list[Tensor]] = {}
+    columns = {}
+    for name, scorer in scorers.items():
+        device = device_of(scorer)
+        if device not in copies:
+            copies[device] = [upload(stack, device).permute(0, 3, 1, 2) for stack in stacks]
+        if isinstance(scorer, NetworkScorer):
+            scorer.foresee(prompts, [item.prompt for item in batch.coming])
+        columns[name] = download(_score(name, scorer, copies[device], groups, prompts))
+    return _Started(batch.items, reasons, columns)
+
+
+def _score(
+    name: str, scorer: Scorer, stacks: Sequence[Tensor], groups: Sequence[Sequence[int]], prompts: Sequence[str]
+) -> Tensor:
+    """Scores of B prompts' images by one scorer, [B], on its device.
+
+    stacks  images of one size, uint8 [N, 3, H, W], on the device
+    groups  positions of the images of every stack in the batch
+    """
     if isinstance(scorer, Resizing):
-        pixels = torch.cat([scorer.preprocess(x.to(device).float() / 255) for x, _ in groups])
-        scores = scorer.score_pixels(pixels[order.to(pixels.device)], prompts)
-    else:
-        parts = [scorer.score(x.to(device).float() / 255, [prompts[i] for i in group]) for x, group in groups]
-        scores = torch.cat([checked(name, part, len(g)) for part, (_, g) in zip(parts, groups, strict=True)])
-        scores = scores[order.to(scores.device)]
+        parts = [scorer.preprocess(stack.float() / 255) for stack in stacks]
+        return checked(name, scorer.score_pixels(_in_order(parts, groups), prompts), len(prompts))
+    parts = [
+        checked(name, scorer.score(stack.float() / 255, [prompts[i] for i in group]), len(group))
+        for stack, group in zip(stacks, groups, strict=True)
+    ]
+    return _in_order(parts, groups)
+
+
+def _in_order(parts: Sequence[Tensor], groups: Sequence[Sequence[int]]) -> Tensor:
+    """The rows of all groups in the order of the batch."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([i for group in groups for i in group]).argsort()
+    return torch.cat([*parts])[upload(order, parts[0].device)]
+
+
+def _results(started: _Started) -> list[Result]:
+    """The results of a batch, as soon as they are there."""
     # The shortest decimal of the float32 number: tables stay readable, and all formats contain the same number.
-    return [float(str(x)) for x in checked(name, scores, len(images)).cpu().numpy()]
+    columns = {name: [float(str(x)) for x in scores().numpy()] for name, scores in started.columns.items()}
+    rows = iter(zip(*columns.values(), strict=True))
+    results: list[Result] = []
+    for i, item in enumerate(started.items):
+        if i in started.reasons:
+            results.append(Failed(item, started.reasons[i]))
+            continue
+        scores = next(rows, ())
+        bad = [f"scorer '{name}' returned {x}" for name, x in zip(columns, scores, strict=True) if not math.isfinite(x)]
+        results.append(Failed(item, "; ".join(bad)) if bad else Scored(item, scores))
+    return results

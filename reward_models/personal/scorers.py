@@ -78,6 +78,15 @@ class PersonalScorer(NetworkScorer):
 
     pair_features = staticmethod(pair_features)
 
+    def foresee(self, prompts: Sequence[str], later: Sequence[str]) -> None:
+        """As the features."""
+        self.features.foresee(prompts, later)
+
+    def cast(self, dtype: torch.dtype) -> PersonalScorer:
+        """Convert the towers of the features to another dtype. The head stays float32."""
+        self.features.cast(dtype)
+        return self
+
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
         """Token limit of prompts, and the number of tokens of each prompt."""
         return self.features.token_counts(prompts)
@@ -164,6 +173,15 @@ class ForUser(NetworkScorer):
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """The same as `score_pixels`."""
         return self.score_pixels(pixels, prompts)
+
+    def foresee(self, prompts: Sequence[str], later: Sequence[str]) -> None:
+        """As the features."""
+        self.scorer.foresee(prompts, later)
+
+    def cast(self, dtype: torch.dtype) -> ForUser:
+        """Convert the towers of the features to another dtype. Head and user vector stay float32."""
+        self.scorer.cast(dtype)
+        return self
 
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
         """Token limit of prompts, and the number of tokens of each prompt."""

@@ -6,6 +6,7 @@ import json
 import runpy
 from pathlib import Path
 
+import pretend
 import pytest
 import torch
 from torchvision.utils import save_image
@@ -15,6 +16,9 @@ from diffalign.playground import BASE, Judge
 from diffalign.playground.world import captions, imagine, parse
 from reward_models import load_scorer
 from reward_models.folder.cli import main as reward_score
+from reward_models.folder.decoding import Decoder
+from reward_models.folder.items import Item
+from reward_models.folder.scoring import score_items
 
 PROMPTS = captions(4, held_out=True)
 
@@ -84,3 +88,37 @@ def test_one_user_is_fitted(tmp_path: Path, device: torch.device, recipe) -> Non
     for rank in (0, 2):
         recipe("ppd", "--config=playground", f"run.folder={tmp_path / f'ppd{rank}'}", f"adapter.rank={rank}", *settings)
         assert (tmp_path / f"ppd{rank}" / "export" / "user_adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("sizes", [[(32, 32)], [(32, 32), (40, 36)]])
+def test_scoring_a_folder_never_waits_for_the_device(
+    tmp_path: Path, device: torch.device, sizes: list[tuple[int, int]]
+) -> None:
+    """Except at the end. Half precision is the default, and moves scores by little of what images differ by."""
+    items = [Item(f"{i}.png", f"{PROMPTS[i % 4]} {i // 2}", tmp_path / f"{i}.png") for i in range(24)]
+    for i, item in enumerate(items):
+        save_image(torch.rand(3, *sizes[i % len(sizes)], generator=torch.Generator().manual_seed(i)), item.path)
+    work = [items[i : i + 4] for i in range(0, len(items), 4)]
+
+    def scores(where: torch.device | str) -> torch.Tensor:
+        scorer = load_scorer("playground_hps", where, dtype="auto")
+        assert next(iter(scorer.parameters())).dtype == (torch.float32 if where == "cpu" else torch.float16)
+        with Decoder(1) as decoder, pretend.watched() as seen:
+            found = [one.scores[0] for batch in score_items(work, {"x": scorer}, decoder) for one in batch]
+        assert sum(seen.waits.values()) <= 1, seen.waits
+        return torch.tensor(found)
+
+    exact, half = scores("cpu"), scores(device)
+    assert 0 < (exact - half).abs().max() < 0.02 * exact.std()
+
+
+def test_features_of_a_prompt_do_not_depend_on_what_is_encoded_with_it(device: torch.device) -> None:
+    """Bit for bit, in half precision as well: in batches of one size, whatever is cached and whatever comes later."""
+    prompts = [f"{PROMPTS[i % 4]} {i}" for i in range(50)]
+    scorer = load_scorer("playground_hps", device, dtype="auto")
+    alone = [scorer.encode_text([prompt]).cpu() for prompt in (prompts[3], prompts[40])]
+    scorer.clear_cache()
+    scorer.foresee(prompts[:5], prompts[5:])
+    assert len(scorer._features) == 50, "those that come later fill the batch"
+    together = scorer.encode_text(prompts).cpu()
+    assert torch.equal(torch.cat(alone), together[[3, 40]])

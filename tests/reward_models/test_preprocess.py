@@ -51,8 +51,9 @@ def test_resize_has_the_bytes_of_pillow() -> None:
         expected = np.asarray(image.resize((w, h), FILTERS[filter])).reshape(h, w, -1)
         array = np.array(image).reshape(height, width, -1)
         x = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
-        ours = _bytes(resize(x, (h, w), interpolation=filter))  # type: ignore[arg-type]
-        assert np.array_equal(ours, expected), f"{image.mode} {height}x{width} to {h}x{w} {filter}"
+        for graph in (False, True):  # with gradients the passes are matrices, else Pillow resizes
+            ours = resize(x.requires_grad_(graph), (h, w), interpolation=filter).detach()  # type: ignore[arg-type]
+            assert np.array_equal(_bytes(ours), expected), f"{image.mode} {height}x{width} to {h}x{w} {filter} {graph}"
 
 
 @pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
@@ -65,7 +66,8 @@ def test_few_pixels_and_few_outputs_have_the_bytes_of_pillow(filter: Interpolati
         for _ in range(3):
             array = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
             expected = np.asarray(Image.fromarray(array).resize((w, h), FILTERS[filter]))
-            ours = resize(torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255, (h, w), interpolation=filter)
+            x = (torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255).requires_grad_()
+            ours = resize(x, (h, w), interpolation=filter).detach()
             assert np.array_equal(_bytes(ours), expected), f"{height}x{width} to {h}x{w}"
 
 

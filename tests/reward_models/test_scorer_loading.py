@@ -174,7 +174,7 @@ def test_folders_without_a_scorer_raise_with_the_reason(folder: Path) -> None:
 
 
 def test_dtype_and_compile_are_for_networks() -> None:
-    with pytest.raises(ValueError, match="dtype must be one of fp32, bf16, fp16; got 'int8'"):
+    with pytest.raises(ValueError, match="dtype must be one of auto, fp32, bf16, fp16; got 'int8'"):
         load_scorer("loading_scorers:Net", "cpu", dtype="int8")  # type: ignore[arg-type]
     scorer: Any = load_scorer("loading_scorers:Net", "cpu", dtype="bf16")
     assert scorer.linear.weight.dtype == torch.bfloat16

@@ -1,0 +1,134 @@
+"""Decoding of images ahead of the scorers: in threads, or beside a GPU in processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from threading import Thread
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from reward_models.folder.items import Item
+from reward_models.images import ImageError, read_rgb
+from reward_models.preprocess import ImageRule
+
+PREFETCH_BATCHES = 2
+"""Minimum number of batches decoded ahead; memory holds one more."""
+PART = 8
+"""Images that a worker process decodes at a time."""
+MANY = 512
+"""Number of images from which on processes are worth their start, about half a second."""
+
+Decoded = np.ndarray | str
+"""An image, uint8 [H, W, 3], or the reason why it cannot be read."""
+
+
+class Batch(NamedTuple):
+    """Items with their images, and the items of the next batches."""
+
+    items: Sequence[Item]
+    images: list[Decoded]
+    coming: Sequence[Item]
+
+
+class Decoder:
+    """Pool of threads or processes that decode images; a context manager.
+
+    Pillow works without the interpreter's lock, so threads are enough for a CPU. A GPU scores a thousand images per
+    second. Then the Python code of decoding threads would delay the thread that feeds the GPU, so processes decode.
+
+    workers  number of threads or processes; default: this process's share of the cores, at most 16
+    device   device of the scorers
+    images   number of images to be scored; processes are used for MANY
+    """
+
+    def __init__(self, workers: int | None = None, *, device: torch.device | None = None, images: int = 0):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.workers = workers or min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        self.part = PART if device is not None and device.type != "cpu" and images >= MANY else 1
+        self._pool: ThreadPoolExecutor | ProcessPoolExecutor
+        if self.part == 1:
+            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        else:  # forked: they start at once, and never touch the device
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_start_process)
+            self._pool.submit(int).result()  # starts all of them; before the scorers are loaded, they are small
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def batches(self, work: Iterable[Sequence[Item]], rule: ImageRule | None) -> Iterator[Batch]:
+        """The batches of `work`, which is consumed lazily, in order.
+
+        rule  rule by which Pillow shrinks the images; None: whole images
+
+        Raises ChildProcessError if the system has killed a process.
+        """
+        waiting: deque[tuple[Sequence[Item], list[Future[list[Decoded]]]]] = deque()
+        work, more = iter(work), True
+        try:
+            while more or waiting:
+                while more and not self._enough(waiting):
+                    items = next(work, None)
+                    if more := items is not None:
+                        waiting.append((items, self._submit(items, rule)))
+                if waiting:
+                    items, parts = waiting.popleft()
+                    images = [image for part in parts for image in part.result()]
+                    yield Batch(items, images, [item for later, _ in waiting for item in later])
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a process that decodes images was killed, probably for lack of memory; use fewer --workers"
+            ) from error
+        finally:
+            for _, parts in waiting:
+                for part in parts:
+                    part.cancel()
+
+    def _enough(self, waiting: Sequence[tuple[Sequence[Item], Sequence[object]]]) -> bool:
+        """Whether enough is decoded ahead: at least PREFETCH_BATCHES, and two parts for each process."""
+        parts = sum(len(futures) for _, futures in waiting)
+        return len(waiting) > PREFETCH_BATCHES and (self.part == 1 or parts > 2 * self.workers)
+
+    def _submit(self, items: Sequence[Item], rule: ImageRule | None) -> list[Future[list[Decoded]]]:
+        parts = (items[i : i + self.part] for i in range(0, len(items), self.part))
+        return [self._pool.submit(_read, part, rule) for part in parts]
+
+
+def _read(items: Sequence[Item], rule: ImageRule | None) -> list[Decoded]:
+    return [_read_one(item, rule) for item in items]
+
+
+def _read_one(item: Item, rule: ImageRule | None) -> Decoded:
+    if item.fault:
+        return item.fault
+    try:
+        image = read_rgb(item.path)
+        return np.array(image if rule is None else rule.shrink(image))
+    except ImageError as error:
+        return str(error)
+
+
+def _start_process() -> None:
+    """First call in a process: Ctrl-C is for the main process, and with the main process this one ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,132 @@
+"""The scoring engine of `reward-score` and of the evaluations: options, precision, processes, resuming."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+from reward_models.loading import Dtype, load_scorer
+
+if TYPE_CHECKING:
+    from reward_models.folder.items import Items
+    from reward_models.folder.journal import Outcomes
+    from reward_models.protocol import Scorer
+
+
+class Processes(NamedTuple):
+    """Rank of this process among `world` processes that share a job, and a barrier for all of them.
+
+    All processes need access to the same files.
+    """
+
+    rank: int = 0
+    world: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def add_options(parser: argparse.ArgumentParser, *, resume: str) -> None:
+    """Add the options of the engine to a command. `resume` describes the unfinished run."""
+    add = parser.add_argument
+    add("--batch-size", type=positive, metavar="B", help="images scored at once (32; on a GPU 64)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    add(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="auto",
+        help="dtype of networks (auto: fp16 on a GPU, else fp32); scores are always float32",
+    )
+    add("--compile", action="store_true", help="compile the networks: a slower start, then faster")
+    add(
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="threads, or for many images beside a GPU processes, that decode images (number of cores, at most 16)",
+    )
+    add("--resume", action="store_true", help=f"continue {resume}")
+
+
+def positive(text: str) -> int:
+    """The type of an option that is an integer of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more; got '{text}'")
+    return int(text)
+
+
+def score_all(
+    items: Items, args: argparse.Namespace, out: Path, processes: Processes, *, title: str = "reward-score"
+) -> tuple[dict[str, Scorer], Outcomes] | None:
+    """Score all items with the scorers `args.scorer`; results go to journals beside `out`, from which --resume goes on.
+
+    args  `scorer` and the options of `add_options`; a batch size or dtype that depends on the device is set here
+
+    Returns the scorers and all results on rank 0, None on other ranks. Delete the journals (`remove_journals`) when the
+    results are written. Raises ValueError for an unfinished run without --resume, or with other settings or images.
+    """
+    from tqdm import tqdm  # lazy here and below: `--help` does not need them
+
+    from reward_models.folder.decoding import Decoder
+    from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
+    from reward_models.folder.scoring import score_items
+
+    device, size = _resolve(args)
+    job = {"--scorer": args.scorer, "--batch-size": size, "--dtype": args.dtype, "--compile": args.compile}
+    job["images or prompts"] = items.digest
+
+    def journaled() -> Outcomes:
+        return read_journals(out, job, Outcomes(len(items), len(args.scorer), size))
+
+    done = journaled().done
+    if done.any() and not args.resume:
+        raise ValueError(f"'{find_journals(out)[0]}' belongs to an unfinished run; add --resume, or delete the file")
+    rank, world, wait = processes
+    # The last bits of a score depend on its batch. So batches are fixed before they are distributed or skipped, and
+    # the table does not depend on the number of processes or on interruptions.
+    todo = [number for number in range(rank, len(done), world) if not done[number]]
+    batches = (items[number * size : (number + 1) * size] for number in todo)
+    with Decoder(args.workers, device=device, images=len(todo) * size) as decoder:
+        scorers = load_scorers(args)
+        wait()  # no process writes while another still reads the journals
+        bar = tqdm(total=len(todo) * size, desc=title, unit="image", disable=rank > 0)
+        with Journal(out, job, rank=rank) as journal, bar:
+            for number, results in zip(todo, score_items(batches, scorers, decoder), strict=True):
+                journal.append(number, results)
+                bar.update(len(results))
+    wait()
+    if rank:
+        return None
+    outcomes = journaled()
+    if missing := int((~outcomes.done).sum()):
+        raise ValueError(f"{missing} batches of {size} have no result; run again with --resume")
+    return scorers, outcomes
+
+
+def load_scorers(args: argparse.Namespace) -> dict[str, Scorer]:
+    """The scorers of `args.scorer` by their specs, in the dtype `args.dtype`."""
+    dtype: Any = "auto" if args.dtype == AUTO else args.dtype
+    return {spec: load_scorer(spec, args.device, dtype=dtype, compile=args.compile) for spec in args.scorer}
+
+
+AUTO = "auto on a GPU"
+"""The dtype in journals and tables: a run on a GPU must not be resumed on a CPU."""
+
+
+def _resolve(args: argparse.Namespace) -> tuple[Any, int]:
+    """The device and the batch size. Sets those settings of args that depend on the device."""
+    from reward_models.folder.scoring import BATCH_SIZE, GPU_BATCH_SIZE
+    from reward_models.placement import find_device
+
+    device = find_device(args.device)
+    gpu = device.type != "cpu"
+    if args.dtype == "auto":
+        args.dtype = AUTO if gpu else "fp32"
+    args.batch_size = args.batch_size or (GPU_BATCH_SIZE if gpu else BATCH_SIZE)
+    return device, args.batch_size
+
+
+def check_scorers(specs: Sequence[str]) -> None:
+    """Raise ValueError if a scorer is given twice."""
+    twice = [spec for spec in specs if specs.count(spec) > 1]
+    if twice:
+        raise ValueError(f"--scorer {twice[0]} is given twice")
