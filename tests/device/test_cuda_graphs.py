@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from repeated import replace_recordings
 from torch import Tensor
 
-from diffalign.networks import cuda_graphs
 from diffalign.networks.cuda_graphs import EAGER, CudaGraphs
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.placement import Placement
@@ -21,43 +21,22 @@ from diffalign.networks.reference import reference_for
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
 REAL = os.environ.get("DIFFALIGN_TEST_DEVICE") == "cuda"
+ROOT = Path(__file__).parent.parent.parent
+TWO = """
+import runpy, sys
+from pytest import MonkeyPatch
+from repeated import replace_recordings
+replace_recordings(MonkeyPatch())
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+"""
 DEVICE = torch.device("cuda" if REAL else "cpu")
-
-
-class Repeated:
-    """Has the interface of a Recording, and also overwrites its results at every replay."""
-
-    def __init__(self, function: Callable[..., Tensor], inputs: Any, network: Any):
-        self.function, self.network, self.user = function, network, lambda: None
-        self.inputs = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-        self.results: list[Any] = []
-
-    busy, load = cuda_graphs.Recording.busy, cuda_graphs.Recording.load
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self._kept(0, [self.function(*self.inputs)])[0]
-
-    def backward(self, gradient: Tensor) -> Any:
-        with torch.enable_grad(), cuda_graphs.same_memory(self.network) as weights:
-            output = self.function(*self.inputs)
-            by = [x for x in (*self.inputs, *weights) if x is not None and x.requires_grad]
-            return self._kept(1, torch.autograd.grad(output, by, gradient, allow_unused=True))
-
-    def _kept(self, k: int, new: Any) -> Any:
-        self.results[k:] = self.results[k:] or [[None if x is None else x.clone() for x in new]]
-        for mine, x in zip(self.results[k], new, strict=True):
-            if x is not None:
-                mine.copy_(x)
-        return self.results[k]
 
 
 @pytest.fixture(autouse=True)
 def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     if not REAL:
-        monkeypatch.setattr(CudaGraphs, "recording", Repeated)
-        monkeypatch.setattr(CudaGraphs, "usable", lambda self, x_t, cond: cond.user is None)
+        replace_recordings(monkeypatch)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -163,3 +142,23 @@ def test_a_run_has_the_losses_of_one_without_recordings(
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found.append([row["policy/loss"] for row in rows])
     assert found[1] == pytest.approx(found[0], abs=1e-5 if not REAL or precision == "no" else 1e-3)
+
+
+@pytest.mark.skipif(REAL, reason="two processes cannot share one card")
+def test_two_processes_have_the_losses_of_one_without_recordings(
+    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, forks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
+    settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={tiny_sd}"]
+    settings += ["backbone.lora_rank=2", "trainer.steps=5", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
+    settings += ["hooks.verify_export=false", "optimizer.lr=1e-3", "data.draws_per_sample=null"]
+    here = [f"run.folder={tmp_path / 'two'}", "backbone.cuda_graphs=true"]
+    done = forks.run(TWO, str(ROOT / "train" / "diffusion_dpo.py"), *settings, *here, processes=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    recipe("diffusion_dpo", *settings, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=2")
+    two, one = (
+        [json.loads(line)["policy/loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    assert two == pytest.approx(one, abs=1e-5)

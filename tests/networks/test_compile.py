@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -88,6 +89,16 @@ def test_every_family_is_compiled_once_for_each_state_of_its_lora(
     for step in steps:
         assert all(map(torch.equal, step, first))
     assert graphs() == compiled
+
+
+def test_the_blocks_that_cuda_compiles_beside_have_the_same_outputs(
+    fast_compiler: None, monkeypatch: pytest.MonkeyPatch, tiny_sd: Path
+) -> None:
+    plain = next(outputs(tiny_sd, None, lora_rank=2))
+    blocks = [*UNet2DConditionModel._repeated_blocks, *compilation.CUDA_BLOCKS]
+    monkeypatch.setattr(UNet2DConditionModel, "_repeated_blocks", blocks)
+    for compiled, eager in zip(next(outputs(tiny_sd, None, lora_rank=2, compile="blocks")), plain, strict=True):
+        torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="the C++ code of older ones cannot round as eager mode does")
