@@ -72,6 +72,22 @@ def flow_sde_step(
     return upcast(x_t) + (eps - x0 + strength / 2 * eps) * dt, (strength * s * -dt).sqrt()
 
 
+def cps_step(schedule: FlowSchedule, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, noise_level: float) -> Step:
+    """Stochastic flow step that keeps the coefficients of x0 and noise (CPS, as in Flow-GRPO's later settings).
+
+    std = t_next sin(noise_level pi / 2);  mean = (1 - t_next) x0 + sqrt(t_next^2 - std^2) eps. It does not keep the
+    marginals of the ODE. Its log density is taken without variance and constants: `squared_log_prob`.
+    """
+    x0, eps = schedule.split(out, x_t, t)
+    a2, s2 = map(per_sample, schedule.coefficients(t_next))
+    return a2 * x0 + s2 * math.cos(noise_level * math.pi / 2) * eps, s2 * math.sin(noise_level * math.pi / 2)
+
+
+def squared_log_prob(x: Tensor, mean: Tensor) -> Tensor:
+    """-mean_n (x - mean)^2, the log density of a CPS step without variance and constants: float32 [B]."""
+    return -(upcast(x) - upcast(mean)).square().flatten(1).mean(1)
+
+
 def log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
     """Log density of N(mean, std^2) at x, averaged (or summed) over C, h, w: float32 [B].
 
