@@ -37,6 +37,8 @@ class Algorithm(ABC):
     players: Mapping[str, nn.Module]
     inner_gradients: ClassVar[bool] = False
     """Whether the loss computes gradients itself. The GradScaler of float16 does not scale these."""
+    repeats: int = 1
+    """Training micro-batches for each micro-batch of the loader."""
     shown: Sequence[str] = ("policy/loss", "policy/accuracy")
     """Names of the metrics in the progress bar."""
 
@@ -48,13 +50,20 @@ class Algorithm(ABC):
         """Draw the random values of a micro-batch on the CPU, so that they move to the device with the batch."""
         return batch
 
+    def split(self, batch: Any) -> Sequence[Any]:
+        """Parts of a training batch, equally many samples each; `loss` takes a part.
+
+        Each part has a forward and a backward pass of its own, so one graph at a time is in memory.
+        """
+        return (batch,)
+
     def turns(self, step: int) -> Sequence[Turn]:
         """The optimizer steps of training step `step`, in order. Methods with two players return several."""
         return (Turn("policy", self.loss),)
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
-        """A micro-batch -> (scalar loss, metrics: scalars or one value per sample)."""
+        """A part of a micro-batch -> (scalar loss, metrics: scalars or one value per sample)."""
 
     def state(self) -> dict[str, Tensor]:
         """Tensors to save in a checkpoint besides the players' weights."""

@@ -17,13 +17,14 @@ from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscr
 from torch import Tensor
 
 from diffalign.diffusion.noising import Noising
-from diffalign.diffusion.schedule import Schedule, VPSchedule, per_sample
-from diffalign.diffusion.steps import Network, Step, gaussian_step, guided, renoise_step
+from diffalign.diffusion.schedule import FlowSchedule, Schedule, VPSchedule, per_sample
+from diffalign.diffusion.steps import Network, Step, cps_step, flow_sde_step, gaussian_step, guided, renoise_step
 from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
 from diffalign.types import Cond, Key, upload
 
-StepKind = Literal["deterministic", "ancestral", "renoise", "random"]
+StepKind = Literal["deterministic", "ancestral", "renoise", "random", "sde", "cps"]
+FLOW_KINDS = ("sde", "cps")  # for flow models only
 SCHEDULERS: dict[str, tuple[StepKind, dict[str, Any]]] = {
     "DDIMScheduler": ("deterministic", {"clip_sample": False, "thresholding": False}),
     "EulerDiscreteScheduler": (
@@ -90,8 +91,9 @@ class Sampler:
         steps: number of steps; the scheduler sets the timesteps
         timesteps: explicit descending timesteps instead, those of the distillation (999, 749, 499, 249; 399 for DMD2)
         law: kind of step: scheduler (the model's own), deterministic (DDIM, Euler), ancestral (DDPM, Turbo), renoise
-            (LCM, DMD2: predict x0, then add new noise), or random (R0: the share of new noise is random for each
-            sample and step)
+            (LCM, DMD2: predict x0, then add new noise), random (R0: the share of new noise is random for each sample
+            and step), or for flow models sde (Flow-GRPO) and cps (its later form)
+        noise_level: strength of the noise of sde and cps steps, in [0, 1]
         guidance: classifier-free guidance scale; 1 for distilled models
     """
 
@@ -103,10 +105,11 @@ class Sampler:
         *,
         steps: int = 4,
         timesteps: tuple[float, ...] = (),
-        law: Literal["scheduler", "deterministic", "ancestral", "renoise", "random"] = "scheduler",
+        law: Literal["scheduler", "deterministic", "ancestral", "renoise", "random", "sde", "cps"] = "scheduler",
+        noise_level: float = 0.7,
         guidance: float = 1.0,
     ):
-        self.draws, self.guidance = draws, guidance
+        self.draws, self.guidance, self.noise_level = draws, guidance, noise_level
         self.shape, self.device = backbone.latent_shape(resolution), backbone.device
         discrete = isinstance(backbone.schedule, VPSchedule)
         self.law, scheduler = kind_and_scheduler(backbone.scheduler_config, law, discrete)
@@ -138,6 +141,8 @@ class Sampler:
         problems = []
         if cfg["steps"] < 1:
             problems.append(f"'sampler.steps' = {cfg['steps']} must be 1 or more")
+        if not 0 < cfg.get("noise_level", 1) <= 1:
+            problems.append(f"'sampler.noise_level' = {cfg['noise_level']} must be in (0, 1]")
         if cfg.get("guidance", 1) < 0:
             problems.append(f"'sampler.guidance' = {cfg['guidance']} must be 0 or more")
         if any(then >= now for now, then in itertools.pairwise(cfg["timesteps"])):
@@ -160,6 +165,7 @@ class Sampler:
         x: Tensor | None = None,
         graded: Collection[int] = (),
         stop: int | None = None,
+        stochastic: Collection[int] | None = None,
     ) -> list[Transition]:
         """Roll out B samples; returns the transitions 0, 1, ... up to and including `stop`, or all of them.
 
@@ -167,6 +173,7 @@ class Sampler:
         keys     B keys; they seed the noise of the steps
         x        initial latents [B, C, h, w]; `start(keys)` by default
         graded   indices of the transitions that run with gradients
+        stochastic  indices of the transitions that add noise; by default all
         """
         x = self.start(keys) if x is None else x
         generators = [self.draws.generator(key, "sampler") for key in keys]
@@ -176,9 +183,10 @@ class Sampler:
             t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.level_pairs[k])
             with torch.set_grad_enabled(torch.is_grad_enabled() and k in graded):
                 out = self.predict(network, x, t, cond)
-                mean, std = self.step(out, x, t, t_next, [(key, self.level_pairs[k][0]) for key in keys])
-                x_next = mean
-                if self.law != "deterministic" and k + 1 < len(self):  # the last step never adds noise
+                noisy = (k in stochastic) if stochastic is not None else self.law not in FLOW_KINDS or k + 1 < len(self)
+                moved = [(key, self.level_pairs[k][0]) for key in keys] if noisy else []
+                x_next, std = mean, _ = self.step(out, x, t, t_next, moved)
+                if noisy and self.law != "deterministic" and k + 1 < len(self):  # the last step never adds noise
                     noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
                     x_next = mean + std * upload(noise, x.device)
                 x0, _ = self.schedule.split(out, x, t)
@@ -198,14 +206,18 @@ class Sampler:
     def step(self, out: Tensor, x_t: Tensor, t: Tensor, t_next: Tensor, keys: Sequence[Key]) -> Step:
         """Mean [B, C, h, w] and std [B, 1, 1, 1] of the transition from t [B] to t_next [B].
 
-        keys     B keys (key of the sample, timestep); kind random draws its eta from them, stream "eta"
+        keys     B keys (key of the sample, timestep); kind random draws its eta from them, stream "eta". Without keys
+                 the step is deterministic
         """
-        if self.law == "deterministic":
+        if self.law == "deterministic" or not keys:
             return gaussian_step(self.schedule, out, x_t, t, t_next)
         if self.law == "ancestral":
             return gaussian_step(self.schedule, out, x_t, t, t_next, eta=1.0)
         if self.law == "renoise":
             return renoise_step(self.schedule, out, x_t, t, t_next)
+        if isinstance(self.schedule, FlowSchedule) and self.law in FLOW_KINDS:
+            kind = flow_sde_step if self.law == "sde" else cps_step
+            return kind(self.schedule, out, x_t, t, t_next, self.noise_level)
         eta = self.draws.uniform(keys, stream="eta")
         return renoise_step(self.schedule, out, x_t, t, t_next, upload(per_sample(eta), x_t.device))
 
@@ -235,7 +247,7 @@ def kind_and_scheduler(
         scheduler = getattr(diffusers, name).from_config(config)
         own = "renoise" if scheduler.config.get("stochastic_sampling") else own
         other = [f"{k} = {scheduler.config[k]}" for k, v in needed.items() if (scheduler.config.get(k) or v) != v]
-        if not other and (law == "scheduler" or SUBSTITUTE[law] == SUBSTITUTE[own]):
+        if not other and (law == "scheduler" or SUBSTITUTE.get(law) == SUBSTITUTE[own]):
             return own if law == "scheduler" else law, scheduler
         name = " with ".join([name, *other[:1]])
     if law == "scheduler":
@@ -243,6 +255,8 @@ def kind_and_scheduler(
             f"'sampler.law' = scheduler: the steps of {name} are not supported; set 'sampler.law' to deterministic "
             "(DDIM), ancestral (DDPM) or renoise (LCM)"
         )
+    if discrete and law in FLOW_KINDS:
+        raise ValueError(f"'sampler.law' = {law} is for flow models; for this model set it to ancestral or renoise")
     substitute = SUBSTITUTE[law] if discrete else "FlowMatchEulerDiscreteScheduler"
     return law, getattr(diffusers, substitute).from_config(config)
 

@@ -91,7 +91,7 @@ class Trainer:
         for hook in self.hooks:
             hook.start(self)
         self.run.print(*self._describe(loader))
-        batches = self.algorithm.batches(loader.start(self.micro, self.algorithm.draw))
+        batches = self.algorithm.batches(loader.start(self.micro // self.algorithm.repeats, self.algorithm.draw))
         compiled = 0.0
         bar = tqdm(total=self.steps, initial=self.step, disable=not self.run.main, desc="train", mininterval=1)
         with self._signals.caught():
@@ -155,12 +155,14 @@ class Trainer:
         used: list[Any] = []
         for k in range(self.grad_accum):
             batch = next(batches)
-            last = k == self.grad_accum - 1
-            # accelerator.accumulate() has one counter for all players; with two it synchronises at the wrong step.
-            with nullcontext() if last else accelerator.no_sync(player.module):
-                loss, metrics = turn.loss(batch)
-                accelerator.backward(loss / self.grad_accum)
-            collected.append({"loss": loss.detach(), **metrics})
+            parts = self.algorithm.split(batch)
+            for part in parts:
+                last = k == self.grad_accum - 1 and part is parts[-1]
+                # accelerator.accumulate() has one counter for all players; with two it synchronises at the wrong step.
+                with nullcontext() if last else accelerator.no_sync(player.module):
+                    loss, metrics = turn.loss(part)
+                    accelerator.backward(loss / (self.grad_accum * len(parts)))
+                collected.append({"loss": loss.detach(), **metrics})
             used += self.algorithm.keys(batch)
             self.micro += 1
         values: dict[str, Any] = self._mean(collected)

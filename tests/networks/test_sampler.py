@@ -292,6 +292,7 @@ SD15 = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"_class_name": "PNDMScheduler", **SD, **SD15},
     "stabilityai/sdxl-turbo": {"_class_name": "EulerAncestralDiscreteScheduler", **SD, **SDXL, **TRAILING},
+    "stabilityai/stable-diffusion-3.5-medium": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     "???": {"_class_name": "EulerDiscreteScheduler", **SD, **SDXL},  # a DMD2 student in the folder of SDXL
     **{name: json.loads((path / "scheduler/scheduler_config.json").read_text()) for name, path in SHIPPED.items()},
 }
@@ -303,7 +304,8 @@ CONFIGS = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if "\nsampler:
 def test_configs_set_a_kind_if_their_scheduler_is_unsupported(file: Path) -> None:
     cfg: Any = OmegaConf.load(file)
     config = PUBLISHED[OmegaConf.to_container(cfg)["backbone"]["path"]]
-    law, _ = kind_and_scheduler(config, cfg.sampler.get("law", "scheduler"), discrete=True)
+    discrete = not config["_class_name"].startswith("Flow")
+    law, _ = kind_and_scheduler(config, cfg.sampler.get("law", "scheduler"), discrete=discrete)
     assert law == (cfg.sampler.get("law") or SCHEDULERS[config["_class_name"]][0])
 
 

@@ -1,0 +1,113 @@
+"""Flow-GRPO (Liu et al., 2025, arXiv 2505.05470): policy gradient on stochastic steps of a flow model.
+
+`sampler.law=cps` (the authors' later advice: level .8, no guidance) or sde (level .7) adds noise in a window of steps;
+the others are deterministic and not trained. A window in the first half at a random place is the authors' fast form; a
+window that moves on is MixGRPO's (2507.21802). Objectives: clip is PPO's; guard (GRPO-Guard) centres the log ratio and
+equalises timesteps; divergence (Flow-DPPO, 2606.11025) leaves out samples that moved too far.
+
+Differences from the released code: guidance, if any, has gradients in both branches; `kl_weight` weighs the KL of the
+step's Gaussians (the released KL leaves -dt out of the variance, so it is smaller by that factor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from diffalign.algorithms.policy_gradient import Moves, PolicyGradient
+from diffalign.diffusion.schedule import FlowSchedule
+from diffalign.diffusion.steps import Network
+from diffalign.networks.sampler import FLOW_KINDS, Sampler
+from diffalign.objectives.policy_gradient import (
+    clipped_policy_loss,
+    divergence_policy_loss,
+    guarded_policy_loss,
+    window_start,
+)
+from diffalign.objectives.rewards import Rewards
+from diffalign.types import Key
+
+
+class FlowGRPO(PolicyGradient):
+    """Flow-GRPO: DDPO's objective on flow models, with noise in a window of steps.
+
+    Args:
+        group_size: images per prompt and rollout
+        clip: half width of the range of ratios around 1; for divergence the largest KL of a sample's step
+        objective: clip, guard or divergence; the last two need sde steps
+        window: number of stochastic, trained steps; 0 for all but the last
+        window_place: random, drawn for each rollout in the first half of the steps; or moving, one step further every
+            `window_every` training steps
+        window_every: training steps at a place of a moving window
+        spread: standard deviation that divides advantages: of the group, or of all samples of the micro-batch
+        kl_weight: weight of the KL to the initial model, per transition
+        updates: optimizer steps per rollout
+        chunk: samples in a forward pass with gradients; all of a micro-batch when left out
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: Network,
+        sampler: Sampler,
+        rewards: Rewards,
+        micro_batches: int,
+        *,
+        group_size: int = 8,
+        clip: float = 1e-5,
+        objective: Literal["clip", "guard", "divergence"] = "clip",
+        window: int = 3,
+        window_place: Literal["random", "moving"] = "random",
+        window_every: int = 25,
+        spread: Literal["group", "batch"] = "batch",
+        kl_weight: float = 0.0,
+        updates: int = 1,
+        chunk: int | None = None,
+    ):
+        if not isinstance(sampler.schedule, FlowSchedule) or sampler.law not in FLOW_KINDS:
+            raise ValueError(
+                f"Flow-GRPO needs a flow model and 'sampler.law' = sde or cps, got '{sampler.law}'; use "
+                "train/ddpo.py for other models"
+            )
+        if objective != "clip" and sampler.law != "sde":
+            raise ValueError(f"'algorithm.objective' = {objective} needs 'sampler.law' = sde, got {sampler.law}")
+        options: Any = {"group_size": group_size, "spread": spread, "kl_weight": kl_weight}
+        super().__init__(policy, reference, sampler, rewards, micro_batches, updates=updates, chunk=chunk, **options)
+        self.clip, self.objective = clip, objective
+        self.window, self.window_place, self.window_every = window, window_place, window_every
+        self._iteration = 0
+        self.trained((0, ""))  # raises if the window does not fit
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """Problems with an `algorithm` section, one line each."""
+        problems = [] if 0 < cfg["clip"] < 1 else [f"'algorithm.clip' = {cfg['clip']} must lie between 0 and 1"]
+        if cfg["window"] < 0 or cfg["window_every"] < 1:
+            problems.append("'algorithm.window' must be 0 or more, and 'algorithm.window_every' 1 or more")
+        return problems + PolicyGradient.check(cfg)
+
+    def turns(self, step: int) -> Any:
+        self._iteration = step
+        return super().turns(step)
+
+    def trained(self, key: Key) -> Sequence[int]:
+        steps = len(self.sampler)
+        width = self.window or steps - 1
+        if self.window_place == "moving":
+            first = window_start(self._iteration, steps=steps, width=width, every=self.window_every)
+        else:
+            window_start(0, steps=steps, width=width, every=1)  # raises if it does not fit
+            last = max(0, min(steps // 2, steps - 1) - width)
+            first = int(self.sampler.draws.integers([key], 0, last + 1, stream="window"))
+        return range(first, first + width)
+
+    def policy_loss(self, moves: Moves, log_p: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        ratio, p = (log_p, moves.log_p, moves.advantage), moves.transition
+        gaussians = {"mean": mean, "mean_old": p.mean, "std": std.flatten()}
+        if self.objective == "clip":
+            return clipped_policy_loss(*ratio, self.clip)
+        if self.objective == "divergence":
+            return divergence_policy_loss(*ratio, self.clip, **gaussians)
+        return guarded_policy_loss(*ratio, self.clip, dt=p.t_next - p.t, **gaussians)

@@ -1,0 +1,165 @@
+"""DDPO and Flow-GRPO: ratios, gradient direction, parts of a rollout, windows, and that they raise a reward."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.algorithms.ddpo import DDPO
+from diffalign.algorithms.flow_grpo import FlowGRPO
+from diffalign.algorithms.policy_gradient import PolicyGradient
+from diffalign.draws import Draws
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.placement import trained_parameters
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def made(rewards_of: Callable, tiny_sd: Path, tiny_sd3: Path) -> Callable[..., tuple[Any, PolicyGradient]]:
+    """made("cps", group_size=2): the backbone, and Flow-GRPO on SD3 (sde, cps) or DDPO on SD (other kinds of step)."""
+
+    def make(law: str, micro_batches: int = 1, **settings: Any) -> tuple[Any, PolicyGradient]:
+        flow = law in ("sde", "cps")
+        backbone = load_backbone(CPU, path=str(tiny_sd3 if flow else tiny_sd), lora_rank=2, max_sequence_length=8)
+        sampler = Sampler(backbone, Draws(0), 32, steps=4, law=law)  # type: ignore[arg-type]
+        given = (backbone.denoiser, reference_for(backbone.denoiser), sampler, rewards_of(backbone.decode))
+        settings = {"group_size": 4, "clip": 0.5, **({"window": 0} if flow else {}), **settings}
+        return backbone, (FlowGRPO if flow else DDPO)(*given, micro_batches, **settings)
+
+    return make
+
+
+def gradient(algorithm: PolicyGradient, rollout: Any) -> Tensor:
+    parts = algorithm.split(rollout)
+    loss = torch.stack([algorithm.loss(part)[0] for part in parts]).mean()
+    trained = trained_parameters(algorithm.players["policy"])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+
+
+@pytest.mark.parametrize("law", ["ancestral", "renoise", "sde", "cps"])
+def test_the_ratio_is_1_on_the_first_pass(made: Callable, prompts_of: Callable, law: str) -> None:
+    """To 1e-6 in float32, on every transition but the last; the loss then is -mean A = 0."""
+    backbone, algorithm = made(law)
+    rollout = algorithm.roll_out(prompts_of(backbone))
+    assert [part.number for part in algorithm.split(rollout)] == [0, 1, 2]
+    for part in algorithm.split(rollout):
+        loss, metrics = algorithm.loss(part)
+        assert metrics["ratio_error"].max() < 1e-6 and abs(loss.item()) < 1e-5
+        assert part.advantage.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("law", ["ancestral", "sde", "cps"])
+def test_an_update_raises_the_likelihood_of_good_samples(made: Callable, prompts_of: Callable, law: str) -> None:
+    backbone, algorithm = made(law)
+    rollout = algorithm.roll_out(prompts_of(backbone))
+    trained = trained_parameters(algorithm.players["policy"])
+    optimizer = torch.optim.SGD(trained, lr=1e-2)
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(trained) + 1e-3, trained)
+    before = densities(algorithm, rollout)
+    torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(trained), trained)
+    flat = gradient(algorithm, rollout)
+    for p, g in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
+        p.grad = g.view_as(p)
+    optimizer.step()
+    advantage = torch.cat([part.advantage for part in algorithm.split(rollout)])
+    assert (advantage * (densities(algorithm, rollout) - before)).mean() > 0
+
+
+def densities(algorithm: PolicyGradient, rollout: Any) -> Tensor:
+    """Log densities of all transitions under the policy now."""
+    found = []
+    with torch.no_grad():
+        for part in algorithm.split(rollout):
+            mean, std = algorithm._step(algorithm.players["policy"], part)  # type: ignore[arg-type]
+            found.append(algorithm.log_density(part.transition.x_next, mean, std))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("objective", ["clip", "guard", "divergence"])
+def test_chunks_change_no_gradient(made: Callable, prompts_of: Callable, objective: str) -> None:
+    gradients = []
+    for chunk in (None, 2):
+        backbone, algorithm = made("sde", objective=objective, chunk=chunk)
+        rollout = algorithm.roll_out(prompts_of(backbone))
+        assert len(algorithm.split(rollout)) == (3 if chunk is None else 12)
+        gradients.append(gradient(algorithm, rollout))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_the_kl_to_the_initial_model_is_0_at_the_start(made: Callable, prompts_of: Callable) -> None:
+    backbone, algorithm = made("ancestral", kl_weight=1.0)
+    _, metrics = algorithm.loss(algorithm.split(algorithm.roll_out(prompts_of(backbone)))[0])
+    assert metrics["kl"].abs().max() < 1e-9
+
+
+def test_a_rollout_serves_all_its_updates(made: Callable, prompts_of: Callable) -> None:
+    """Two micro-batches, two updates: A B A B, then two new ones."""
+    backbone, algorithm = made("renoise", 2, updates=2)
+    loader = (prompts_of(backbone, epoch=k) for k in itertools.count())
+    found = [rollout.keys[0][0] for rollout in itertools.islice(algorithm.batches(loader), 6)]
+    assert found == [0, 1, 0, 1, 2, 3]
+    assert algorithm.repeats == len(algorithm.turns(0)) == 2
+
+
+def test_steps_outside_the_window_are_deterministic(made: Callable, prompts_of: Callable) -> None:
+    """A window of one step: only there the samples of a pair of equal initial noise part."""
+    backbone, algorithm = made("cps", window=1, window_place="moving", window_every=2)
+    for step, index in ((0, 0), (1, 0), (2, 1), (5, 2), (99, 2)):
+        algorithm.turns(step)
+        assert [*algorithm.trained((0, "a"))] == [index]
+    batch = prompts_of(backbone, 1)
+    x = algorithm.sampler.start([(0, "0")]).repeat(2, 1, 1, 1)
+    walk = algorithm.sampler.walk(backbone.denoiser, batch.cond.repeat(2), [(0, "0"), (1, "0")], x=x, stochastic=[1])
+    apart = [not torch.allclose(*p.x_next.chunk(2), atol=1e-6) for p in walk]
+    assert apart == [False, True, True, True]
+
+
+def test_a_random_window_lies_in_the_first_half(made: Callable) -> None:
+    _, algorithm = made("cps", window=1)
+    places = {algorithm.trained((k, "a"))[0] for k in range(40)}
+    assert places == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("law", "settings", "message"),
+    [
+        ("deterministic", {}, "need stochastic transitions"),
+        ("cps", {"objective": "guard"}, "needs 'sampler.law' = sde"),
+        ("sde", {"window": 4}, "does not fit"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(made: Callable, law: str, settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        made(law, **settings)
+    assert len(DDPO.check({"clip": 2, "group_size": 1, "kl_weight": -1, "updates": 0, "chunk": 3})) == 5
+
+
+@pytest.mark.parametrize("law", ["ancestral", "renoise", "sde", "cps"])
+def test_twenty_updates_raise_a_reward(made: Callable, prompts_of: Callable, law: str) -> None:
+    """Brightness of the same noise, before and after."""
+    backbone, algorithm = made(law, group_size=32)
+    trained = trained_parameters(algorithm.players["policy"])
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    batch = prompts_of(backbone)
+
+    def reward() -> float:
+        return algorithm.roll_out(batch).moves[0].scores.mean().item()
+
+    before = reward()
+    for k in range(20):
+        optimizer.zero_grad()
+        rollout = algorithm.roll_out(prompts_of(backbone, epoch=k + 1))
+        for part in algorithm.split(rollout):
+            algorithm.loss(part)[0].backward()
+        optimizer.step()
+    assert reward() > before
+    assert all(torch.isfinite(p).all() for p in trained)

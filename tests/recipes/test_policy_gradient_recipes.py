@@ -1,0 +1,102 @@
+"""Recipes of policy gradients: killed in a rollout, in scoring and between two updates; two processes; exports."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+RECIPES = {
+    "ddpo": ["sampler.steps=3", "sampler.law=renoise"],
+    "flow_grpo": ["sampler.steps=4", "algorithm.window=1", "algorithm.window_place=moving"],
+}
+KILLED = """
+import os, runpy, signal, sys
+from diffalign.algorithms.policy_gradient import PolicyGradient
+from diffalign.networks.sampler import Sampler
+from diffalign.objectives.rewards import Rewards
+recipe, name, count, *arguments = sys.argv[1:]
+owner = {"walk": Sampler, "score": Rewards, "loss": PolicyGradient}[name]
+function, calls = getattr(owner, name), 0
+
+def killing(self, *given, **named):
+    global calls
+    calls += 1
+    if calls > int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(self, *given, **named)
+
+setattr(owner, name, killing)
+runpy.run_path(recipe)["main"](arguments)
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """The last bits of a sum depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(name: str, model: Path, folder: Path, *more: str) -> list[str]:
+    given = ["--config=playground", f"run.folder={folder}", f"backbone.path={model}", "backbone.lora_rank=2"]
+    given += ["backbone.max_sequence_length=8", "reward.scorers=['diffalign.playground:Judge']", "monitor.prompts=null"]
+    given += ["data.limit=8", "data.batch_size=2", "algorithm.group_size=2", "algorithm.updates=2"]
+    given += ["hooks.sample_every=0", "hooks.verify_export=false", "run.log_every=1", "optimizer.lr_warmup_steps=0"]
+    return [*given, *RECIPES[name], *more]
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("perf/")} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next((folder / "export").glob("*.safetensors")))
+
+
+# Calls before the kill, which falls into the third step: with its two micro-batches and two updates, DDPO calls `loss`
+# for two transitions, Flow-GRPO for one.
+PLACES = {"walk": (5, 5), "score": (5, 5), "loss": (20, 10)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_killed_anywhere_a_run_goes_on_bit_for_bit(
+    tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, forks: Any, name: str, place: str
+) -> None:
+    model = request.getfixturevalue("tiny_sd" if name == "ddpo" else "tiny_sd3")
+    more = ["trainer.steps=4", "trainer.grad_accum=2", "hooks.checkpoint_every=1"]
+    recipe(name, *settings(name, model, tmp_path / "whole", *more))
+    broken = settings(name, model, tmp_path / "broken", *more)
+    count = PLACES[place][name == "flow_grpo"]
+    killed = forks.run(KILLED, str(ROOT / "train" / f"{name}.py"), place, str(count), *broken)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert len(rows(tmp_path / "broken")) == 2
+    recipe(name, *broken, "run.resume=true")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "broken")
+    assert all(torch.equal(x, weights(tmp_path / "broken")[key]) for key, x in weights(tmp_path / "whole").items())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_processes_equal_one_that_accumulates(
+    tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, two_processes: Callable, name: str
+) -> None:
+    model = request.getfixturevalue("tiny_sd" if name == "ddpo" else "tiny_sd3")
+    more = ["trainer.steps=2", "hooks.checkpoint_every=0"]
+    recipe(name, *settings(name, model, tmp_path / "one", *more, "trainer.grad_accum=2"))
+    done = two_processes(name, *settings(name, model, tmp_path / "two", *more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, abs=1e-4, rel=1e-3)
+    two = weights(tmp_path / "two")
+    assert all(torch.allclose(x, two[key], atol=1e-4) for key, x in weights(tmp_path / "one").items())

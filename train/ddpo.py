@@ -1,0 +1,50 @@
+"""DDPO (Black et al., 2023): policy gradient on sampling steps, with any scorer; DPOK's options.
+
+    accelerate launch train/ddpo.py --config configs/ddpo/sd15.yaml data.path=prompts.txt
+    diffalign train ddpo --config playground run.folder=runs/ddpo
+
+Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
+"""
+
+from __future__ import annotations
+
+from diffalign import config
+from diffalign.algorithms.ddpo import DDPO
+from diffalign.commands import program
+from diffalign.data import Prompts
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.sampler import Sampler
+from diffalign.training import recipe
+from diffalign.training.hooks.monitor import Monitor
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.optim import adamw
+from diffalign.training.run import Run
+from diffalign.training.trainer import Trainer
+from reward_models import load_mixture
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = config.parse(
+        argv,
+        __file__,
+        run=Run,
+        backbone=load_backbone,
+        data=Prompts,
+        sampler=Sampler,
+        reward=load_mixture,
+        algorithm=DDPO,
+        optimizer=adamw,
+        trainer=Trainer,
+        monitor=Monitor,
+        hooks=standard_hooks,
+    )
+    run, backbone = recipe.begin(cfg)
+    prompts = run.prompts(backbone, **cfg.data)
+    parts = recipe.Parts(cfg, run, backbone, prompts)
+    micro_batches = cfg.trainer["grad_accum"]
+    algorithm = DDPO(parts.policy, parts.reference, parts.sampler, parts.rewards, micro_batches, **cfg.algorithm)
+    parts.fit(algorithm)
+
+
+if __name__ == "__main__":
+    program.run(main)
