@@ -44,6 +44,7 @@ class Rollouts(NamedTuple):
     keys         B keys
     better       [B]: 1 if the first sample of the pair has the higher score, -1 if the second has, 0 for a tie
     scores       [2B]
+    first        index of the first transition
     """
 
     transitions: list[Transition]
@@ -51,6 +52,7 @@ class Rollouts(NamedTuple):
     keys: list[Key]
     better: Tensor
     scores: Tensor
+    first: int = 0
 
 
 class PSO(Algorithm):
@@ -118,6 +120,12 @@ class PSO(Algorithm):
         first, second = scores.chunk(2)
         return Rollouts(transitions[:-1], cond, list(batch.keys), (first - second).sign(), scores)
 
+    def split(self, batch: Rollouts) -> Sequence[Rollouts]:
+        """One part for each transition, or all of them together if the sigmoid is of their sum."""
+        if self.per == "trajectory":
+            return (batch,)
+        return [batch._replace(transitions=[p], first=k) for k, p in enumerate(batch.transitions)]
+
     def loss(self, batch: Rollouts) -> tuple[Tensor, Metrics]:
         """B pairs -> mean loss over pairs (and transitions), and metrics [B]: accuracy, margin and scores."""
         count = len(batch.transitions)
@@ -125,7 +133,7 @@ class PSO(Algorithm):
             torch.cat([getattr(transition, name) for transition in batch.transitions])
             for name in ("x_t", "t", "t_next", "x_next")
         )
-        levels = self.sampler.timesteps.tolist()[:count]
+        levels = self.sampler.timesteps.tolist()[batch.first :][:count]
         keys: list[Key] = [((key, k), level) for level in levels for k in (0, 1) for key in batch.keys]
         cond = batch.cond.repeat(count)
 

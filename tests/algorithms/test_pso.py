@@ -58,6 +58,18 @@ def test_the_first_loss_is_ln_2_and_densities_are_those_of_the_rollout(
         torch.testing.assert_close(again, stored, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(("per", "parts"), [("step", 3), ("trajectory", 1)])
+def test_parts_have_the_gradient_of_the_whole(made: Callable, prompts_of: Callable, per: str, parts: int) -> None:
+    backbone, algorithm = made(law="random", per=per)
+    rollouts, trained = algorithm.roll_out(prompts_of(backbone)), trained_parameters(backbone.denoiser)
+    split = algorithm.split(rollouts)
+    losses = algorithm.loss(rollouts)[0], torch.stack([algorithm.loss(part)[0] for part in split]).mean()
+    whole, summed = (torch.autograd.grad(loss, trained) for loss in losses)
+    assert len(split) == parts
+    for a, b in zip(whole, summed, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
 def test_running_statistics_of_rewards_are_part_of_a_checkpoint(made: Callable, prompts_of: Callable) -> None:
     backbone, algorithm = made()
     assert algorithm.state() == {}
