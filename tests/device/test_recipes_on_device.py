@@ -28,6 +28,8 @@ SHORT = {
     "inpo": ["inversion.steps=2"],
     "pso_offline": ["sampler.steps=2", "sampler.law=renoise"],
     "pso": ["sampler.steps=2", "sampler.law=renoise"],
+    "ddpo": ["sampler.steps=2", "sampler.law=renoise", "algorithm.group_size=2"],
+    "flow_grpo": ["sampler.steps=3", "algorithm.window=1", "algorithm.group_size=2", "backbone.max_sequence_length=8"],
     "pso_customize": ["sampler.steps=2", "sampler.law=renoise"],
     "r0": ["sampler.steps=2", "sampler.law=renoise"],
     "refl": ["sampler.steps=2", "sampler.law=deterministic", "algorithm.first_step=1"],
@@ -35,7 +37,7 @@ SHORT = {
     "diff_instruct_star": ["sampler.law=renoise", "algorithm.aux_rounds=1"],
     "distill": ["sampler.steps=1", "sampler.law=renoise", "algorithm.aux_rounds=1"],
 }
-WAITS = {"pso": 2, "r0": 3, "refl": 3, "draft": 3, "diff_instruct_star": 3, "distill": 0}
+WAITS = {"ddpo": 2, "flow_grpo": 2, "pso": 2, "r0": 3, "refl": 3, "draft": 3, "diff_instruct_star": 3, "distill": 0}
 """Maximum number of device synchronisations per step of each recipe that samples. Never raise these numbers."""
 DARK = """
 import torch
@@ -48,11 +50,11 @@ class Dark:
 
 
 @pytest.fixture
-def tiny(recipe: Callable, tiny_sd: Path) -> Callable[..., None]:
+def tiny(recipe: Callable, tiny_sd: Path, tiny_sd3: Path) -> Callable[..., None]:
     """tiny("sft", "run.folder=...") runs a recipe on a model of few layers; the pretend device is slow by operator."""
 
     def call(name: str, *words: str) -> None:
-        paths = [f"backbone.path={tiny_sd}"]
+        paths = [f"backbone.path={tiny_sd3 if name == 'flow_grpo' else tiny_sd}"]
         paths += [f"teacher.path={tiny_sd}"] if name in ("diff_instruct_star", "distill") else []
         recipe(name, "--config=playground", *paths, *SHORT.get(name, []), *words)
 
