@@ -16,8 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from results_file import RESULTS, ROOT, commit, cpu, read_rows, write_rows
+from results_file import RESULTS, ROOT, WHOLE, commit, cpu, read_rows, write_rows
 
+from diffalign.commands import program
 from reward_models.files import read_json
 
 GRID = ROOT / "docs" / "demo.png"
@@ -36,10 +37,10 @@ def main() -> None:
             if seed == 0:
                 shutil.copy(summary["grid"], GRID)
         row = {"seed": seed, **{k: v for k, v in summary.items() if k not in ("export", "grid")}}
-        rows = [r for r in read_rows(RESULTS / "demo.json") if r["seed"] != seed]
+        rows = [r for r in read_rows(RESULTS / "demo.json", {"seed": WHOLE}) if r["seed"] != seed]
         rows.append(row | {"device": cpu(), "commit": commit()})
         write_rows(RESULTS / "demo.json", sorted(rows, key=lambda r: r["seed"]))
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_jobs import Found, Job, Worker, demo, device_tests
-from results_file import RESULTS, ROOT, commit, cpu, read_rows, write_rows
+from results_file import MEASURED, RESULTS, ROOT, TEXT, commit, cpu, read_rows, write_rows
 
 KEYS = ("case", "device", "ours", "baseline", "ratio", "unit", "peak_gb_ours", "peak_gb_baseline")
 KEYS += ("matmul_share", "gpu_busy", "commit")
@@ -118,7 +118,7 @@ class Session:
     def __init__(self, out: Path, device: str, seconds: float, commit: str | None, tiny: bool = False):
         self.out, self.device, self.commit, self.tiny = out, device, commit, tiny
         self.end = time.monotonic() + seconds
-        self.before = read_rows(out)
+        self.before = read_rows(out, {"case": TEXT, "device": TEXT, "ours": MEASURED, "matmul_share": MEASURED})
         self.rows: dict[str, Row] = {}
 
     def left(self) -> float:
@@ -255,7 +255,10 @@ def main() -> int:
     sys.path.append(str(ROOT))  # for the worker, so that nothing needs to be installed
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    session = Session(out, device, args.seconds, args.commit, args.tiny)
+    try:
+        session = Session(out, device, args.seconds, args.commit, args.tiny)
+    except (OSError, ValueError) as error:  # a damaged result file
+        parser.error(str(error))
     with tempfile.TemporaryDirectory() as scratch:
         (args.logs or Path(scratch)).mkdir(parents=True, exist_ok=True)
         session.run([k for k in CASES if not args.only or k in args.only], Path(scratch), args.logs or Path(scratch))

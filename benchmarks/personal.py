@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from results_file import read_rows, write_rows
+from results_file import TEXT, WHOLE, read_rows, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign.commands import launch
+from diffalign.commands import launch, program
 from diffalign.data import read_records
 from diffalign.data.choices import hash_fraction
 from diffalign.draws import Draws
@@ -363,7 +363,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
     args = parser.parse_args()
-    rows = read_rows(RESULTS)
+    rows = read_rows(RESULTS, {"part": TEXT, "case": TEXT, "seed": WHOLE})
     done = {(r["part"], r["case"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as folder:
         town = Town(Path(folder))
@@ -377,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
