@@ -39,11 +39,16 @@ def _steps(steps: int) -> Settings:
     return (f"trainer.steps={steps}", f"optimizer.lr_cosine_steps={steps}")
 
 
+def _loss(name: str, noise: float) -> Settings:
+    known = (f"algorithm.label_smoothing={noise}",) if name != "dpo" else ()
+    return (f"algorithm.loss={name}", *known)
+
+
 PSO = "pso_offline/four_step/own"
 OWN_DPO, R0_PLUS, STAR = "diffusion_dpo/playground/own", "r0 plus/four_step/scorer", "diff_instruct_star"
 NAIVE_DPO = Row("naive diffusion_dpo", "diffusion_dpo", DPO, FOUR, changes=(*PAIRS, ON_FOUR))
-TOGETHER = (*_steps(100), "optimizer.lr=1e-3")
-"""Settings of R0+ that Diff-Instruct* gets for a comparison at equal steps."""
+TOGETHER = ("trainer.steps=80", "optimizer.lr=1e-3")
+"""What Diff-Instruct* and its relatives are compared with."""
 NOISES = (0.1, 0.2, 0.3)
 
 CASES: dict[str, Case] = {
@@ -52,9 +57,7 @@ CASES: dict[str, Case] = {
     "inpo, 100 steps": _first("inpo/playground/own", *_steps(100)),
     "diffusion_dpo, 200 steps": _first(OWN_DPO, *_steps(200)),
     **{
-        f"{loss}, {noise:.0%} flipped": _first(
-            OWN_DPO, f"algorithm.loss={loss}", *([f"algorithm.label_smoothing={noise}"] * (loss != "dpo")), noise=noise
-        )
+        f"{loss}, {noise:.0%} flipped": _first(OWN_DPO, *_steps(200), *_loss(loss, noise), noise=noise)
         for noise in reversed(NOISES)
         for loss in ("dpo", "conservative", "robust")
     },
