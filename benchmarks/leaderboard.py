@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from leaderboard_claims import claims_table
+from leaderboard_claims import COMPARED, claims_table
 from leaderboard_page import write_page
 from leaderboard_rows import BASE, CURVE, CURVES, FRONTIER, GROUPED, ROWS, STEPS, Row, Settings
 from leaderboard_world import NUMBERS, World, against, best_of
@@ -59,6 +59,7 @@ FILES = {
     "prompts": ("leaderboard_prompts", {**dict.fromkeys(KEY, TEXT), "seed": WHOLE, "prefer": VALUES, "gain": VALUES}),
     "frontier": ("frontier", RUN),
     "curves": ("curves", {"name": TEXT, "points": POINTS}),
+    "personal": ("personal", {"part": TEXT, "case": TEXT, "seed": WHOLE}),
     "claims": ("claims", {**RUN, "case": TEXT, "prefer": VALUES, "gain": VALUES}),
 }
 """Name of each result file, and its columns."""
@@ -69,7 +70,7 @@ class Board:
 
     def __init__(self, folder: Path = RESULTS):
         self.files = {name: folder / f"{file}.json" for name, (file, _) in FILES.items()}
-        self.rows = {name: read_rows(file, FILES[name][1]) for name, file in self.files.items()}
+        self.rows = {name: read_rows(file, FILES[name][1], COMPARED) for name, file in self.files.items()}
         for name in ("prompts", "claims"):
             sizes = {len(r[x]) for r in self.rows[name] for x in ("prefer", "gain")}
             if len(sizes) > 1:

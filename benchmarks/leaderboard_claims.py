@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from leaderboard_page import Line, Matrix, Rows, pooled, shown
 from leaderboard_rows import DPO, FOUR, PAIRS, ROWS, Row, Settings
+from results_file import ESTIMATE
 
 from diffalign.report import Estimate
 
@@ -61,7 +62,6 @@ CASES: dict[str, Case] = {
         for noise in reversed(NOISES)
         for loss in ("dpo", "conservative", "robust")
     },
-    "naive sft": _first("sft/four_step/own"),
     "naive diffusion_dpo": Case(NAIVE_DPO, DPO[0]),
     **{
         f"{name}, {place.replace('_', ' ')}": _first(f"{STAR}/{place}/scorer", *TOGETHER, *changes)
@@ -101,7 +101,7 @@ CLAIMS = (
         for noise in NOISES
         for paper, loss in (("cDPO", "conservative"), ("rDPO", "robust"))
     ),
-    Claim("PSO", "keeps few-step models few-step where the naive loss does not", PSO, "naive sft"),
+    Claim("PSO", "keeps few-step models few-step where the naive loss does not", PSO, "sft/four_step/own"),
     Claim("PSO", "the same, against DPO's loss at all timesteps", PSO, "naive diffusion_dpo"),
     *(
         Claim("Diff-Instruct*", STAR_SAID.format(said), f"DI*, {place}", f"{other}, {place}")
@@ -146,6 +146,56 @@ def verdict(difference: Estimate, within: float) -> str:
     return "the other way round" if difference.high < -within else "no difference seen"
 
 
+class Personal(NamedTuple):
+    """A claim that benchmarks/personal.py measures, one run a seed: the column of a row of results/personal.json."""
+
+    paper: str
+    claimed: str
+    compared: str
+    part: str
+    case: str
+    column: str
+    zero: float
+
+
+LIFT = "lift of the worst group"
+PERSONAL = (
+    Personal(
+        "PPD",
+        "new people, 4 choices: preferred to one model for all in 76 % (to Stable Cascade)",
+        "PPD with Diffusion-DPO on the same pairs, by the strangers themselves",
+        *("ppd", "4 choices", "own vs one for all"),
+        zero=0.5,
+    ),
+    *(
+        Personal(
+            "MaxMin-RLHF",
+            "the smaller group's win rate rises by a third",
+            f"MaxMin on two groups with one scorer for all, {ratio}, by the group that is worst off",
+            *("maxmin", f"MaxMin, {ratio}", LIFT),
+            zero=0.0,
+        )
+        for ratio in ("1:1", "3:1", "9:1")
+    ),
+)
+COMPARED = {claim.column: ESTIMATE for claim in PERSONAL}
+
+
+def personal_lines(rows: Rows) -> list[str]:
+    """Lines of the claims about people's own preferences."""
+    out = []
+    for claim in PERSONAL:
+        mine = [r for r in rows["personal"] if (r["part"], r["case"]) == (claim.part, claim.case) and claim.column in r]
+        found = [Estimate(*r[claim.column][:3]) for r in mine]
+        prefer = ", ".join(shown(x, ".1%") for x in found) if claim.zero else ""
+        differences = [Estimate(*(y - claim.zero for y in x)) for x in found]
+        verdicts = " ".join(dict.fromkeys(verdict(x, 0.0) for x in differences)) or "not measured"
+        difference = ", ".join(shown(x, "+.1%") for x in differences)
+        cells = (claim.paper, claim.claimed, claim.compared, prefer, difference, "", "", verdicts)
+        out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
 def claims_table(rows: Rows) -> str:
     """One line a claim, those without runs included."""
     names = ("paper", "claimed", "compared", "people prefer", "difference", "match, diversity", "forwards", "verdict")
@@ -167,4 +217,4 @@ def claims_table(rows: Rows) -> str:
                 verdict(difference, claim.within),
             ]
         out.append(f"| {' | '.join(cells)} |")
-    return "\n".join(out)
+    return "\n".join([*out, *personal_lines(rows)])

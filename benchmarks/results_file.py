@@ -42,12 +42,15 @@ NUMBER = Kind("a number", _number)
 POSITIVE = Kind("a positive number", lambda x: _number(x) and x > 0)
 MEASURED = Kind("a number or null", lambda x: x is None or _number(x))
 TEXTS = Kind("a list of texts", lambda x: _list(x, TEXT.fits))
+ESTIMATE = Kind("a list of a number and its interval", lambda x: _list(x, _number) and len(x) >= 3)
 VALUES = Kind("a list of numbers", lambda x: _list(x, _number) and len(x) > 0)
 POINTS = Kind("a list of three numbers each", lambda x: _list(x, lambda y: VALUES.fits(y) and len(y) == 3) and x != [])
 
 
-def read_rows(path: Path, columns: Mapping[str, Kind]) -> list[dict[str, Any]]:
+def read_rows(path: Path, columns: Mapping[str, Kind], some: Mapping[str, Kind] | None = None) -> list[dict[str, Any]]:
     """Rows of a file of `write_rows`, objects with at least these columns; empty if it does not exist.
+
+    `some` are columns that not every row has.
 
     Raises ValueError with the file, and the row and column that are not as expected; OSError for what is not a file.
     """
@@ -65,8 +68,10 @@ def read_rows(path: Path, columns: Mapping[str, Kind]) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"'{path}', result {number} must be an object; got {_shown(row)}; {advice}")
-        for name, kind in columns.items():
+        for name, kind in {**columns, **(some or {})}.items():
             if name not in row:
+                if name not in columns:
+                    continue
                 raise ValueError(f"'{path}', result {number} has no '{name}'; {advice}")
             if not kind.fits(row[name]):
                 raise ValueError(

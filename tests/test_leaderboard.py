@@ -93,7 +93,9 @@ def _files(modules: Any, folder: Path) -> dict[str, list[dict[str, Any]]]:
     key, by_prompt = modules.describe(row, "true", 0), {"prefer": [0.5, 0.6], "gain": [0.0, 0.1]}
     for name in ("tuning", "frontier"):
         board.put(name, {**key, **RUN, "settings": []})
-    board.put("claims", {**key, **RUN, **by_prompt, "settings": [], "case": "naive sft"}, ("case",))
+    board.put("claims", {**key, **RUN, **by_prompt, "settings": [], "case": "SIM, one step"}, ("case",))
+    personal = {"part": "ppd", "case": "4 choices", "seed": 0}
+    board.put("personal", {**personal, "own vs one for all": [0.6, 0.5, 0.7]}, ("part",))
     board.put("curves", {"name": "refl", "points": [[0, 0.0, 0.0], [20, 0.1, 0.2]]}, ("name",))
     return board.rows
 
@@ -127,8 +129,9 @@ def test_damaged_result_files_are_named_in_one_line(
         whole = file.read_text()
         texts = [whole[:n] for n in range(0, len(whole), 97)]
         texts += ["{}", "3", "null", '"x"', "[3]", "[[]]", "\xff", "[" * 9999]
-        (first, *others), columns = rows[name], modules.FILES[name][1]
+        (first, *others), columns = rows[name], dict(modules.FILES[name][1])
         changed = [{k: v for k, v in first.items() if k != column} for column in columns]
+        columns |= {column: kind for column, kind in modules.COMPARED.items() if column in first}
         bad = [{**first, c: value} for c, kind in columns.items() for value in VALUES if not kind.fits(value)]
         texts += [json.dumps([row, *others]) for row in [*changed, *bad]]
         for text in texts:
