@@ -34,7 +34,7 @@ ALONE = " alone"
 Rows = dict[str, list[dict[str, Any]]]
 Matrix = NDArray[np.float64]
 STYLE: dict[Any, Any] = {"svg.hashsalt": "diffalign", "font.size": 9, "axes.spines.top": False}
-STYLE |= {"axes.spines.right": False}
+STYLE |= {"axes.spines.right": False, "axes.titlesize": 9}
 
 
 def pooled(values: Matrix, resamples: int = 2000) -> Estimate:
@@ -222,15 +222,15 @@ def draw(rows: Rows) -> list[str]:
         axes.set(xlabel="gain, sd", ylabel="change of diversity")
 
     def hacking(figure: Figure) -> None:
-        names = [name for name in CURVES if not name.endswith(ALONE)]
-        for axes, name in zip(figure.subplots(2, 3, sharex=True).flat, names, strict=False):
-            axes.set_title(name, fontsize=9)
-            for r in rows["curves"]:
-                if r["name"].removesuffix(ALONE) == name:
-                    steps, proxy, judge = zip(*r["points"], strict=True)
-                    style, words = ("--", " alone") if r["name"].endswith(ALONE) else ("-", "")
-                    axes.plot(steps, proxy, style, color=COLOURS[1], label=f"scorer climbed{words}")
-                    axes.plot(steps, judge, style, color=COLOURS[0], label=f"judge{words}")
+        curves = {r["name"]: r["points"] for r in rows["curves"]}
+        names = [name for name in CURVES if not name.endswith(ALONE) and {name, name + ALONE} & curves.keys()]
+        for k, name in enumerate(names):
+            axes = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), k + 1, title=name)
+            for end, style in (("", "-"), (ALONE, "--")):
+                if name + end in curves:
+                    steps, proxy, judge = zip(*curves[name + end], strict=True)
+                    axes.plot(steps, proxy, style, color=COLOURS[1], label=f"scorer climbed{end}")
+                    axes.plot(steps, judge, style, color=COLOURS[0], label=f"judge{end}")
         figure.supxlabel("steps", fontsize=9)
         figure.supylabel("gain, sd", fontsize=9)
 
@@ -255,13 +255,15 @@ def _figure(path: Path, paint: Callable[[Figure], None]) -> bool:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
         paint(figure)
-        painted = [axes for axes in figure.axes if axes.get_legend_handles_labels()[0]]
-        if not painted:
+        labels = {
+            word: line for axes in figure.axes for line, word in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if not labels:
             return False
-        for axes in set(figure.axes) - set(painted):
-            axes.axis("off")
-        for axes in painted[:1]:
-            axes.legend(frameon=False, fontsize=8)
+        if len(figure.axes) > 1:
+            figure.legend(labels.values(), labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+        else:
+            figure.axes[0].legend(frameon=False, fontsize=8)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
     return True
