@@ -155,3 +155,26 @@ def test_every_benchmark_names_the_columns_that_it_needs(modules: Any, tmp_path:
     assert read(tmp_path / "none.json", {}) == []
     with pytest.raises(OSError, match="a folder"):
         read(tmp_path, {})
+
+
+def test_claims_hold_by_the_interval_of_their_difference(modules: Any, tmp_path: Path) -> None:
+    """The noise of the two runs is the same, so that the difference is 0.4 without an interval."""
+    claims, board = importlib.import_module("leaderboard_claims"), modules.Board(tmp_path)
+    modules.put_baseline(board, "base", "playground", {**RUN}, [])
+    for name, better in (("inpo", "algorithm.beta=65"), ("diffusion_dpo", "none")):
+        list(modules.measure(board, World(better), modules.ROWS[f"{name}/playground/own"], "true", 0))
+    lines = [line for line in claims.claims_table(board.rows).splitlines()[2:] if "not measured" not in line]
+    assert [line.split("|")[1].strip() for line in lines] == ["InPO"]
+    assert "+40.0% [+40.0%, +40.0%]" in lines[0] and lines[0].endswith("| holds |")
+    estimate = importlib.import_module("leaderboard_page").Estimate
+    found = [claims.verdict(estimate(0.0, *ends), 0.02) for ends in ((-0.01, 0.1), (-0.1, 0.1), (-0.2, -0.1))]
+    assert found == ["holds", "no difference seen", "the other way round"]
+
+
+def test_preference_at_equal_drift_lies_between_the_strengths_that_were_run(modules: Any, tmp_path: Path) -> None:
+    page, board = importlib.import_module("leaderboard_page"), modules.Board(tmp_path)
+    row = modules.ROWS["diffusion_dpo/playground/own"]
+    list(modules.measure(board, World("algorithm.beta=65"), row, "true", 0))  # drift 0.01, 90 %
+    weak = {**modules.describe(row, "true", 0), **RUN, "settings": [], "drift": 0.0025, "people_prefer": 0.7}
+    board.put("frontier", weak)
+    assert page.at_drift(board.rows).splitlines()[-1] == "| diffusion_dpo | 80.0% | 90.0% |  |  |"
