@@ -130,10 +130,10 @@ def main() -> None:
     if args.only:
         args.rank = args.rank[0]
         return only(args)
+    rows = read_rows(ROWS, {"case": TEXT, "device": TEXT})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         playground_pairs(folder / "pairs", RESOLUTION)
-        rows = read_rows(ROWS, {"case": TEXT, "device": TEXT})
         methods, ranks = [args.method] if args.method else METHODS, args.rank or (8, 0)
         for args.method, rank in itertools.product(methods, ranks):
             row = compare(args, rank, folder)

@@ -147,10 +147,36 @@ def test_damaged_result_files_are_named_in_one_line(
         file.write_text(whole)
 
 
-def test_every_benchmark_names_the_columns_that_it_needs(modules: Any, tmp_path: Path) -> None:
-    """The committed results can be read, and no reader of results goes without columns."""
-    read = importlib.import_module("results_file").read_rows
-    board = modules.Board()
+READERS = {
+    "demo_runs": ("FILE", {"seed": "0"}),
+    "pair_step": ("ROWS", {"case": "x"}),
+    "scorers": ("RESULTS", {"scorer": "hps", "seed": None}),
+    "personal": ("RESULTS", {"part": "ppd", "case": 3, "seed": 0}),
+    "gpu": ("RESULTS", {"case": "x", "device": "y", "ours": "fast"}),
+}
+"""Benchmarks that go on from their results: the constant with the file or folder, and a row that is not theirs."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_benchmarks_name_their_damaged_results_before_they_begin(
+    name: str, modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *(["--tiny", f"--out={tmp_path / 'r.json'}"] * (name == "gpu"))])
+    module, (constant, row) = importlib.import_module(name), READERS[name]
+    monkeypatch.setattr(module, constant, tmp_path / "r.json")
+    for text in ('[{"seed"', "{}", json.dumps([row])):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            program.run(module.main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1 and str(tmp_path / "r.json") in said, said
+
+
+def test_the_committed_results_can_be_read(modules: Any, tmp_path: Path) -> None:
+    read, board = importlib.import_module("results_file").read_rows, modules.Board()
+    board.check_bases()
     assert len(board.rows["runs"]) > 10 and len(board.rows["prompts"]) > 10
     assert read(tmp_path / "none.json", {}) == []
     with pytest.raises(OSError, match="a folder"):
