@@ -1,7 +1,7 @@
 """Personalisation benchmark: scorers and generators for held-out people, given a few choices of each.
 
     python benchmarks/personal.py                       # everything that results/personal.json lacks
-    python benchmarks/personal.py --part ppd --seed 0
+    python benchmarks/personal.py --part ppd --seed 0 --again
 
 A third of the playground's people are held out as strangers: scorers and generators are not trained on their choices.
 Scorers are measured on held-out captions against each stranger's noise-free choices, generators on held-out prompts
@@ -392,16 +392,22 @@ PARTS: dict[tuple[str, str], Any] = {
 """(part, case) -> (town, seed) -> rows"""
 
 
+def run_of(row: dict[str, Any]) -> tuple[str, str, int]:
+    """The run that a row is of."""
+    return row["part"], row["case"], row["seed"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--part", choices=dict.fromkeys(part for part, _ in PARTS), action="append", help="default: all"
     )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
+    parser.add_argument("--again", action="store_true", help="also what the results have already")
     parser.add_argument("--work", type=Path, help="folder of images and runs, which is kept; default: a temporary one")
     args = parser.parse_args()
     rows = read_rows(RESULTS, {"part": TEXT, "case": TEXT, "seed": WHOLE})
-    done = {(r["part"], r["case"], r["seed"]) for r in rows}
+    done = set() if args.again else set(map(run_of, rows))
     with tempfile.TemporaryDirectory() as folder:
         town = Town((args.work or Path(folder)).absolute())
         for seed, (part, case) in itertools.product(args.seed or (0, 1, 2), PARTS):
@@ -409,7 +415,7 @@ def main() -> None:
                 continue
             found = PARTS[part, case](town, seed)
             print(*map(json.dumps, found), sep="\n", flush=True)
-            rows += found
+            rows = [r for r in rows if run_of(r) not in set(map(run_of, found))] + found
             write_rows(RESULTS, rows)
 
 
