@@ -27,7 +27,8 @@ DRIFTS = (0.005, 0.01, 0.02, 0.04)
 CLAIMED = """\
 One run of each (seed 0), or a row of the table above with its seeds, on the same captions; the difference is paired by
 caption. A claim holds if the interval of the difference lies above 0, or above -2 points where the claim is to reach
-the same level. Match in points and diversity in per cent are changes from the base."""
+the same level; with one seed it says nothing of the chance in training. Match in points and diversity in per cent are
+changes from the base."""
 ALONE = " alone"
 """Ends the names of the curves of runs without their regulariser."""
 
