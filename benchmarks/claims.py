@@ -25,8 +25,8 @@ from diffalign.commands import program
 from diffalign.draws import Draws
 from diffalign.playground.annotators import label
 from diffalign.playground.ratings import write_ratings
-from reward_models import load_scorer, read_image
-from reward_models.clip.scorers import CLIPScorer
+from reward_models import read_image
+from reward_models.training import clip_to_train
 
 TO_RUN = [name for name, case in CASES.items() if case.settings is not None]
 
@@ -41,9 +41,7 @@ def plain_clip(world: World, steps: int = 800, batch: int = 96) -> Path:
         rows = [json.loads(line) for line in ratings.read_text().splitlines()]
         images = torch.stack([read_image(ratings.parent / name) for row in rows for name in row["images"]])
         texts = [row["prompt"] for row in rows for _ in row["images"]]
-        like = load_scorer("playground_hps", "cpu")
-        torch.manual_seed(0)
-        scorer = CLIPScorer(like.architecture, like.rule)
+        scorer = clip_to_train(torch.device("cpu"), architecture="playground", weights=None, trains=())
         settings = {"lr": 1e-3, "betas": (0.9, 0.98), "weight_decay": 0.1}
         optimizer = torch.optim.AdamW(scorer.parameters(), **settings)
         lr = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.06)
@@ -80,7 +78,9 @@ def settings_of(world: World, case: Case) -> tuple[str, ...]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=TO_RUN, action="append", metavar="CASE", help=f"of {'; '.join(TO_RUN)}")
+    parser.add_argument(
+        "--case", choices=TO_RUN, action="append", metavar="CASE", help=f"of {'; '.join(TO_RUN).replace('%', '%%')}"
+    )
     parser.add_argument("--hours", type=float, default=12, help="start no run after so many hours (12)")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of images, latents and runs (runs/leaderboard)")
     args = parser.parse_args()
