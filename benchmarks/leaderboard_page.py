@@ -236,7 +236,7 @@ def draw(rows: Rows) -> list[str]:
         figure.supylabel("gain, sd", fontsize=9)
 
     words = (
-        ("frontier", frontier, "Gain against drift of six methods, each with several strengths"),
+        ("frontier", frontier, "Gain against drift of what was run with several strengths (of six methods)"),
         ("diversity", cost, "What a gain costs in diversity, and what choosing among the base's samples costs"),
         (
             "curves",
