@@ -16,17 +16,19 @@ import sys
 import tempfile
 from pathlib import Path
 
-from results_file import RESULTS, ROOT, commit, cpu, read_rows, write_rows
+from results_file import RESULTS, ROOT, WHOLE, commit, cpu, read_rows, write_rows
 
+from diffalign.commands import program
 from reward_models.files import read_json
 
-GRID = ROOT / "docs" / "demo.png"
+GRID, FILE = ROOT / "docs" / "demo.png", RESULTS / "demo.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, action="append", help="may be repeated; 0, 1, 2")
     args = parser.parse_args()
+    rows = read_rows(FILE, {"seed": WHOLE})
     for seed in args.seed or (0, 1, 2):
         with tempfile.TemporaryDirectory() as name:
             out = Path(name, "demo")
@@ -36,10 +38,9 @@ def main() -> None:
             if seed == 0:
                 shutil.copy(summary["grid"], GRID)
         row = {"seed": seed, **{k: v for k, v in summary.items() if k not in ("export", "grid")}}
-        rows = [r for r in read_rows(RESULTS / "demo.json") if r["seed"] != seed]
-        rows.append(row | {"device": cpu(), "commit": commit()})
-        write_rows(RESULTS / "demo.json", sorted(rows, key=lambda r: r["seed"]))
+        rows = [r for r in rows if r["seed"] != seed] + [row | {"device": cpu(), "commit": commit()}]
+        write_rows(FILE, sorted(rows, key=lambda r: r["seed"]))
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpu_jobs import Found, Job, Worker, demo, device_tests
-from results_file import RESULTS, ROOT, commit, cpu, read_rows, write_rows
+from results_file import MEASURED, RESULTS, ROOT, TEXT, commit, cpu, read_rows, write_rows
 
 KEYS = ("case", "device", "ours", "baseline", "ratio", "unit", "peak_gb_ours", "peak_gb_baseline")
 KEYS += ("matmul_share", "gpu_busy", "commit")
@@ -118,7 +118,7 @@ class Session:
     def __init__(self, out: Path, device: str, seconds: float, commit: str | None, tiny: bool = False):
         self.out, self.device, self.commit, self.tiny = out, device, commit, tiny
         self.end = time.monotonic() + seconds
-        self.before = read_rows(out)
+        self.before = read_rows(out, {"case": TEXT, "device": TEXT}, {"ours": MEASURED, "matmul_share": MEASURED})
         self.rows: dict[str, Row] = {}
 
     def left(self) -> float:
@@ -212,7 +212,7 @@ class Session:
     def found(self, key: str, what: str) -> Any:
         """Results of a case from this call, or from an earlier call on the same device."""
         rows = [r for r in self.before if r["device"] == self.device] + [*self.rows.values()]
-        values = [r[what] for r in rows if r["case"] == self.title(key) and r[what] is not None]
+        values = [r[what] for r in rows if r["case"] == self.title(key) and r.get(what) is not None]
         return values[-1] if values else None
 
     def save(self) -> None:
@@ -253,9 +253,13 @@ def main() -> int:
         device = torch.cuda.get_device_name()
     out = args.out or (Path(tempfile.gettempdir(), "gpu_tiny.json") if args.tiny else RESULTS / "gpu.json")
     sys.path.append(str(ROOT))  # for the worker, so that nothing needs to be installed
+    try:
+        session = Session(out, device, args.seconds, args.commit, args.tiny)
+    except (OSError, ValueError) as error:  # a damaged result file
+        print(f"gpu.py: {error}", file=sys.stderr)
+        return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    session = Session(out, device, args.seconds, args.commit, args.tiny)
     with tempfile.TemporaryDirectory() as scratch:
         (args.logs or Path(scratch)).mkdir(parents=True, exist_ok=True)
         session.run([k for k in CASES if not args.only or k in args.only], Path(scratch), args.logs or Path(scratch))

@@ -11,9 +11,9 @@ one of flipped labels (the scorer with weight -1). All captions are held out of 
 with guidance. The gain with random labels is the training effect; what true labels gain beyond it is the label effect.
 
 Writes, run by run, results/leaderboard.json (runs on test captions), leaderboard_tuning.json (on validation captions),
-leaderboard_prompts.json (each run by prompt), leaderboard_curves.json (proxy reward against true preference); and
-docs/leaderboard.md with its figures. Continues where it was stopped. A run whose setting is no longer the chosen one is
-done again.
+leaderboard_prompts.json (each run by prompt), frontier.json (other strengths of six methods, on test captions),
+curves.json (proxy reward against true preference); and docs/leaderboard.md with its figures. Continues where it was
+stopped. A run whose setting is no longer the chosen one is done again.
 """
 
 from __future__ import annotations
@@ -24,25 +24,66 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from leaderboard_claims import COMPARED, claims_table
 from leaderboard_page import write_page
-from leaderboard_rows import BASE, CURVE, CURVES, GROUPED, ROWS, STEPS, Row, Settings
+from leaderboard_rows import BASE, CURVE, CURVES, FRONTIER, GROUPED, ROWS, STEPS, Row, Settings
 from leaderboard_world import NUMBERS, World, against, best_of
-from results_file import RESULTS, commit, read_rows, write_rows
+from results_file import (
+    MEASURED,
+    NUMBER,
+    POINTS,
+    POSITIVE,
+    RESULTS,
+    TEXT,
+    TEXTS,
+    VALUES,
+    WHOLE,
+    commit,
+    read_rows,
+    write_rows,
+)
+
+from diffalign.commands import program
 
 LABELS = ("true", "random", "flipped")
 KEY = ("algorithm", "model", "regime", "labels", "seed")
-BASELINES, OVER = "baselines", "curves"
+BASELINES, OVER, STRENGTHS = "baselines", "curves", "frontier"
 WORK = Path("runs") / "leaderboard"
+
+
+RUN = {**dict.fromkeys(KEY, TEXT), "seed": WHOLE, "settings": TEXTS, "seconds": MEASURED}
+RUN |= {**dict.fromkeys((*NUMBERS, "match", "drift", "forwards"), NUMBER), "diversity": POSITIVE}
+FILES = {
+    "runs": ("leaderboard", RUN),
+    "tuning": ("leaderboard_tuning", RUN),
+    "prompts": ("leaderboard_prompts", {**dict.fromkeys(KEY, TEXT), "seed": WHOLE, "prefer": VALUES, "gain": VALUES}),
+    "frontier": ("frontier", RUN),
+    "curves": ("curves", {"name": TEXT, "points": POINTS}),
+    "personal": ("personal", {"part": TEXT, "case": TEXT, "seed": WHOLE}),
+    "claims": ("claims", {**RUN, "case": TEXT, "prefer": VALUES, "gain": VALUES}),
+}
+"""Name of each result file, and its columns."""
 
 
 class Board:
     """The result files: runs on test captions, runs on validation captions, numbers by prompt."""
 
     def __init__(self, folder: Path = RESULTS):
-        names = {"runs": "leaderboard", "tuning": "leaderboard_tuning", "prompts": "leaderboard_prompts"}
-        names["curves"] = "leaderboard_curves"
-        self.files = {name: folder / f"{file}.json" for name, file in names.items()}
-        self.rows = {name: read_rows(file) for name, file in self.files.items()}
+        self.files = {name: folder / f"{file}.json" for name, (file, _) in FILES.items()}
+        self.rows = {name: read_rows(file, FILES[name][1], COMPARED) for name, file in self.files.items()}
+        for name in ("prompts", "claims"):
+            sizes = {len(r[x]) for r in self.rows[name] for x in ("prefer", "gain")}
+            if len(sizes) > 1:
+                wanted = f"every list must have one number a caption; got {', '.join(map(str, sorted(sizes)))}"
+                raise ValueError(f"'{self.files[name]}': {wanted}; restore the file from git")
+
+    def check_bases(self) -> None:
+        """Raise ValueError for runs on a model whose base, from which they are changes, is missing."""
+        based = {r["model"] for r in self.rows["runs"] if r["algorithm"] == "base"}
+        for name in ("runs", "claims"):
+            if missing := sorted({r["model"] for r in self.rows[name]} - based):
+                words = f"'{self.files[name]}' has runs on {', '.join(missing)}, whose base is not in"
+                raise ValueError(f"{words} '{self.files['runs']}'; restore the files from git")
 
     def put(self, name: str, row: dict[str, Any], key: tuple[str, ...] = KEY) -> None:
         """Add a row in place of the one with the same key, and write the file."""
@@ -64,6 +105,12 @@ class Board:
 
 def _is(found: dict[str, Any], row: Row) -> bool:
     return (found["algorithm"], found["model"], found["regime"]) == (row.algorithm, row.model, row.regime)
+
+
+def write_pages(board: Board) -> None:
+    """Write docs/leaderboard.md with its figures."""
+    board.check_bases()
+    write_page(board.rows, claims_table(board.rows))
 
 
 def describe(row: Row, labels: str, seed: int) -> dict[str, Any]:
@@ -139,9 +186,21 @@ def overoptimise(board: Board, world: World) -> Iterator[None]:
             yield
 
 
+def strengths(board: Board, world: World) -> Iterator[None]:
+    """Gain and drift of six methods with other strengths than that of their row."""
+    for name, several in FRONTIER.items():
+        for settings in several:
+            if not any(_is(r, ROWS[name]) and r["settings"] == [*settings] for r in board.rows["frontier"]):
+                found, _ = world.run(ROWS[name], settings, "true", 0, "test")
+                entry = {**describe(ROWS[name], "true", 0), **found, "settings": [*settings], "commit": commit()}
+                board.put("frontier", entry, (*KEY, "settings"))
+                print(name, *settings, *(f"{number} {found[number]}" for number in NUMBERS), flush=True)
+                yield
+
+
 def work(board: Board, world: World, args: argparse.Namespace) -> Iterator[None]:
     """All that is missing, the most telling first; pauses after each run."""
-    wanted = args.row or [BASELINES, *ROWS, OVER]
+    wanted = args.row or [BASELINES, *ROWS, STRENGTHS, OVER]
     if BASELINES in wanted:
         yield from baselines(board, world)
     for group in GROUPED:
@@ -154,6 +213,8 @@ def work(board: Board, world: World, args: argparse.Namespace) -> Iterator[None]
                 for row in rows:
                     if labels != "flipped" or seed == 0:
                         yield from measure(board, world, row, labels, seed)
+    if STRENGTHS in wanted:
+        yield from strengths(board, world)
     if OVER in wanted:
         yield from overoptimise(board, world)
 
@@ -163,7 +224,7 @@ def main() -> None:
     add = parser.add_argument
     add(
         "--row",
-        choices=(BASELINES, *ROWS, OVER),
+        choices=(BASELINES, *ROWS, STRENGTHS, OVER),
         action="append",
         help="algorithm/model/regime; may be repeated; default: all",
     )
@@ -182,11 +243,11 @@ def main() -> None:
     board, started = Board(), time.time()
     if args.hours > 0:
         for _ in work(board, World(args.work), args):
-            write_page(board.rows)
+            write_pages(board)
             if time.time() - started > args.hours * 3600:
                 break
-    write_page(board.rows)
+    write_pages(board)
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -8,8 +8,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from leaderboard_rows import BASE, ROWS, Row
-from matplotlib.axes import Axes
+from leaderboard_rows import BASE, CURVES, FRONTIER, ROWS, Row
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from results_file import ROOT
@@ -23,11 +22,20 @@ PAGE = DOCS / "leaderboard.md"
 MARK = "<!-- what follows is written by benchmarks/leaderboard.py -->"
 MOST_LOST = 0.1
 """A row that loses more of its prompt match (points) or diversity (share) is marked and stands last."""
+DRIFTS = (0.005, 0.01, 0.02, 0.04)
+"""Drifts at which methods are compared."""
+CLAIMED = """\
+One run of each (seed 0), or a row of the table above with its seeds, on the same captions; the difference is paired by
+caption. A claim holds if the interval of the difference lies above 0, or above -2 points where the claim is to reach
+the same level; with one seed it says nothing of the chance in training. Match in points and diversity in per cent are
+changes from the base."""
+ALONE = " alone"
+"""Ends the names of the curves of runs without their regulariser."""
 
 Rows = dict[str, list[dict[str, Any]]]
 Matrix = NDArray[np.float64]
 STYLE: dict[Any, Any] = {"svg.hashsalt": "diffalign", "font.size": 9, "axes.spines.top": False}
-STYLE |= {"axes.spines.right": False}
+STYLE |= {"axes.spines.right": False, "axes.titlesize": 9}
 
 
 def pooled(values: Matrix, resamples: int = 2000) -> Estimate:
@@ -134,11 +142,11 @@ def table(rows: Rows) -> str:
             f"{line.row.algorithm}{mark}",
             line.row.model,
             line.row.regime,
-            _shown(pooled(line.matrix("prefer", "true")), ".1%"),
-            _shown(line.over(sft), "+.1%"),
-            _shown(pooled(line.matrix("gain", "true")), "+.2f"),
-            _shown(pooled(line.matrix("gain", "random")) if random else None, "+.2f"),
-            _shown(line.label_effect(), "+.2f"),
+            shown(pooled(line.matrix("prefer", "true")), ".1%"),
+            shown(line.over(sft), "+.1%"),
+            shown(pooled(line.matrix("gain", "true")), "+.2f"),
+            shown(pooled(line.matrix("gain", "random")) if random else None, "+.2f"),
+            shown(line.label_effect(), "+.2f"),
             ", ".join(f"{r['gain_sd']:+.2f}" for r in line.runs if r["labels"] == "flipped"),
             f"{100 * line.match_change:+.1f}",
             f"{line.diversity_change:+.1%}",
@@ -154,7 +162,7 @@ def table(rows: Rows) -> str:
     return "\n".join(out)
 
 
-def _shown(found: Estimate | None, digits: str) -> str:
+def shown(found: Estimate | None, digits: str) -> str:
     return "" if found is None else "{:{d}} [{:{d}}, {:{d}}]".format(*found, d=digits)
 
 
@@ -168,21 +176,44 @@ def baselines(rows: Rows) -> str:
     for r in sorted(mine, key=lambda r: r["people_prefer"]):
         ends = [Estimate(*(r[name + end] for end in ("", "_low", "_high"))) for name in ("people_prefer", "gain_sd")]
         change = r["diversity"] / base[r["model"]] - 1
-        shown = [_shown(ends[0], ".1%"), _shown(ends[1], "+.2f"), f"{r['match']:.3f}", f"{r['diversity']:.3f}"]
-        out.append(f"| {' | '.join((r['algorithm'], r['model'], *shown, f'{change:+.1%}'))} |")
+        cells = [shown(ends[0], ".1%"), shown(ends[1], "+.2f"), f"{r['match']:.3f}", f"{r['diversity']:.3f}"]
+        out.append(f"| {' | '.join((r['algorithm'], r['model'], *cells, f'{change:+.1%}'))} |")
     return "\n".join(out)
+
+
+def strengths(rows: Rows, name: str) -> list[dict[str, Any]]:
+    """Runs of a row on test captions with other strengths and with its own (true labels, seed 0), by drift."""
+    own = [r for r in _mine(rows["runs"], ROWS[name]) if (r["labels"], r["seed"]) == ("true", 0)]
+    some = [r for r in rows["frontier"] if f"{r['algorithm']}/{r['model']}/{r['regime']}" == name]
+    return sorted((r for r in (*own, *some) if r["drift"] > 0), key=lambda r: r["drift"])
+
+
+def at_drift(rows: Rows) -> str:
+    """How often people prefer the images of six methods at equal drift: between the strengths that were run."""
+    out = [f"| algorithm | {' | '.join(f'drift {x:g}' for x in DRIFTS)} |", "|---" * (len(DRIFTS) + 1) + "|"]
+    for name in FRONTIER:
+        if len(runs := strengths(rows, name)) > 1:
+            drift, people = np.log([r["drift"] for r in runs]), [r["people_prefer"] for r in runs]
+            inside = [drift[0] <= np.log(x) <= drift[-1] for x in DRIFTS]
+            found = np.interp(np.log(DRIFTS), drift, people)
+            cells = [f"{x:.1%}" if known else "" for x, known in zip(found, inside, strict=True)]
+            out.append(f"| {' | '.join((name.split('/')[0], *cells))} |")
+    return "\n".join(out) if len(out) > 2 else ""
 
 
 def draw(rows: Rows) -> list[str]:
     """Write the figures; returns their lines for the page."""
 
-    def frontier(axes: Axes) -> None:
-        for colour, row in zip(COLOURS, _swept(rows), strict=False):
-            some = sorted((r["drift"], r["gain_sd"]) for r in _mine(rows["tuning"], row))
-            axes.plot(*zip(*some, strict=True), "o-", color=colour, label=row.algorithm, markersize=3)
+    def frontier(figure: Figure) -> None:
+        axes = figure.subplots()
+        for colour, name in zip(COLOURS, FRONTIER, strict=False):
+            if len(runs := strengths(rows, name)) > 1:
+                some = [r["drift"] for r in runs], [r["gain_sd"] for r in runs]
+                axes.plot(*some, "o-", color=colour, label=name.split("/")[0], markersize=3)
         axes.set(xlabel="drift: mean square change of the predictions", ylabel="gain, sd", xscale="log")
 
-    def cost(axes: Axes) -> None:
+    def cost(figure: Figure) -> None:
+        axes = figure.subplots()
         if len(best_of(rows)) > 1:
             axes.plot(*zip(*best_of(rows), strict=True), "k--", label="best of 2, 4, 8 by the judge")
         lines = [line for row in ROWS.values() if (line := Line(row, rows)).true and row.model == BASE]
@@ -191,45 +222,60 @@ def draw(rows: Rows) -> list[str]:
             axes.plot(line.mean("gain_sd"), line.diversity_change, "o", color=colour, label=name)
         axes.set(xlabel="gain, sd", ylabel="change of diversity")
 
-    def hacking(axes: Axes) -> None:
-        for k, r in enumerate(rows["curves"]):
-            _, proxy, judge = zip(*r["points"], strict=True)
-            style = "--" if r["name"].endswith("alone") else "-"
-            axes.plot(proxy, judge, style, color=COLOURS[k // 2], label=r["name"])
-        axes.set(xlabel="gain of the scorer that is climbed, sd", ylabel="gain of the judge, sd")
+    def hacking(figure: Figure) -> None:
+        curves = {r["name"]: r["points"] for r in rows["curves"]}
+        names = [name for name in CURVES if not name.endswith(ALONE) and {name, name + ALONE} & curves.keys()]
+        for k, name in enumerate(names):
+            axes = figure.add_subplot(-(-len(names) // 3), min(3, len(names)), k + 1, title=name)
+            for end, style in (("", "-"), (ALONE, "--")):
+                if name + end in curves:
+                    steps, proxy, judge = zip(*curves[name + end], strict=True)
+                    axes.plot(steps, proxy, style, color=COLOURS[1], label=f"scorer climbed{end}")
+                    axes.plot(steps, judge, style, color=COLOURS[0], label=f"judge{end}")
+        figure.supxlabel("steps", fontsize=9)
+        figure.supylabel("gain, sd", fontsize=9)
 
     words = (
-        ("frontier", frontier, "Gain against drift of all settings tried on the base (validation captions)"),
+        ("frontier", frontier, "Gain against drift of what was run with several strengths (of six methods)"),
         ("diversity", cost, "What a gain costs in diversity, and what choosing among the base's samples costs"),
-        ("curves", hacking, "Proxy reward against true preference over 300 steps, with the regulariser and without"),
+        (
+            "curves",
+            hacking,
+            "Proxy reward and true preference over 300 steps, with the regulariser and alone",
+        ),
     )
-    out = []
-    for name, paint, title in words:
-        if _figure(DOCS / f"leaderboard_{name}.svg", paint):
-            out.append(f"![{title}](leaderboard_{name}.svg)\n\n{title}.")
-    return out
+    return [
+        f"![{title}](leaderboard_{name}.svg)\n\n{title}."
+        for name, paint, title in words
+        if _figure(DOCS / f"leaderboard_{name}.svg", paint)
+    ]
 
 
-def _swept(rows: Rows) -> list[Row]:
-    return [row for row in ROWS.values() if row.model == BASE and len(_mine(rows["tuning"], row)) > 1]
-
-
-def _figure(path: Path, paint: Callable[[Axes], None]) -> bool:
+def _figure(path: Path, paint: Callable[[Figure], None]) -> bool:
     """Write a figure, unless it would be empty."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        paint(axes)
-        if not axes.get_legend_handles_labels()[0]:
+        paint(figure)
+        labels = {
+            word: line for axes in figure.axes for line, word in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if not labels:
             return False
-        axes.legend(frameon=False, fontsize=8)
+        if len(figure.axes) > 1:
+            figure.legend(labels.values(), labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+        else:
+            figure.axes[0].legend(frameon=False, fontsize=8)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
     return True
 
 
-def write_page(rows: Rows) -> None:
-    """Write what follows MARK in docs/leaderboard.md, and the figures."""
+def write_page(rows: Rows, claims: str) -> None:
+    """Write what follows MARK in docs/leaderboard.md, with the table of `claims`, and the figures."""
     before = PAGE.read_text().split(MARK)[0]
-    parts = [MARK, table(rows), "## Baselines that cost nothing", baselines(rows), "## Figures", *draw(rows)]
+    parts = [MARK, table(rows), "## Baselines that cost nothing", baselines(rows)]
+    parts += ["## What papers claim", CLAIMED, claims]
+    if known := at_drift(rows):
+        parts += ["## People's preference at equal drift", known]
+    parts += ["## Figures", *draw(rows)]
     write_whole(PAGE, before + "\n\n".join(parts) + "\n")

@@ -115,10 +115,20 @@ CURVES: dict[str, tuple[str, Settings]] = {
     "refl alone": ("refl/playground/scorer", ("algorithm.reference_weight=0",)),
     "diff_instruct_star": ("diff_instruct_star/four_step/scorer", ()),
     "diff_instruct_star alone": ("diff_instruct_star/four_step/scorer", ("algorithm.reward_weight=10000",)),
-    "pso": ("pso/four_step/scorer", ()),
-    "pso alone": ("pso/four_step/scorer", ("algorithm.beta=1",)),
+    "pso": ("pso/four_step/scorer", ("algorithm.beta=10", "optimizer.lr=3e-3")),
+    "pso alone": ("pso/four_step/scorer", ("algorithm.beta=1", "optimizer.lr=3e-3")),
 }
 """Longer runs of all that climb a scorer, with their regulariser and (nearly) without: name -> row, changes."""
 CURVE = ("optimizer.lr=1e-3", "optimizer.lr_cosine_steps=null", "trainer.steps=300")
 
 ROWS = {row.name: row for group in GROUPED for row in group}
+
+FRONTIER: dict[str, tuple[Settings, ...]] = {
+    "diffusion_dpo/playground/own": tuple((f"{BETA}={x}", f"{LR}=2e-3") for x in ("20", "260", "1000")),
+    "inpo/playground/own": tuple((f"{BETA}={x}", f"{LR}=2e-3") for x in ("260", "1000")),
+    "rank_dpo/playground/own": tuple((f"{BETA}={x}", f"{LR}=2e-3") for x in ("260", "1000")),
+    "kto/playground/own": tuple((f"{BETA}={x}", f"{LR}=2e-3") for x in ("40", "520")),
+    "sft/playground/own": tuple((*LONG, f"{LR}={x}") for x in ("3e-4", "3e-3")),
+    "refl/playground/scorer": tuple((*_words(N, x), f"{LR}=1e-3") for x in ("25", "200")),
+}
+"""Strengths of six methods, beside that of their first setting: for gain against drift."""

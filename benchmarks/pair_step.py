@@ -27,10 +27,11 @@ from pathlib import Path
 import torch
 from random_models import playground_pairs
 from released_step import LR, Step, released_step
-from results_file import RESULTS, commit, cpu, read_rows, write_rows
+from results_file import RESULTS, TEXT, commit, cpu, read_rows, write_rows
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.algorithms.inpo import InPO
+from diffalign.commands import program
 from diffalign.config import Config
 from diffalign.data import PreferencePairs
 from diffalign.diffusion.inversion import Inversion
@@ -129,10 +130,10 @@ def main() -> None:
     if args.only:
         args.rank = args.rank[0]
         return only(args)
+    rows = read_rows(ROWS, {"case": TEXT, "device": TEXT})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         playground_pairs(folder / "pairs", RESOLUTION)
-        rows = read_rows(ROWS)
         methods, ranks = [args.method] if args.method else METHODS, args.rank or (8, 0)
         for args.method, rank in itertools.product(methods, ranks):
             row = compare(args, rank, folder)
@@ -167,4 +168,4 @@ def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, obje
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

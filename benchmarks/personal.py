@@ -1,11 +1,12 @@
 """Personalisation benchmark: scorers and generators for held-out people, given a few choices of each.
 
     python benchmarks/personal.py                       # everything that results/personal.json lacks
-    python benchmarks/personal.py --part ppd --seed 0
+    python benchmarks/personal.py --part ppd --seed 0 --again
 
 A third of the playground's people are held out as strangers: scorers and generators are not trained on their choices.
 Scorers are measured on held-out captions against each stranger's noise-free choices, generators on held-out prompts
-with each stranger's exact judge. Writes benchmarks/results/personal.json, one object per run.
+with each stranger's exact judge, drawn without guidance: how often the stranger would choose the personal image, from
+independent noise. Writes benchmarks/results/personal.json, one object per run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from results_file import read_rows, write_rows
+from numpy.typing import NDArray
+from results_file import TEXT, WHOLE, read_rows, write_rows
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffalign.commands import launch
+from diffalign.commands import launch, program
 from diffalign.data import read_records
 from diffalign.data.choices import hash_fraction
 from diffalign.draws import Draws
@@ -37,7 +39,7 @@ from diffalign.playground.annotators import label, load
 from diffalign.playground.people import MATCH, PROTOTYPES, Person
 from diffalign.playground.ratings import write_pairs
 from diffalign.playground.world import captions
-from diffalign.report import paired_win_rate
+from diffalign.report.preference_rate import preferred
 from diffalign.training.hooks.strangers import calibration_error
 from reward_models import load_scorer
 from reward_models.accuracy import interval
@@ -48,6 +50,8 @@ RESULTS = Path(__file__).parent / "results" / "personal.json"
 PEOPLE = [f"person-{k}" for k in range(180)]
 STRANGERS = [name for name in PEOPLE if hash_fraction(name) < 0.33]  # as configs/personal_reward/playground.yaml
 SHOTS = (0, 2, 4, 10, 20, 50)
+SAMPLES = 2
+"""Images of each prompt, so that people can choose between images from independent noise."""
 HEADS = {
     "pal": (),
     "pal B": ("scorer.variant=B",),
@@ -179,7 +183,7 @@ def prototypes(scorer: Any, new: Choices) -> list[list[float]]:
 
 
 class Gallery:
-    """Images of the base model and of personalised ones, from noise fixed by prompt."""
+    """Images of the base model and of personalised ones, SAMPLES of each prompt one after another, from fixed noise."""
 
     def __init__(self, adapter: Path | None = None, *, path: Path = BASE, lora: Path | None = None):
         self.pipe: Any = StableDiffusionPipeline.from_pretrained(path, safety_checker=None, torch_dtype=torch.float32)
@@ -189,19 +193,28 @@ class Gallery:
         if adapter is not None:
             self.pipe.load_ip_adapter(**adapter_arguments(adapter))
 
-    def student(self, prompts: Sequence[str]) -> Tensor:
-        """Images [n, 3, 32, 32] of a one-step model."""
-        latents = Draws(0).normal(range(len(prompts)), (4, 16, 16), stream="latents")
-        settings: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
-        return self.pipe(list(prompts), latents=latents, **settings).images.float()
-
-    def draw(self, prompts: Sequence[str], first: int, user: Tensor | None = None) -> Tensor:
-        """Images [n, 3, 32, 32]; first is the index of the first prompt, user [1, T, D]."""
-        keys = [(first + k, 0) for k in range(len(prompts))]
-        conditioning = {} if user is None else {"ip_adapter_image_embeds": user_embeds(user, guidance=2.0)}
+    def draw(self, prompts: Sequence[str], first: int = 0, user: Tensor | None = None, steps: int = 10) -> Tensor:
+        """Images [SAMPLES n, 3, 32, 32]; first is the index of the first prompt, user [1, T, D]."""
+        keys = [(first + k, sample) for k in range(len(prompts)) for sample in range(SAMPLES)]
+        conditioning = {} if user is None else {"ip_adapter_image_embeds": user_embeds(user, guidance=1.0)}
         latents = Draws(0).normal(keys, (4, 16, 16), stream="latents")
-        settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "pt"}
-        return self.pipe(list(prompts), latents=latents, **settings, **conditioning).images.float()
+        settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": 1.0, "output_type": "pt"}
+        return self.pipe(twice(prompts), latents=latents, **settings, **conditioning).images.float()
+
+
+def twice(prompts: Sequence[str]) -> list[str]:
+    """Every prompt as often as it is drawn."""
+    return [prompt for prompt in prompts for _ in range(SAMPLES)]
+
+
+def chosen(before: Tensor, after: Tensor, prompts: Sequence[str]) -> NDArray[np.float64]:
+    """How often the person with these scores would choose the second images, for each prompt."""
+    return preferred(before.numpy(), after.numpy(), prompts, choice_temperature=Judge.choice_temperature)
+
+
+def estimate(values: NDArray[np.float64]) -> list[float]:
+    """Mean and interval over prompts."""
+    return [round(x, 4) for x in (float(values.mean()), *interval(values))]
 
 
 def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
@@ -218,33 +231,35 @@ def personalise(town: Town, seed: int, choices: int = 4) -> dict[str, Any]:
         lines = [json.dumps({"prompt": p, "prompt_id": str(i)}) for i, p in enumerate(captions(768, held_out=False))]
         prompts.write_text("\n".join(lines) + "\n")
         generate = ["--pipeline=playground", f"--prompts={prompts}", f"--out={town.folder / 'images'}", "--seed=1"]
-        generate += ["--samples-per-prompt=2", "--size=32", "--batch-size=64", "--steps=10", "--guidance=2"]
+        generate += ["--samples-per-prompt=2", "--size=32", "--batch-size=64", "--steps=10", "--guidance=1"]
         assert runpy.run_path(str(launch.find("tools", "generate")))["main"](generate) == 0
         seen = [name for name in PEOPLE if name not in STRANGERS]
         label(town.folder / "images", pairs, annotators=seen, opinions=8)
     embed = ["embed", str(town.choices), f"--encoder={encoder}", f"--choices={choices}", f"--out={users}"]
     assert runpy.run_path(str(launch.find("tools", "user")))["main"](embed) == 0
-    settings = [f"data.path={pairs}", f"users.path={users}", f"run.folder={run}", f"run.seed={seed}"]
-    settings += [f"adapter.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
-    started = time.time()
-    runpy.run_path(str(launch.find("train", "ppd")))["main"](["--config=playground", *settings])
-    seconds = time.time() - started
+    shared = [f"data.path={pairs}", f"run.seed={seed}", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
+    personal = [f"users.path={users}", f"run.folder={run}", f"adapter.seed={seed}"]
+    started = time.process_time()
+    runpy.run_path(str(launch.find("train", "ppd")))["main"](["--config=playground", *shared, *personal])
+    seconds = time.process_time() - started
+    for_all = [f"run.folder={run}-for-all", f"backbone.seed={seed}", "data.limit=null", "hooks.sample_every=0"]
+    runpy.run_path(str(launch.find("train", "diffusion_dpo")))["main"](["--config=playground", *shared, *for_all])
     tables = load_file(users)
     tokens = {name: tables[name][:1] for name in STRANGERS}  # one random set of `choices` choices: [1, T, D]
     return {
         "part": "ppd",
         "case": f"{choices} choices",
         "seed": seed,
-        **judge(run / "export", tokens),
+        **judge(run / "export", Path(f"{run}-for-all", "export"), tokens),
         "seconds": round(seconds, 1),
     }
 
 
-def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, Any]:
-    """`each` held-out prompts per stranger, scored by that stranger's judge."""
+def judge(adapter: Path, for_all: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, Any]:
+    """`each` held-out prompts per stranger, who chooses; `for_all` was trained on the same pairs, for nobody."""
     names = sorted(tokens)
     prompts = captions(each * len(names), held_out=True)
-    base, pipe = Gallery(), Gallery(adapter)
+    pipe = Gallery(adapter)
     other = {name: names[(k + len(names) // 2) % len(names)] for k, name in enumerate(names)}
 
     def images(user: Mapping[str, str]) -> Tensor:
@@ -252,25 +267,27 @@ def judge(adapter: Path, tokens: dict[str, Tensor], each: int = 4) -> dict[str, 
         return torch.cat([pipe.draw(*each_user) for each_user in some])
 
     drawn = {
-        "base": base.draw(prompts, 0),
+        "base": Gallery().draw(prompts),
+        "one for all": Gallery(lora=for_all).draw(prompts),
         "own": images({name: name for name in names}),
         "other": images(other),
-        "nobody": pipe.draw(prompts, 0, torch.zeros_like(tokens[names[0]])),
+        "nobody": pipe.draw(prompts, user=torch.zeros_like(tokens[names[0]])),
     }
-    parts = [slice(k * each, (k + 1) * each) for k in range(len(names))]
-    people = [Person(name=name) for name in names]
+    texts, of_one = twice(prompts), SAMPLES * each
+    parts = [(Person(name=name), slice(k * of_one, (k + 1) * of_one)) for k, name in enumerate(names)]
     scores = {
-        key: torch.cat([p.score(x[s], prompts[s]) for p, s in zip(people, parts, strict=True)])
-        for key, x in drawn.items()
+        key: torch.cat([person.score(x[some], texts[some]) for person, some in parts]) for key, x in drawn.items()
     }
     row: dict[str, Any] = {"n": len(prompts)}
-    whose = [name for name in names for _ in range(each)]
-    for mine, against in (("own", "base"), ("own", "other"), ("nobody", "base")):
-        rate = paired_win_rate(scores[against].numpy(), scores[mine].numpy(), whose)
-        found = (rate.win_rate, rate.low, rate.high, rate.mean_difference)
-        row[f"{mine} vs {against}"] = [round(x, 4) for x in found]
-    for key in ("base", "own"):
-        measured = Judge().measure(drawn[key], prompts)
+    ids = [str(k // SAMPLES) for k in range(len(texts))]  # a caption may come twice, for two strangers
+    for mine, against in (
+        *(("own", x) for x in ("base", "other", "one for all")),
+        *((x, "base") for x in ("one for all", "nobody")),
+    ):
+        gain = (scores[mine] - scores[against]).mean() / scores["base"].std()
+        row[f"{mine} vs {against}"] = [*estimate(chosen(scores[against], scores[mine], ids)), round(gain.item(), 4)]
+    for key in ("base", "own", "one for all"):
+        measured = Judge().measure(drawn[key], texts)
         row[f"match of {key}"] = round(torch.stack([measured[x] for x in MATCH]).mean().item(), 4)
     row["mixture"] = mixture(pipe, tokens)
     return row
@@ -289,44 +306,30 @@ def mixture(pipe: Gallery, tokens: dict[str, Tensor], pairs: int = 6, each: int 
         found = []
         for a, b in far:
             images = pipe.draw(prompts, 0, mix_users([tokens[a], tokens[b]], [share, 1 - share]))
-            found.append([Person(name=x).score(images, prompts).mean().item() for x in (a, b)])
+            found.append([Person(name=x).score(images, twice(prompts)).mean().item() for x in (a, b)])
         curve.append([share, *(round(x, 3) for x in np.mean(found, axis=0).tolist())])
     return curve
 
 
-GROUPS = [f"bright-{k}" for k in range(40)] + [f"faded-{k}" for k in range(20)]
-"""Two groups of people with opposite preferences, one twice as large."""
+RATIOS = {"1:1": 30, "3:1": 45, "9:1": 54}
+"""Of 60 people, how many like it bright; the others have the opposite preference."""
 
 
-def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
-    """Gain of each group when a one-step student is trained on one scorer for all, or with MaxMin on two EM groups."""
-    folder = town.folder / "conflict"
+def in_conflict(town: Town, seed: int, ratio: str) -> list[dict[str, Any]]:
+    """A one-step student trained on one scorer for all, or with MaxMin on two EM groups: how each group likes it."""
+    folder, many = town.folder / f"conflict-{ratio.replace(':', '-')}", RATIOS[ratio]
+    people = [f"bright-{k}" for k in range(many)] + [f"faded-{k}" for k in range(60 - many)]
     if not (folder / "choices.jsonl").exists():
         write_pairs(folder, 1200)
-        label(folder, folder / "choices.jsonl", annotators=GROUPS, opinions=5, min_margin=0)
-    rows, specs = [], {}
-    for groups in (1, 2):
-        run = folder / f"groups-{groups}-{seed}"
-        settings = [f"data.path={folder / 'choices.jsonl'}", f"run.folder={run}", f"run.seed={seed}"]
-        settings += [f"scorer.seed={seed}", "scorer.head=groups", f"scorer.size={groups}", "trainer.steps=400"]
-        settings += ["hooks.checkpoint_every=0", "hooks.validate_every=1000000", "hooks.shots=[4]"]
-        runpy.run_path(str(launch.find("train", "personal_reward")))["main"](["--config=playground", *settings])
-        specs[groups] = [str(run / "export")]
-    scorer: Any = load_scorer(specs[2][0], "cpu")
-    people = town.known(scorer, folder, GROUPS)
-    belongs = {name: scorer.head.fit(*(z[:20] for z in own)).mean.argmax().item() for name, own in people.items()}
-    right = sum((belongs[name] == belongs["faded-0"]) == name.startswith("faded") for name in belongs) / len(belongs)
-    for k in range(2):
-        user = folder / f"group-{k}-{seed}.safetensors"
-        vector = (torch.nn.functional.one_hot(torch.tensor(k), 2).float() - 1) * 50
-        save_user(user, vector[None], Taste(vector, vector[None]), made_by=scorer.fingerprint)
-        specs[2].append(f"{specs[2][0]},user={user}")
+        label(folder, folder / "choices.jsonl", annotators=people, opinions=5, min_margin=0)
+    specs, right = group_scorers(town, folder, people, seed)
     rewards = {
-        "one for all": [f"reward.scorers=['{specs[1][0]}']"],
-        "MaxMin": [f"reward.scorers={specs[2][1:]}", "reward.normalise=start", "reward.maxmin=2"],
+        "one for all": [f"reward.scorers=['{specs[0]}']"],
+        "MaxMin": [f"reward.scorers={specs[1:]}", "reward.normalise=start", "reward.maxmin=2"],
     }
-    prompts = captions(256, held_out=True)
-    base = Gallery(path=STUDENTS[1]).student(prompts)
+    prompts = captions(128, held_out=True)
+    ids = [str(k // SAMPLES) for k in range(SAMPLES * len(prompts))]
+    base, rows, likes = Gallery(path=STUDENTS[1]).draw(prompts, steps=1), [], {}
     for name, reward in rewards.items():
         run = folder / f"{name.replace(' ', '-')}-{seed}"
         settings = [f"run.folder={run}", f"run.seed={seed}", "backbone.path=playground_one_step", "sampler.steps=1"]
@@ -336,24 +339,62 @@ def in_conflict(town: Town, seed: int) -> list[dict[str, Any]]:
             "hooks.sample_every=0",
             "monitor.prompts=null",
         ]
-        started = time.time()
+        started = time.process_time()
         runpy.run_path(str(launch.find("train", "r0")))["main"](["--config=playground", *settings, *reward])
-        row: dict[str, Any] = {"part": "maxmin", "case": name, "seed": seed, "seconds": round(time.time() - started, 1)}
-        images = Gallery(path=STUDENTS[1], lora=run / "export").student(prompts)
+        row: dict[str, Any] = {
+            "part": "maxmin",
+            "case": f"{name}, {ratio}",
+            "seed": seed,
+            "told apart": round(right, 3),
+        }
+        images = Gallery(path=STUDENTS[1], lora=run / "export").draw(prompts, steps=1)
         for group in ("bright", "faded"):
-            theirs, ours = (Person(name=group).score(x, prompts).numpy() for x in (base, images))
-            rate = paired_win_rate(theirs, ours, prompts)
-            row[group] = [round(x, 4) for x in (rate.win_rate, rate.low, rate.high, rate.mean_difference)]
-        rows.append({**row, "told apart": round(right, 3)})
+            theirs, ours = (Person(name=group).score(x, twice(prompts)) for x in (base, images))
+            likes[name, group] = chosen(theirs, ours, ids)
+            row[group] = estimate(likes[name, group])
+        rows.append(row | {"seconds": round(time.process_time() - started, 1)})
+    worst = min(("bright", "faded"), key=lambda group: rows[0][group][0])
+    rows[1]["lift of the worst group"] = estimate(likes["MaxMin", worst] - likes["one for all", worst])
     return rows
+
+
+def group_scorers(town: Town, folder: Path, people: Sequence[str], seed: int) -> tuple[list[str], float]:
+    """The scorer for all and those of two EM groups, and the share of the people who are in the right group."""
+    specs = []
+    for groups in (1, 2):
+        run = folder / f"groups-{groups}-{seed}"
+        settings = [f"data.path={folder / 'choices.jsonl'}", f"run.folder={run}", f"run.seed={seed}"]
+        settings += [f"scorer.seed={seed}", "scorer.head=groups", f"scorer.size={groups}", "trainer.steps=400"]
+        settings += ["hooks.checkpoint_every=0", "hooks.validate_every=1000000", "hooks.shots=[4]"]
+        runpy.run_path(str(launch.find("train", "personal_reward")))["main"](["--config=playground", *settings])
+        specs.append(str(run / "export"))
+    both = specs.pop()
+    scorer: Any = load_scorer(both, "cpu")
+    known = town.known(scorer, folder, people)
+    belongs = {name: scorer.head.fit(*(z[:20] for z in own)).mean.argmax().item() for name, own in known.items()}
+    alike = sum((belongs[name] == belongs["faded-0"]) == name.startswith("faded") for name in belongs)
+    for k in range(2):
+        user = folder / f"group-{k}-{seed}.safetensors"
+        vector = (torch.nn.functional.one_hot(torch.tensor(k), 2).float() - 1) * 50
+        save_user(user, vector[None], Taste(vector, vector[None]), made_by=scorer.fingerprint)
+        specs.append(f"{both},user={user}")
+    return specs, alike / len(belongs)
 
 
 PARTS: dict[tuple[str, str], Any] = {
     **{("scorer", head): lambda town, seed, head=head: score_strangers(town, head, seed) for head in HEADS},
     ("ppd", "4 choices"): lambda town, seed: [personalise(town, seed)],
-    ("maxmin", "MaxMin"): in_conflict,
+    **{
+        ("maxmin", f"MaxMin, {ratio}"): lambda town, seed, ratio=ratio: in_conflict(town, seed, ratio)
+        for ratio in RATIOS
+    },
 }
 """(part, case) -> (town, seed) -> rows"""
+
+
+def run_of(row: dict[str, Any]) -> tuple[str, str, int]:
+    """The run that a row is of."""
+    return row["part"], row["case"], row["seed"]
 
 
 def main() -> None:
@@ -362,19 +403,21 @@ def main() -> None:
         "--part", choices=dict.fromkeys(part for part, _ in PARTS), action="append", help="default: all"
     )
     parser.add_argument("--seed", type=int, action="append", help="default: 0, 1, 2")
+    parser.add_argument("--again", action="store_true", help="also what the results have already")
+    parser.add_argument("--work", type=Path, help="folder of images and runs, which is kept; default: a temporary one")
     args = parser.parse_args()
-    rows = read_rows(RESULTS)
-    done = {(r["part"], r["case"], r["seed"]) for r in rows}
+    rows = read_rows(RESULTS, {"part": TEXT, "case": TEXT, "seed": WHOLE})
+    done = set() if args.again else set(map(run_of, rows))
     with tempfile.TemporaryDirectory() as folder:
-        town = Town(Path(folder))
+        town = Town((args.work or Path(folder)).absolute())
         for seed, (part, case) in itertools.product(args.seed or (0, 1, 2), PARTS):
             if (part, case, seed) in done or part not in (args.part or (part,)):
                 continue
             found = PARTS[part, case](town, seed)
             print(*map(json.dumps, found), sep="\n", flush=True)
-            rows += found
+            rows = [r for r in rows if run_of(r) not in set(map(run_of, found))] + found
             write_rows(RESULTS, rows)
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

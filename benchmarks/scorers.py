@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from results_file import commit, read_rows, write_rows
+from results_file import TEXT, WHOLE, commit, read_rows, write_rows
 from torch import Tensor
 
-from diffalign.commands import launch
+from diffalign.commands import launch, program
 from diffalign.playground import Judge
 from diffalign.playground.ratings import rate, write_ratings
 from reward_models import load_scorer, read_image
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--generated", type=Path, action="append", default=[], metavar="FOLDER", help="to rate as well")
     parser.add_argument("--ship", action="store_true", help="copy the weights into the package")
     args = parser.parse_args(argv)
-    rows = read_rows(RESULTS)
+    rows = read_rows(RESULTS, {"scorer": TEXT, "seed": WHOLE})
     done = {(r["scorer"], r["seed"]) for r in rows}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -142,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

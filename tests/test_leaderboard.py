@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+from diffalign.commands import program
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RUN = {"people_prefer": 0.7, "people_prefer_low": 0.6, "people_prefer_high": 0.8, "gain_sd": 0.5, "gain_sd_low": 0.4}
@@ -76,3 +79,128 @@ def test_rows_that_lose_diversity_stand_last_beside_what_choosing_loses(modules:
     lines = page.table(board.rows).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["sft", "inpo", "diffusion_dpo **loses diversity**"]
     assert "-16.7% | beyond -5.0%" in lines[-1] and page.choosing_loses(board.rows, 0.25) == "-2.5%"
+
+
+VALUES = (None, True, "x", -1, 1.5, [], {}, [1], ["x"], [[1, 2, 3]], float("nan"))
+
+
+def _files(modules: Any, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """A board with one row in each result file."""
+    rows = importlib.import_module("leaderboard_rows").ROWS
+    row, board = rows["diffusion_dpo/playground/own"], modules.Board(folder)
+    modules.put_baseline(board, "base", "playground", {**RUN}, [])
+    list(modules.measure(board, World("none"), row, "true", 0))
+    key, by_prompt = modules.describe(row, "true", 0), {"prefer": [0.5, 0.6], "gain": [0.0, 0.1]}
+    for name in ("tuning", "frontier"):
+        board.put(name, {**key, **RUN, "settings": []})
+    board.put("claims", {**key, **RUN, **by_prompt, "settings": [], "case": "SIM, one step"}, ("case",))
+    personal = {"part": "ppd", "case": "4 choices", "seed": 0}
+    board.put("personal", {**personal, "own vs one for all": [0.6, 0.5, 0.7]}, ("part",))
+    board.put("curves", {"name": "refl", "points": [[0, 0.0, 0.0], [20, 0.1, 0.2]]}, ("name",))
+    return board.rows
+
+
+def _said(modules: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The error of a program that reads the board; None if it can make its tables."""
+    page, claims = (importlib.import_module(f"leaderboard_{name}") for name in ("page", "claims"))
+
+    def main() -> None:
+        board = modules.Board(folder)
+        board.check_bases()
+        rows = board.rows
+        for text in (page.table(rows), page.baselines(rows), page.at_drift(rows), claims.claims_table(rows)):
+            assert isinstance(text, str)
+
+    with pytest.raises(SystemExit) as ended:
+        program.run(main)
+    words = capsys.readouterr().err
+    assert ended.value.code == (2 if words else None)
+    return words or None
+
+
+def test_damaged_result_files_are_named_in_one_line(
+    modules: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut short, not a list, without a column, with a column of every other type: whatever fits makes a table."""
+    rows = _files(modules, tmp_path)
+    capsys.readouterr()
+    assert _said(modules, tmp_path, capsys) is None
+    for name, file in modules.Board(tmp_path).files.items():
+        whole = file.read_text()
+        texts = [whole[:n] for n in range(0, len(whole), 97)]
+        texts += ["{}", "3", "null", '"x"', "[3]", "[[]]", "\xff", "[" * 9999]
+        (first, *others), columns = rows[name], dict(modules.FILES[name][1])
+        changed = [{k: v for k, v in first.items() if k != column} for column in columns]
+        columns |= {column: kind for column, kind in modules.COMPARED.items() if column in first}
+        bad = [{**first, c: value} for c, kind in columns.items() for value in VALUES if not kind.fits(value)]
+        texts += [json.dumps([row, *others]) for row in [*changed, *bad]]
+        for text in texts:
+            file.write_text(text)
+            said = _said(modules, tmp_path, capsys)
+            assert said is not None and said.count("\n") == 1 and str(file) in said, (name, text[:200], said)
+        for column, kind in columns.items():
+            for value in VALUES:
+                if kind.fits(value):
+                    file.write_text(json.dumps([{**first, column: value}, *others]))
+                    said = _said(modules, tmp_path, capsys)
+                    assert said is None or "restore the file" in said, (name, column, value, said)
+        file.write_text(whole)
+
+
+READERS = {
+    "demo_runs": ("FILE", {"seed": "0"}),
+    "pair_step": ("ROWS", {"case": "x"}),
+    "scorers": ("RESULTS", {"scorer": "hps", "seed": None}),
+    "personal": ("RESULTS", {"part": "ppd", "case": 3, "seed": 0}),
+    "gpu": ("RESULTS", {"case": "x", "device": "y", "ours": "fast"}),
+}
+"""Benchmarks that go on from their results: the constant with the file or folder, and a row that is not theirs."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_benchmarks_name_their_damaged_results_before_they_begin(
+    name: str, modules: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *(["--tiny", f"--out={tmp_path / 'r.json'}"] * (name == "gpu"))])
+    module, (constant, row) = importlib.import_module(name), READERS[name]
+    monkeypatch.setattr(module, constant, tmp_path / "r.json")
+    for text in ('[{"seed"', "{}", json.dumps([row])):
+        (tmp_path / "r.json").write_text(text)
+        with pytest.raises(SystemExit) as ended:
+            program.run(module.main)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1 and str(tmp_path / "r.json") in said, said
+
+
+def test_the_committed_results_can_be_read(modules: Any, tmp_path: Path) -> None:
+    read, board = importlib.import_module("results_file").read_rows, modules.Board()
+    board.check_bases()
+    assert len(board.rows["runs"]) > 10 and len(board.rows["prompts"]) > 10
+    assert read(tmp_path / "none.json", {}) == []
+    with pytest.raises(OSError, match="a folder"):
+        read(tmp_path, {})
+
+
+def test_claims_hold_by_the_interval_of_their_difference(modules: Any, tmp_path: Path) -> None:
+    """The noise of the two runs is the same, so that the difference is 0.4 without an interval."""
+    claims, board = importlib.import_module("leaderboard_claims"), modules.Board(tmp_path)
+    modules.put_baseline(board, "base", "playground", {**RUN}, [])
+    for name, better in (("inpo", "algorithm.beta=65"), ("diffusion_dpo", "none")):
+        list(modules.measure(board, World(better), modules.ROWS[f"{name}/playground/own"], "true", 0))
+    lines = [line for line in claims.claims_table(board.rows).splitlines()[2:] if "not measured" not in line]
+    assert [line.split("|")[1].strip() for line in lines] == ["InPO"]
+    assert "+40.0% [+40.0%, +40.0%]" in lines[0] and lines[0].endswith("| holds |")
+    estimate = importlib.import_module("leaderboard_page").Estimate
+    found = [claims.verdict(estimate(0.0, *ends), 0.02) for ends in ((-0.01, 0.1), (-0.1, 0.1), (-0.2, -0.1))]
+    assert found == ["holds", "no difference seen", "the other way round"]
+
+
+def test_preference_at_equal_drift_lies_between_the_strengths_that_were_run(modules: Any, tmp_path: Path) -> None:
+    page, board = importlib.import_module("leaderboard_page"), modules.Board(tmp_path)
+    row = modules.ROWS["diffusion_dpo/playground/own"]
+    list(modules.measure(board, World("algorithm.beta=65"), row, "true", 0))  # drift 0.01, 90 %
+    weak = {**modules.describe(row, "true", 0), **RUN, "settings": [], "drift": 0.0025, "people_prefer": 0.7}
+    board.put("frontier", weak)
+    assert page.at_drift(board.rows).splitlines()[-1] == "| diffusion_dpo | 80.0% | 90.0% |  |  |"

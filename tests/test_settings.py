@@ -52,8 +52,9 @@ def problems(recipe: str, sections: dict[str, Any], *overrides: str) -> list[str
     return []
 
 
-def test_every_setting_of_the_leaderboard_is_valid(sections: Callable) -> None:
+def test_every_setting_of_the_leaderboard_is_valid(sections: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six different ones for each row; a run that fails hours later would show it too late."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     rows = runpy.run_path(str(ROOT / "benchmarks" / "leaderboard_rows.py"))
     known = {row.recipe: sections(row.recipe) for row in rows["ROWS"].values()}
     for name, row in rows["ROWS"].items():
@@ -64,6 +65,11 @@ def test_every_setting_of_the_leaderboard_is_valid(sections: Callable) -> None:
     for name, changes in rows["CURVES"].values():
         row = rows["ROWS"][name]
         assert problems(row.recipe, known[row.recipe], *row.changes, *rows["CURVE"], *changes) == [], name
+    cases = runpy.run_path(str(ROOT / "benchmarks" / "leaderboard_claims.py"))["CASES"].values()
+    more = [(case.row, case.settings) for case in cases if case.settings is not None]
+    more += [(rows["ROWS"][name], settings) for name, several in rows["FRONTIER"].items() for settings in several]
+    for row, settings in more:
+        assert problems(row.recipe, known[row.recipe], *row.changes, *settings) == [], (row, settings)
 
 
 def model_of(row: Any) -> str:
