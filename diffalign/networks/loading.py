@@ -19,6 +19,7 @@ from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
 from diffalign.networks.lora import add_lora
 from diffalign.networks.placement import DTYPES, Placement, place
+from diffalign.networks.quantization import quantize_linear
 from diffalign.playground import SHIPPED
 from reward_models.files import missing, reachable, read_json
 
@@ -40,6 +41,7 @@ def load_backbone(
     lora_targets: tuple[str, ...] = ATTENTION_LINEARS,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
     trained_dtype: Literal["fp32", "bf16"] = "fp32",
+    quantize: Literal["off", "int8", "nf4"] = "off",
     attention: Literal["sdpa", "xformers"] = "sdpa",
     gradient_checkpointing: bool = False,
     compile: Literal["off", "blocks", "whole"] = "off",
@@ -57,6 +59,7 @@ def load_backbone(
         dtype: dtype of frozen weights
         trained_dtype: dtype of a network that trains as a whole; bf16 needs optimizer.kind=adamw_8bit and
             run.mixed_precision=bf16. A LoRA is always float32
+        quantize: store the linear layers under a LoRA in 8 or 4 bits; the LoRA then fits any copy of the model
         attention: attention implementation
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
         compile: compile the trainable network: blocks, the blocks that repeat, takes a minute or two
@@ -78,6 +81,8 @@ def load_backbone(
     where = where._replace(frozen_dtype=DTYPES[dtype], trained_dtype=DTYPES[trained_dtype], lora=lora_rank > 0)
     where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing, compile=compile)
     backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
+    if quantize != "off":
+        quantize_linear(backbone.denoiser.network, quantize, where.device)
     place(backbone.denoiser, "policy", where)
     if lora_rank:
         add_lora(backbone.denoiser.network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
@@ -99,6 +104,15 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
     if not cfg["lora_rank"] and cfg["lora_alpha"] is not None:
         problems.append(
             f"'{section}.lora_alpha' has no effect while '{section}.lora_rank' is 0; set a rank or leave it out"
+        )
+    if cfg["quantize"] != "off" and not cfg["lora_rank"]:
+        problems.append(
+            f"'{section}.quantize' = {cfg['quantize']} needs a LoRA, because weights in few bits cannot train; set "
+            f"'{section}.lora_rank'"
+        )
+    if cfg["quantize"] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            f"'{section}.quantize' = nf4 needs the package bitsandbytes: pip install 'diffalign[quantization]'"
         )
     if cfg["lora_rank"] and cfg["trained_dtype"] != "fp32":
         problems.append(f"'{section}.trained_dtype' = {cfg['trained_dtype']} has no effect on a LoRA; leave it out")
