@@ -1,0 +1,186 @@
+"""Memory of LoRA training on one pair, computed for SD1.5, SDXL, SD3.5 medium and FLUX.1: the smallest card for each.
+
+    python benchmarks/small_cards.py            # writes benchmarks/results/small_cards.json
+
+A training step (forward and backward pass of the policy with gradient checkpointing in bf16, rank 16, AdamW) is traced
+on tensors without data, and the peak of the bytes that live at once is counted. `encoding` is the weights together with
+the text encoders, which are in memory while the data is encoded. Both without the device's context (CONTEXT).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from random_models import SIZES
+from results_file import RESULTS, write_rows
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from diffalign.networks.loading import ATTENTION_LINEARS
+from diffalign.networks.lora import add_lora
+from diffalign.networks.placement import HALF_NORMS
+from diffalign.networks.quantization import quantize_linear
+
+GIB = 2**30
+CONTEXT = 0.8
+"""GiB of a card outside torch's allocator."""
+CARDS = (6, 8, 12, 16, 24, 32, 48, 80)
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+CLIP_L, CLIP_G, T5 = 0.123e9, 0.695e9, 4.762e9
+"""Parameters of the text encoders."""
+
+
+class Model(NamedTuple):
+    """make      the network
+    channels  of the latents
+    width     of the token embeddings, and their number
+    pooled    width of the pooled text embedding
+    encoders  parameters of all text encoders
+    """
+
+    make: Callable[[], Any]
+    channels: int
+    width: int
+    tokens: int
+    pooled: int
+    encoders: float
+
+
+MODELS = {
+    "SD1.5": Model(partial(UNet2DConditionModel, **SIZES["sd15"].unet), 4, 768, 77, 0, CLIP_L),
+    "SDXL": Model(partial(UNet2DConditionModel, **SIZES["sdxl"].unet), 4, 2048, 77, 1280, CLIP_L + CLIP_G),
+    "SD3.5 medium": Model(
+        partial(
+            SD3Transformer2DModel,
+            sample_size=128,
+            num_layers=24,
+            num_attention_heads=24,
+            attention_head_dim=64,
+            joint_attention_dim=4096,
+            caption_projection_dim=1536,
+            pooled_projection_dim=2048,
+            pos_embed_max_size=384,
+            qk_norm="rms_norm",
+            dual_attention_layers=tuple(range(13)),
+        ),
+        *(16, 4096, 77 + 256, 2048, CLIP_L + CLIP_G + T5),
+    ),
+    "FLUX.1": Model(partial(FluxTransformer2DModel, guidance_embeds=True), 64, 4096, 256, 768, CLIP_L + T5),
+}
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that live, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, FakeTensor):
+                self.add(x)
+        return out
+
+    def add(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.end, key)
+
+    def end(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def replaced(self: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` that replaces parameters: torch cannot convert fake ones in place."""
+    for layer in self.modules() if recurse else [self]:
+        for name, p in layer._parameters.items():
+            if p is not None:
+                layer._parameters[name] = nn.Parameter(function(p.detach()), p.requires_grad)
+    return self
+
+
+def inputs(name: str, model: Model, images: int, resolution: int) -> dict[str, Any]:
+    """Arguments of the network's forward pass for images of a width in pixels."""
+    side = resolution // 8
+    tokens = torch.zeros(images, model.tokens, model.width, dtype=BF16)
+    pooled = torch.zeros(images, model.pooled, dtype=BF16)
+    x = torch.zeros(images, model.channels, side, side, dtype=BF16)
+    given: dict[str, Any] = {"timestep": torch.zeros(images), "encoder_hidden_states": tokens}
+    if name == "FLUX.1":
+        given |= {"hidden_states": torch.zeros(images, side * side // 4, model.channels, dtype=BF16)}
+        given |= {"img_ids": torch.zeros(side * side // 4, 3), "txt_ids": torch.zeros(model.tokens, 3)}
+        return given | {"pooled_projections": pooled, "guidance": torch.zeros(images)}
+    if name == "SD3.5 medium":
+        return given | {"hidden_states": x, "pooled_projections": pooled}
+    added = {"text_embeds": pooled, "time_ids": torch.zeros(images, 6)}
+    return given | {"sample": x} | ({"added_cond_kwargs": added} if name == "SDXL" else {})
+
+
+def step(name: str, kind: str, images: int, resolution: int, checkpointing: bool) -> tuple[float, float]:
+    """GiB of the weights, and of the peak of a step."""
+    model, live = MODELS[name], Live()
+    with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "_apply", replaced), live:
+        torch.set_default_dtype(BF16)
+        network = model.make().train()
+        torch.set_default_dtype(torch.float32)
+        for layer in network.modules():
+            layer.__class__ = HALF_NORMS.get(type(layer), type(layer))
+        if kind != "bf16":
+            quantize_linear(network, kind, CPU)  # type: ignore[arg-type]
+        add_lora(network, rank=16, alpha=None, targets=ATTENTION_LINEARS, seed=0)
+        if checkpointing:
+            network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
+        weights = sum(p.nbytes for p in network.parameters())
+        trained = [p for p in network.parameters() if p.requires_grad]
+        kept = [torch.empty_like(p) for p in trained for _ in range(3)]  # gradients and two moments
+        given = inputs(name, model, images, resolution)
+        live.peak = live.now
+        with torch.autocast("cpu", dtype=BF16, cache_enabled=False):
+            loss = network(**given, return_dict=False)[0].float().square().mean()
+        torch.autograd.grad(loss, trained)
+    assert kept
+    return weights / GIB, live.peak / GIB
+
+
+def smallest(gib: float) -> int:
+    return next(card for card in CARDS if gib < card)
+
+
+def row(name: str, kind: str, images: int, resolution: int, checkpointing: bool) -> dict[str, Any]:
+    weights, peak = step(name, kind, images, resolution, checkpointing)
+    encoding = weights + MODELS[name].encoders * 2 / GIB
+    most = max(peak, encoding) + CONTEXT
+    settings = {"model": name, "resolution": resolution, "base": kind, "pairs": images // 2}
+    found = {"weights": round(weights, 2), "step": round(peak, 2), "encoding": round(encoding, 2)}
+    cards = {"card": smallest(most), "card_without_encoding": smallest(peak + CONTEXT)}
+    return settings | {"checkpointing": checkpointing} | found | cards
+
+
+def main() -> None:
+    measured = [("SD1.5", "bf16", 2, 512, False), ("SD1.5", "bf16", 16, 512, False), ("SDXL", "bf16", 4, 1024, True)]
+    small = [(name, kind, 2, size, True) for name in MODELS for kind in ("bf16", "int8", "nf4") for size in (512, 1024)]
+    rows = []
+    for settings in [*small, *measured]:
+        rows.append(row(*settings))
+        print(rows[-1], flush=True)
+        write_rows(RESULTS / "small_cards.json", rows)
+
+
+if __name__ == "__main__":
+    main()
