@@ -3,14 +3,15 @@
     python benchmarks/small_cards.py            # writes benchmarks/results/small_cards.json
 
 A training step (forward and backward pass of the policy with gradient checkpointing in bf16, rank 16, AdamW) is traced
-on tensors without data, and the peak of the bytes that live at once is counted. `encoding` is the weights together with
+on tensors without data, and the peak of the bytes that live at once is counted. A base in int8 or nf4 has the same
+activations; its peak is smaller by what its weights save. `encoding` is the weights together with
 the text encoders, which are in memory while the data is encoded. Both without the device's context (CONTEXT).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -28,13 +29,13 @@ from torch.utils.checkpoint import checkpoint
 from diffalign.networks.loading import ATTENTION_LINEARS
 from diffalign.networks.lora import add_lora
 from diffalign.networks.placement import HALF_NORMS
-from diffalign.networks.quantization import quantize_linear
+from diffalign.networks.quantization import BLOCK
 
 GIB = 2**30
 CONTEXT = 0.8
 """GiB of a card outside torch's allocator."""
 CARDS = (6, 8, 12, 16, 24, 32, 48, 80)
-CPU, BF16 = torch.device("cpu"), torch.bfloat16
+BF16 = torch.bfloat16
 CLIP_L, CLIP_G, T5 = 0.123e9, 0.695e9, 4.762e9
 """Parameters of the text encoders."""
 
@@ -132,17 +133,27 @@ def inputs(name: str, model: Model, images: int, resolution: int) -> dict[str, A
     return given | {"sample": x} | ({"added_cond_kwargs": added} if name == "SDXL" else {})
 
 
-def step(name: str, kind: str, images: int, resolution: int, checkpointing: bool) -> tuple[float, float]:
-    """GiB of the weights, and of the peak of a step."""
+def saved(network: nn.Module) -> dict[str, float]:
+    """GiB that each kind of base saves, compared with bf16."""
+    stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList)]
+    linear = {
+        p: p.shape[0] for stack in stacks for m in stack.modules() if isinstance(m, nn.Linear) for p in [m.weight]
+    }
+    count, outputs = sum(p.numel() for p in linear), sum(linear.values())
+    stored = {"bf16": 2 * count, "int8": count + 4 * outputs, "nf4": count * (1 / 2 + 4 / BLOCK)}
+    return {kind: (2 * count - size) / GIB for kind, size in stored.items()}
+
+
+def step(name: str, images: int, resolution: int, checkpointing: bool) -> tuple[float, float, dict[str, float]]:
+    """GiB of the weights and of the peak of a step with a base in bf16, and what other bases save."""
     model, live = MODELS[name], Live()
     with FakeTensorMode(allow_non_fake_inputs=True), patch.object(nn.Module, "_apply", replaced), live:
         torch.set_default_dtype(BF16)
         network = model.make().train()
         torch.set_default_dtype(torch.float32)
+        less = saved(network)
         for layer in network.modules():
             layer.__class__ = HALF_NORMS.get(type(layer), type(layer))
-        if kind != "bf16":
-            quantize_linear(network, kind, CPU)  # type: ignore[arg-type]
         add_lora(network, rank=16, alpha=None, targets=ATTENTION_LINEARS, seed=0)
         if checkpointing:
             network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))
@@ -155,31 +166,36 @@ def step(name: str, kind: str, images: int, resolution: int, checkpointing: bool
             loss = network(**given, return_dict=False)[0].float().square().mean()
         torch.autograd.grad(loss, trained)
     assert kept
-    return weights / GIB, live.peak / GIB
+    return weights / GIB, live.peak / GIB, less
 
 
 def smallest(gib: float) -> int:
     return next(card for card in CARDS if gib < card)
 
 
-def row(name: str, kind: str, images: int, resolution: int, checkpointing: bool) -> dict[str, Any]:
-    weights, peak = step(name, kind, images, resolution, checkpointing)
-    encoding = weights + MODELS[name].encoders * 2 / GIB
-    most = max(peak, encoding) + CONTEXT
-    settings = {"model": name, "resolution": resolution, "base": kind, "pairs": images // 2}
-    found = {"weights": round(weights, 2), "step": round(peak, 2), "encoding": round(encoding, 2)}
-    cards = {"card": smallest(most), "card_without_encoding": smallest(peak + CONTEXT)}
-    return settings | {"checkpointing": checkpointing} | found | cards
+def rows(
+    name: str, images: int, resolution: int, checkpointing: bool, kinds: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    weights, peak, less = step(name, images, resolution, checkpointing)
+    for kind in kinds:
+        encoding = weights - less[kind] + MODELS[name].encoders * 2 / GIB
+        found = {"model": name, "resolution": resolution, "base": kind, "pairs": images // 2}
+        found |= {"checkpointing": checkpointing, "weights": round(weights - less[kind], 2)}
+        found |= {"step": round(peak - less[kind], 2), "encoding": round(encoding, 2)}
+        found |= {"card": smallest(max(peak - less[kind], encoding) + CONTEXT)}
+        yield found | {"card_without_encoding": smallest(peak - less[kind] + CONTEXT)}
 
 
 def main() -> None:
-    measured = [("SD1.5", "bf16", 2, 512, False), ("SD1.5", "bf16", 16, 512, False), ("SDXL", "bf16", 4, 1024, True)]
-    small = [(name, kind, 2, size, True) for name in MODELS for kind in ("bf16", "int8", "nf4") for size in (512, 1024)]
-    rows = []
-    for settings in [*small, *measured]:
-        rows.append(row(*settings))
-        print(rows[-1], flush=True)
-        write_rows(RESULTS / "small_cards.json", rows)
+    measured = [("SD1.5", 2, 512, False), ("SD1.5", 16, 512, False), ("SDXL", 4, 1024, True)]
+    found: list[dict[str, Any]] = []
+    for name in MODELS:
+        for resolution in (512, 1024):
+            found += rows(name, 2, resolution, True, ("bf16", "int8", "nf4"))
+            write_rows(RESULTS / "small_cards.json", found)
+    for settings in measured:
+        found += rows(*settings, ("bf16",))
+    write_rows(RESULTS / "small_cards.json", found)
 
 
 if __name__ == "__main__":
