@@ -4,8 +4,8 @@
 
 A training step (forward and backward pass of the policy with gradient checkpointing in bf16, rank 16, AdamW) is traced
 on tensors without data, and the peak of the bytes that live at once is counted. A base in int8 or nf4 has the same
-activations; its peak is smaller by what its weights save. `encoding` is the weights together with
-the text encoders, which are in memory while the data is encoded. Both without the device's context (CONTEXT).
+activations; its peak is smaller by what its weights save. `encoding` is the weights together with the text encoders and
+the autoencoder, which are in memory while the data is encoded. Both without the device's context (CONTEXT).
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from diffalign.networks.quantization import BLOCK
 GIB = 2**30
 CONTEXT = 0.8
 """GiB of a card outside torch's allocator."""
+AUTOENCODER = 1.25
+"""GiB of the autoencoder and its activations, at most: the measured peaks of SD1.5 and SDXL less their other weights."""
 CARDS = (6, 8, 12, 16, 24, 32, 48, 80)
 BF16 = torch.bfloat16
 CLIP_L, CLIP_G, T5 = 0.123e9, 0.695e9, 4.762e9
@@ -178,7 +180,7 @@ def rows(
 ) -> Iterator[dict[str, Any]]:
     weights, peak, less = step(name, images, resolution, checkpointing)
     for kind in kinds:
-        encoding = weights - less[kind] + MODELS[name].encoders * 2 / GIB
+        encoding = weights - less[kind] + MODELS[name].encoders * 2 / GIB + AUTOENCODER
         found = {"model": name, "resolution": resolution, "base": kind, "pairs": images // 2}
         found |= {"checkpointing": checkpointing, "weights": round(weights - less[kind], 2)}
         found |= {"step": round(peak - less[kind], 2), "encoding": round(encoding, 2)}
