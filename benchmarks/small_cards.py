@@ -35,7 +35,7 @@ GIB = 2**30
 CONTEXT = 0.8
 """GiB of a card outside torch's allocator."""
 AUTOENCODER = 1.25
-"""GiB of the autoencoder and its activations, at most: the measured peaks of SD1.5 and SDXL less their other weights."""
+"""GiB of the autoencoder with activations, at most: the measured peaks of SD1.5 and SDXL less their other weights."""
 CARDS = (6, 8, 12, 16, 24, 32, 48, 80)
 BF16 = torch.bfloat16
 CLIP_L, CLIP_G, T5 = 0.123e9, 0.695e9, 4.762e9

@@ -108,9 +108,9 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
     """Differences between an export and the run.
 
     Returns the content of verify.json: `differs` (descriptions), `tensors` (number of those compared),
-    `largest_difference` of the sample images and their width `pixels` (both None without images). Tensors are compared by
-    hashes in the dtype of the fresh process. Both images are sampled on the CPU in float32. Raises RuntimeError if the
-    fresh process fails.
+    `largest_difference` of the sample images and their width `pixels` (both None without images). Tensors are compared
+    by hashes in the dtype of the fresh process. Both images are sampled on the CPU in float32. Raises RuntimeError if
+    the fresh process fails.
     """
     network = backbone.denoiser.network
     draws = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE and not quantized(network)
