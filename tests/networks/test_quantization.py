@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from diffalign.config import parameters
+from diffalign.networks import placement
 from diffalign.networks.export import export
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.loading import check_backbone, load_backbone
@@ -106,6 +107,20 @@ def test_the_reference_is_the_policy_at_the_start(family: str, kind: Any, reques
     assert all(".lora_" in n for n, p in backbone.denoiser.named_parameters() if p.requires_grad)
     moved = [p.grad is not None and bool(p.grad.any()) for p in weights]
     assert sum(moved) == len(weights) // 2  # B is 0, so A has no gradient yet
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_blocks_compute_the_same(kind: Any, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, and run as they are."""
+    monkeypatch.setattr(placement, "COMPILER", {"dynamic": False, "backend": "aot_eager"})
+    found: list[list[Tensor]] = []
+    for how in ("off", "blocks"):
+        backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, quantize=kind, compile=how)  # type: ignore[arg-type]
+        out = backbone.denoiser(*inputs(backbone))
+        out.square().mean().backward()
+        found.append([out.detach(), *(p.grad for p in trained_parameters(backbone.denoiser) if p.grad is not None)])
+    torch._dynamo.reset()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_no_dequantised_weights_are_kept_for_the_backward_pass() -> None:
