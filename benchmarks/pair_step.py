@@ -39,7 +39,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.playground import BASE
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 
@@ -79,7 +79,7 @@ def ours(pairs: Path, batch: int, rank: int, method: str, folder: Path) -> Step:
     if data.draws_per_sample:
         algorithm.remember_reference(loader.once(), run.gather)
     del reference
-    trainer = Trainer(run, algorithm, {"policy": adamw(policy, lr=LR)}, steps=10**9)
+    trainer = Trainer(run, algorithm, {"policy": make_player(policy, lr=LR)}, steps=10**9)
     batches = algorithm.batches(loader.start(0))
 
     def step() -> None:

@@ -18,7 +18,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.training.hooks.standard import standard_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 
@@ -35,7 +35,7 @@ def align(folder: str, steps: int = 100, resolution: int = 32) -> None:
     dims = math.prod(backbone.latent_shape(resolution))
     algorithm = DiffusionDPO(policy, reference, noising, dims, beta=500.0)
 
-    players = {"policy": adamw(policy, lr=3e-4, lr_warmup_steps=10)}
+    players = {"policy": make_player(policy, lr=3e-4, lr_warmup_steps=10)}
     hooks = standard_hooks(run, backbone, resolution, verify_export=False)
     backbone.release()  # images and prompts are encoded: the autoencoder and the text encoder leave the memory
     Trainer(run, algorithm, players, hooks, steps=steps).fit(run.loader(pairs))

@@ -19,7 +19,7 @@ from diffalign.networks.sampler import Sampler, few_step_scheduler
 from diffalign.networks.score_networks import score_networks
 from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         sampler=Sampler,
         noising=Noising,
         algorithm=DiffInstructStar,
-        optimizer=adamw,
-        aux_optimizer=adamw,
+        optimizer=make_player,
+        aux_optimizer=make_player,
         trainer=Trainer,
         hooks=standard_hooks,
     )

@@ -17,7 +17,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         noising=Noising,
         inversion=Inversion,
         algorithm=InPO,
-        optimizer=adamw,
+        optimizer=make_player,
         trainer=Trainer,
         hooks=standard_hooks,
     )

@@ -15,7 +15,7 @@ from diffalign.commands import program
 from diffalign.data import FeatureEncoder, PersonalChoices, PreferencePairs
 from diffalign.training import recipe
 from diffalign.training.hooks.strangers import stranger_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 from reward_models.personal.scorers import head_to_train, load_features
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         choices=PersonalChoices,
         scorer=head_to_train,
         algorithm=PersonalReward,
-        optimizer=adamw,
+        optimizer=make_player,
         trainer=Trainer,
         hooks=stranger_hooks,
     )

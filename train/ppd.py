@@ -20,7 +20,7 @@ from diffalign.networks.user_adapter import UserOffReference, add_user_adapter
 from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
 from diffalign.training.hooks.user_package import UserPackage
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         users=UserPairs,
         noising=Noising,
         algorithm=PPD,
-        optimizer=adamw,
+        optimizer=make_player,
         trainer=Trainer,
         hooks=standard_hooks,
     )

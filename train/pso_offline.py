@@ -17,7 +17,7 @@ from diffalign.networks.loading import load_backbone
 from diffalign.networks.sampler import Sampler
 from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         data=PreferencePairs,
         sampler=Sampler,
         algorithm=DiffusionDPO,
-        optimizer=adamw,
+        optimizer=make_player,
         trainer=Trainer,
         hooks=standard_hooks,
     )

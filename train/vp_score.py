@@ -15,7 +15,7 @@ from diffalign.commands import program
 from diffalign.data.groups import PreferenceGroups
 from diffalign.training import recipe
 from diffalign.training.hooks.validation import scorer_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 from reward_models.training import blip_to_train, prepare
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         scorer=blip_to_train,
         data=PreferenceGroups,
         algorithm=RewardTraining,
-        optimizer=adamw,
+        optimizer=make_player,
         trainer=Trainer,
         hooks=scorer_hooks,
     )

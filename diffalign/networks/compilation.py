@@ -34,8 +34,8 @@ def compile_blocks(denoiser: Any) -> None:
             module.compile(**COMPILER)
 
 
-def uncompiled(how: str) -> AbstractContextManager[Any]:
-    """Context manager for a few forward passes in other shapes than those of training, not worth compiling.
+def uncompiled(how: str = "blocks") -> AbstractContextManager[Any]:
+    """Context manager for what is not worth compiling, such as a few forward passes in other shapes than training's.
 
     how      the value of `backbone.compile`
     """

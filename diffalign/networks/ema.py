@@ -16,7 +16,7 @@ class Ema:
 
     def __init__(self, network: nn.Module, decay: float):
         self.parameters = trained_parameters(network)
-        self.model = EMAModel(self.parameters, decay=decay, foreach=True)
+        self.model = EMAModel([p.float() for p in self.parameters], decay=decay, foreach=True)
 
     def step(self) -> None:
         """Update the average with the current weights; call once after each optimizer step."""

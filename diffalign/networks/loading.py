@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import pkgutil
 import re
 from functools import cache
@@ -17,7 +18,8 @@ from diffusers import DiffusionPipeline
 from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
 from diffalign.networks.lora import add_lora
-from diffalign.networks.placement import DTYPES, Placement, has_xformers, place
+from diffalign.networks.placement import DTYPES, Placement, place
+from diffalign.networks.quantization import quantize_linear
 from diffalign.playground import SHIPPED
 from reward_models.files import missing, reachable, read_json
 
@@ -38,6 +40,8 @@ def load_backbone(
     lora_alpha: float | None = None,
     lora_targets: tuple[str, ...] = ATTENTION_LINEARS,
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32",
+    trained_dtype: Literal["fp32", "bf16"] = "fp32",
+    quantize: Literal["off", "int8", "nf4"] = "off",
     attention: Literal["sdpa", "xformers"] = "sdpa",
     gradient_checkpointing: bool = False,
     compile: Literal["off", "blocks", "whole"] = "off",
@@ -53,7 +57,10 @@ def load_backbone(
         lora_rank: train a LoRA of this rank; 0 trains the whole network
         lora_alpha: LoRA alpha (scale times rank); the rank when left out
         lora_targets: names of the linear layers that get a LoRA
-        dtype: dtype of frozen weights; trainable weights are always float32
+        dtype: dtype of frozen weights
+        trained_dtype: dtype of a network that trains as a whole; bf16 needs optimizer.kind=adamw_8bit and
+            run.mixed_precision=bf16. A LoRA is always float32
+        quantize: store the linear layers under a LoRA in 8 or 4 bits; the LoRA then fits any copy of the model
         attention: attention implementation
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time
         compile: compile the trainable network: blocks, the blocks that repeat, takes a minute or two
@@ -72,10 +79,14 @@ def load_backbone(
         raise ValueError(f"'backbone.path' contains a {family}; supported pipelines: {', '.join(supported)}")
     fingerprint = encoder_fingerprint(folder, max_sequence_length)
     where = placement if isinstance(placement, Placement) else Placement(placement)
-    where = where._replace(frozen_dtype=DTYPES[dtype], lora=lora_rank > 0)
+    if trained_dtype == "bf16" and where.compute_dtype != torch.bfloat16:
+        raise ValueError("'backbone.trained_dtype' = bf16 needs 'run.mixed_precision' = bf16")
+    where = where._replace(frozen_dtype=DTYPES[dtype], trained_dtype=DTYPES[trained_dtype], lora=lora_rank > 0)
     where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
     where = where._replace(compile=compile, cuda_graphs=cuda_graphs)
     backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
+    if quantize != "off":
+        quantize_linear(backbone.denoiser.network, quantize, where.device)
     place(backbone.denoiser, "policy", where)
     if lora_rank:
         add_lora(backbone.denoiser.network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
@@ -98,6 +109,17 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
         problems.append(
             f"'{section}.lora_alpha' has no effect while '{section}.lora_rank' is 0; set a rank or leave it out"
         )
+    if cfg["quantize"] != "off" and not cfg["lora_rank"]:
+        problems.append(
+            f"'{section}.quantize' = {cfg['quantize']} needs a LoRA, because weights in few bits cannot train; set "
+            f"'{section}.lora_rank'"
+        )
+    if cfg["quantize"] == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            f"'{section}.quantize' = nf4 needs the package bitsandbytes: pip install 'diffalign[quantization]'"
+        )
+    if cfg["lora_rank"] and cfg["trained_dtype"] != "fp32":
+        problems.append(f"'{section}.trained_dtype' = {cfg['trained_dtype']} has no effect on a LoRA; leave it out")
     if cfg["lora_alpha"] is not None and not cfg["lora_alpha"] > 0:
         problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
     if cfg["guidance_embedding"] < 0:
@@ -110,6 +132,11 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
 
 
 load_backbone.check = check_backbone  # type: ignore[attr-defined]
+
+
+def has_xformers() -> bool:
+    """Whether attention = xformers works: the package is installed and CUDA is available."""
+    return importlib.util.find_spec("xformers") is not None and torch.cuda.is_available()
 
 
 @cache

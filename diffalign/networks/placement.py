@@ -9,7 +9,6 @@ autocast. `reward_models.placement` places scorers.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -37,6 +36,7 @@ class Placement(NamedTuple):
     device         device of all networks
     compute_dtype  dtype in which policy and reference compute; None for the dtype of the weights
     frozen_dtype   dtype of frozen weights
+    trained_dtype  dtype of a network that trains as a whole
     lora           whether only a LoRA trains, so that the base weights are frozen
     attention      attention implementation
     gradient_checkpointing  recompute activations in the backward pass
@@ -47,6 +47,7 @@ class Placement(NamedTuple):
     device: torch.device
     compute_dtype: torch.dtype | None = None
     frozen_dtype: torch.dtype = torch.float32
+    trained_dtype: torch.dtype = torch.float32
     lora: bool = False
     attention: Literal["sdpa", "xformers"] = "sdpa"
     gradient_checkpointing: bool = False
@@ -55,8 +56,9 @@ class Placement(NamedTuple):
 
     def dtype(self, role: Role, *, overflows: bool = False) -> torch.dtype:
         """Weight dtype of a network in this role. overflows: it overflows in float16, so it gets float32 instead."""
-        trains = role == "policy" and not self.lora
-        return torch.float32 if trains or (overflows and self.frozen_dtype == torch.float16) else self.frozen_dtype
+        if role == "policy" and not self.lora:
+            return self.trained_dtype
+        return torch.float32 if overflows and self.frozen_dtype == torch.float16 else self.frozen_dtype
 
 
 def placement_of(accelerator: Any) -> Placement:
@@ -232,11 +234,6 @@ def whole(x: Tensor) -> Tensor:
 def fill(x: Tensor, value: Tensor) -> None:
     """Copy a tensor from a file into a parameter or optimizer state."""
     x.copy_(value)
-
-
-def has_xformers() -> bool:
-    """Whether attention = xformers works: the package is installed and CUDA is available."""
-    return importlib.util.find_spec("xformers") is not None and torch.cuda.is_available()
 
 
 def pins_memory(device: torch.device) -> bool:

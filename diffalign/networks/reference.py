@@ -70,7 +70,7 @@ class DistanceToStart:
         """The squared distance, a scalar."""
         if not self.layers:
             return torch.stack(
-                [(p - p0).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]
+                [(p.float() - p0.float()).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]
             ).sum()
         terms = []
         for layer in self.layers:

@@ -23,6 +23,7 @@ from diffalign.networks.export import kept_parts, kind_of
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import GENERATOR
 from diffalign.networks.placement import on_cpu, whole
+from diffalign.networks.quantization import quantized
 from diffalign.networks.user_adapter import user_width
 from reward_models.files import write_whole
 
@@ -82,6 +83,7 @@ def verify(backbone: Backbone, folder: Path, resolution: int) -> str:
     """Compare an export with the denoiser's current weights, write verify.json into it, and return a summary line.
 
     All tensors must be equal. For networks that are not too large a sample image (up to 256 pixels) must match too.
+    Quantised weights are left out, since the fresh process loads the original ones.
     Never raises: the run is finished and its export stays valid if the verification itself fails.
     """
     found: dict[str, Any] = {"verified": False}
@@ -105,12 +107,13 @@ def verify(backbone: Backbone, folder: Path, resolution: int) -> str:
 def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]:
     """Differences between an export and the run.
 
-    Returns the content of verify.json: `differs` (descriptions), `tensors` (their number), `largest_difference` of the
-    sample images and their width `pixels` (both None without images). Tensors are compared by hashes in the dtype of
-    the fresh process. Both images are sampled on the CPU in float32. Raises RuntimeError if the fresh process fails.
+    Returns the content of verify.json: `differs` (descriptions), `tensors` (number of those compared),
+    `largest_difference` of the sample images and their width `pixels` (both None without images). Tensors are compared
+    by hashes in the dtype of the fresh process. Both images are sampled on the CPU in float32. Raises RuntimeError if
+    the fresh process fails.
     """
     network = backbone.denoiser.network
-    draws = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE
+    draws = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE and not quantized(network)
     size = min(resolution, VERIFY_PIXELS // backbone.smallest * backbone.smallest)
     given = inputs_of(backbone, size) if draws else {}
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": size, "width": size}
@@ -131,7 +134,7 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
             differs.append(f"its image differs by {gap:.2e} from the image of the run")
     return {
         "differs": differs,
-        "tensors": len(found["tensors"]),
+        "tensors": len(found["tensors"]) - len(quantized(network)),
         "largest_difference": gap,
         "pixels": size if draws else None,
     }
@@ -186,9 +189,11 @@ def fresh_process(
 
 def other_tensors(network: nn.Module, theirs: Mapping[str, tuple[str, str]]) -> Iterator[str]:
     """Descriptions of tensors that differ between the network and the fresh process. theirs: name -> (dtype, hash)."""
-    wrong = []
+    wrong, stored = [], quantized(network)
     for name, (dtype, digest) in theirs.items():
         place, _, leaf = name.rpartition(".")
+        if place in stored and leaf == "weight":
+            continue
         try:
             ours = getattr(network.get_submodule(place), leaf)  # merges the low-rank change of a parametrized weight
         except AttributeError:
@@ -201,6 +206,7 @@ def other_tensors(network: nn.Module, theirs: Mapping[str, tuple[str, str]]) -> 
         yield f"{len(wrong)} of {len(theirs)} tensors differ from those of the run, such as '{wrong[0]}'"
     ours = {n for n in network.state_dict() if ".parametrizations." not in n}
     ours = {n for n in ours if ".lora_" not in n or f".{GENERATOR}." in n}  # another adapter is not exported
+    ours -= {f"{place}.scale" for place in stored}
     if lost := sorted(ours - theirs.keys()):
         yield f"{len(lost)} tensors of the run are missing in it, such as '{lost[0]}'"
 

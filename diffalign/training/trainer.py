@@ -177,7 +177,7 @@ class Trainer:
             group["lr"] = lr
         player.optimizer.step()
         player.optimizer.zero_grad()
-        values["lr"] = lr
+        values["lr"] = lr * player.optimizer.param_groups[0].get("d", 1.0)  # d: the estimate of Prodigy
         return {f"{turn.player}/{name}": value for name, value in values.items()}
 
     def check_loss(self) -> None:

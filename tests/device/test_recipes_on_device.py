@@ -92,6 +92,31 @@ def test_a_step_on_fixed_preferences_does_not_wait(
         assert {place.split(":")[0] for place in step.uploads} == {"types.py"}, step.uploads
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        ["optimizer.kind=adamw_8bit", "backbone.lora_rank=0"],
+        ["optimizer.kind=adamw_8bit", "backbone.lora_rank=0", "backbone.trained_dtype=bf16"],
+        ["optimizer.kind=adafactor", "backbone.lora_rank=0"],
+        ["backbone.quantize=int8", "backbone.lora_rank=2", "backbone.dtype=bf16"],
+        ["backbone.quantize=nf4", "backbone.lora_rank=2", "backbone.dtype=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_settings_that_save_memory(
+    tmp_path: Path, pairs_file: Path, tiny: Callable, steps_seen: Callable, way: list[str]
+) -> None:
+    """They begin at ln 2 and do not wait, and a run with them resumes."""
+    settings = [f"run.folder={tmp_path}", f"data.path={pairs_file}", "data.batch_size=4", "data.limit=4"]
+    settings += ["run.mixed_precision=bf16", "optimizer.lr=1e-4", *BARE, *way, "hooks.checkpoint_every=3"]
+    tiny("diffusion_dpo", *settings)
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-6)
+    for step in steps_seen()[:1]:  # the next one writes a checkpoint
+        assert step.waits.total() == 0, step.waits
+    tiny("diffusion_dpo", *settings, "trainer.steps=4", "run.resume=true")
+    assert len(losses(tmp_path)) == 4 and all(math.isfinite(x) for x in losses(tmp_path))
+
+
 @pytest.mark.parametrize(("rank", "precision"), WAYS)
 @pytest.mark.parametrize("name", WAITS)
 def test_a_step_on_own_samples(

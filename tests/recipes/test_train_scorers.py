@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffalign.playground.ratings import RATED, write_ratings
 from diffalign.training.hooks.logit_scale import LimitLogitScale
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from reward_models import load_scorer
 from reward_models.training import HPS_TRAINS, clip_to_train, train_only
 
@@ -81,7 +81,7 @@ def test_training_changes_only_trainable_weights_and_clamps_the_logit_scale() ->
     trains = (r"clip\.visual\.transformer\.resblocks\.2\..*", r"clip\.visual\.proj", r"clip\.logit_scale")
     scorer = clip_to_train(torch.device("cpu"), architecture="playground", weights=None, trains=trains)
     before = {name: p.detach().clone() for name, p in scorer.named_parameters()}
-    player = adamw(scorer, lr=1.0, weight_decay=0.1, decay_vectors=False)
+    player = make_player(scorer, lr=1.0, weight_decay=0.1, decay_vectors=False)
     decays = {g["weight_decay"]: {p.ndim < 2 for p in g["params"]} for g in player.optimizer.param_groups}
     assert decays == {0.1: {False}, 0.0: {True}}
     (-scorer(torch.rand(4, 3, 32, 32), ["a", "b", "a", "c"]).sum()).backward()

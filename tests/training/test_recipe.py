@@ -16,7 +16,7 @@ from torch import nn
 from diffalign import config
 from diffalign.training.hooks.strangers import stranger_hooks
 from diffalign.training.hooks.validation import scorer_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.recipe import players_of
 from diffalign.training.trainer import Hook
 
@@ -32,7 +32,7 @@ from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 
@@ -64,7 +64,7 @@ class Doubles(Hook):
 
 def own_adamw(module, *, lr: float):
     CALLS.append("own optimizer")
-    return adamw(module, lr=lr)
+    return make_player(module, lr=lr)
 
 
 def main(argv=None):
@@ -107,7 +107,7 @@ def test_a_custom_recipe_uses_its_own_algorithm_optimizer_and_hooks(tmp_path: Pa
 
 
 def test_players_get_the_optimizer_of_their_name_or_the_default() -> None:
-    factories = {"optimizer": adamw, "aux_optimizer": adamw}
+    factories = {"optimizer": make_player, "aux_optimizer": make_player}
     cfg = config.resolve({"optimizer": {"lr": 1.0}, "aux_optimizer": {"lr": 2.0}}, [], factories)
     algorithm = type("Two", (), {"players": {"generator": nn.Linear(1, 1), "aux": nn.Linear(1, 1)}})()
     players = players_of(cfg, algorithm)
@@ -128,7 +128,7 @@ def test_recipes_do_not_call_the_shared_factories(file: Path) -> None:
     names = {f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in called}
     shared = {
         "Trainer",
-        "adamw",
+        "make_player",
         "standard_hooks",
         "scorer_hooks",
         "stranger_hooks",

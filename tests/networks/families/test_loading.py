@@ -14,6 +14,7 @@ from chains import chain
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from diffalign.config import parameters
 from diffalign.diffusion.schedule import Prediction
 from diffalign.diffusion.steps import guided
 from diffalign.networks import families
@@ -219,12 +220,12 @@ def test_loading_errors_name_the_problem(tmp_path: Path) -> None:
         ValueError, match=r"a KandinskyPipeline; supported pipelines: FluxPipeline, StableDiffusionPipeline, .*XL"
     ):
         load_backbone(CPU, path=str(tmp_path))
-    fine = {"attention": "sdpa", "lora_rank": 0, "lora_alpha": None, "lora_targets": ("to_q",)}
-    fine |= {"max_sequence_length": 512, "guidance_embedding": 1.0}
+    fine = {name: default for name, (_, default) in parameters(load_backbone).items()} | {"max_sequence_length": 512}
     assert check_backbone(fine) == []
     assert "needs the xformers package" in check_backbone({**fine, "attention": "xformers"})[0]
     assert "lora_alpha" in check_backbone({**fine, "lora_alpha": 4.0})[0]
     assert "lora_targets" in check_backbone({**fine, "lora_rank": 4, "lora_targets": ()})[0]
+    assert "no effect on a LoRA" in check_backbone({**fine, "lora_rank": 4, "trained_dtype": "bf16"})[0]
     assert "must be in [1, 512]" in check_backbone({**fine, "max_sequence_length": 513})[0]
     with pytest.raises(ValueError, match="Target modules"):
         load_backbone(CPU, path="playground", lora_rank=2, lora_targets=("nothing",))
