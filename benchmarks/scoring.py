@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from reward_models.clip.scorers import CLIPScorer
 from reward_models.files import write_whole
 from reward_models.folder.decoding import Decoder
-from reward_models.folder.items import Item
+from reward_models.folder.item import Item
 from reward_models.folder.scoring import BATCH_SIZE, GPU_BATCH_SIZE, score_items
 from reward_models.placement import as_input, upload
 

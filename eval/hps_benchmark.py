@@ -26,7 +26,7 @@ from reward_models.files import read_json, write_whole
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
-    from reward_models.folder.items import Item
+    from reward_models.folder.item import Item
     from reward_models.protocol import Scorer
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
@@ -92,7 +92,7 @@ def benchmark(args: argparse.Namespace) -> None:
 
 def find(images: Path, prompts: Path, styles: Sequence[str]) -> dict[str, list[Item]]:
     """Images of every style with their prompts, in order. Raises ValueError listing missing and extra files."""
-    from reward_models.folder.items import Item  # here and below: heavy, and `--help` needs none of it
+    from reward_models.folder.item import Item  # here and below: heavy, and `--help` needs none of it
 
     found: dict[str, list[Item]] = {}
     missing, extra = [], []

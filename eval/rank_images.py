@@ -26,7 +26,7 @@ from reward_models.files import write_lines
 from reward_models.loading import load_scorer
 
 if TYPE_CHECKING:
-    from reward_models.folder.items import Item
+    from reward_models.folder.item import Item
     from reward_models.folder.scoring import Failed
     from reward_models.protocol import Scorer
 
@@ -83,7 +83,7 @@ def rank(args: argparse.Namespace) -> None:
 def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
     """Images of each prompt_id over all folders, in order. Raises ValueError if an id has several prompts."""
     from diffalign.report import read_manifest  # here and below: heavy, and `--help` needs none of it
-    from reward_models.folder.items import Item
+    from reward_models.folder.item import Item
 
     groups: dict[str, list[Item]] = {}
     for folder in folders:

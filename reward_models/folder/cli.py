@@ -164,8 +164,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     from reward_models.folder.tables import write_failures, write_meta, write_table
 
     scores, reasons = outcomes.scores, dict(sorted(outcomes.reasons.items()))
+    bad = items.select(reasons)
     failed = write_failures(
-        args.out, [{"image": items[i].image, "prompt": items[i].prompt, "reason": x} for i, x in reasons.items()]
+        args.out, [{"image": bad[i].image, "prompt": bad[i].prompt, "reason": x} for i, x in reasons.items()]
     )
     meta = _meta(args, items, scorers, outcomes)
     columns: Columns = {"image": "string", "prompt": "string", **dict.fromkeys(scorers, "float32")}
@@ -183,7 +184,7 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
         if scorer["longer_prompts"]:
             print(f"reward-score: {longer_line(name, scorer['longer_prompts'])}", file=sys.stderr)
     for i in list(reasons)[:LISTED_FAILURES]:
-        print(f"reward-score: '{items[i].image}' is not scored: {reasons[i]}", file=sys.stderr)
+        print(f"reward-score: '{bad[i].image}' is not scored: {reasons[i]}", file=sys.stderr)
     if reasons:
         print(f"reward-score: {len(reasons)} images are not scored, see '{failed}'", file=sys.stderr)
     return 2 if reasons else 0
@@ -200,7 +201,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
             "unit": scorer.unit,
             "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
-            "longer_prompts": longer_prompts(scorer, items.prompts),
+            "longer_prompts": longer_prompts(scorer, (item.prompt for item in items)),
             **summarise(outcomes.scores[:, k]),
         }
     return {

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from reward_models.folder.items import Item
-from reward_models.images import ImageError, read_rgb
+from reward_models.folder.item import Item
+from reward_models.images import ImageError, decode_from
 from reward_models.preprocess import ImageRule
 
 PREFETCH_BATCHES = 2
@@ -113,7 +113,7 @@ def _read_one(item: Item, rule: ImageRule | None) -> Decoded:
     if item.fault:
         return item.fault
     try:
-        image = read_rgb(item.path)
+        image = decode_from(item.read)
         return np.array(image if rule is None else rule.shrink(image))
     except ImageError as error:
         return str(error)

@@ -83,14 +83,15 @@ def score_all(
     rank, world, wait = processes
     # The last bits of a score depend on its batch. So batches are fixed before they are distributed or skipped, and
     # the table does not depend on the number of processes or on interruptions.
-    todo = [number for number in range(rank, len(done), world) if not done[number]]
-    batches = (items[number * size : (number + 1) * size] for number in todo)
+    # A process gets batches in a row, so that it reads only its part of a parquet file.
+    undone = [number for number in range(len(done)) if not done[number]]
+    todo = undone[len(undone) * rank // world : len(undone) * (rank + 1) // world]
     with Decoder(args.workers, device=device, images=len(todo) * size) as decoder:
         scorers = load_scorers(args)
         wait()  # no process writes while another still reads the journals
         bar = tqdm(total=len(todo) * size, desc=title, unit="image", disable=rank > 0)
         with Journal(out, job, rank=rank) as journal, bar:
-            for number, results in zip(todo, score_items(batches, scorers, decoder), strict=True):
+            for number, results in zip(todo, score_items(items.batches(todo, size), scorers, decoder), strict=True):
                 journal.append(number, results)
                 bar.update(len(results))
     wait()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reward_models.base import NetworkScorer
 from reward_models.folder.decoding import Batch, Decoder
-from reward_models.folder.items import Item
+from reward_models.folder.item import Item
 from reward_models.placement import download, upload
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer, checked, device_of

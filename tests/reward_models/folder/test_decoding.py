@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from reward_models.folder.decoding import MANY, Decoder
-from reward_models.folder.items import Item
+from reward_models.folder.item import Item
 from reward_models.folder.scoring import Failed, score_items
 from reward_models.preprocess import ImageRule
 

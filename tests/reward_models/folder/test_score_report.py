@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from reward_models.folder import tables
 from reward_models.folder.cards import card_text
 from reward_models.folder.cli import main
-from reward_models.folder.items import Items, Row
+from reward_models.folder.item import Item
 from reward_models.folder.report import best_rows, summarise
 from reward_models.loading import SCORERS
 
@@ -77,10 +77,10 @@ def test_summary_by_hand() -> None:
 
 def test_best_of_n_by_hand() -> None:
     """The first of equal images wins; failed images are ignored; a prompt with only failed images has no row."""
-    rows = map(Row, "123456", "abaacb")
+    rows = [Item(name, prompt, Path(name)) for name, prompt in zip("123456", "abaacb", strict=True)]
     nan = (np.nan, np.nan)
     scores = np.array([(0.5, 0.1), (1.0, 1.0), (0.5, 0.7), nan, nan, (1.5, 0.0)])
-    assert list(best_rows(Items(Path(), rows), scores, ["x", "y"])) == [
+    assert list(best_rows(rows, scores, ["x", "y"])) == [
         ("a", "x", "1", 0.5, 2),
         ("a", "y", "3", 0.7, 2),
         ("b", "x", "6", 1.5, 2),
