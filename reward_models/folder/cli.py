@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from reward_models.protocol import Scorer
 
 LISTED_FAILURES = 20
-VERSIONS = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers")
 DESCRIPTION = """Score images against their prompts with one or more scorers.
 
   reward-score image.png --prompt "a red cube" --scorer clip --out score.csv
@@ -87,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--version", action="version", version=f"reward-score of diffalign {__version__}")
     add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
-    add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
     add("--user", type=Path, metavar="FILE", help="user file of `diffalign user fit`; for personal scorers only")
     add("--out", type=Path, required=True, metavar="OUT", help="table to write: .csv, .jsonl or .parquet")
     source = parser.add_mutually_exclusive_group()
@@ -192,6 +189,7 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
 
 def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> dict[str, Any]:
     """Content of the meta file: units, summaries and the settings that the scores depend on."""
+    from reward_models.folder.evaluation import versions
     from reward_models.folder.report import longer_prompts, summarise
 
     described = {}
@@ -212,7 +210,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
         "dtype": args.dtype,
         "compile": args.compile,
         "batch_size": args.batch_size,
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": versions(),
     }
 
 

@@ -29,6 +29,13 @@ class Processes(NamedTuple):
 def add_options(parser: argparse.ArgumentParser, *, resume: str) -> None:
     """Add the options of the engine to a command. `resume` describes the unfinished run."""
     add = parser.add_argument
+    add(
+        "--scorer",
+        action="append",
+        required=True,
+        metavar="NAME[,KEY=VALUE...]",
+        help="name, folder or package.module:Class; may be repeated",
+    )
     add("--batch-size", type=positive, metavar="B", help="images scored at once (32; on a GPU 64)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     add(
@@ -55,11 +62,18 @@ def positive(text: str) -> int:
 
 
 def score_all(
-    items: Items, args: argparse.Namespace, out: Path, processes: Processes, *, title: str = "reward-score"
+    items: Items,
+    args: argparse.Namespace,
+    out: Path,
+    processes: Processes,
+    *,
+    title: str = "reward-score",
+    retry: bool = False,
 ) -> tuple[dict[str, Scorer], Outcomes] | None:
     """Score all items with the scorers `args.scorer`; results go to journals beside `out`, from which --resume goes on.
 
-    args  `scorer` and the options of `add_options`; a batch size or dtype that depends on the device is set here
+    args   the options of `add_options`; a batch size or dtype that depends on the device is set here
+    retry  when resuming, score batches with failed items again
 
     Returns the scorers and all results on rank 0, None on other ranks. Delete the journals (`remove_journals`) when the
     results are written. Raises ValueError for an unfinished run without --resume, or with other settings or images.
@@ -77,14 +91,15 @@ def score_all(
     def journaled() -> Outcomes:
         return read_journals(out, job, Outcomes(len(items), len(args.scorer), size))
 
-    done = journaled().done
-    if done.any() and not args.resume:
+    check_scorers(args.scorer)
+    before = journaled()
+    if before.done.any() and not args.resume:
         raise ValueError(f"'{find_journals(out)[0]}' belongs to an unfinished run; add --resume, or delete the file")
     rank, world, wait = processes
     # The last bits of a score depend on its batch. So batches are fixed before they are distributed or skipped, and
     # the table does not depend on the number of processes or on interruptions.
     # A process gets batches in a row, so that it reads only its part of a parquet file.
-    undone = [number for number in range(len(done)) if not done[number]]
+    undone = before.to_do(retry=retry)
     todo = undone[len(undone) * rank // world : len(undone) * (rank + 1) // world]
     with Decoder(args.workers, device=device, images=len(todo) * size) as decoder:
         scorers = load_scorers(args)
@@ -98,7 +113,7 @@ def score_all(
     if rank:
         return None
     outcomes = journaled()
-    if missing := int((~outcomes.done).sum()):
+    if missing := len(outcomes.to_do(retry=False)):
         raise ValueError(f"{missing} batches of {size} have no result; run again with --resume")
     return scorers, outcomes
 
@@ -115,14 +130,13 @@ AUTO = "auto on a GPU"
 
 def _resolve(args: argparse.Namespace) -> tuple[Any, int]:
     """The device and the batch size. Sets those settings of args that depend on the device."""
-    from reward_models.folder.scoring import BATCH_SIZE, GPU_BATCH_SIZE
+    from reward_models.folder.scoring import batch_size_for
     from reward_models.placement import find_device
 
     device = find_device(args.device)
-    gpu = device.type != "cpu"
     if args.dtype == "auto":
-        args.dtype = AUTO if gpu else "fp32"
-    args.batch_size = args.batch_size or (GPU_BATCH_SIZE if gpu else BATCH_SIZE)
+        args.dtype = "fp32" if device.type == "cpu" else AUTO
+    args.batch_size = args.batch_size or batch_size_for(device)
     return device, args.batch_size
 
 

@@ -96,15 +96,26 @@ def test_equal_images_tie(models: tuple[Path, Path], tmp_path: Path, rank: Calla
 def test_all_damaged_images_are_named_and_nothing_is_written(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One image in the first batch and one in the last, which is found although scoring has stopped."""
+    """One image in the first batch and one in the last. When they are repaired, only their batches are scored again."""
+    good = (models[0] / "images" / "00000_0.png").read_bytes()
     (models[0] / "images" / "00000_1.png").write_bytes(b"no image")
     (models[1] / "images" / "00002_0.png").unlink()
     assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2) == 2
     error = capsys.readouterr().err
     assert "2 of 9 images cannot be scored" in error
-    assert f"'{models[0]}/images/00000_1.png': not an image" in error
-    assert f"'{models[1]}/images/00002_0.png': no such file" in error
-    assert not list(tmp_path.glob("ranked.jsonl*"))
+    assert f"{models[0]}/images/00000_1.png: not an image" in error and "--resume" in error
+    assert f"{models[1]}/images/00002_0.png: no such file" in error
+    assert not (tmp_path / "ranked.jsonl").exists()
+    journal = tmp_path / "ranked.jsonl.partial-0.jsonl"
+    before = journal.read_text().count("\n")
+    for model, name in ((models[0], "00000_1.png"), (models[1], "00002_0.png")):
+        (model / "images" / name).write_bytes(good)
+    (models[0] / "images" / "00001_0.png").unlink()  # in a batch that is done
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2) == 2
+    assert "belongs to an unfinished run; add --resume" in capsys.readouterr().err
+    assert before == 1 + 5 and journal.read_text().count("\n") == before
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2, "--resume") == 0
+    assert len(_records(tmp_path / "ranked.jsonl")) == 3 and not journal.exists()
 
 
 def test_prompts_with_few_images_are_left_out_and_counted(
