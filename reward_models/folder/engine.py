@@ -104,8 +104,11 @@ def score_all(
     with Decoder(args.workers, device=device, images=len(todo) * size) as decoder:
         scorers = load_scorers(args)
         wait()  # no process writes while another still reads the journals
-        bar = tqdm(total=len(todo) * size, desc=title, unit="image", disable=rank > 0)
-        with Journal(out, job, rank=rank) as journal, bar:
+        images = len(todo) * size
+        with (
+            Journal(out, job, rank=rank) as journal,
+            tqdm(total=images, desc=title, unit="image", disable=rank > 0) as bar,
+        ):
             for number, results in zip(todo, score_items(items.batches(todo, size), scorers, decoder), strict=True):
                 journal.append(number, results)
                 bar.update(len(results))
