@@ -31,8 +31,11 @@ DESCRIPTION = """Score images against their prompts with one or more scorers.
   reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # one user's preferences
   reward-score info hps_v2.1                                  # source, units, accuracies
   reward-score convert HPS_v2.1_compressed.pt hps.safetensors
+  reward-score ray shards --scorer clip --out scores          # on a Ray cluster, see `reward-score ray --help`
 
-IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`.
+IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`. Or it is a
+.tar file (WebDataset: x.png with x.txt, or x.json with `prompt` or `caption`) or a .parquet file with the columns
+`image` (bytes, or {{bytes, path}}) and `prompt` or `caption`, or a folder of such shards.
 Prompts come from --prompt, from --prompts, from the list, from a manifest.jsonl in the folder (as `diffalign eval
 generate` writes it), or from x.txt beside x.png; --prompt and --prompts override the prompts of the folder.
 
@@ -67,6 +70,10 @@ def main(
             return _info(words[1:])
         if words[:1] == ["convert"]:
             return _convert(words[1:])
+        if words[:1] == ["ray"]:
+            from reward_models.folder import on_ray
+
+            return on_ray.main(words[1:])
         return _score(_parser().parse_args(words), Processes(rank, world, wait))
     except (ValueError, OSError) as error:
         print(f"reward-score: {error}", file=sys.stderr)

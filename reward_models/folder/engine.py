@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 from reward_models.loading import Dtype, load_scorer
 
 if TYPE_CHECKING:
+    import torch
+
     from reward_models.folder.items import Items
     from reward_models.folder.journal import Outcomes
     from reward_models.protocol import Scorer
@@ -83,10 +85,10 @@ def score_all(
     from reward_models.folder.decoding import Decoder
     from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
     from reward_models.folder.scoring import score_items
+    from reward_models.placement import find_device
 
-    device, size = _resolve(args)
-    job = {"--scorer": args.scorer, "--batch-size": size, "--dtype": args.dtype, "--compile": args.compile}
-    job["images or prompts"] = items.digest
+    device = find_device(args.device)
+    job, size = settings(args, device) | {"images or prompts": items.digest}, args.batch_size
 
     def journaled() -> Outcomes:
         return read_journals(out, job, Outcomes(len(items), len(args.scorer), size))
@@ -131,16 +133,15 @@ AUTO = "auto on a GPU"
 """The dtype in journals and tables: a run on a GPU must not be resumed on a CPU."""
 
 
-def _resolve(args: argparse.Namespace) -> tuple[Any, int]:
-    """The device and the batch size. Sets those settings of args that depend on the device."""
+def settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The settings that scores depend on. Sets those of args that depend on the device."""
     from reward_models.folder.scoring import batch_size_for
-    from reward_models.placement import find_device
 
-    device = find_device(args.device)
     if args.dtype == "auto":
         args.dtype = "fp32" if device.type == "cpu" else AUTO
     args.batch_size = args.batch_size or batch_size_for(device)
-    return device, args.batch_size
+    names = ("scorer", "batch_size", "dtype", "compile")
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
 
 
 def check_scorers(specs: Sequence[str]) -> None:
