@@ -85,6 +85,21 @@ def test_the_reader_reads_what_rank_images_writes(
         assert all(w in (0, 1) for w, _ in record.pairs()), "the pale and misplaced image never wins"
 
 
+SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_two_processes_write_the_same_file(
+    models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], forks: Any
+) -> None:
+    assert rank(*models, "--out", tmp_path / "one.jsonl", "--batch-size", 2) == 0
+    words = [*models, "--out", tmp_path / "two.jsonl", "--batch-size", 2, "--device", "cpu"]
+    words += [word for name in SCORERS for word in ("--scorer", name)]
+    done = forks.run(SCRIPT, str(ROOT / "eval/rank_images.py"), *map(str, words), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("9 images of 3 prompts ranked") == 1 and "4/4" in done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
 def test_equal_images_tie(models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int]) -> None:
     for name in ("images/00000_1.png", "images/00001_1.png", "images/00002_1.png"):
         (models[0] / name).write_bytes((models[0] / name.replace("_1", "_0")).read_bytes())
