@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -12,8 +12,11 @@ from reward_models.loading import Dtype, load_scorer
 if TYPE_CHECKING:
     import torch
 
+    from reward_models.folder.decoding import Decoder
+    from reward_models.folder.item import Item
     from reward_models.folder.items import Items
     from reward_models.folder.journal import Outcomes
+    from reward_models.folder.scoring import Result
     from reward_models.protocol import Scorer
 
 
@@ -84,7 +87,6 @@ def score_all(
 
     from reward_models.folder.decoding import Decoder
     from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
-    from reward_models.folder.scoring import score_items
     from reward_models.placement import find_device
 
     device = find_device(args.device)
@@ -111,7 +113,7 @@ def score_all(
             Journal(out, job, rank=rank) as journal,
             tqdm(total=images, desc=title, unit="image", disable=rank > 0) as bar,
         ):
-            for number, results in zip(todo, score_items(items.batches(todo, size), scorers, decoder), strict=True):
+            for number, results in zip(todo, _scored(items.batches(todo, size), scorers, decoder, size), strict=True):
                 journal.append(number, results)
                 bar.update(len(results))
     wait()
@@ -121,6 +123,22 @@ def score_all(
     if missing := len(outcomes.to_do(retry=False)):
         raise ValueError(f"{missing} batches of {size} have no result; run again with --resume")
     return scorers, outcomes
+
+
+def _scored(
+    work: Iterator[Sequence[Item]], scorers: dict[str, Scorer], decoder: Decoder, size: int
+) -> Iterator[list[Result]]:
+    """As `score_items`. Raises ValueError if the memory of the device is too small for a batch."""
+    from reward_models.folder.scoring import score_items
+
+    try:
+        yield from score_items(work, scorers, decoder)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise ValueError(
+            f"a batch of {size} images needs more memory than the device has; lower --batch-size"
+        ) from error
 
 
 def load_scorers(args: argparse.Namespace) -> dict[str, Scorer]:
