@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 BINS = 40
 PREFIX = 16
 """Maximum number of tokens that a scorer adds to a prompt."""
+TOKENIZED = 1000
+"""Number of prompts tokenized at once."""
 SHEET = 16
 """Number of images of a contact sheet."""
 THUMBNAIL = 160
@@ -77,15 +80,22 @@ def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None
     if count is None:
         return None
     limit, _ = count([])
-    # A token has at least one byte, so most prompts need not be tokenized, nor held.
-    distinct, candidates = set[int](), dict[str, None]()
-    for text in prompts:
-        distinct.add(hash(text))
-        if len(text.encode()) > limit - PREFIX:
-            candidates[text] = None
-    counts = count([*candidates])[1]
-    longer = [text for text, n in zip(candidates, counts, strict=True) if n > limit]
-    return {"limit": limit, "count": len(longer), "of": len(distinct), "first": longer[0]} if longer else None
+    seen = set[int]()  # hashes, and few texts at a time: prompts are not held
+    # A token has at least one byte, so most prompts need not be tokenized.
+    distinct = (text for text in prompts if _new(hash(text), seen))
+    candidates = (text for text in distinct if len(text.encode()) > limit - PREFIX)
+    longer, first = 0, ""
+    while some := list(islice(candidates, TOKENIZED)):
+        found = [text for text, n in zip(some, count(some)[1], strict=True) if n > limit]
+        longer, first = longer + len(found), first or next(iter(found), "")
+    return {"limit": limit, "count": longer, "of": len(seen), "first": first} if longer else None
+
+
+def _new(key: int, seen: set[int]) -> bool:
+    """Whether a key is not in the set yet; adds it."""
+    before = len(seen)
+    seen.add(key)
+    return len(seen) > before
 
 
 def longer_line(name: str, longer: Mapping[str, Any]) -> str:
