@@ -16,6 +16,7 @@ Results of cases that are not run again are kept.
   matmul_share       ours: operations per second, with recomputation, over the rate of an 8192^3 bf16 product
   compile_seconds    compiled cases: time to compile, which is over before the first timed step
   first_loss_over_ln2  Diffusion-DPO: first loss minus ln 2; 0 where reference and policy agree at the start
+  bare, decode       scoring: rates of the network alone on batches on the device, and of the decoder alone
   gpu_busy           ours: share of a step in which a kernel runs, under the profiler (a lower bound)
 """
 

@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from reward_models.clip.scorers import CLIPScorer
 from reward_models.files import write_whole
 from reward_models.folder.decoding import Decoder
-from reward_models.folder.items import Item
-from reward_models.folder.scoring import BATCH_SIZE, GPU_BATCH_SIZE, score_items
+from reward_models.folder.item import Item
+from reward_models.folder.scoring import batch_size_for, score_items
 from reward_models.placement import as_input, upload
 
 ROWS = RESULTS / "scoring.json"
@@ -89,7 +89,7 @@ def decode(scorer: Any, decoder: Decoder, files: list[Path], prompts: list[str],
 
 
 def batches(files: list[Path], prompts: list[str], device: torch.device) -> Iterator[list[Item]]:
-    size = BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE
+    size = batch_size_for(device)
     items = [Item(file.name, prompt, file) for file, prompt in zip(files, prompts, strict=True)]
     return (items[i : i + size] for i in range(0, len(items), size))
 
@@ -97,7 +97,7 @@ def batches(files: list[Path], prompts: list[str], device: torch.device) -> Iter
 @torch.no_grad()
 def forward(scorer: Any, prompts: list[str], device: torch.device) -> None:
     """The image tower on a batch that is on the device, for every image; the text tower on every different prompt."""
-    size, side = BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE, scorer.rule.size
+    size, side = batch_size_for(device), scorer.rule.size
     tokens = upload(scorer.tokenize(list(dict.fromkeys(prompts))), device)
     for part in tokens.split(size):
         scorer.clip.encode_text(part)

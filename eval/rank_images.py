@@ -6,7 +6,8 @@
 Each FOLDER is written by tools/generate.py; images of the same prompt_id are ranked together, across folders. Every
 image is decoded once for all scorers. FILE.jsonl has a line for each prompt, as `data.path` of the train recipes reads
 it: prompt, images (relative to the file), scores (the numbers of each scorer, and phi, the share of comparisons won
-over all scorers; a tie is a win for neither), and ranking (1 for the best, equal where phi is).
+over all scorers; a tie is a win for neither), and ranking (1 for the best, equal where phi is). `accelerate launch`
+uses several processes, and --resume goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -14,24 +15,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
 
 from diffalign.commands import program
 from reward_models.accuracy import win_rates
 from reward_models.files import write_lines
-from reward_models.loading import load_scorer
+from reward_models.folder.engine import add_options
+from reward_models.folder.evaluation import launched, score_every
 
 if TYPE_CHECKING:
-    from reward_models.folder.items import Item
-    from reward_models.folder.scoring import Failed
-    from reward_models.protocol import Scorer
-
-SHOWN = 20
-"""Maximum number of unscorable images named in an error message."""
+    from reward_models.folder.item import Item
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,32 +44,36 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", type=Path, nargs="+", metavar="FOLDER", help="images of one model; all of the same prompts")
-    add("--scorer", action="append", required=True, metavar="SPEC", help="name or package.module:Class; repeatable")
     add("--out", type=Path, required=True, metavar="FILE.jsonl", help="ranked groups")
     add("--min-images", type=int, default=2, metavar="K", help="leave out prompts with fewer images (2)")
-    add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
+    add_options(parser, resume="an unfinished run with the same FILE.jsonl")
     return parser
 
 
 def rank(args: argparse.Namespace) -> None:
     """Read the folders, score every image with every scorer, write the file."""
+    from reward_models.folder.items import Items  # here and below: heavy, and `--help` needs none of it
+    from reward_models.folder.journal import remove_journals
+
     if args.out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl; got '{args.out}'")
-    for option, value, least in (("--min-images", args.min_images, 2), ("--batch-size", args.batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{option} must be at least {least}; got {value}")
-    for given in (args.scorer, [str(folder.resolve()) for folder in args.folders]):
-        if twice := [one for one in given if given.count(one) > 1]:
-            raise ValueError(f"'{twice[0]}' is given twice; give each folder or scorer once")
+    if args.min_images < 2:
+        raise ValueError(f"--min-images must be at least 2; got {args.min_images}")
+    folders = [str(folder.resolve()) for folder in args.folders]
+    if twice := [one for one in folders if folders.count(one) > 1]:
+        raise ValueError(f"'{twice[0]}' is given twice; give each folder once")
     found = read_groups(args.folders)
     groups = [items for items in found.values() if len(items) >= args.min_images]
     if not groups:
         raise ValueError(f"none of the {len(found)} prompts has {args.min_images} images; give more folders")
-    scorers = {spec: load_scorer(spec, args.device) for spec in args.scorer}
-    scores = iter(score([item for items in groups for item in items], scorers, args.batch_size))
+    images = Items(lambda _: (item for items in groups for item in items))
+    scored = score_every(images, args, args.out, launched(), title="rank_images")
+    if scored is None:
+        return
+    scores = zip(*scored.columns.values(), strict=True)
     ranked = [ranking(items, [next(scores) for _ in items], args.scorer, args.out.parent) for items in groups]
     write_lines(args.out, ranked)
+    remove_journals(args.out)
     few = len(found) - len(groups)
     left = f"; prompts with fewer than {args.min_images} images, left out: {few}" if few else ""
     print(f"{sum(map(len, groups))} images of {len(groups)} prompts ranked in '{args.out}'{left}")
@@ -82,8 +81,8 @@ def rank(args: argparse.Namespace) -> None:
 
 def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
     """Images of each prompt_id over all folders, in order. Raises ValueError if an id has several prompts."""
-    from diffalign.report import read_manifest  # here and below: heavy, and `--help` needs none of it
-    from reward_models.folder.items import Item
+    from diffalign.report import read_manifest
+    from reward_models.folder.item import Item
 
     groups: dict[str, list[Item]] = {}
     for folder in folders:
@@ -99,31 +98,6 @@ def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
     return groups
 
 
-def score(items: Sequence[Item], scorers: Mapping[str, Scorer], batch_size: int) -> list[tuple[float, ...]]:
-    """Scores of every image, one per scorer. Raises ValueError naming the images that cannot be scored."""
-    from reward_models.folder.decoding import Decoder
-    from reward_models.folder.scoring import Failed, score_items
-
-    batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-    scores: list[tuple[float, ...]] = []
-    failed: list[Failed] = []
-    with Decoder() as decoder, tqdm(total=len(items), desc="rank_images", unit="image") as bar:
-        for results in score_items(batches, scorers, decoder):
-            bar.update(len(results))
-            scores += [result.scores for result in results if not isinstance(result, Failed)]
-            failed += [result for result in results if isinstance(result, Failed)]
-            if failed:
-                break  # the run fails; only check the remaining images, to report all bad ones at once
-    if failed:
-        with Decoder() as decoder:
-            rest = score_items(batches[-(-(len(scores) + len(failed)) // batch_size) :], {}, decoder)
-            failed += [result for results in rest for result in results if isinstance(result, Failed)]
-        names = "\n".join(f"  '{one.item.image}': {one.reason}" for one in failed[:SHOWN])
-        more = f"\n  and {len(failed) - SHOWN} more" if len(failed) > SHOWN else ""
-        raise ValueError(f"{len(failed)} of {len(items)} images cannot be scored; generate them again:\n{names}{more}")
-    return scores
-
-
 def ranking(
     items: Sequence[Item], scores: Sequence[tuple[float, ...]], names: Sequence[str], folder: Path
 ) -> dict[str, Any]:
@@ -132,7 +106,7 @@ def ranking(
     phi = win_rates(list(columns.values())).tolist()
     return {
         "prompt": items[0].prompt,
-        "images": [os.path.relpath(item.path, folder) for item in items],
+        "images": [os.path.relpath(item.image, folder) for item in items],
         "scores": {**columns, "phi": phi},
         "ranking": [1 + sum(other > one for other in phi) for one in phi],
     }

@@ -14,25 +14,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 
 from diffalign.commands import program
 from reward_models.folder import cli
+from reward_models.folder.evaluation import launched
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     if {"-h", "--help"} & {*(sys.argv[1:] if argv is None else argv)}:
         return cli.main(argv)
-    import torch  # lazy: `--help` does not need it
-    from accelerate import PartialState
-
-    # The processes synchronise twice, hours apart: the default timeout of ten minutes would end the run. They only need
-    # a barrier, so gloo is enough; it works without a GPU too.
-    state = PartialState(cpu=True, timeout=timedelta(days=30))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(state.local_process_index % torch.cuda.device_count())
-    return cli.main(argv, rank=state.process_index, world=state.num_processes, wait=state.wait_for_everyone)
+    rank, world, wait = launched()
+    return cli.main(argv, rank=rank, world=world, wait=wait)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffalign.commands import program
 from reward_models.files import write_whole
-from reward_models.loading import load_scorer
+from reward_models.loading import Dtype, load_scorer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="FILE.json", help="results and scores")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
-    add("--batch-size", type=int, default=32, metavar="B", help="images scored at once (32)")
+    add("--batch-size", type=int, metavar="B", help="images scored at once (32; on a GPU 64)")
+    add("--dtype", choices=get_args(Dtype), default="auto", help="dtype of scorers (auto: fp16 on a GPU, else fp32)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     return parser
 
@@ -70,7 +71,9 @@ def compare(args: argparse.Namespace) -> None:
     equal = sum(pair.base.read_bytes() == pair.aligned.read_bytes() for pair in pairs)
     if equal and args.base.resolve() != args.aligned.resolve():
         print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
-    loaded = {spec: load_scorer(spec, args.device) for spec in args.scorer}  # a misspelt name fails before any work
+    loaded = {
+        spec: load_scorer(spec, args.device, dtype=args.dtype) for spec in args.scorer
+    }  # a misspelt name fails before any work
     if args.groups and len(loaded) < 2:
         raise ValueError("--groups compares two or more groups of people; give one --scorer per group")
     scorers = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,10 +61,10 @@ def find_images(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         inside = Path(here).relative_to(folder)
         found += [(inside / f).as_posix() for f in files if is_image(f)]
-    return sorted(found, key=_natural)
+    return sorted(found, key=natural)
 
 
-def _natural(path: str) -> tuple[str, str]:
+def natural(path: str) -> tuple[str, str]:
     """Sort key of natural order: numbers compare by length and digits, after folder ends and before text.
 
     A string, because lists of parts would take 500 bytes per name."""
@@ -84,8 +84,13 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 def read_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """An image file -> Pillow image of mode RGB, upright, as `decode` reads it. Raises ImageError."""
+    return decode_from(lambda: read_file(path))
+
+
+def decode_from(read: Callable[[], bytes]) -> Image.Image:
+    """The image whose bytes `read` gives, as `decode` reads it. Raises ImageError, also for the OSError of `read`."""
     try:
-        return decode(read_file(path))
+        return decode(read())
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except OSError as error:

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from reward_models.protocol import Scorer
 
 LISTED_FAILURES = 20
-VERSIONS = ("torch", "torchvision", "pillow", "open_clip_torch", "transformers")
 DESCRIPTION = """Score images against their prompts with one or more scorers.
 
   reward-score image.png --prompt "a red cube" --scorer clip --out score.csv
@@ -33,8 +31,11 @@ DESCRIPTION = """Score images against their prompts with one or more scorers.
   reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # one user's preferences
   reward-score info hps_v2.1                                  # source, units, accuracies
   reward-score convert HPS_v2.1_compressed.pt hps.safetensors
+  reward-score ray shards --scorer clip --out scores          # on a Ray cluster, see `reward-score ray --help`
 
-IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`.
+IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`. Or it is a
+.tar file (WebDataset: x.png with x.txt, or x.json with `prompt` or `caption`) or a .parquet file with the columns
+`image` (bytes, or {{bytes, path}}) and `prompt` or `caption`, or a folder of such shards.
 Prompts come from --prompt, from --prompts, from the list, from a manifest.jsonl in the folder (as `diffalign eval
 generate` writes it), or from x.txt beside x.png; --prompt and --prompts override the prompts of the folder.
 
@@ -69,6 +70,10 @@ def main(
             return _info(words[1:])
         if words[:1] == ["convert"]:
             return _convert(words[1:])
+        if words[:1] == ["ray"]:
+            from reward_models.folder import on_ray
+
+            return on_ray.main(words[1:])
         return _score(_parser().parse_args(words), Processes(rank, world, wait))
     except (ValueError, OSError) as error:
         print(f"reward-score: {error}", file=sys.stderr)
@@ -87,7 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--version", action="version", version=f"reward-score of diffalign {__version__}")
     add("images", type=Path, metavar="IMAGES", help="folder, image, or list of images with prompts")
-    add("--scorer", action="append", required=True, metavar="NAME[,KEY=VALUE...]", help="may be repeated")
     add("--user", type=Path, metavar="FILE", help="user file of `diffalign user fit`; for personal scorers only")
     add("--out", type=Path, required=True, metavar="OUT", help="table to write: .csv, .jsonl or .parquet")
     source = parser.add_mutually_exclusive_group()
@@ -164,8 +168,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     from reward_models.folder.tables import write_failures, write_meta, write_table
 
     scores, reasons = outcomes.scores, dict(sorted(outcomes.reasons.items()))
+    bad = items.select(reasons)
     failed = write_failures(
-        args.out, [{"image": items[i].image, "prompt": items[i].prompt, "reason": x} for i, x in reasons.items()]
+        args.out, [{"image": bad[i].image, "prompt": bad[i].prompt, "reason": x} for i, x in reasons.items()]
     )
     meta = _meta(args, items, scorers, outcomes)
     columns: Columns = {"image": "string", "prompt": "string", **dict.fromkeys(scorers, "float32")}
@@ -183,7 +188,7 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
         if scorer["longer_prompts"]:
             print(f"reward-score: {longer_line(name, scorer['longer_prompts'])}", file=sys.stderr)
     for i in list(reasons)[:LISTED_FAILURES]:
-        print(f"reward-score: '{items[i].image}' is not scored: {reasons[i]}", file=sys.stderr)
+        print(f"reward-score: '{bad[i].image}' is not scored: {reasons[i]}", file=sys.stderr)
     if reasons:
         print(f"reward-score: {len(reasons)} images are not scored, see '{failed}'", file=sys.stderr)
     return 2 if reasons else 0
@@ -191,6 +196,7 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
 
 def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], outcomes: Outcomes) -> dict[str, Any]:
     """Content of the meta file: units, summaries and the settings that the scores depend on."""
+    from reward_models.folder.evaluation import versions
     from reward_models.folder.report import longer_prompts, summarise
 
     described = {}
@@ -200,7 +206,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
             "unit": scorer.unit,
             "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
-            "longer_prompts": longer_prompts(scorer, items.prompts),
+            "longer_prompts": longer_prompts(scorer, (item.prompt for item in items)),
             **summarise(outcomes.scores[:, k]),
         }
     return {
@@ -211,7 +217,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
         "dtype": args.dtype,
         "compile": args.compile,
         "batch_size": args.batch_size,
-        "versions": {name: version(name) for name in VERSIONS},
+        "versions": versions(),
     }
 
 

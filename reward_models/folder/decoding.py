@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from reward_models.folder.items import Item
-from reward_models.images import ImageError, read_rgb
+from reward_models.folder.item import Item
+from reward_models.images import ImageError, decode_from
 from reward_models.preprocess import ImageRule
 
 PREFETCH_BATCHES = 2
@@ -42,7 +42,8 @@ class Decoder:
     """Pool of threads or processes that decode images; a context manager.
 
     Pillow works without the interpreter's lock, so threads are enough for a CPU. A GPU scores a thousand images per
-    second. Then the Python code of decoding threads would delay the thread that feeds the GPU, so processes decode.
+    second. Then the Python code of decoding threads would delay the thread that feeds the GPU, so processes decode and
+    shrink the images. Whole images are decoded in threads everywhere: to copy them between processes takes longer.
 
     workers  number of threads or processes; default: this process's share of the cores, at most 16
     device   device of the scorers
@@ -52,20 +53,20 @@ class Decoder:
     def __init__(self, workers: int | None = None, *, device: torch.device | None = None, images: int = 0):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.workers = workers or min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-        self.part = PART if device is not None and device.type != "cpu" and images >= MANY else 1
-        self._pool: ThreadPoolExecutor | ProcessPoolExecutor
-        if self.part == 1:
-            self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
-        else:  # forked: they start at once, and never touch the device
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        self._processes: ProcessPoolExecutor | None = None
+        if device is not None and device.type != "cpu" and images >= MANY:
+            # Forked: they start at once, and never touch the device. Before the scorers are loaded they are small.
             context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(self.workers, context, initializer=_start_process)
-            self._pool.submit(int).result()  # starts all of them; before the scorers are loaded, they are small
+            self._processes = ProcessPoolExecutor(self.workers, context, initializer=_start_process)
+            self._processes.submit(int).result()  # starts all of them
 
     def __enter__(self) -> Decoder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for pool in filter(None, (self._threads, self._processes)):
+            pool.shutdown(cancel_futures=True)
 
     def batches(self, work: Iterable[Sequence[Item]], rule: ImageRule | None) -> Iterator[Batch]:
         """The batches of `work`, which is consumed lazily, in order.
@@ -74,17 +75,20 @@ class Decoder:
 
         Raises ChildProcessError if the system has killed a process.
         """
+        pool, part = (self._threads, 1) if rule is None or self._processes is None else (self._processes, PART)
+        parts_ahead = 0 if part == 1 else 2 * self.workers
         waiting: deque[tuple[Sequence[Item], list[Future[list[Decoded]]]]] = deque()
         work, more = iter(work), True
         try:
             while more or waiting:
-                while more and not self._enough(waiting):
+                while more and (len(waiting) <= PREFETCH_BATCHES or sum(len(x) for _, x in waiting) <= parts_ahead):
                     items = next(work, None)
                     if more := items is not None:
-                        waiting.append((items, self._submit(items, rule)))
+                        pieces = (items[i : i + part] for i in range(0, len(items), part))
+                        waiting.append((items, [pool.submit(_read, piece, rule) for piece in pieces]))
                 if waiting:
                     items, parts = waiting.popleft()
-                    images = [image for part in parts for image in part.result()]
+                    images = [image for future in parts for image in future.result()]
                     yield Batch(items, images, [item for later, _ in waiting for item in later])
         except BrokenProcessPool as error:
             raise ChildProcessError(
@@ -92,17 +96,8 @@ class Decoder:
             ) from error
         finally:
             for _, parts in waiting:
-                for part in parts:
-                    part.cancel()
-
-    def _enough(self, waiting: Sequence[tuple[Sequence[Item], Sequence[object]]]) -> bool:
-        """Whether enough is decoded ahead: at least PREFETCH_BATCHES, and two parts for each process."""
-        parts = sum(len(futures) for _, futures in waiting)
-        return len(waiting) > PREFETCH_BATCHES and (self.part == 1 or parts > 2 * self.workers)
-
-    def _submit(self, items: Sequence[Item], rule: ImageRule | None) -> list[Future[list[Decoded]]]:
-        parts = (items[i : i + self.part] for i in range(0, len(items), self.part))
-        return [self._pool.submit(_read, part, rule) for part in parts]
+                for future in parts:
+                    future.cancel()
 
 
 def _read(items: Sequence[Item], rule: ImageRule | None) -> list[Decoded]:
@@ -113,7 +108,7 @@ def _read_one(item: Item, rule: ImageRule | None) -> Decoded:
     if item.fault:
         return item.fault
     try:
-        image = read_rgb(item.path)
+        image = decode_from(item.read)
         return np.array(image if rule is None else rule.shrink(image))
     except ImageError as error:
         return str(error)

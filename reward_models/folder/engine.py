@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from reward_models.loading import Dtype, load_scorer
 
 if TYPE_CHECKING:
+    import torch
+
+    from reward_models.folder.decoding import Decoder
+    from reward_models.folder.item import Item
     from reward_models.folder.items import Items
     from reward_models.folder.journal import Outcomes
+    from reward_models.folder.scoring import Result
     from reward_models.protocol import Scorer
 
 
@@ -29,6 +34,13 @@ class Processes(NamedTuple):
 def add_options(parser: argparse.ArgumentParser, *, resume: str) -> None:
     """Add the options of the engine to a command. `resume` describes the unfinished run."""
     add = parser.add_argument
+    add(
+        "--scorer",
+        action="append",
+        required=True,
+        metavar="NAME[,KEY=VALUE...]",
+        help="name, folder or package.module:Class; may be repeated",
+    )
     add("--batch-size", type=positive, metavar="B", help="images scored at once (32; on a GPU 64)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     add(
@@ -55,11 +67,18 @@ def positive(text: str) -> int:
 
 
 def score_all(
-    items: Items, args: argparse.Namespace, out: Path, processes: Processes, *, title: str = "reward-score"
+    items: Items,
+    args: argparse.Namespace,
+    out: Path,
+    processes: Processes,
+    *,
+    title: str = "reward-score",
+    retry: bool = False,
 ) -> tuple[dict[str, Scorer], Outcomes] | None:
     """Score all items with the scorers `args.scorer`; results go to journals beside `out`, from which --resume goes on.
 
-    args  `scorer` and the options of `add_options`; a batch size or dtype that depends on the device is set here
+    args   the options of `add_options`; a batch size or dtype that depends on the device is set here
+    retry  when resuming, score batches with failed items again
 
     Returns the scorers and all results on rank 0, None on other ranks. Delete the journals (`remove_journals`) when the
     results are written. Raises ValueError for an unfinished run without --resume, or with other settings or images.
@@ -68,38 +87,58 @@ def score_all(
 
     from reward_models.folder.decoding import Decoder
     from reward_models.folder.journal import Journal, Outcomes, find_journals, read_journals
-    from reward_models.folder.scoring import score_items
+    from reward_models.placement import find_device
 
-    device, size = _resolve(args)
-    job = {"--scorer": args.scorer, "--batch-size": size, "--dtype": args.dtype, "--compile": args.compile}
-    job["images or prompts"] = items.digest
+    device = find_device(args.device)
+    job, size = settings(args, device) | {"images or prompts": items.digest}, args.batch_size
 
     def journaled() -> Outcomes:
         return read_journals(out, job, Outcomes(len(items), len(args.scorer), size))
 
-    done = journaled().done
-    if done.any() and not args.resume:
+    check_scorers(args.scorer)
+    before = journaled()
+    if before.done.any() and not args.resume:
         raise ValueError(f"'{find_journals(out)[0]}' belongs to an unfinished run; add --resume, or delete the file")
     rank, world, wait = processes
     # The last bits of a score depend on its batch. So batches are fixed before they are distributed or skipped, and
     # the table does not depend on the number of processes or on interruptions.
-    todo = [number for number in range(rank, len(done), world) if not done[number]]
-    batches = (items[number * size : (number + 1) * size] for number in todo)
+    # A process gets batches in a row, so that it reads only its part of a parquet file.
+    undone = before.to_do(retry=retry)
+    todo = undone[len(undone) * rank // world : len(undone) * (rank + 1) // world]
     with Decoder(args.workers, device=device, images=len(todo) * size) as decoder:
         scorers = load_scorers(args)
         wait()  # no process writes while another still reads the journals
-        bar = tqdm(total=len(todo) * size, desc=title, unit="image", disable=rank > 0)
-        with Journal(out, job, rank=rank) as journal, bar:
-            for number, results in zip(todo, score_items(batches, scorers, decoder), strict=True):
+        images = len(todo) * size
+        with (
+            Journal(out, job, rank=rank) as journal,
+            tqdm(total=images, desc=title, unit="image", disable=rank > 0) as bar,
+        ):
+            for number, results in zip(todo, _scored(items.batches(todo, size), scorers, decoder, size), strict=True):
                 journal.append(number, results)
                 bar.update(len(results))
     wait()
     if rank:
         return None
     outcomes = journaled()
-    if missing := int((~outcomes.done).sum()):
+    if missing := len(outcomes.to_do(retry=False)):
         raise ValueError(f"{missing} batches of {size} have no result; run again with --resume")
     return scorers, outcomes
+
+
+def _scored(
+    work: Iterator[Sequence[Item]], scorers: dict[str, Scorer], decoder: Decoder, size: int
+) -> Iterator[list[Result]]:
+    """As `score_items`. Raises ValueError if the memory of the device is too small for a batch."""
+    from reward_models.folder.scoring import score_items
+
+    try:
+        yield from score_items(work, scorers, decoder)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        raise ValueError(
+            f"a batch of {size} images needs more memory than the device has; lower --batch-size"
+        ) from error
 
 
 def load_scorers(args: argparse.Namespace) -> dict[str, Scorer]:
@@ -112,17 +151,15 @@ AUTO = "auto on a GPU"
 """The dtype in journals and tables: a run on a GPU must not be resumed on a CPU."""
 
 
-def _resolve(args: argparse.Namespace) -> tuple[Any, int]:
-    """The device and the batch size. Sets those settings of args that depend on the device."""
-    from reward_models.folder.scoring import BATCH_SIZE, GPU_BATCH_SIZE
-    from reward_models.placement import find_device
+def settings(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """The settings that scores depend on. Sets those of args that depend on the device."""
+    from reward_models.folder.scoring import batch_size_for
 
-    device = find_device(args.device)
-    gpu = device.type != "cpu"
     if args.dtype == "auto":
-        args.dtype = AUTO if gpu else "fp32"
-    args.batch_size = args.batch_size or (GPU_BATCH_SIZE if gpu else BATCH_SIZE)
-    return device, args.batch_size
+        args.dtype = "fp32" if device.type == "cpu" else AUTO
+    args.batch_size = args.batch_size or batch_size_for(device)
+    names = ("scorer", "batch_size", "dtype", "compile")
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
 
 
 def check_scorers(specs: Sequence[str]) -> None:

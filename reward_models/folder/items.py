@@ -1,77 +1,87 @@
-"""Images to score with their prompts, read from a folder, a list or a manifest."""
+"""Images to score with their prompts, read from a folder, a list, a manifest or shards."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 from reward_models.files import bad_name, leads_out, parse_json, raw_lines, text_lines
+from reward_models.folder.item import Item
+from reward_models.folder.shards import SHARDS, find_shards, read_shards
 from reward_models.images import SUFFIXES, find_images
 
 SOURCES = "give --prompt TEXT, --prompts FILE, a manifest.jsonl in the folder, or x.txt beside each image x.png"
 
 
-class Item(NamedTuple):
-    """One image with its prompt. Repeated items are scored again and get their own rows."""
-
-    image: str  # name in the table, relative to the folder
-    prompt: str
-    path: Path  # path of the file
-    fault: str = ""  # reason why it cannot be scored, if known before reading
+Reader = Callable[[range], Iterator[Item]]
+"""Reads all items, in order, as often as it is called. Items outside of the range need not have their images ready."""
 
 
-class Row(NamedTuple):
-    """An image and its prompt from a list, or the reason why the line cannot be used."""
+class Items:
+    """Items that are read again from their files for each use, instead of being held in memory.
 
-    image: str
-    prompt: str
-    fault: str = ""
+    digest  hash of all names and prompts in order, hexadecimal
+    faults  number of items that cannot be scored
+    first   the first of them, or None
 
-
-class Items(Sequence[Item]):
-    """Compact sequence of items: stores each name, and each distinct prompt once. A million items take about 0.1 GB.
-
-    prompts  prompts of the items, in order
-    digest   hash of all names and prompts in order, hexadecimal
-    faults   index of an item -> reason why it cannot be scored
+    Raises ValueError while iterating if the files have changed since the first time.
     """
 
-    def __init__(self, root: Path, rows: Iterable[Row]):
-        self._root = root
-        self._names: list[str] = []
-        self.prompts: list[str] = []
-        self.faults: dict[int, str] = {}
-        once: dict[str, str] = {}
-        digest = hashlib.sha256()
-        for row in rows:
-            if fault := row.fault or _unwritable(row):
-                self.faults[len(self._names)] = fault
-                row = Row(_escaped(row.image), _escaped(row.prompt))
-            digest.update(f"{row.image}\0{row.prompt}\0".encode())
-            self._names.append(row.image)
-            self.prompts.append(once.setdefault(row.prompt, row.prompt))
-        self.digest = digest.hexdigest()
+    def __init__(self, read: Reader):
+        self._read = read
+        self.first: Item | None
+        self.digest, self._count = "", 0
+        self.faults, self.first = 0, None
+        for item in self._all(range(0)):
+            if item.fault:
+                self.faults += 1
+                self.first = self.first or item
 
     def __len__(self) -> int:
-        return len(self._names)
+        return self._count
 
-    @overload
-    def __getitem__(self, index: int) -> Item: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Item]: ...
-    def __getitem__(self, index: int | slice) -> Item | list[Item]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        name = self._names[index]
-        return Item(name, self.prompts[index], self._root / name, self.faults.get(index % len(self), ""))
+    def __iter__(self) -> Iterator[Item]:
+        return self._all(range(0))
+
+    def select(self, indices: Collection[int]) -> dict[int, Item]:
+        """The items with these indices."""
+        last = max(indices, default=-1)
+        return {i: item for i, item in enumerate(islice(self, last + 1)) if i in indices}
+
+    def batches(self, numbers: Sequence[int], size: int) -> Iterator[list[Item]]:
+        """The batches with these numbers, in ascending order, each of `size` items in a row."""
+        if not numbers:
+            return
+        wanted = range(numbers[0] * size, min((numbers[-1] + 1) * size, len(self)))
+        items = islice(self._all(wanted), wanted.start, wanted.stop)
+        chosen = set(numbers)
+        for number in range(numbers[0], numbers[-1] + 1):
+            batch = list(islice(items, size))
+            if number in chosen:
+                yield batch
+
+    def _all(self, wanted: range) -> Iterator[Item]:
+        digest, count = hashlib.sha256(), 0
+        for item in self._read(wanted):
+            if fault := item.fault or _unwritable(item):
+                item = Item(_escaped(item.image), _escaped(item.prompt), item.source, fault)
+            digest.update(f"{item.image}\0{item.prompt}\0".encode())
+            count += 1
+            yield item
+        found = digest.hexdigest()
+        if self.digest and found != self.digest:
+            raise ValueError("the list of images or their prompts has changed while it was scored; start again")
+        self.digest, self._count = found, count
 
 
-def _unwritable(row: Row) -> str:
+def _unwritable(item: Item) -> str:
     """Reason why a name or prompt cannot be written to a table; empty if it can."""
-    for what, text in (("name", row.image), ("prompt", row.prompt)):
+    for what, text in (("name", item.image), ("prompt", item.prompt)):
         if reason := bad_name(text):
             return f"bad {what}: {reason}"
     return ""
@@ -84,7 +94,8 @@ def _escaped(text: str) -> str:
 def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None = None) -> Items:
     """The images and prompts to score, in order.
 
-    images   a folder, an image, or a list of them: .jsonl or .csv with `image`, relative to the list, and `prompt`
+    images   a folder, an image, or a list of them: .jsonl or .csv with `image`, relative to the list, and `prompt`. Or
+             a .tar or .parquet file with images and prompts, or a folder of such files; see `read_shards`
     prompt   the prompt of every image
     prompts  a list with `image`, relative to the folder, and `prompt`; only listed images are scored. Or .txt with one
              prompt per line, for the images in natural order.
@@ -97,34 +108,44 @@ def read_items(images: Path, *, prompt: str | None = None, prompts: Path | None 
     for path in filter(None, (images, prompts)):
         if not path.exists():
             raise FileNotFoundError(f"'{path}' does not exist")
-    folder = images if images.is_dir() else images.parent
-    if images.suffix.lower() in (".jsonl", ".csv") and images.is_file():
-        if prompts is not None:
-            raise ValueError(
-                f"'{images}' is a list with its own prompts; --prompts can be used with folders and images only"
-            )
-        rows: Iterable[Row] = _listed(images, prompt)
-    elif images.is_dir() and prompt is None and prompts is None and (images / "manifest.jsonl").exists():
-        rows = _listed(images / "manifest.jsonl", None, inside=True)
-    elif prompts is not None and prompts.suffix.lower() in (".jsonl", ".csv"):
-        rows = _listed(prompts, None)
-    else:
-        rows = _found(images, prompt, prompts)
-    items = Items(folder, rows)
-    if not items:
+    items = Items(_reader(images, prompt, prompts))
+    if not len(items):
         raise ValueError(f"no images in '{images}'; known suffixes: {' '.join(SUFFIXES)}")
-    if len(items.faults) == len(items):
-        raise ValueError(f"no entry of '{prompts or images}' can be scored: {items[0].image}: {items.faults[0]}")
+    if items.first is not None and items.faults == len(items):
+        raise ValueError(f"no entry of '{prompts or images}' can be scored: {items.first.image}: {items.first.fault}")
     return items
 
 
-def _found(images: Path, prompt: str | None, prompts: Path | None) -> Iterable[Row]:
-    """The images of a folder, or one image, with prompts from another source."""
+def _reader(images: Path, prompt: str | None, prompts: Path | None) -> Reader:
+    """The reader of one of the kinds of inputs of `read_items`."""
+    folder, manifest = images if images.is_dir() else images.parent, images / "manifest.jsonl"
+    own = images.suffix.lower() in (".jsonl", ".csv", *SHARDS) and images.is_file()
+    shards = find_shards(images) if prompts is None and not manifest.exists() else []
+    if prompts is not None and own:
+        raise ValueError(
+            f"'{images}' is a list with its own prompts; --prompts can be used with folders and images only"
+        )
+    if shards:
+        return partial(read_shards, shards, prompt)
+    if own:
+        return lambda _: _listed(images, folder, prompt)
+    if prompt is None and prompts is None and manifest.exists():
+        return lambda _: _listed(manifest, folder, None, inside=True)
+    if prompts is not None and prompts.suffix.lower() in (".jsonl", ".csv"):
+        return lambda _: _listed(prompts, folder, None)
+    pairs = _found(images, prompt, prompts)
+    return lambda _: (Item(name, text, folder / name, fault) for name, text, fault in pairs())
+
+
+def _found(images: Path, prompt: str | None, prompts: Path | None) -> Callable[[], Iterable[tuple[str, str, str]]]:
+    """Names, prompts and faults of the images of a folder, or of one image, with prompts from another source. They are
+    held in memory: reading a folder or a thousand text files again takes long."""
     names = find_images(images) if images.is_dir() else [images.name]
     if prompt is not None:
-        return (Row(name, prompt) for name in names)
+        return lambda: ((name, prompt, "") for name in names)
     if prompts is None:
-        return _beside(images if images.is_dir() else images.parent, names)
+        rows = list(_beside(images if images.is_dir() else images.parent, names))
+        return lambda: rows
     if prompts.suffix.lower() != ".txt":
         raise ValueError(f"--prompts must end in .jsonl, .csv or .txt; got '{prompts}'")
     texts = [text.strip() for text in text_lines(prompts)]
@@ -132,37 +153,39 @@ def _found(images: Path, prompt: str | None, prompts: Path | None) -> Iterable[R
         texts.pop()
     if len(texts) != len(names):
         raise ValueError(f"'{prompts}' has {len(texts)} lines for {len(names)} images in '{images}'")
-    return map(Row, names, texts)
+    return lambda: ((name, text, "") for name, text in zip(names, texts, strict=True))
 
 
-def _beside(folder: Path, names: list[str]) -> Iterator[Row]:
+def _beside(folder: Path, names: list[str]) -> Iterator[tuple[str, str, str]]:
     def file(name: str) -> Path:
         return (folder / name).with_suffix(".txt")
 
     missing = [name for name in names if not file(name).is_file()]
     if missing:
         raise ValueError(f"no prompt for {len(missing)} of {len(names)} images, such as '{missing[0]}'; {SOURCES}")
+    once: dict[str, str] = {}  # many images share a prompt
     for name in names:
         try:
-            yield Row(name, "".join(text_lines(file(name))).strip())
+            text = "".join(text_lines(file(name))).strip()
+            yield name, once.setdefault(text, text), ""
         except (OSError, ValueError) as error:
-            yield Row(name, "", f"bad prompt: {error}")
+            yield name, "", f"bad prompt: {error}"
 
 
-def _listed(file: Path, prompt: str | None, *, inside: bool = False) -> Iterator[Row]:
+def _listed(file: Path, folder: Path, prompt: str | None, *, inside: bool = False) -> Iterator[Item]:
     """Images and prompts of the rows of a list. A given prompt replaces all prompts of the list."""
     for where, row in _csv(file) if file.suffix.lower() == ".csv" else _jsonl(file):
         if isinstance(row, str):
-            yield Row(f"{file.name} {where}", "", f"'{file}' {where} {row}")
+            yield Item(f"{file.name} {where}", "", b"", f"'{file}' {where} {row}")
             continue
         image, text = row.get("image"), row.get("prompt") if prompt is None else prompt
         if not isinstance(image, str) or not image or not isinstance(text, str):
             fault = f"'{file}' {where} needs 'image' and 'prompt'; got {str(row)[:80]}"
-            yield Row(image if isinstance(image, str) and image else f"{file.name} {where}", "", fault)
+            yield Item(image if isinstance(image, str) and image else f"{file.name} {where}", "", b"", fault)
         elif inside and leads_out(image):
-            yield Row(image, text, f"'{file}' {where} leads out of its folder")
+            yield Item(image, text, b"", f"'{file}' {where} leads out of its folder")
         else:
-            yield Row(image, text)
+            yield Item(image, text, folder / image)
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        empty = not self._file.tell()
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which the last write has reported
+            self._file.close()
+        empty = not self._path.stat().st_size
         if empty:
             self._path.unlink()
 
@@ -69,13 +71,19 @@ class Outcomes:
         self._batch_size = batch_size
 
     def add(self, number: int, results: Sequence[Sequence[float] | str]) -> None:
-        """Add a batch from the journal."""
+        """Add a batch from the journal. Scores replace the reasons of an earlier attempt, never the reverse."""
         self.done[number] = True
         for i, result in enumerate(results, number * self._batch_size):
-            if isinstance(result, str):
-                self.reasons[i] = result
-            else:
+            if not isinstance(result, str):
                 self.scores[i] = result
+                self.reasons.pop(i, None)
+            elif np.isnan(self.scores[i]).all():
+                self.reasons[i] = result
+
+    def to_do(self, *, retry: bool) -> list[int]:
+        """Numbers of the batches without results; with retry, also of those with failed items."""
+        again = {i // self._batch_size for i in self.reasons} if retry else set()
+        return [number for number, done in enumerate(self.done) if not done or number in again]
 
 
 def find_journals(out: Path) -> list[Path]:

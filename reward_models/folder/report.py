@@ -5,23 +5,26 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from reward_models.files import write_whole
+from reward_models.folder.item import Item
 from reward_models.folder.items import Items
 from reward_models.folder.tables import Columns
-from reward_models.images import ImageError, read_image
+from reward_models.images import ImageError, decode_from
 
 QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 """Percent."""
 BINS = 40
 PREFIX = 16
 """Maximum number of tokens that a scorer adds to a prompt."""
+TOKENIZED = 1000
+"""Number of prompts tokenized at once."""
 SHEET = 16
 """Number of images of a contact sheet."""
 THUMBNAIL = 160
@@ -76,12 +79,23 @@ def longer_prompts(scorer: Any, prompts: Iterable[str]) -> dict[str, Any] | None
     count = getattr(scorer, "token_counts", None)
     if count is None:
         return None
-    distinct = list(dict.fromkeys(prompts))
     limit, _ = count([])
+    seen = set[int]()  # hashes, and few texts at a time: prompts are not held
     # A token has at least one byte, so most prompts need not be tokenized.
-    candidates = [text for text in distinct if len(text.encode()) > limit - PREFIX]
-    longer = [text for text, n in zip(candidates, count(candidates)[1], strict=True) if n > limit]
-    return {"limit": limit, "count": len(longer), "of": len(distinct), "first": longer[0]} if longer else None
+    distinct = (text for text in prompts if _new(hash(text), seen))
+    candidates = (text for text in distinct if len(text.encode()) > limit - PREFIX)
+    longer, first = 0, ""
+    while some := list(islice(candidates, TOKENIZED)):
+        found = [text for text, n in zip(some, count(some)[1], strict=True) if n > limit]
+        longer, first = longer + len(found), first or next(iter(found), "")
+    return {"limit": limit, "count": longer, "of": len(seen), "first": first} if longer else None
+
+
+def _new(key: int, seen: set[int]) -> bool:
+    """Whether a key is not in the set yet; adds it."""
+    before = len(seen)
+    seen.add(key)
+    return len(seen) > before
 
 
 def longer_line(name: str, longer: Mapping[str, Any]) -> str:
@@ -92,24 +106,26 @@ def longer_line(name: str, longer: Mapping[str, Any]) -> str:
     )
 
 
-def best_rows(items: Items, scores: np.ndarray, names: Sequence[str]) -> Iterator[tuple[str, str, str, float, int]]:
+def best_rows(
+    items: Iterable[Item], scores: np.ndarray, names: Sequence[str]
+) -> Iterator[tuple[str, str, str, float, int]]:
     """Rows (prompt, scorer, best image, its score, number of images), in the order of prompts; the first of ties.
 
     scores  [N, scorers], nan for missing scores; a prompt without scores has no row
     """
-    best: dict[str, list[int]] = {}
+    best: dict[str, list[tuple[int, str]]] = {}
     count: dict[str, int] = {}
     for i, item in enumerate(items):
         if np.isnan(scores[i]).any():
             continue
-        so_far = best.setdefault(item.prompt, [i] * len(names))
+        so_far = best.setdefault(item.prompt, [(i, item.image)] * len(names))
         count[item.prompt] = count.get(item.prompt, 0) + 1
-        for k, j in enumerate(so_far):
+        for k, (j, _) in enumerate(so_far):
             if scores[i, k] > scores[j, k]:
-                so_far[k] = i
+                so_far[k] = (i, item.image)
     for prompt, winners in best.items():
-        for k, i in enumerate(winners):
-            yield prompt, names[k], items[i].image, float(scores[i, k]), count[prompt]
+        for k, (i, image) in enumerate(winners):
+            yield prompt, names[k], image, float(scores[i, k]), count[prompt]
 
 
 def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str, Any]) -> None:
@@ -121,13 +137,15 @@ def write_report(path: Path, items: Items, scores: np.ndarray, meta: Mapping[str
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    chosen = []
+    for k, summary in enumerate(meta["scorers"].values()):
+        order = np.argsort(scores[:, k], kind="stable")[: summary["count"]]  # nan is sorted last
+        chosen.append({"worst": order[:SHEET].tolist(), "best": order[::-1][:SHEET].tolist()})
+    found = items.select({i for sheets in chosen for sheet in sheets.values() for i in sheet})
     columns = []
     for k, (name, summary) in enumerate(meta["scorers"].items()):
-        column = scores[:, k]
-        order = np.argsort(column, kind="stable")[: summary["count"]]  # nan is sorted last
-        sheets = {"worst": order[:SHEET], "best": order[::-1][:SHEET]}
-        shown = {title: [_shown(items, int(i), column) for i in chosen] for title, chosen in sheets.items()}
-        columns.append({"name": name, "summary": summary, "bars": _bars(column), "sheets": shown})
+        shown = {title: [_shown(found[i], scores[i, k]) for i in sheet] for title, sheet in chosen[k].items()}
+        columns.append({"name": name, "summary": summary, "bars": _bars(scores[:, k]), "sheets": shown})
     page = environment.get_template("report.html.j2").render(meta=meta, columns=columns)
     write_whole(path, page)
 
@@ -144,17 +162,16 @@ def _bars(scores: np.ndarray) -> list[dict[str, float]]:
     ]
 
 
-def _shown(items: Items, index: int, scores: np.ndarray) -> Shown:
-    item = items[index]
+def _shown(item: Item, score: float) -> Shown:
     try:
-        picture = _thumbnail(item.path)
+        picture = _thumbnail(item)
     except ImageError:  # the file was deleted after scoring; the page shows that
         picture = ""
-    return Shown(item.image, item.prompt, float(scores[index]), picture)
+    return Shown(item.image, item.prompt, float(score), picture)
 
 
-def _thumbnail(path: Path) -> str:
-    image = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+def _thumbnail(item: Item) -> str:
+    image = decode_from(item.read)
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=80)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reward_models.base import NetworkScorer
 from reward_models.folder.decoding import Batch, Decoder
-from reward_models.folder.items import Item
+from reward_models.folder.item import Item
 from reward_models.placement import download, upload
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import Resizing, Scorer, checked, device_of
@@ -24,6 +24,11 @@ LATE = 2
 """Number of batches whose scores have not returned from a GPU when the next batch is started."""
 BATCH_SIZE, GPU_BATCH_SIZE = 32, 64
 """Default number of images that are scored at once on a CPU and on a GPU."""
+
+
+def batch_size_for(device: torch.device) -> int:
+    """Default number of images that are scored at once."""
+    return BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE
 
 
 class Scored(NamedTuple):
@@ -48,21 +53,23 @@ def score_files(
     files: Sequence[str | os.PathLike[str]],
     prompts: Sequence[str],
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     num_workers: int | None = None,
     name: str = "",
 ) -> Tensor:
     """Scores of image files with their prompts by one scorer: float32 [N] on the CPU, in the given order.
 
-    name is the name of the scorer in errors; default: its class. Raises ValueError with the first file that cannot be
-    read or whose score is not finite. `score_items` continues with the other files.
+    batch_size is 32 by default, on a GPU 64. name is the name of the scorer in errors; default: its class. Raises
+    ValueError with the first file that cannot be read or whose score is not finite. `score_items` continues with the
+    other files.
     """
     if len(files) != len(prompts):
         raise ValueError(f"expected one prompt per file; got {len(prompts)} prompts for {len(files)} files")
-    if batch_size < 1:
+    size = batch_size_for(device_of(scorer)) if batch_size is None else batch_size
+    if size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
     items = [Item(str(file), prompt, Path(file)) for file, prompt in zip(files, prompts, strict=True)]
-    work = (items[i : i + batch_size] for i in range(0, len(items), batch_size))
+    work = (items[i : i + size] for i in range(0, len(items), size))
     scores: list[float] = []
     with Decoder(num_workers, device=device_of(scorer), images=len(items)) as decoder:
         for results in score_items(work, {name or type(scorer).__name__: scorer}, decoder):

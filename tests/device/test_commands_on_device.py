@@ -17,7 +17,7 @@ from diffalign.playground.world import captions, imagine, parse
 from reward_models import load_scorer
 from reward_models.folder.cli import main as reward_score
 from reward_models.folder.decoding import Decoder
-from reward_models.folder.items import Item
+from reward_models.folder.item import Item
 from reward_models.folder.scoring import score_items
 
 PROMPTS = captions(4, held_out=True)
@@ -97,7 +97,7 @@ def test_scoring_a_folder_never_waits_for_the_device(
     """Except at the end. Half precision is the default, and moves scores by little of what images differ by."""
     items = [Item(f"{i}.png", f"{PROMPTS[i % 4]} {i // 2}", tmp_path / f"{i}.png") for i in range(24)]
     for i, item in enumerate(items):
-        save_image(torch.rand(3, *sizes[i % len(sizes)], generator=torch.Generator().manual_seed(i)), item.path)
+        save_image(torch.rand(3, *sizes[i % len(sizes)], generator=torch.Generator().manual_seed(i)), item.source)
     work = [items[i : i + 4] for i in range(0, len(items), 4)]
 
     def scores(where: torch.device | str) -> torch.Tensor:

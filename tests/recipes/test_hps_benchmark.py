@@ -105,8 +105,15 @@ def test_damaged_images_are_refused_with_a_list(tmp_path: Path, capsys: pytest.C
     (tmp_path / "images/anime/00001.jpg").write_bytes(b"no image")
     where = ["--images", str(tmp_path / "images"), "--prompts", str(tmp_path / "prompts"), "--scorer", SCORER]
     assert recipe.main([*where, "--styles", "anime", "--out", str(tmp_path / "out.json")]) == 2
-    assert "1 images cannot be scored: anime/00001.jpg (not an image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 3 images cannot be scored" in said and "anime/00001.jpg: not an image" in said
     assert not (tmp_path / "out.json").exists()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images/anime/00001.jpg")
+    assert recipe.main([*where, "--styles", "anime", "--out", str(tmp_path / "out.json"), "--resume"]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["scorers"][0]["scores"]["anime"] == [0, 0, 0]
+    assert not list(tmp_path.glob("*.partial-*"))
+    assert recipe.main([*where, "--styles", "anime", "--resume"]) == 2
+    assert "--resume and several processes need --out" in capsys.readouterr().err
     (tmp_path / "prompts/anime.json").write_text('{"0": "a"}')
     assert recipe.main([*where, "--styles", "anime"]) == 2
     assert "must hold a list of prompts" in capsys.readouterr().err

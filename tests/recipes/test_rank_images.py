@@ -85,6 +85,21 @@ def test_the_reader_reads_what_rank_images_writes(
         assert all(w in (0, 1) for w, _ in record.pairs()), "the pale and misplaced image never wins"
 
 
+SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def test_two_processes_write_the_same_file(
+    models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], forks: Any
+) -> None:
+    assert rank(*models, "--out", tmp_path / "one.jsonl", "--batch-size", 2) == 0
+    words = [*models, "--out", tmp_path / "two.jsonl", "--batch-size", 2, "--device", "cpu"]
+    words += [word for name in SCORERS for word in ("--scorer", name)]
+    done = forks.run(SCRIPT, str(ROOT / "eval/rank_images.py"), *map(str, words), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("9 images of 3 prompts ranked") == 1 and "4/4" in done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
 def test_equal_images_tie(models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int]) -> None:
     for name in ("images/00000_1.png", "images/00001_1.png", "images/00002_1.png"):
         (models[0] / name).write_bytes((models[0] / name.replace("_1", "_0")).read_bytes())
@@ -96,15 +111,26 @@ def test_equal_images_tie(models: tuple[Path, Path], tmp_path: Path, rank: Calla
 def test_all_damaged_images_are_named_and_nothing_is_written(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One image in the first batch and one in the last, which is found although scoring has stopped."""
+    """One image in the first batch and one in the last. When they are repaired, only their batches are scored again."""
+    good = (models[0] / "images" / "00000_0.png").read_bytes()
     (models[0] / "images" / "00000_1.png").write_bytes(b"no image")
     (models[1] / "images" / "00002_0.png").unlink()
     assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2) == 2
     error = capsys.readouterr().err
     assert "2 of 9 images cannot be scored" in error
-    assert f"'{models[0]}/images/00000_1.png': not an image" in error
-    assert f"'{models[1]}/images/00002_0.png': no such file" in error
-    assert not list(tmp_path.glob("ranked.jsonl*"))
+    assert f"{models[0]}/images/00000_1.png: not an image" in error and "--resume" in error
+    assert f"{models[1]}/images/00002_0.png: no such file" in error
+    assert not (tmp_path / "ranked.jsonl").exists()
+    journal = tmp_path / "ranked.jsonl.partial-0.jsonl"
+    before = journal.read_text().count("\n")
+    for model, name in ((models[0], "00000_1.png"), (models[1], "00002_0.png")):
+        (model / "images" / name).write_bytes(good)
+    (models[0] / "images" / "00001_0.png").unlink()  # in a batch that is done
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2) == 2
+    assert "belongs to an unfinished run; add --resume" in capsys.readouterr().err
+    assert before == 1 + 5 and journal.read_text().count("\n") == before
+    assert rank(*models, "--out", tmp_path / "ranked.jsonl", "--batch-size", 2, "--resume") == 0
+    assert len(_records(tmp_path / "ranked.jsonl")) == 3 and not journal.exists()
 
 
 def test_prompts_with_few_images_are_left_out_and_counted(

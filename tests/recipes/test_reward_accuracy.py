@@ -186,14 +186,14 @@ def test_missing_and_damaged_images_are_all_named_and_nothing_is_written(
     out = hpd.parent / "accuracy.json"
     assert recipe.main(["--scorer", SCORER, "--data", str(hpd), "--out", str(out), "--batch-size", "1"]) == 2
     said = capsys.readouterr().err
-    assert "2 of 5 images cannot be read" in said and "1.png: missing" in said and "4.png: " in said
+    assert "2 of 5 images cannot be scored" in said and "1.png: no such file" in said and "4.png: not an image" in said
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (["--scorer", "accuracy_scorers:Broken"], "scorer 'accuracy_scorers:Broken' returned nan for"),
+        (["--scorer", "accuracy_scorers:Broken"], "scorer 'accuracy_scorers:Broken' returned nan"),
         (["--scorer", "accuracy_scorers:Lihgt"], "did you mean 'Light'"),
         (["--data", "nowhere"], "no data set at 'nowhere'"),
         (["--limit", "0"], "--limit must be at least 1; got 0"),

@@ -39,6 +39,11 @@ SCORERS = """
             scores = images.mean((1, 2, 3))
             return scores.masked_fill(images[:, 0, 0, 0] > 0.99, float("nan"))
 
+    class Large(Bad):
+        def score(self, images, prompts):
+            import torch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
     class Shape(Bad):
         def score(self, images, prompts):
             return images.mean((2, 3))
@@ -288,6 +293,13 @@ def test_an_error_in_a_scorer_leaves_nothing_behind(
     assert _run(images, "--scorer", "command_scorers:Shape", "--out", tmp_path / "s.csv") == 1
     assert "must return float32 [7] for 7 images" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_is_too_large_for_the_device_is_one_line(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(images, "--scorer", "command_scorers:Large", "--out", tmp_path / "s.csv", "--batch-size", 7) == 1
+    assert "a batch of 7 images needs more memory than the device has; lower --batch-size" in capsys.readouterr().err
 
 
 def test_dtype_reaches_the_network_and_the_scores_stay_float32(images: Path, clip: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
     assert [item.prompt for item in read_items(tmp_path, prompts=tmp_path / "p.jsonl")] == ["a red circle"]
     assert [item.prompt for item in read_items(tmp_path, prompts=tmp_path / "p.csv")] == ["small red circle"]
     (tmp_path / "1.txt").write_text("é", encoding="latin-1")
-    assert "1.txt' line 1 is not UTF-8" in read_items(tmp_path)[1].fault
+    assert "1.txt' line 1 is not UTF-8" in [*read_items(tmp_path)][1].fault
 
 
 def test_a_manifest_names_images_in_its_folder_only_and_a_list_any(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_undecodable_file_names_can_be_written_to_a_table(tmp_path: Path) -> Non
 def test_bad_csv_rows_are_listed_with_their_reason(tmp_path: Path) -> None:
     rows = ["image,prompt", "0.png,a", "1.png", "2.png," + "x" * 200_000, "3.png,caf\xe9", "4.png,b"]
     (tmp_path / "list.csv").write_bytes("\n".join(rows).encode("latin-1"))
-    items = read_items(tmp_path / "list.csv")
+    items = [*read_items(tmp_path / "list.csv")]
     assert [i for i in range(5) if not items[i].fault] == [0, 4]
     words = (
         "line 3 needs 'image' and 'prompt'",

@@ -38,7 +38,7 @@ def test_images_are_found_in_natural_order(folder: Path) -> None:
 def test_one_prompt_for_all_or_for_one_image(folder: Path) -> None:
     assert _pairs(folder, prompt="x") == [("2.png", "x"), ("10.png", "x"), ("a/1.JPG", "x"), ("a/sub/3.webp", "x")]
     (item,) = read_items(folder / "a/1.JPG", prompt="x")
-    assert (item.image, item.path) == ("1.JPG", folder / "a/1.JPG")
+    assert (item.image, item.source) == ("1.JPG", folder / "a/1.JPG")
 
 
 def test_prompts_in_a_text_file_are_in_the_order_of_the_images(folder: Path, tmp_path: Path) -> None:
@@ -59,8 +59,8 @@ def test_lists_select_the_scored_images(folder: Path, tmp_path: Path) -> None:
     assert _pairs(folder, prompts=tmp_path / "list.csv") == rows
     for name in ("list.jsonl", "list.csv"):  # as IMAGES, relative to the list
         (folder / name).write_text((tmp_path / name).read_text())
-        items = read_items(folder / name)
-        assert [(item.image, item.prompt) for item in items] == rows and items[0].path == folder / "a/1.JPG"
+        items = [*read_items(folder / name)]
+        assert [(item.image, item.prompt) for item in items] == rows and items[0].source == folder / "a/1.JPG"
 
 
 def test_manifest_in_the_folder(folder: Path) -> None:

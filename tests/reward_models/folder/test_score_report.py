@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from reward_models.folder import tables
 from reward_models.folder.cards import card_text
 from reward_models.folder.cli import main
-from reward_models.folder.items import Items, Row
-from reward_models.folder.report import best_rows, summarise
+from reward_models.folder.item import Item
+from reward_models.folder.report import best_rows, longer_prompts, summarise
 from reward_models.loading import SCORERS
 
 RED, GREEN = "report_scorers:Red", "report_scorers:Green"
@@ -77,10 +77,10 @@ def test_summary_by_hand() -> None:
 
 def test_best_of_n_by_hand() -> None:
     """The first of equal images wins; failed images are ignored; a prompt with only failed images has no row."""
-    rows = map(Row, "123456", "abaacb")
+    rows = [Item(name, prompt, Path(name)) for name, prompt in zip("123456", "abaacb", strict=True)]
     nan = (np.nan, np.nan)
     scores = np.array([(0.5, 0.1), (1.0, 1.0), (0.5, 0.7), nan, nan, (1.5, 0.0)])
-    assert list(best_rows(Items(Path(), rows), scores, ["x", "y"])) == [
+    assert list(best_rows(rows, scores, ["x", "y"])) == [
         ("a", "x", "1", 0.5, 2),
         ("a", "y", "3", 0.7, 2),
         ("b", "x", "6", 1.5, 2),
@@ -182,3 +182,19 @@ def test_convert_writes_the_requested_names(tmp_path: Path, capsys: pytest.Captu
     assert load_file(tmp_path / "a.safetensors")["a.weight"].tolist() == state["a.weight"].tolist()
     assert main(["convert", str(tmp_path / "a.pt"), str(tmp_path / "b.safetensors"), "--to", "hf"]) == 1
     assert "is not a CLIP checkpoint" in capsys.readouterr().err
+
+
+def test_prompts_are_counted_a_few_at_a_time() -> None:
+    """Of 5,000 prompts, repeated once, every tenth has 11 words; 10 are the limit."""
+    sizes = []
+
+    class Words:
+        def token_counts(self, prompts: list[str]) -> tuple[int, list[int]]:
+            sizes.append(len(prompts))
+            return 10, [len(text.split()) for text in prompts]
+
+    texts = [f"{i}" + " word" * (10 if i % 10 == 3 else 2) for i in range(5000)]
+    found = longer_prompts(Words(), iter(texts * 2))
+    assert found == {"limit": 10, "count": 500, "of": 5000, "first": texts[3]}
+    assert max(sizes) <= 1000 and sum(sizes) == 5000
+    assert longer_prompts(Words(), iter(["a b"])) is None and longer_prompts(object(), iter(texts)) is None

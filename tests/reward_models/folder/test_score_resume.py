@@ -147,7 +147,7 @@ def test_failed_images_are_not_scored_again_on_resume(images: Path, tmp_path: Pa
 
 
 def test_scoring_resumes_on_another_number_of_processes(images: Path, tmp_path: Path) -> None:
-    """Batches 0, 1 and 2 are done by one process; of the rest, the second of two does 3, 5, 7, 9; one does the rest."""
+    """Batches 0, 1 and 2 are done by one process; of the rest, the second of two does 6, 7, 8, 9; one does the rest."""
     whole, out, red = tmp_path / "whole/s.csv", tmp_path / "s.csv", "resume_scorers:Red"
     assert main(_arguments(images, whole, red)) == 0
     _stopped_at(images, out, batch=4)

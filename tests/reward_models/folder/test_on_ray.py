@@ -1,0 +1,83 @@
+"""`reward-score ray`: the numbers of one process, failures as rows, resuming by parts."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from reward_models.folder.cli import main
+
+
+def _tar(path: Path, start: int, count: int, damaged: int | None = None) -> None:
+    with tarfile.open(path, "w") as tar:
+        for i in range(start, start + count):
+            file = io.BytesIO()
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32 + i % 3, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, "PNG")
+            data = b"no image" if i == damaged else file.getvalue()
+            for name, content in ((f"{i}.png", data), (f"{i}.txt", f"red circle {i}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()
+
+
+def test_parts_have_the_numbers_of_one_process_and_a_second_run_keeps_them(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "scores"
+    shards.mkdir()
+    for k in range(3):
+        _tar(shards / f"{k}.tar", 7 * k, 7, damaged=9)
+    (shards / "2.tar").write_bytes(b"not a tar file" * 100)
+    settings = ["--scorer", "playground_hps", "--device", "cpu", "--batch-size", "4"]
+    words = ["ray", str(shards), "--out", str(out), *settings, "--actors", "2"]
+    assert main(words) == 2
+    assert "3 parts" in (said := capsys.readouterr().out) and "0 of them from before; 2 images have no scores" in said
+    rows: list[dict[str, Any]] = []
+    for k in range(2):
+        code = main([str(shards / f"{k}.tar"), "--out", str(tmp_path / f"{k}.jsonl"), *settings])
+        assert code == (2 if k else 0)
+        rows += [json.loads(line) for line in (tmp_path / f"{k}.jsonl").read_text().splitlines()]
+    parts = [pq.read_table(out / f"{k}.tar.parquet").to_pylist() for k in range(3)]
+    scored = [row for part in parts for row in part if row["reason"] is None]
+    assert [(x["image"], x["prompt"]) for x in scored] == [(x["image"], x["prompt"]) for x in rows] and len(rows) == 13
+    assert [x["playground_hps"] for x in scored] == [float(np.float32(x["playground_hps"])) for x in rows]
+    bad = [row for part in parts for row in part if row["reason"] is not None]
+    assert [(x["image"], x["playground_hps"]) for x in bad] == [("1.tar/9.png", None), ("2.tar", None)]
+    assert "damaged after 0 entries" in bad[1]["reason"]
+
+    assert main([*words[:3], str(tmp_path / "broken"), *words[4:], "--scorer", "reward_models.base:NetworkScorer"]) == 1
+    assert "an actor failed: " in (said := capsys.readouterr().err) and "go on with --resume" in said
+
+    kept = (out / "0.tar.parquet").stat().st_mtime_ns
+    (out / "1.tar.parquet").unlink()  # as if the run had been killed before
+    assert main(words) == 1
+    assert "add --resume to score the other shards" in capsys.readouterr().err
+    assert main([*words, "--resume", "--prompt", "x"]) == 1
+    assert "has scores of other settings" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 2
+    assert "2 of them from before; 2 images have no scores" in capsys.readouterr().out
+    assert (out / "0.tar.parquet").stat().st_mtime_ns == kept
+    assert pq.read_table(out / "1.tar.parquet").to_pylist() == parts[1]
+
+
+def test_wrong_arguments_are_told_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ray", str(tmp_path), "--out", str(tmp_path / "o"), "--scorer", "playground_hps"]) == 1
+    assert "holds no .tar and no .parquet files" in capsys.readouterr().err
