@@ -180,7 +180,7 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from diffalign.data.latents import cache_folder
+    from diffalign.data.cache import cache_folder
 
     folder = cache_folder(args.folder)
     # Other files in the folder are not touched.
