@@ -22,6 +22,7 @@ from diffalign.networks.families.base import Backbone
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
 from diffalign.objectives.rewards import Rewards
+from diffalign.training import memory
 from diffalign.training.optim import Player
 from diffalign.training.remembering import remember_reference
 from diffalign.training.run import Run
@@ -92,6 +93,8 @@ class Parts:
         loader = run.loader(self.data)
         if self.data.draws_per_sample and isinstance(algorithm, Denoising) and algorithm.remembers_reference:
             remember_reference(cfg, run, algorithm, loader, backbone.latent_shape(self.resolution))
+        parts = memory.held(algorithm, players, averaged=cfg.hooks.get("ema_decay") is not None)
+        run.print(memory.described(parts, run.folder / "config.yaml"))
         self.reference = None  # the algorithm holds the only reference left, and may free it
         cfg.make("trainer", run, algorithm, players, every).fit(loader)
 
