@@ -54,6 +54,9 @@ class ImaginedRun(Run):
             cond = encoder.encode_text([""] * 32)
         self.cond = Cond._make(None if x is None else torch.zeros(x.shape[1:]) for x in cond)
 
+    def print(self, *lines: str) -> None:
+        """Nothing: the plan is what is printed."""
+
     def loader(self, dataset: Any) -> Any:
         return _Loader(self.ledger, dataset)
 

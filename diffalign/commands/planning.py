@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from diffalign import config
@@ -56,7 +57,9 @@ def plan(recipe: Path, arguments: Sequence[str]) -> Plan:
     """
     ledger = Ledger()
     seen: dict[str, Config] = {}
+    AcceleratorState._reset_state()  # plans of one process may differ in precision
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        stack.callback(AcceleratorState._reset_state)
         for change in _patches(ledger, Path(folder), seen):
             stack.enter_context(change)
         try:
