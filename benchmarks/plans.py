@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     row["off"] = round(most / row["measured_gb"] - 1, 3)
                 rows.append(row | {"cpu_s": round(time.process_time() - started, 1), "commit": commit()})
         print(json.dumps(rows[-1]), file=sys.stderr)
-    write_rows(args.out, rows)
+        write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

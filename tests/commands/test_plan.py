@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -80,10 +79,10 @@ def test_lora_and_half_precision_store_the_frozen_weights_once(parts: Callable) 
     assert found["weights"] < 0.8 * whole["weights"] and "reference" not in found
 
 
-def test_two_players_are_traced_with_decoder_and_scorers(parts: Callable) -> None:
-    found, phase = parts("diff_instruct_star", "data.batch_size=2", "sampler.steps=2")
-    assert found.bytes == max(peak.bytes for peak in found.peaks.values())
-    assert phase["scorers"] > 0 and phase["autoencoder and text encoders"] > 0
+def test_online_methods_are_traced_with_decoder_and_scorers() -> None:
+    found = planning.plan(launch.find("train", "pso"), ["--config=playground", "data.batch_size=2"])
+    assert found.bytes == max(peak.bytes for peak in found.peaks.values()) > 2**20
+    assert found.peaks["training"].parts["scorers"] > 0
 
 
 def test_the_predictions_are_within_a_tenth_of_the_measured_peaks() -> None:
@@ -102,14 +101,12 @@ def run(*words: str) -> int:
     return runpy.run_path(str(ROOT / "eval/plan.py"))["main"]([*words])
 
 
-def test_the_command_says_whether_it_fits_and_what_would(tiny_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["diffusion_dpo", "--config", "playground", f"backbone.path={tiny_sd}", "data.batch_size=64"]
-    words += ["hooks.sample_every=0"]
+def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["diffusion_dpo", "--config", "playground", "data.batch_size=8"]
     assert run(*words, "--gpu", "24GB") == 0
     said = capsys.readouterr().out
-    together = float(re.search(r"([\d.]+)  together", said)[1])
     assert "GPU memory during training, at its peak" in said and "fits into 24.0 GB" in said
-    assert run(*words, "--gpu", f"{planning.CONTEXT / planning.GB + 0.8 * together}") == 1
+    assert run(*words, "--gpu", f"{planning.CONTEXT / planning.GB + 0.04}") == 1
     said = capsys.readouterr().out
     assert "does not fit" in said and "backbone.gradient_checkpointing=true" in said and ", fits" in said
 
