@@ -3,17 +3,22 @@
     python benchmarks/million_pairs.py --records 1000000 --images 200000
 
 Writes a JSONL of pairs of tiny images in a temporary folder, and opens it twice, each time in a new process that may
-open 1024 files, with an encoder that takes no time. Prints one JSON object, and writes it with --out.
+open 1024 files, with an encoder that takes no time; then in several processes at once, as the ranks of one machine.
+Prints one JSON object, and writes it with --out.
+
+  start_s, start_cpu_s     time to open the data set, and CPU time of all threads: what counts on a busy machine
+  peak_rss_gb, import_gb   peak memory of the process, and what imports had taken of it
+  added_gb                 memory that the data added, anonymous and mapped, after reading a part as in training;
+                           pages shared with other processes count as their share, so ranks can be summed
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -70,8 +75,15 @@ def make(folder: Path, records: int, images: int, prompts: int) -> Path:
     return folder / "pairs.jsonl"
 
 
-def start(path: Path, work: Path) -> dict[str, Any]:
-    """Open the data set in this process, read a part as in training, and return time and memory."""
+def proportional_gb() -> float:
+    """Memory of this process; shared pages are divided by the number of processes that share them."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 2**20
+
+
+def start(path: Path, rank: int, barrier: Any, found: Any) -> None:
+    """Open the data set in this process, read a part as in training, and put time and memory into a queue."""
+    work, world = path.parent, barrier.parties
     resource.setrlimit(resource.RLIMIT_NOFILE, (FILES, FILES))
     begun = time.perf_counter()
     import torch
@@ -96,9 +108,15 @@ def start(path: Path, work: Path) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     imported = time.perf_counter() - begun
-    begun = time.perf_counter()
-    pairs = PreferencePairs(Pool(), Draws(0), work / "run", path=str(path), resolution=8, cache=str(work / "cache"))
-    opened = time.perf_counter() - begun
+    barrier.wait()
+    before, peak = proportional_gb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    barrier.wait()
+    begun, cpu = time.perf_counter(), time.process_time()
+    ranks = (rank, world, barrier.wait)
+    pairs = PreferencePairs(
+        Pool(), Draws(0), work / "run", *ranks, path=str(path), resolution=8, cache=str(work / "cache")
+    )
+    opened, used = time.perf_counter() - begun, time.process_time() - cpu
     begun = time.perf_counter()
     order = Draws(0).permutation(len(pairs), key=0, stream="order")[:20_000].tolist()
     for index in order:
@@ -106,15 +124,35 @@ def start(path: Path, work: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
-    return {
+    barrier.wait()
+    added = proportional_gb() - before
+    barrier.wait()
+    row = {
         "pairs": len(pairs),
         "import_s": round(imported, 1),
         "start_s": round(opened, 1),
+        "start_cpu_s": round(used, 1),
         "images_read": read[0],
         "peak_rss_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "import_gb": round(peak, 2),
+        "added_gb": round(added, 2),
         "open_files": most[0],
         "random_pairs_per_s": round(len(order) / seconds),
     }
+    found.put(row)
+
+
+def run(path: Path, ranks: int) -> list[dict[str, Any]]:
+    """`start` in new processes, as the ranks of one machine."""
+    context = multiprocessing.get_context("spawn")
+    barrier, found = context.Barrier(ranks), context.Queue()
+    processes = [context.Process(target=start, args=(path, rank, barrier, found)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    rows = [found.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,20 +161,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=200_000, help="number of distinct images, each in several pairs")
     parser.add_argument("--prompts", type=int, default=50_000)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, default=4, help="processes of the third start")
     args = parser.parse_args(argv)
-    if args.start:
-        print(json.dumps(start(args.start, args.start.parent)))
-        return
     with tempfile.TemporaryDirectory() as name:
         path = make(Path(name), args.records, args.images, args.prompts)
         time.sleep(2.5)  # modification times of recently changed files are not trusted
         found: dict[str, Any] = {"records": args.records, "images": args.images, "prompts": args.prompts}
+        (Path(name) / "run").mkdir()
         for which in ("first", "second"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--start", str(path)], stdout=subprocess.PIPE, text=True, check=True
-            )
-            found[which] = json.loads(done.stdout.splitlines()[-1])
+            (found[which],) = run(path, 1)
+        rows = run(path, args.ranks)
+        found["ranks"] = {
+            "processes": args.ranks,
+            "start_cpu_s": [row["start_cpu_s"] for row in rows],
+            "images_read": sum(row["images_read"] for row in rows),
+            "added_gb_together": round(sum(row["added_gb"] for row in rows), 2),
+        }
     print(json.dumps(found, indent=1))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -24,11 +24,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from random_models import playground_pairs
 from released_step import LR, Step, released_step
 from results_file import RESULTS, TEXT, commit, cpu, read_rows, write_rows
 
+from diffalign.algorithms.denoising import Remembered
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.algorithms.inpo import InPO
 from diffalign.commands import program
@@ -77,7 +79,9 @@ def ours(pairs: Path, batch: int, rank: int, method: str, folder: Path) -> Step:
     backbone.release()
     loader = run.loader(data)
     if data.draws_per_sample:
-        algorithm.remember_reference(loader.once(), run.gather)
+        kept = Remembered(np.empty((data.draws_per_sample, data.places), np.float32))
+        algorithm.ask_reference(loader.once(), kept)
+        algorithm.remember(kept)
     del reference
     trainer = Trainer(run, algorithm, {"policy": make_player(policy, lr=LR)}, steps=10**9)
     batches = algorithm.batches(loader.start(0))

@@ -95,11 +95,11 @@ def pipeline_folder(name: str, scratch: Path, device: torch.device) -> Path:
     if not folder.exists():
         torch.manual_seed(0)
         with replacing_folder(folder) as made:
-            _pipeline(SIZES[name], device).save_pretrained(made)
+            make_pipeline(SIZES[name], device).save_pretrained(made)
     return folder
 
 
-def _pipeline(size: Size, device: torch.device) -> Any:
+def make_pipeline(size: Size, device: torch.device) -> Any:
     """The stock pipeline with random networks in bfloat16; only the networks are created on the device."""
     words = CLIPTokenizer.from_pretrained(BASE, subfolder="tokenizer")
     words.model_max_length = 77

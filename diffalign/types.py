@@ -115,6 +115,7 @@ class LatentBatch(NamedTuple):
     scores  [N]           quality of an image, larger is better: scores of the data set (NaN if it has none), win rates
                           in [0, 1] for ranked groups, or 1 for liked and 0 for disliked single images
     size    [N, 6]        original height and width, crop top and left, target height and width in pixels, or None
+    places  N numbers     number of an image among all images of the examples, for what is stored of each draw, or None
     drawn   timesteps and noise drawn in advance; None means they are drawn from the keys when needed
     """
 
@@ -125,6 +126,7 @@ class LatentBatch(NamedTuple):
     flip: Tensor
     scores: Tensor
     size: Tensor | None = None
+    places: Sequence[int] | None = None
     drawn: Drawn | None = None
 
     @property

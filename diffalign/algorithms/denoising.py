@@ -3,22 +3,56 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm
 from diffalign.diffusion.noising import Noised, Noising, errors
 from diffalign.diffusion.steps import Network
-from diffalign.types import Drawn, Key, LatentBatch, Metrics, RecentMetrics
+from diffalign.types import Drawn, LatentBatch, Metrics, RecentMetrics
 
 MAX_DRIFT = 1.0
 """Largest relative increase of the winners' error over the reference's. On the playground people prefer the images
 of runs with +11 % to +34 % in 71 to 84 % of pairs; at +466 % the prompt is lost."""
 LEVEL_BUCKETS = 4
 """Number of noise-level intervals for which metrics are also logged separately."""
+
+
+class Remembered(NamedTuple):
+    """What the reference computed of D draws of all images of a data set, as arrays that may be memory-mapped.
+
+    errors   float32 [D, M]           denoising errors by draw and place of the image (LatentBatch.places)
+    latents  float32 [D, M, C, h, w]  noised latents, if they cost network evaluations (InPO), or None
+    """
+
+    errors: np.ndarray
+    latents: np.ndarray | None = None
+
+    def at(self, batch: LatentBatch) -> tuple[Tensor, Tensor | None]:
+        """Errors [N], and latents [N, C, h, w] or None, of a batch's images, on the CPU."""
+        here = self.rows(batch)
+        return torch.from_numpy(self.errors[here]), None if self.latents is None else torch.from_numpy(
+            self.latents[here]
+        )
+
+    def put(self, batch: LatentBatch, errors: Tensor, x_t: Tensor) -> None:
+        """Store the errors [N] and noised latents [N, C, h, w] of a batch. Images with place -1 are left out."""
+        draws, places = self.rows(batch)
+        new = places >= 0
+        self.errors[draws[new], places[new]] = errors.cpu().numpy()[new]
+        if self.latents is not None:
+            self.latents[draws[new], places[new]] = x_t.cpu().numpy()[new]
+
+    @staticmethod
+    def rows(batch: LatentBatch) -> tuple[np.ndarray, np.ndarray]:
+        """Draw and place, int64 [N], of a batch's images."""
+        assert batch.places is not None
+        draws = np.array([key[0] for key in batch.keys], np.int64)  # type: ignore[index]  # a key is (draw, id)
+        return draws[batch.group.cpu().numpy()], np.array(batch.places, np.int64)
 
 
 class Denoising(Algorithm):
@@ -38,7 +72,7 @@ class Denoising(Algorithm):
     def __init__(self, policy: nn.Module, reference: Network | None, noising: Noising):
         self.players = {"policy": policy}
         self.policy, self.reference, self.noising = policy, reference, noising
-        self.remembered: dict[Key, tuple[float, Tensor | None]] = {}
+        self.remembered: Remembered | None = None
 
     @abstractmethod
     def loss(self, batch: LatentBatch) -> tuple[Tensor, Metrics]: ...
@@ -46,10 +80,8 @@ class Denoising(Algorithm):
     def draw(self, batch: LatentBatch) -> LatentBatch:
         """The batch with the timesteps and noise of its keys, and with precomputed reference errors if any."""
         t, eps, x_t, reference = self.noising.sample(batch.keys), None, None, None
-        if self.remembered:
-            remembered = [self.remembered[key] for key in batch.sample_keys]
-            reference = torch.tensor([error for error, _ in remembered])
-            x_t = torch.stack([x for _, x in remembered if x is not None]) if self.remembers_latents else None
+        if self.remembered is not None:
+            reference, x_t = self.remembered.at(batch)
         if x_t is None:
             eps = self.noising.noise(batch.keys if self.shares_noise else batch.sample_keys, batch.x0)
         return batch._replace(drawn=Drawn(t, eps, x_t, reference))
@@ -67,20 +99,16 @@ class Denoising(Algorithm):
         eps = drawn.eps[batch.group] if self.shares_noise else drawn.eps
         return self.noising.add(batch.x0, eps, drawn.t[batch.group], batch.sample_cond)
 
-    def remember_reference(self, batches: Iterable[LatentBatch], gather: Callable[[list[Any]], list[Any]]) -> None:
-        """Precompute the reference errors of every draw of every preference, then release the reference.
-
-        batches  the shard of the draws of this rank
-        gather   concatenates the lists of all ranks
-        """
+    def ask_reference(self, batches: Iterable[LatentBatch], into: Remembered) -> None:
+        """Compute the reference errors, and latents if remembered, of batches whose draws will occur in training."""
         assert self.reference is not None
-        found: list[tuple[Key, tuple[float, Tensor | None]]] = []
         for batch in batches:
             noised = self.noised(batch)
-            latents = noised.input[0].cpu() if self.remembers_latents else [None] * len(batch.x0)
-            values = zip(errors(self.reference, noised).tolist(), latents, strict=True)
-            found += zip(batch.sample_keys, values, strict=True)
-        self.remembered, self.reference = dict(gather(found)), None
+            into.put(batch, errors(self.reference, noised), noised.input[0])
+
+    def remember(self, remembered: Remembered) -> None:
+        """From now on use these values, and release the reference."""
+        self.remembered, self.reference = remembered, None
 
     def reference_errors(self, batch: LatentBatch, noised: Noised) -> Tensor:
         """Denoising errors of the reference [N], precomputed or from a forward pass."""

@@ -96,7 +96,7 @@ class InPO(DiffusionDPO):
         return self.noising.at(x_t, batch.x0, (x_t - a * batch.x0) / s, t, batch.sample_cond)
 
     def draw(self, batch: LatentBatch) -> LatentBatch:
-        if self.remembered:
+        if self.remembered is not None:
             return super().draw(batch)
         t = self.noising.sample(batch.keys)
         return batch._replace(drawn=Drawn(t, path=self.inversion.path(t[batch.group].cpu())))

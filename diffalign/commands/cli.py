@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
     # Arguments after the recipe's name, including --help, are passed to the recipe.
-    split = 1 if arguments and arguments[0] in launch.recipes("tools") else len(arguments)
+    split = 1 if arguments and arguments[0] in launch.direct() else len(arguments)
     if arguments[:1] in (["train"], ["eval"]):
         named = [i for i, a in enumerate(arguments[1:], 1) if a in launch.runnable(arguments[0])]
         split = named[0] + 1 if named else len(arguments)
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         p.set_defaults(run=_recipe, kind=kind)
     p = commands.add_parser("recipes", help="list recipes and their configs")
     p.set_defaults(run=lambda args: print("\n".join(map(_listing, ("train", "eval", "tools")))) or 0)
-    for name, path in launch.recipes("tools").items():
+    for name, path in launch.direct().items():
         p = commands.add_parser(name, add_help=False, help=launch.title(path))
         p.set_defaults(run=lambda args, path=path: launch.start(path, args.rest, processes=1, config=None))
     p = commands.add_parser("cache", help="size of the cache of latents and text embeddings; --clear empties it")
@@ -180,7 +180,7 @@ def _recipe(args: argparse.Namespace) -> int:
 
 
 def _cache(args: argparse.Namespace) -> int:
-    from diffalign.data.latents import cache_folder
+    from diffalign.data.cache import cache_folder
 
     folder = cache_folder(args.folder)
     # Other files in the folder are not touched.

@@ -39,6 +39,11 @@ def runnable(kind: str) -> dict[str, Path]:
     return recipes(kind) | (recipes("tools") if kind == "eval" else {})
 
 
+def direct() -> dict[str, Path]:
+    """Programs that are commands of their own, `diffalign <name>`: the tools, and the planner."""
+    return recipes("tools") | {"plan": find("eval", "plan")}
+
+
 def find(kind: str, name: str) -> Path:
     """File of a recipe. Raises ValueError with the known names."""
     found = runnable(kind)

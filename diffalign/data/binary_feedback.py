@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from diffalign.data.latents import Example, Item, PreferenceLatents
+from diffalign.data.examples import Example
+from diffalign.data.latents import Item, PreferenceLatents
 from diffalign.data.records import ImageRef, Record
 from diffalign.draws import Draws
 
@@ -30,12 +31,12 @@ class LikedImages(PreferenceLatents):
     @property
     def liked(self) -> list[int]:
         """Indices of the examples with score 1."""
-        return self._scores.nonzero()[:, 0].tolist()
+        return self._examples.scores.nonzero()[0].tolist()
 
     @property
     def disliked(self) -> list[int]:
         """Indices of the examples with score 0."""
-        return (self._scores == 0).nonzero()[:, 0].tolist()
+        return (self._examples.scores == 0).nonzero()[0].tolist()
 
 
 class Balanced:
@@ -65,6 +66,11 @@ class Balanced:
             return []
         return [f"'balance.positive_ratio' = {ratio} must lie between 0 and 1, or be null"]
 
+    @property
+    def places(self) -> int:
+        """One for each slot of an epoch."""
+        return len(self.images)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -76,7 +82,7 @@ class Balanced:
         class_draw, index_draw = self.draws.uniform([(epoch, slot, 0), (epoch, slot, 1)], stream="balance").tolist()
         candidates = self.classes[class_draw < self.positive_ratio]
         index = candidates[int(index_draw * len(candidates))]
-        return self.images.draw((epoch, f"{slot} {self.images.ids[index]}"), index)
+        return self.images.draw((epoch, f"{slot} {self.images.ids[index]}"), index)._replace(place=slot)
 
     def collate(self, items: Sequence[Item]) -> Any:
         return self.images.collate(items)

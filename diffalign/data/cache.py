@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from diffalign.data.content_index import ContentIndex
 from diffalign.data.image_checks import SHARD, CheckedImage, ImageCheck, Workers, check_image
 from diffalign.data.images import Square, prefetch, square
 from diffalign.data.records import ImageRef
-from diffalign.data.shards import RepairedRows, Shards, stored
+from diffalign.data.shards import RepairedRows, Rows, Shards, make_folder, stored
 from diffalign.types import Cond, Encoder
 from reward_models.images import DECODING
 
@@ -60,17 +62,33 @@ class LatentCache:
         self.encoder, self.resolution, self.shard_size = encoder, resolution, shard_size
         self.workers = Workers(rank, world_size, barrier, exchange or folder)
         self.variants = ("", "-hflip") if hflip else ("",)
-        root = folder.expanduser() / encoder.fingerprint
-        self._images = Shards(root / f"squares-{resolution}-center-decoding-{DECODING}")
-        self._prompts = Shards(root / "texts")
-        self.contents = ContentIndex(folder.expanduser() / "files")
+        self.root, self.files = folder.expanduser() / encoder.fingerprint, folder.expanduser() / "files"
+        self.image_folder = self.root / f"squares-{resolution}-center-decoding-{DECODING}"
+        self.text_folder = self.root / "texts"
+        for made in (self.image_folder, self.text_folder):
+            make_folder(made)
+
+    # The indices are loaded on first use: a saved start needs none of them.
+
+    @cached_property
+    def _images(self) -> Shards:
+        return Shards(self.image_folder)
+
+    @cached_property
+    def _prompts(self) -> Shards:
+        return Shards(self.text_folder)
+
+    @cached_property
+    def contents(self) -> ContentIndex:
+        """Content hashes of known image files."""
+        return ContentIndex(self.files)
 
     def add_images(self, images: Sequence[ImageRef]) -> list[ImageCheck]:
         """Encode the images that are missing. Returns one ImageCheck per image, the same list on every rank."""
         chunks = self.workers.chunks(len(images), self.shard_size)
         found: dict[int, ImageCheck] = {}
         new: list[int] = []
-        with self.workers.progress_bar(chunks, "latents") as bar:
+        with self.workers.progress_bar(chunks, "images") as bar:
             for chunk, digests in zip(
                 chunks, self.contents.find_all([[images[i] for i in c] for c in chunks]), strict=True
             ):
@@ -141,8 +159,11 @@ class LatentCache:
         }
 
     @torch.no_grad()
-    def add_prompts(self, prompts: Iterable[str]) -> None:
-        """Encode the prompts that are missing, and the empty prompt. Warns about prompts that are truncated."""
+    def add_prompts(self, prompts: Iterable[str]) -> tuple[int, int, str, str] | None:
+        """Encode the prompts that are missing, and the empty prompt. Warns about prompts that are truncated.
+
+        Returns the arguments of `warn_of_truncation`.
+        """
         texts = {_digest(text): text for text in ["", *prompts]}
         keys = list(texts)
         chunks = self.workers.chunks(len(keys), self.shard_size)
@@ -158,13 +179,12 @@ class LatentCache:
         self.workers.barrier()
         self._prompts.refresh()
         truncated = [key for key in keys if key in self._prompts.notes]
-        if truncated and self.workers.rank == 0:
-            note, first = self._prompts.notes[truncated[0]], texts[truncated[0]]
-            logger.warning(
-                "%d of %d prompts exceed the token limit of the text encoder and are truncated; "
-                "the first: '%.80s...' (%s)",
-                *(len(truncated), len(keys) - 1, first, note),
-            )
+        if not truncated:
+            return None
+        found = (len(truncated), len(keys) - 1, texts[truncated[0]], self._prompts.notes[truncated[0]])
+        if self.workers.rank == 0:
+            warn_of_truncation(*found)
+        return found
 
     def _truncation_notes(self, prompts: Sequence[str]) -> dict[str, str]:
         """Notes on prompts beyond the token limit of the text encoder, by key."""
@@ -181,19 +201,38 @@ class LatentCache:
 
     def latents(self, digests: Sequence[str], images: Sequence[ImageRef], *, flipped: bool = False) -> RepairedRows:
         """Cached rows of images: "latent" [C, h, w] and "size" [6]. Raises ValueError when an image was never added."""
+        rows = self._images.rows([digest + "-hflip" * flipped for digest in digests])
+        return self.repaired_latents(rows, images, flipped=flipped)
+
+    def repaired_latents(self, rows: Rows, images: Sequence[ImageRef], *, flipped: bool) -> RepairedRows:
+        """Known rows of images."""
 
         def recompute(i: int) -> dict[str, Tensor]:
             image = square(images[i].read(), self.resolution)
             return _as_cached(self._encode({"": image.mirrored() if flipped else image}))
 
-        return RepairedRows(self._images.rows([digest + "-hflip" * flipped for digest in digests]), recompute)
+        return RepairedRows(rows, recompute)
 
     def texts(self, prompts: Sequence[str]) -> RepairedRows:
         """Cached rows of prompts, with the fields of Cond. Raises ValueError when a prompt was never added."""
-        return RepairedRows(
-            self._prompts.rows([_digest(text) for text in prompts]),
-            lambda i: _as_cached(self._encode_texts([prompts[i]])),
-        )
+        return self.repaired_texts(self._prompts.rows([_digest(text) for text in prompts]), prompts)
+
+    def repaired_texts(self, rows: Rows, prompts: Sequence[str]) -> RepairedRows:
+        """Known rows of prompts."""
+        return RepairedRows(rows, lambda i: _as_cached(self._encode_texts([prompts[i]])))
+
+
+def warn_of_truncation(count: int, prompts: int, first: str, note: str) -> None:
+    """Log how many prompts are truncated, the first of them, and its token counts."""
+    logger.warning(
+        "%d of %d prompts exceed the token limit of the text encoder and are truncated; the first: '%.80s...' (%s)",
+        *(count, prompts, first, note),
+    )
+
+
+def cache_folder(cache: str | None) -> Path:
+    """Folder of the cache: as given, else $DIFFALIGN_CACHE, else ~/.cache/diffalign."""
+    return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()
 
 
 def _as_cached(rows: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

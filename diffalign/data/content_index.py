@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -47,11 +47,13 @@ class ContentIndex:
 
     def find(self, images: Sequence[ImageRef]) -> list[str]:
         """Content hash of each image, hexadecimal; "" when it is not in the index."""
+        return self.found(stamps_of(images)) if len(self._rows) else [""] * len(images)
+
+    def found(self, stamps: np.ndarray) -> list[str]:
+        """Content hash of the image with each stamp of `stamps_of`, hexadecimal; "" when it is not in the index."""
         if not len(self._rows):
-            return [""] * len(images)
-        containers: dict[str, str] = {}
-        keys = [self._key(ref, containers) for ref in images]
-        wanted = np.frombuffer(b"".join(key or bytes(16) for key in keys), np.uint64).reshape(-1, 2)
+            return [""] * len(stamps)
+        wanted = stamps.view(np.uint64).reshape(-1, 2)
         places = np.searchsorted(self._rows[:, 0], wanted[:, 0]).clip(max=len(self._rows) - 1)
         found = (self._rows[places, :2] == wanted).all(axis=1)
         digests = self._rows[places, 2:].tobytes()
@@ -67,7 +69,7 @@ class ContentIndex:
 
         None when the file does not exist, or changed so recently that another change could go unnoticed.
         """
-        return self._key(ref, {}, time.time_ns())
+        return _key(ref, {}, time.time_ns())
 
     def add(self, stamp: bytes | None, digest: str) -> None:
         """Store the content hash under the stamp taken before the image was read. A stamp of None is ignored."""
@@ -85,28 +87,42 @@ class ContentIndex:
     def _write(self, rows: bytes) -> None:
         write_whole(self.folder / f"{uuid.uuid4().hex}.known", rows)
 
-    @staticmethod
-    def _key(ref: ImageRef, containers: dict[str, str], now: int | None = None) -> bytes | None:
-        """Hash of an image's location and file stamp; `containers` caches the stamps of files with many images.
 
-        None when the file does not exist, or with `now` when it is younger than SETTLED or COARSE.
-        """
-        file = containers.get(ref.path)
+def stamps_of(images: Iterable[ImageRef]) -> np.ndarray:
+    """Hash of each image's location and file stamp, uint8 [n, 16]; zeros for a file that does not exist."""
+    containers: dict[str, str] = {}
+    data = b"".join(_key(ref, containers) or bytes(16) for ref in images)
+    return np.frombuffer(data, np.uint8).reshape(-1, 16)
+
+
+def stamp_of(path: str, now: int | None = None) -> str | None:
+    """Absolute path, size and times of a file.
+
+    None when it does not exist, or with `now` when it is younger than SETTLED or COARSE.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    tick = SETTLED if any(t % 10**9 for t in times) else COARSE
+    if now is not None and max(times) > now - tick:
+        return None
+    # mtime alone does not suffice: it can be set back, as by unpacking an archive; ctime cannot.
+    return f"{os.path.abspath(path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
+
+
+def _key(ref: ImageRef, containers: dict[str, str], now: int | None = None) -> bytes | None:
+    """Hash of an image's location and file stamp; `containers` caches the stamps of files with many images."""
+    file = containers.get(ref.path)
+    if file is None:
+        file = stamp_of(ref.path, now)
         if file is None:
-            try:
-                status = os.stat(ref.path)
-            except (OSError, ValueError):
-                return None
-            times = (status.st_mtime_ns, status.st_ctime_ns)
-            tick = SETTLED if any(t % 10**9 for t in times) else COARSE
-            if now is not None and max(times) > now - tick:
-                return None
-            # mtime alone does not suffice: it can be set back, as by unpacking an archive; ctime cannot.
-            file = f"{os.path.abspath(ref.path)}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}"
-            if ref.column is not None or ref.member is not None:
-                containers[ref.path] = file
-        location = f"{file}\0{ref.column}\0{ref.row_group}\0{ref.row}\0{ref.member}"
-        return hashlib.blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            return None
+        if ref.column is not None or ref.member is not None:
+            containers[ref.path] = file
+    location = f"{file}\0{ref.column}\0{ref.row_group}\0{ref.row}\0{ref.member}"
+    return hashlib.blake2b(location.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _load(path: Path) -> np.ndarray:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffalign.data.entry_checks import side_of
 from diffalign.data.image_checks import ImageCheck
@@ -16,8 +16,8 @@ from reward_models.files import write_lines
 
 logger = logging.getLogger(__name__)
 
-Verify = Callable[[Sequence[Record], Sequence[ImageRef]], None]
-"""Callback with the records and image references of a data set, before any image is read. It may raise."""
+Verify = Callable[[Mapping[str, Any]], None]
+"""Callback with the fingerprint of a data set (fingerprint.py), before any image is read. It may raise."""
 NO_PREFERENCE = ("tie", "not labelled")
 """Kinds of records without a preference label. They are listed like damaged ones but do not count as damage:
 one record in eight of Pick-a-Pic is a tie."""

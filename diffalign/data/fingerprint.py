@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from diffalign.data.records import ImageRef, Record
 from reward_models.files import read_json, write_whole
 
 
-def check_same_data(
-    folder: Path, name: str, path: str, records: Sequence[Record], images: Iterable[ImageRef], *, main: bool
-) -> None:
-    """Fingerprint of a data set: written to `<folder>/data.json` under `name`, compared once the run has a checkpoint.
+def fingerprint_of(path: str, records: Sequence[Record], images: Iterable[ImageRef]) -> dict[str, Any]:
+    """Fingerprint of a data set: its records, and the sizes and modification times of its image files."""
+    return {"path": path, "count": len(records), "records": _records(records), "images": _images(images)}
 
-    Raises ValueError when the records differ, or the sizes or modification times of the image files.
+
+def check_same_data(folder: Path, name: str, found: Mapping[str, Any], *, main: bool) -> None:
+    """Write a fingerprint to `<folder>/data.json` under `name`, or compare it with the one there.
+
+    Raises ValueError when the run has a checkpoint and the fingerprint differs.
     """
-    found = {"path": path, "count": len(records), "records": _records(records), "images": _images(images)}
     _compare(folder / "data.json", name, found, main)
 
 
@@ -30,7 +32,7 @@ def check_same_prompts(folder: Path, path: str, prompts: Iterable[tuple[str, str
     _compare(folder / "data.json", "prompts", {"path": path, "count": len(rows), "records": _digest(rows)}, main)
 
 
-def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
+def _compare(file: Path, name: str, found: Mapping[str, Any], main: bool) -> None:
     before = read_json(file) if file.exists() else {}
     has_checkpoint = any((file.parent / "checkpoints").glob("step-*"))
     if has_checkpoint and name in before:
@@ -47,7 +49,7 @@ def _compare(file: Path, name: str, found: dict[str, Any], main: bool) -> None:
                 f"restore the data, choose another run.folder, or delete '{file}' to resume with the changed data"
             )
     elif main:
-        write_whole(file, json.dumps({**before, name: found}, indent=1) + "\n")
+        write_whole(file, json.dumps({**before, name: dict(found)}, indent=1) + "\n")
 
 
 def _records(records: Iterable[Record]) -> str:

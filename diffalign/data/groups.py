@@ -11,15 +11,31 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffalign.data.cache import LatentCache, cache_folder
 from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, train_prompt_overlap, usable_records
+from diffalign.data.fingerprint import fingerprint_of
 from diffalign.data.image_checks import Workers, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import Record
-from diffalign.types import GroupBatch, Key
+from diffalign.types import Cond, GroupBatch, Key
 
 OVERALL = "overall"
 Prepare = Callable[[bytes], Tensor]
 """Preprocessing: encoded image -> input of the scorer's network [3, h, w]. Must pickle: worker processes call it."""
+
+
+class Nothing:
+    """Encoder to nothing: LatentCache then stores the check and the size of an image only."""
+
+    fingerprint = "checked"
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 0]."""
+        return pixels.new_zeros(len(pixels), 0)
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """B prompts -> tokens [B, 0, 0]."""
+        return Cond(torch.zeros(len(prompts), 0, 0))
 
 
 class Group(NamedTuple):
@@ -51,6 +67,8 @@ class PreferenceGroups(Dataset):
         max_dropped: stop if more than this share of the labelled records is damaged
         limit: use only the first so many labelled records
         num_workers: worker processes per rank that decode images; 0 decodes in the main process
+        cache: folder that remembers which images are readable, so that later starts do not read them; default
+            $DIFFALIGN_CACHE or ~/.cache/diffalign; off reads all images at each start
     """
 
     draws_per_sample: int | None = None  # no random draws
@@ -63,7 +81,7 @@ class PreferenceGroups(Dataset):
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
         part: Literal["train", "validation"] = "train",
-        verify: Verify = lambda records, images: None,
+        verify: Verify = lambda fingerprint: None,
         *,
         path: str,
         validation_path: str | None = None,
@@ -73,6 +91,7 @@ class PreferenceGroups(Dataset):
         max_dropped: float = 0.05,
         limit: int | None = None,
         num_workers: int = 0,
+        cache: str | None = None,
     ):
         if problems := check_groups(locals()):
             raise ValueError("\n".join(problems))
@@ -86,8 +105,13 @@ class PreferenceGroups(Dataset):
         report = DropReport(folder / f"dropped-{part}.jsonl", rank == 0, source, max_dropped)
         report.stop_if_damaged(len(records), dropped)
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
-        verify(records, images)
-        checks = dict(zip(images, check_images(images, 32, Workers(rank, world_size, barrier, folder)), strict=True))
+        verify(fingerprint_of(source, records, images))
+        workers = Workers(rank, world_size, barrier, folder)
+        if cache == "off":
+            found = check_images(images, 32, workers)
+        else:
+            found = LatentCache(cache_folder(cache), Nothing(), 32, *workers).add_images(images)
+        checks = dict(zip(images, found, strict=True))
         self.records, damaged = usable_records(records, checks)
         dropped += damaged
         report.stop_if_damaged(len(self.records), dropped)

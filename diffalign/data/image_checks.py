@@ -7,13 +7,15 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from diffalign.data.images import Square, prefetch, square
 from diffalign.data.records import ImageRef
 from reward_models.files import read_json, write_whole
+
+T = TypeVar("T")
 
 SHARD = 256
 """Images, or prompts, per shard."""
@@ -91,6 +93,20 @@ class Workers(NamedTuple):
     def progress_bar(self, chunks: list[range], what: str) -> tqdm:
         """A progress bar over the chunks, on the main rank."""
         return tqdm(total=sum(map(len, chunks)), desc=what, disable=self.rank > 0, mininterval=1, leave=False)
+
+    def told(self, value: Callable[[], T]) -> T:
+        """`value()` of rank 0, JSON, on every rank; only rank 0 calls it."""
+        if self.world_size == 1:
+            return value()
+        file = self.exchange / "told.json"
+        if self.rank == 0:
+            write_whole(file, json.dumps(value()))
+        self.barrier()
+        found = read_json(file)
+        self.barrier()
+        if self.rank == 0:
+            file.unlink()
+        return found
 
     def gather(self, found: dict[int, ImageCheck], n: int) -> list[ImageCheck]:
         """All-gather of the checks by image index, through files in `exchange`. Every rank gets the list of all n."""

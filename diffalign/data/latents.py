@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,25 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, cond_of
+from diffalign.data.cache import LatentCache, cache_folder, cond_of, warn_of_truncation
+from diffalign.data.examples import Example, Examples, example_arrays
 from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, usable_records
-from diffalign.data.image_checks import ImageCheck, Workers, check_images
+from diffalign.data.fingerprint import fingerprint_of
+from diffalign.data.image_checks import Workers, check_images
 from diffalign.data.images import square
 from diffalign.data.readers import find_reader
-from diffalign.data.records import ImageRef, Record
+from diffalign.data.records import Record
+from diffalign.data.shards import RepairedRows, Rows
+from diffalign.data.starts import SavedStart, Start
 from diffalign.draws import Draws
 from diffalign.types import Cond, Encoder, Key, LatentBatch
-
-
-class Example(NamedTuple):
-    """One training example: a prompt with K images, the winner first, and a score per image (NaN for none)."""
-
-    id: str
-    prompt: str
-    images: tuple[ImageRef, ...]
-    scores: tuple[float, ...]
-    flip: float = 0.0
-    annotator: str | None = None
 
 
 class Item(NamedTuple):
@@ -40,6 +32,7 @@ class Item(NamedTuple):
     size    size conditions [K, 6]
     text    Cond of batch size 1, or the prompt without a cache
     scores  K scores
+    place   place of the first image in the data set; the others follow
     """
 
     x: Tensor
@@ -48,6 +41,7 @@ class Item(NamedTuple):
     key: Key
     flip: float
     scores: tuple[float, ...]
+    place: int
 
 
 class PixelBatch(NamedTuple):
@@ -60,6 +54,7 @@ class PixelBatch(NamedTuple):
     flip: Tensor
     scores: Tensor
     size: Tensor
+    places: Sequence[int]
 
 
 class PreferenceLatents(Dataset):
@@ -70,7 +65,7 @@ class PreferenceLatents(Dataset):
     Warnings about records that are used, such as duplicates, are listed in `<folder>/notices.jsonl`.
 
     Positional: the encoder, the run's draws, its folder, rank, world size, a barrier of all ranks, and a callback that
-    gets the records and images before any image is read.
+    gets the fingerprint of the data before any image is read.
 
     Args:
         path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
@@ -99,7 +94,7 @@ class PreferenceLatents(Dataset):
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
-        verify: Verify = lambda records, images: None,
+        verify: Verify = lambda fingerprint: None,
         *,
         path: str,
         resolution: int = 512,
@@ -121,26 +116,28 @@ class PreferenceLatents(Dataset):
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
         self.draws_per_sample, self.size_conditions = draws_per_sample, size_conditions
         workers = Workers(rank, world_size, barrier, folder)
-        records, dropped = self.read(path, limit)
         report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
-        report.stop_if_damaged(len(records), dropped)  # before the images, which may take hours
-        images = list(dict.fromkeys(ref for record in records for ref in record.images))
-        verify(records, images)
-        store = None
-        if cache == "off":
-            found = check_images(images, resolution, workers)
+        store = None if cache == "off" else LatentCache(cache_folder(cache), encoder, resolution, *workers, hflip=hflip)
+        saved = (
+            None if store is None else SavedStart(store, path, kind=type(self).__qualname__, limit=limit, hflip=hflip)
+        )
+        if saved and workers.told(saved.valid):
+            start = saved.load()
+            verify(start.fingerprint)
+            report.stop_if_damaged(start.usable, start.dropped)
+            if start.truncated and rank == 0:
+                warn_of_truncation(*start.truncated)
         else:
-            store = LatentCache(cache_folder(cache), encoder, resolution, *workers, hflip=hflip)
-            found = store.add_images(images)
-        checks = dict(zip(images, found, strict=True))
-        records, damaged = usable_records(records, checks)
-        dropped += damaged
-        report.stop_if_damaged(len(records), dropped)
-        self._arrange(records)
-        report.summary(len(records), len(self), dropped)
-        report.notice(lambda: notices_of(records, checks))
+            start = self._start(path, limit, store, saved, workers, report, verify)
+        self._examples = Examples(start.arrays)
+        self.ids, self.annotators = self._examples.ids, self._examples.annotators
+        self.images, self.prompts = self._examples.images, self._examples.prompts
+        self._latents: list[RepairedRows] = []
+        self._texts: Any = None
+        report.summary(start.usable, len(self), start.dropped)
+        report.notice(lambda: start.notices)
         if store is not None:
-            self._locate(store, checks)
+            self._locate(store, start.rows)
 
     read = staticmethod(read_some)
 
@@ -154,39 +151,55 @@ class PreferenceLatents(Dataset):
     def examples(records: Sequence[Record]) -> Iterator[Example]:
         """Training examples of the usable records, in a fixed order."""
 
-    def _arrange(self, records: Sequence[Record]) -> None:
-        """Store the examples as flat lists and tensors, which are cheap to share with worker processes."""
-        numbers: dict[ImageRef, int] = {}
-        prompts: dict[str, int] = {"": 0}
-        ids, texts, flips, starts, annotators = [], [], [], [0], []
-        members: list[int] = []
-        scores: list[float] = []
-        for one in self.examples(records):
-            ids.append(one.id)
-            annotators.append(one.annotator)
-            texts.append(prompts.setdefault(one.prompt, len(prompts)))
-            flips.append(one.flip)
-            members += [numbers.setdefault(ref, len(numbers)) for ref in one.images]
-            scores += one.scores
-            starts.append(len(members))
-        self.ids: list[str] = ids
-        self.annotators: list[str | None] = annotators
-        self.images, self.prompts = list(numbers), list(prompts)
-        self._texts_of, self._starts = torch.tensor(texts, dtype=torch.int32), torch.tensor(starts)
-        self._members, self._scores = torch.tensor(members, dtype=torch.int32), torch.tensor(scores)
-        self._flips = torch.tensor(flips, dtype=torch.float32)
-        self._latents: list[Any] = []
-        self._texts: Any = None
+    def _start(
+        self,
+        path: str,
+        limit: int | None,
+        store: LatentCache | None,
+        saved: SavedStart | None,
+        workers: Workers,
+        report: DropReport,
+        verify: Verify,
+    ) -> Start:
+        """Read the records, check all images, encode what is missing in the cache, and save the result there."""
+        records, dropped = self.read(path, limit)
+        report.stop_if_damaged(len(records), dropped)  # before the images, which may take hours
+        images = list(dict.fromkeys(ref for record in records for ref in record.images))
+        fingerprint = fingerprint_of(path, records, images)
+        verify(fingerprint)
+        found = store.add_images(images) if store else check_images(images, self.resolution, workers)
+        checks = dict(zip(images, found, strict=True))
+        records, damaged = usable_records(records, checks)
+        dropped += damaged
+        report.stop_if_damaged(len(records), dropped)
+        arrays, used = example_arrays(self.examples(records))
+        notices = list(notices_of(records, checks)) if workers.rank == 0 else []
+        start = Start(arrays, len(records), dropped, notices, fingerprint, None, {})
+        if store is None or saved is None:
+            return start
+        del records
+        prompts = Examples(arrays).prompts
+        truncated = store.add_prompts(prompts)
+        digests = [checks[ref].digest for ref in used]
+        names = ("latents", "mirrored")[: 1 + self.hflip]
+        rows = {name: store.latents(digests, used, flipped=name == "mirrored").rows for name in names}
+        start = start._replace(truncated=truncated, rows=rows | {"texts": store.texts(prompts).rows})
+        # Read from the file, the arrays are shared by all processes of a machine.
+        return saved.load() if workers.told(lambda: saved.save(start, checks, used)) else start
 
-    def _locate(self, store: LatentCache, checks: dict[ImageRef, ImageCheck]) -> None:
-        """Locate the latents and embeddings in the cache, from which items are read."""
-        store.add_prompts(self.prompts)
-        digests = [checks[ref].digest for ref in self.images]
-        self._latents = [store.latents(digests, self.images, flipped=f) for f in ((False, True)[: 1 + self.hflip])]
-        self._texts = store.texts(self.prompts)
+    def _locate(self, store: LatentCache, rows: Mapping[str, Rows]) -> None:
+        """Use these rows of the cache, from which items are read."""
+        names = [name for name in ("latents", "mirrored") if name in rows]
+        self._latents = [store.repaired_latents(rows[x], self.images, flipped=x == "mirrored") for x in names]
+        self._texts = store.repaired_texts(rows["texts"], self.prompts)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def places(self) -> int:
+        """Number of images of all examples; LatentBatch.places counts them."""
+        return len(self._examples.members)
 
     def __getitem__(self, place: tuple[int, int]) -> Item:
         """Example `index` in `epoch`; place = (epoch, index)."""
@@ -195,21 +208,22 @@ class PreferenceLatents(Dataset):
 
     def draw(self, key: Key, index: int) -> Item:
         """Example `index` with the augmentation drawn from `key`."""
-        here = slice(*self._starts[index : index + 2].tolist())
-        members, scores = self._members[here].tolist(), tuple(self._scores[here].tolist())
-        flip = self._flips[index].item()
+        found = self._examples
+        place, end = found.starts[index : index + 2].tolist()
+        members, scores = found.members[place:end].tolist(), tuple(found.scores[place:end].tolist())
+        flip = found.flips[index].item()
         mirrored = self.hflip and self._uniform(key, "hflip") < 0.5
         dropped = self.caption_dropout and self._uniform(key, "caption_dropout") < self.caption_dropout
-        text = 0 if dropped else int(self._texts_of[index])
+        text = 0 if dropped else int(found.texts[index])
         if self._latents:
             rows = [self._latents[mirrored].read(i) for i in members]
             x, size = (torch.stack([row[name] for row in rows]) for name in ("latent", "size"))
-            return Item(x, size, cond_of(self._texts, text), key, flip, scores)
+            return Item(x, size, cond_of(self._texts, text), key, flip, scores, place)
         at = self._uniform(key, "crop") if self.crop == "random" else 0.5
         squares = [square(self.images[i].read(), self.resolution, at=at) for i in members]
         squares = [one.mirrored() for one in squares] if mirrored else squares
         x, size = (torch.stack(parts) for parts in zip(*squares, strict=True))
-        return Item(x, size, self.prompts[text], key, flip, scores)
+        return Item(x, size, self.prompts[text], key, flip, scores, place)
 
     def _uniform(self, key: Key, stream: str) -> float:
         return self.draws.uniform([key], stream=stream).item()
@@ -226,7 +240,7 @@ class PreferenceLatents(Dataset):
         group, scores = torch.tensor([g for _, g in order]), torch.tensor([items[g].scores[k] for k, g in order])
         flip = torch.tensor([i.flip for i in items])
         texts: Any = [i.text for i in items]
-        rest = (group, [i.key for i in items], flip, scores, size)
+        rest = (group, [i.key for i in items], flip, scores, size, [items[g].place + k for k, g in order])
         return LatentBatch(x, Cond.cat(texts), *rest) if self._latents else PixelBatch(x, texts, *rest)
 
     @torch.no_grad()
@@ -263,8 +277,3 @@ def check_latents(cfg: dict[str, Any]) -> list[str]:
         if not 0 <= cfg[name] <= 1:
             problems.append(f"'data.{name}' = {cfg[name]} must be in [0, 1]")
     return problems
-
-
-def cache_folder(cache: str | None) -> Path:
-    """Folder of the cache: as given, else $DIFFALIGN_CACHE, else ~/.cache/diffalign."""
-    return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()

@@ -61,11 +61,14 @@ class KeyedLoader:
 
         The micro-batches are those with which training starts, until each draw has occurred: what is computed here is
         compared with what training computes in a batch of the same samples. In half precision on a GPU the rounding of
-        a sample depends on its batch.
+        a sample depends on its batch. The last ones may repeat examples; their images have place -1.
         """
         total = (self.dataset.draws_per_sample or 1) * len(self.dataset)
         micro_batches = -(-total // (self.batch_size * self.world_size))
-        return self._load(islice(_Stream(self, 0), micro_batches), lambda batch: batch)
+        for micro, batch in enumerate(self._load(islice(_Stream(self, 0), micro_batches), lambda batch: batch)):
+            left = total - (micro * self.world_size + self.rank) * self.batch_size
+            places = zip(batch.places, batch.group.tolist(), strict=True)
+            yield batch._replace(places=[place if g < left else -1 for place, g in places])
 
     def _load(self, places: Iterable[list[tuple[int, int]]], draw: Callable[[Any], Any]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffalign.data.latents import Example, PreferenceLatents
+from diffalign.data.examples import Example
+from diffalign.data.latents import PreferenceLatents
 from diffalign.data.records import Record
 
 
@@ -39,5 +41,6 @@ class PreferencePairs(PreferenceLatents):
             raise ValueError("this recipe reads features from the cache: 'data.cache' must not be off")
         images = torch.stack([self._latents[0].read(i)["latent"].flatten() for i in range(len(self.images))])
         texts = torch.stack([self._texts.read(i)["tokens"].flatten() for i in range(len(self.prompts))])
-        rows = torch.cat([self._texts_of[:, None], self._members.view(-1, 2)], dim=1).long()
+        numbers = np.concatenate([self._examples.texts[:, None], self._examples.members.reshape(-1, 2)], axis=1)
+        rows = torch.from_numpy(numbers.astype(np.int64))
         return images, texts, rows

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, cond_of
+from diffalign.data.cache import LatentCache, cache_folder, cond_of
 from diffalign.data.image_checks import Workers
-from diffalign.data.latents import cache_folder
 from diffalign.playground.world import captions
 from diffalign.types import Cond, Encoder, Key, PromptBatch
 from reward_models.files import bad_name, parse_json, text_lines

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from diffalign.data.latents import Example, PreferenceLatents
+from diffalign.data.examples import Example
+from diffalign.data.latents import PreferenceLatents
 from diffalign.data.rankings import PHI
 from diffalign.data.records import Record
 

@@ -71,9 +71,14 @@ def _drop_tie(record: Record | Dropped) -> Record | Dropped:
     return Dropped(record.id, "tie") if tied else record
 
 
+def resolved(path: str | Path) -> Path:
+    """The path of a data set that is given by its path or the name of a shipped one."""
+    return SHIPPED_PAIRS.get(str(path)) or Path(path).expanduser()
+
+
 def find_reader(path: str | Path) -> Callable[[], Records]:
     """Reader of the data set at a path; ties are records. Raises as `read_records` does."""
-    path = SHIPPED_PAIRS.get(str(path)) or Path(path).expanduser()
+    path = resolved(path)
     if not path.exists():
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
     found = _in_folder(path) if path.is_dir() else _in_file(path)

@@ -166,10 +166,7 @@ class Shards:
         self._sums: list[np.ndarray] = []
         self._fields: tuple[Field, ...] = ()
         self._loaded: set[str] = set()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+        make_folder(folder)
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -243,7 +240,9 @@ class Shards:
         places = np.fromiter((self._places[key] for key in keys), dtype=np.int64, count=len(keys))
         starts = np.cumsum([0, *(len(x) for x in self._sums)])
         sums = np.concatenate([np.zeros(0, np.uint32), *self._sums])[starts[places // ROWS] + places % ROWS]
-        return Rows(str(self.folder), tuple(self._names), self._fields, places, sums)
+        used, shards = np.unique(places // ROWS, return_inverse=True)
+        names = tuple(self._names[k] for k in used.tolist())
+        return Rows(str(self.folder), names, self._fields, shards * ROWS + places % ROWS, sums)
 
 
 def stored(field: str, values: Mapping[str, Tensor]) -> np.ndarray:
@@ -257,6 +256,14 @@ def stored(field: str, values: Mapping[str, Tensor]) -> np.ndarray:
             "fp32, because some autoencoders overflow in half precision"
         )
     return kept.contiguous().numpy()
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder of the cache. Raises OSError with what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:

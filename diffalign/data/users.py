@@ -63,6 +63,11 @@ class UserPairs:
             problems.append(f"'users.path': no file '{cfg['path']}'; `diffalign user embed` writes it")
         return problems
 
+    @property
+    def places(self) -> int:
+        """As PreferenceLatents.places, with gaps."""
+        return self.pairs.places
+
     def __len__(self) -> int:
         return len(self.indices)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from tqdm import tqdm
 
 from diffalign.algorithms.base import Algorithm
 from diffalign.algorithms.denoising import Denoising
@@ -23,7 +22,9 @@ from diffalign.networks.families.base import Backbone
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
 from diffalign.objectives.rewards import Rewards
+from diffalign.training import memory
 from diffalign.training.optim import Player
+from diffalign.training.remembering import remember_reference
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook
 from diffalign.types import Cond
@@ -91,7 +92,9 @@ class Parts:
         backbone.release()  # latents and text are encoded: no text encoder in memory while training
         loader = run.loader(self.data)
         if self.data.draws_per_sample and isinstance(algorithm, Denoising) and algorithm.remembers_reference:
-            algorithm.remember_reference(tqdm(loader.once(), "reference", disable=not run.main), run.gather)
+            remember_reference(cfg, run, algorithm, loader, backbone.latent_shape(self.resolution))
+        parts = memory.held(algorithm, players, averaged=cfg.hooks.get("ema_decay") is not None)
+        run.print(memory.described(parts, run.folder / "config.yaml"))
         self.reference = None  # the algorithm holds the only reference left, and may free it
         cfg.make("trainer", run, algorithm, players, every).fit(loader)
 

@@ -162,10 +162,7 @@ class Run:
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
         """Load a preference data set as latents, with the draws, ranks and folder of this run."""
         _check_size(encoder, config["resolution"])
-        a, verify = (
-            self.accelerator,
-            partial(check_same_data, self.folder, kind.__name__, config["path"], main=self.main),
-        )
+        a, verify = self.accelerator, partial(check_same_data, self.folder, kind.__name__, main=self.main)
         ranks = (a.process_index, a.num_processes, a.wait_for_everyone)
         return kind(encoder, self.draws, self.folder, *ranks, verify, **config)
 
@@ -181,8 +178,7 @@ class Run:
     def groups(self, prepare: Any, part: Any, **config: Any) -> PreferenceGroups:
         """Load the training or validation split of a data set, as groups of images for a scorer."""
         a = self.accelerator
-        path = (config.get("validation_path") if part == "validation" else None) or config["path"]
-        verify = partial(check_same_data, self.folder, f"groups {part}", path, main=self.main)
+        verify = partial(check_same_data, self.folder, f"groups {part}", main=self.main)
         ranks = (a.process_index, a.num_processes, a.wait_for_everyone)
         return PreferenceGroups(prepare, self.folder, *ranks, part, verify, **config)
 

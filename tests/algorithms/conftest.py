@@ -73,6 +73,7 @@ def batch_of() -> Callable[..., LatentBatch]:
             [(0, str(i)) for i in range(n)],
             torch.zeros(n),
             torch.full((len(group),), torch.nan) if scores is None else torch.tensor(scores),
+            places=list(range(len(group))),
         )
 
     return make

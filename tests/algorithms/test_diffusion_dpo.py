@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from diffalign.algorithms.denoising import Remembered
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.schedule import Prediction
@@ -153,7 +155,9 @@ def test_precomputed_reference_errors_give_the_same_loss(tiny_sd: Path, batch_of
     algorithm = DiffusionDPO(backbone.denoiser, reference_for(backbone.denoiser), *wiring)
     remembering = DiffusionDPO(backbone.denoiser, algorithm.reference, *wiring)
     batch = batch_of([2] * 3)
-    remembering.remember_reference([batch], gather=lambda found: found)
+    into = Remembered(np.zeros((1, 6), np.float32))
+    remembering.ask_reference([batch], into)
+    remembering.remember(into)
     assert remembering.reference is None
     assert abs(remembering.loss(batch)[0].item() - math.log(2)) < 1e-6
     optimizer = torch.optim.SGD([p for p in backbone.denoiser.parameters() if p.requires_grad], lr=1e-3)

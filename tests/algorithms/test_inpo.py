@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from diffalign.algorithms.denoising import Remembered
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.algorithms.inpo import InPO
 from diffalign.diffusion.inversion import Inversion
@@ -114,7 +116,9 @@ def test_cached_inversions_give_the_same_loss(tiny_sd: Path, batch_of) -> None:
     reference = reference_for(backbone.denoiser)
     fresh = inpo_of(backbone.denoiser, reference, noising, invert_by="reference")
     kept = inpo_of(backbone.denoiser, reference, noising, invert_by="reference")
-    kept.remember_reference([batch], gather=lambda found: found)
+    into = Remembered(np.zeros((1, 6), np.float32), np.zeros((1, 6, *batch.x0.shape[1:]), np.float32))
+    kept.ask_reference([batch], into)
+    kept.remember(into)
     assert reference not in vars(kept).values()  # released
     optimizer = torch.optim.SGD([p for p in backbone.denoiser.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):

@@ -285,8 +285,8 @@ def test_a_damaged_json_file_is_reported_and_its_entries_are_recomputed(tmp_path
         file = sorted((tmp_path / "cache/pool").rglob("*.json"))[0]
         file.write_bytes(content)
         cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
-        assert f"{file.name}' is damaged and ignored" in caplog.text
         assert numbers(cache, cache.add_images(images)) == list(range(6)) and cache.encoder.images == 3
+        assert f"{file.name}' is damaged and ignored" in caplog.text
 
 
 def test_every_flipped_byte_of_a_cached_latent_is_detected_and_the_entry_recomputed(tmp_path, caplog):

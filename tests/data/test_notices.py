@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffalign.data import ImageRef, PreferenceGroups, PreferencePairs, Prompts, Record
-from diffalign.data.fingerprint import check_same_data, check_same_prompts
+from diffalign.data.fingerprint import check_same_data, check_same_prompts, fingerprint_of
 from diffalign.draws import Draws
 from diffalign.types import Cond
 
@@ -104,7 +104,7 @@ def test_a_run_with_a_checkpoint_resumes_only_with_the_same_data(tmp_path, chang
     run, path = tmp_path / "run", str(tmp_path / "p.jsonl")
 
     def start():
-        verify = partial(check_same_data, run, "PreferencePairs", path, main=True)
+        verify = partial(check_same_data, run, "PreferencePairs", main=True)
         PreferencePairs(
             Pool(), Draws(0), run, 0, 1, lambda: None, verify, path=path, resolution=8, cache="off", max_dropped=1.0
         )
@@ -127,18 +127,19 @@ def test_a_run_with_a_checkpoint_resumes_only_with_the_same_data(tmp_path, chang
 
 
 def test_changed_records_raise_with_their_count_for_each_dataset_separately(tmp_path):
-    def records(n):
-        return [Record(str(k), "a", (ImageRef("x.png"),), (0.0,)) for k in range(n)]
+    def found(n):
+        records = [Record(str(k), "a", (ImageRef("x.png"),), (0.0,)) for k in range(n)]
+        return fingerprint_of("data", records, [])
 
     (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
-    check_same_data(tmp_path, "a", "data", records(2), [], main=False)
+    check_same_data(tmp_path, "a", found(2), main=False)
     assert not (tmp_path / "data.json").exists()
     for name in "ab":
-        check_same_data(tmp_path, name, "data", records(2), [], main=True)
+        check_same_data(tmp_path, name, found(2), main=True)
     check_same_prompts(tmp_path, "p.txt", [("0", "a")], main=True)
     assert list(json.loads((tmp_path / "data.json").read_text())) == ["a", "b", "prompts"]
     with pytest.raises(ValueError, match=r"other records \(2 before, 3 now\); restore the data"):
-        check_same_data(tmp_path, "a", "data", records(3), [], main=False)
+        check_same_data(tmp_path, "a", found(3), main=False)
     with pytest.raises(ValueError, match=r"the data of 'p\.txt' changed since .*: other records; restore"):
         check_same_prompts(tmp_path, "p.txt", [("0", "b")], main=True)
     check_same_prompts(tmp_path, "p.txt", [("0", "a")], main=True)

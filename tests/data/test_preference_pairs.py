@@ -283,7 +283,7 @@ def rank_of_two(tmp_path, path, rank, barrier):
         cache=str(tmp_path / "cache"),
     )
     numbers = [number(pairs[0, i].x[0])[0] for i in range(len(pairs))]
-    (tmp_path / f"{rank}.json").write_text(json.dumps([pairs.ids, numbers, pairs.encoder.calls]))
+    (tmp_path / f"{rank}.json").write_text(json.dumps([[*pairs.ids], numbers, pairs.encoder.calls]))
 
 
 def test_two_ranks_drop_and_keep_the_same_records(tmp_path):

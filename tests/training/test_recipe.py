@@ -136,5 +136,7 @@ def test_recipes_do_not_call_the_shared_factories(file: Path) -> None:
         "Checkpoint",
         "Rewards",
     }
-    assert not names & (shared | {"load_backbone", "reference_for", "release", "remember_reference", "loader"})
+    assert not names & (
+        shared | {"load_backbone", "reference_for", "release", "remember_reference", "ask_reference", "loader"}
+    )
     assert names & {"fit", "fit_scorer"}
