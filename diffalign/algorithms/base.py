@@ -37,6 +37,8 @@ class Algorithm(ABC):
     players: Mapping[str, nn.Module]
     inner_gradients: ClassVar[bool] = False
     """Whether the loss computes gradients itself. The GradScaler of float16 does not scale these."""
+    even_passes: bool = True
+    """Whether all ranks run their networks equally often in a loss, as sharding needs."""
     shown: Sequence[str] = ("policy/loss", "policy/accuracy")
     """Names of the metrics in the progress bar."""
 

@@ -21,6 +21,7 @@ from diffalign.diffusion.schedule import Schedule, VPSchedule, per_sample
 from diffalign.diffusion.steps import Network, Step, gaussian_step, guided, renoise_step
 from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
+from diffalign.networks.sharding import is_sharded
 from diffalign.types import Cond, Key, upload
 
 StepKind = Literal["deterministic", "ancestral", "renoise", "random"]
@@ -172,6 +173,10 @@ class Sampler:
         generators = [self.draws.generator(key, "sampler") for key in keys]
         transitions: list[Transition] = []
         last = len(self) - 1 if stop is None else stop
+        if is_sharded(network):  # all processes must run it equally often
+            with torch.no_grad():
+                for _ in range(len(self) - 1 - last):
+                    self.predict(network, x, torch.full((len(x),), self.level_pairs[0][0], device=x.device), cond)
         for k in range(last + 1):
             t, t_next = (torch.full((len(x),), level, device=x.device) for level in self.level_pairs[k])
             with torch.set_grad_enabled(torch.is_grad_enabled() and k in graded):
