@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffalign.networks.lora import adapters_off, lora_layers
 from diffalign.networks.placement import place, trained_parameters
+from diffalign.networks.sharding import replicated
 from diffalign.types import Cond
 
 
@@ -68,13 +69,9 @@ class DistanceToStart:
 
     def __call__(self) -> Tensor:
         """The squared distance, a scalar."""
-        if not self.layers:
-            return torch.stack(
-                [(p - p0).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]
-            ).sum()
-        terms = []
+        terms = [(p - p0).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]
         for layer in self.layers:
             name = layer.active_adapters[0]
-            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            down, up = replicated(layer.lora_A[name].weight), replicated(layer.lora_B[name].weight)
             terms.append(layer.scaling[name] ** 2 * ((down @ down.T) * (up.T @ up)).sum())
-        return torch.stack(terms).sum()
+        return replicated(torch.stack(terms).sum())

@@ -162,6 +162,11 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, accelera
     return nn.utils.clip_grad_norm_(parameters, max_norm).full_tensor().detach()  # type: ignore[attr-defined]
 
 
+def replicated(x: Tensor) -> Tensor:
+    """The full tensor on every process, differentiable, of a sharded parameter or of a sum over several."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
 def whole(x: Tensor) -> Tensor:
     """The full, contiguous, detached tensor of a parameter or optimizer state, for a file.
 

@@ -90,3 +90,26 @@ def test_resuming_on_one_two_and_one_processes(
     assert ("sharded over 2" in done.stdout) == (kind == "sharded")
     recipe("diffusion_dpo", *moved, *one, "trainer.steps=6")
     same(tmp_path / "whole", tmp_path / "moved")
+
+
+WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "hooks.sample_every=2"]
+WATCHED += ["hooks.sample_prompts=[small red circle on white]", "data.limit=16"]
+ONLINE = ["--config=playground", "hooks.verify_export=false", "optimizer.lr_warmup_steps=0", "data.batch_size=2"]
+ONLINE += ["hooks.checkpoint_every=0", "trainer.steps=2", "optimizer.eps=1e-4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("diff_instruct_star", [*WATCHED, "algorithm.aux_rounds=2"]),
+        ("diff_instruct_star", ["data.limit=16", "algorithm.aux_rounds=1", "backbone.lora_rank=0", "teacher.lora_rank=0"]),
+        ("refl", [*WATCHED, "hooks.sample_every=0"]),
+        ("r0", ["data.limit=16", "hooks.sample_every=0", "algorithm.start_weight=1", "backbone.lora_rank=0"]),
+        ("r0", ["data.limit=16", "hooks.sample_every=0", "algorithm.start_weight=1"]),
+        ("pso", ["data.limit=16", "hooks.sample_every=0"]),
+    ],
+)
+def test_online(tmp_path: Path, recipe: Callable, sharded: Callable, name: str, settings: list[str]) -> None:
+    recipe(name, *ONLINE, *settings, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=2")
+    sharded(name, *ONLINE, *settings, f"run.folder={tmp_path / 'two'}")
+    same(tmp_path / "one", tmp_path / "two", loss=1e-4, weight=1e-4)
