@@ -377,7 +377,7 @@ def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recip
         recipe("refl", *words, "run.resume=true")
     shutil.rmtree(checkpoint)
     flip(checkpoint.with_name("step-000002") / "optimizer_0.safetensors")
-    with pytest.raises(ValueError, match=r"damaged: optimizer_0\.safetensors\); delete that folder to start again at step 0"):
+    with pytest.raises(ValueError, match=r"damaged: optimizer_0\.safetensors\); delete that folder to start again"):
         recipe("refl", *words, "run.resume=true")
 
 
