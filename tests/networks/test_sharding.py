@@ -103,9 +103,8 @@ dist.destroy_process_group()
     [
         ("tiny_sd", 0, "fp32", "no", 2, 1),
         ("tiny_sd", 2, "bf16", "bf16", 2, 1),
-        ("tiny_sd", 0, "fp32", "bf16", 4, 2),
+        ("tiny_sd3", 0, "fp32", "bf16", 4, 2),
         ("tiny_sdxl", 2, "fp32", "no", 2, 2),
-        ("tiny_sd3", 0, "fp32", "no", 2, 1),
         ("tiny_flux", 2, "bf16", "no", 2, 1),
     ],
 )

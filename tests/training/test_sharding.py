@@ -76,8 +76,10 @@ def same(a: Path, b: Path, *, loss: float = 1e-5, weight: float = 1e-5) -> None:
 def test_a_sharded_run_equals_one_that_is_not(tmp_path: Path, recipe: Callable, sharded: Callable, rank: int) -> None:
     settings = [*SMALL, f"backbone.lora_rank={rank}", "trainer.steps=4", "hooks.ema_decay=0.9", "optimizer.eps=1e-4"]
     recipe("diffusion_dpo", *settings, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=4")
-    done = sharded("diffusion_dpo", *settings, f"run.folder={tmp_path / 'two'}", "trainer.grad_accum=2")
+    verify = f"hooks.verify_export={str(rank > 0).lower()}"
+    done = sharded("diffusion_dpo", *settings, f"run.folder={tmp_path / 'two'}", "trainer.grad_accum=2", verify)
     assert "of a network sharded over 2 processes" in done.stdout
+    assert ("verified in a fresh process" in done.stdout) == (rank > 0)
     same(tmp_path / "one", tmp_path / "two")
 
 
@@ -110,7 +112,7 @@ ONLINE += ["hooks.checkpoint_every=0", "trainer.steps=2", "optimizer.eps=1e-4", 
     [
         ("diff_instruct_star", ["algorithm.aux_rounds=1", *WATCHED]),
         ("diff_instruct_star", ["algorithm.aux_rounds=1", "backbone.lora_rank=0", "teacher.lora_rank=0"]),
-        ("refl", ["hooks.sample_every=0", "monitor.every=2", "monitor.prompt_count=3", "algorithm.start_weight=1"]),
+        ("refl", ["hooks.sample_every=0", "monitor.every=2", "monitor.prompt_count=17", "algorithm.start_weight=1"]),
     ],
     ids=["two players share a network", "three networks", "steps that differ between processes"],
 )
