@@ -102,9 +102,10 @@ def shard(module: Any, how: Sharding) -> None:
         "offload_policy": CPUOffloadPolicy(how.device != "cpu") if how.offload and frozen else OffloadPolicy(),
     }
     for part in reversed(list(module.modules())):  # inner blocks before those around them
-        if type(part).__name__ in names:
+        if type(part).__name__ in names or part is module:
             fully_shard(part, **options)
-    fully_shard(module, **options)
+            if how.device == "cpu":  # gloo cannot average: before torch 2.9 it returned the sum
+                part.set_force_sum_reduction_for_comms(True)
     module.register_forward_hook(_reshard_without_gradients)
 
 
@@ -163,8 +164,19 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, accelera
 
 
 def replicated(x: Tensor) -> Tensor:
-    """The full tensor on every process, differentiable, of a sharded parameter or of a sum over several."""
+    """The full tensor of a sharded parameter on every process, differentiable."""
     return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def squared_distance(parameters: Sequence[Tensor], start: Sequence[Tensor]) -> Tensor:
+    """Sum of squared differences over all rows of all processes, a scalar, differentiable in the parameters."""
+    rows = [(p.to_local() if isinstance(p, DTensor) else p, local(p0)) for p, p0 in zip(parameters, start, strict=True)]
+    own = torch.stack([(p - p0).square().sum() for p, p0 in rows]).sum()
+    if not isinstance(parameters[0], DTensor):
+        return own
+    total = own.detach().clone()
+    dist.all_reduce(total, group=parameters[0].device_mesh.get_group("shard"))
+    return total + (own - own.detach())  # the gradient of the rows of this process
 
 
 def whole(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from diffalign.networks.placement import load_trained_state, trained
-from diffalign.networks.sharding import like, whole
+from diffalign.networks.sharding import like, local, whole
 from diffalign.training.optim import Player
 
 FILE = "checksums.json"
@@ -98,7 +98,11 @@ def _load_optimizer(optimizer: Any, file: Path) -> None:
 
 
 def _is_plain(x: Any) -> bool:
-    return isinstance(x, DTensor) or type(x) in (Tensor, torch.nn.Parameter)
+    """Whether a file holds it as a full tensor. Raises ValueError for shards of quantised moments."""
+    plain = isinstance(x, Tensor) and type(local(x)) in (Tensor, torch.nn.Parameter)
+    if isinstance(x, DTensor) and not plain:
+        raise ValueError(f"sharded moments of type {type(local(x)).__name__} cannot be saved; use AdamW")
+    return plain
 
 
 def write_checksums(folder: Path) -> None:
