@@ -15,7 +15,8 @@ from diffalign.commands import program
 from diffalign.data import Prompts
 from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.sampler import Sampler, few_step_scheduler
+from diffalign.networks.sampler import Sampler
+from diffalign.networks.schedulers import few_step_scheduler
 from diffalign.networks.score_networks import score_networks
 from diffalign.training import recipe
 from diffalign.training.hooks.standard import standard_hooks

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from diffalign.algorithms.policy_gradient import Moves, PolicyGradient
 from diffalign.diffusion.schedule import FlowSchedule
 from diffalign.diffusion.steps import Network
-from diffalign.networks.sampler import FLOW_KINDS, Sampler
+from diffalign.networks.sampler import Sampler
+from diffalign.networks.schedulers import FLOW_KINDS
 from diffalign.objectives.policy_gradient import (
     clipped_policy_loss,
     divergence_policy_loss,

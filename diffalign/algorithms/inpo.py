@@ -28,6 +28,7 @@ from diffalign.diffusion.inversion import Inversion
 from diffalign.diffusion.noising import Noised, Noising
 from diffalign.diffusion.schedule import per_sample
 from diffalign.diffusion.steps import Network
+from diffalign.networks.sharding import is_sharded
 from diffalign.types import Cond, Drawn, LatentBatch
 
 
@@ -101,13 +102,18 @@ class InPO(DiffusionDPO):
         t = self.noising.sample(batch.keys)
         return batch._replace(drawn=Drawn(t, path=self.inversion.path(t[batch.group].cpu())))
 
+    @torch.no_grad()
     def _inverted(self, batch: LatentBatch, t: Tensor) -> Tensor:
         cond = batch.sample_cond
         uncond = self.empty.repeat(len(t))._replace(size=cond.size)
         inverter = self.denoiser if self.invert_by == "policy" else self.reference
         assert inverter is not None
         keys = batch.sample_keys if self.inversion.eta else ()
-        return self.inversion(inverter, batch.x0, t, cond, uncond, keys, batch.drawn and batch.drawn.path)
+        path = (batch.drawn and batch.drawn.path) or self.inversion.path(t)
+        if is_sharded(inverter):  # all processes must run it equally often
+            for _ in range((self.inversion.steps - len(path)) * (1 + self.inversion.renoise)):
+                inverter(batch.x0, t, cond)
+        return self.inversion(inverter, batch.x0, t, cond, uncond, keys, path)
 
     def betas(self, batch: LatentBatch) -> float | Tensor:
         """beta, or for SmPO beta times its weight [B]; the weight is negative if the scores contradict the label."""

@@ -191,6 +191,7 @@ class PSOCustomization(DiffusionDPO):
     """
 
     remembers_reference = False  # the reference samples the losers during training
+    even_passes = False  # a rank samples what its own targets lack
 
     def __init__(
         self,

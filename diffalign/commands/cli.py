@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for kind, what in (("train", "launch a training recipe with accelerate"), ("eval", "run an evaluation recipe")):
         p = commands.add_parser(kind, help=what, epilog=_listing(kind), formatter_class=raw)
         p.add_argument("--num-processes", type=int, help="default: one per GPU for train, one for eval")
-        p.add_argument("--accelerate-config", help="accelerate config file, or cpu, one_gpu, eight_gpus")
+        p.add_argument("--accelerate-config", help="accelerate config file, or a name in configs/accelerate")
         p.add_argument("name", metavar="RECIPE", help="followed by the recipe's own arguments (--help among them)")
         p.set_defaults(run=_recipe, kind=kind)
     p = commands.add_parser("recipes", help="list recipes and their configs")

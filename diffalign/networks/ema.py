@@ -8,14 +8,19 @@ from contextlib import contextmanager
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from diffalign.networks.placement import fill, trained_parameters, whole
+from diffalign.networks.placement import trained_parameters
+from diffalign.networks.sharding import as_shard, fill, local
 
 
 class Ema:
-    """EMA of a network's trainable weights; decay warm-up as in diffusers, min(decay, (1 + step) / (10 + step))."""
+    """EMA of a network's trainable weights; decay warm-up as in diffusers, min(decay, (1 + step) / (10 + step)).
+
+    Of a sharded network each process averages its own rows.
+    """
 
     def __init__(self, network: nn.Module, decay: float):
-        self.parameters = trained_parameters(network)
+        self.sharded = trained_parameters(network)
+        self.parameters = [local(p).requires_grad_() for p in self.sharded]
         self.model = EMAModel([p.float() for p in self.parameters], decay=decay, foreach=True)
 
     def step(self) -> None:
@@ -33,11 +38,12 @@ class Ema:
             self.model.restore(self.parameters)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The averaged tensors, named by position, for a safetensors file."""
-        return {str(i): whole(p) for i, p in enumerate(self.model.shadow_params)}
+        """The averaged tensors, named by position, sharded as the weights are."""
+        pairs = zip(self.sharded, self.model.shadow_params, strict=True)
+        return {str(i): as_shard(p, shadow) for i, (p, shadow) in enumerate(pairs)}
 
     def load(self, tensors: dict[str, Tensor], steps: int) -> None:
         """Restore `tensors()` saved after `steps` optimizer steps."""
-        for i, shadow in enumerate(self.model.shadow_params):
-            fill(shadow, tensors[str(i)])
+        for name, shadow in self.tensors().items():
+            fill(shadow, tensors[name])
         self.model.optimization_step = steps

@@ -86,6 +86,8 @@ def load_backbone(
     where = where._replace(compile=compile, cuda_graphs=cuda_graphs)
     backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
     if quantize != "off":
+        if where.sharding:
+            raise ValueError(f"'backbone.quantize' = {quantize} does not work with FSDP2; leave it out")
         quantize_linear(backbone.denoiser.network, quantize, where.device)
     place(backbone.denoiser, "policy", where)
     if lora_rank:

@@ -1,9 +1,9 @@
 """Device and precision of networks: dtypes, autocast, compilation, memory format, attention, checkpointing, DDP.
 
-No other file of diffalign decides these, except `compilation` and `cuda_graphs`, which this one uses. Trainable weights
-are float32. Policy and reference compute in `compute_dtype`, norms too. Frozen weights are stored in `frozen_dtype`.
-Each network carries its own autocast, so callers need none. Losses, errors and log densities are float32, outside
-autocast. `reward_models.placement` places scorers.
+No other file of diffalign decides these, except `compilation`, `cuda_graphs` and `sharding`, which this one uses.
+Trainable weights are float32. Policy and reference compute in `compute_dtype`, norms too. Frozen weights are stored in
+`frozen_dtype`. Each network carries its own autocast, so callers need none. Losses, errors and log densities are
+float32, outside autocast. `reward_models.placement` places scorers.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffalign.networks.compilation import compile_blocks
 from diffalign.networks.cuda_graphs import CudaGraphs
+from diffalign.networks.sharding import Sharding, fill, shard, sharding_of, whole
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
@@ -31,7 +32,7 @@ Role = Literal["policy", "reference", "encoder", "decoder"]
 
 
 class Placement(NamedTuple):
-    """Device and precision settings. The run sets the first two (`run.placement`), the backbone section the others.
+    """Device and precision settings. The run sets the first two and the last (`run.placement`).
 
     device         device of all networks
     compute_dtype  dtype in which policy and reference compute; None for the dtype of the weights
@@ -42,6 +43,7 @@ class Placement(NamedTuple):
     gradient_checkpointing  recompute activations in the backward pass
     compile        compile the trainable network and its reference: the repeated blocks, or the whole network
     cuda_graphs    record the trainable network and its reference as CUDA graphs
+    sharding       how the trainable denoisers and their references are sharded, if they are
     """
 
     device: torch.device
@@ -53,6 +55,7 @@ class Placement(NamedTuple):
     gradient_checkpointing: bool = False
     compile: Literal["off", "blocks", "whole"] = "off"
     cuda_graphs: bool = False
+    sharding: Sharding | None = None
 
     def dtype(self, role: Role, *, overflows: bool = False) -> torch.dtype:
         """Weight dtype of a network in this role. overflows: it overflows in float16, so it gets float32 instead."""
@@ -63,7 +66,8 @@ class Placement(NamedTuple):
 
 def placement_of(accelerator: Any) -> Placement:
     """The Placement that follows an accelerator's device and mixed precision."""
-    return Placement(accelerator.device, DTYPES.get(accelerator.mixed_precision))
+    dtype = DTYPES.get(accelerator.mixed_precision)
+    return Placement(accelerator.device, dtype, sharding=sharding_of(accelerator.device, dtype))
 
 
 def place(network: Any, role: Role, where: Placement | None = None) -> Any:
@@ -77,14 +81,19 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
     if role == "reference":
         return _frozen_copy(network)
     assert where is not None
-    network.to(where.device)
+    waits = role == "policy" and where.sharding is not None  # for `prepare`: the whole network may not fit
+    network.to("cpu" if waits else where.device)
     if role == "policy":
+        network.sharding = where.sharding
+        for name, on in (("compile' = whole", where.compile == "whole"), ("cuda_graphs' = true", where.cuda_graphs)):
+            if where.sharding and on:
+                raise ValueError(f"'backbone.{name} does not work with FSDP2; leave it out")
         network.compute_dtype = network.network.compute_dtype = where.compute_dtype
         if where.compute_dtype is not None:
             for layer in network.modules():
                 layer.__class__ = HALF_NORMS.get(type(layer), type(layer))
             torch.backends.cuda.matmul.allow_tf32 = True  # for the float32 products outside autocast
-        if hasattr(network.network, "conv_in"):  # a U-Net
+        if hasattr(network.network, "conv_in") and not where.sharding:  # a U-Net; FSDP2 refuses channels-last weights
             network.network.to(memory_format=torch.channels_last)
         if where.attention == "xformers":
             network.network.enable_xformers_memory_efficient_attention()
@@ -102,12 +111,14 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
 
 
 def prepare(module: nn.Module, accelerator: Any) -> nn.Module:
-    """A trainable network wrapped by accelerate: DDP for several processes, and accelerate's autocast.
+    """A trainable network wrapped by accelerate (DDP, and autocast, the only one of scorers), or sharded in place.
 
-    Scorers in training have no other autocast. Call it after copying the reference and before building the optimizer.
-    `fully_shard` goes here.
+    Call it after copying the reference and before building the optimizer.
     """
-    return accelerator.prepare_model(module)
+    if (sharding := placement_of(accelerator).sharding) is None:
+        return accelerator.prepare_model(module)
+    shard(module, sharding)
+    return module
 
 
 @contextmanager
@@ -136,6 +147,8 @@ def _frozen_copy(module: nn.Module) -> nn.Module:
         if isinstance(layer, MATRICES):
             layer.to(dtype)
     compile_blocks(copied)
+    if getattr(copied, "sharding", None) is not None:
+        shard(copied, copied.sharding)  # type: ignore[arg-type]
     return copied
 
 
@@ -194,24 +207,19 @@ def trainable(module: nn.Module) -> None:
     module.requires_grad_(True).float()
 
 
-# Access to the trainable state. Checkpoints, the EMA, the export of adapters and the optimizer use these functions. For
-# sharding, `whole` will gather a tensor and `fill` will scatter one. The export of a whole network reads its
-# `state_dict`, which a hook set by `prepare` can gather in the same way.
-
-
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Trainable parameters of a network, with or without a DDP wrapper."""
-    return [*_trained(module).values()]
+    return [*trained(module).values()]
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
     """Trainable parameters by name, as full tensors for a file."""
-    return {name: whole(p) for name, p in _trained(module).items()}
+    return {name: whole(p) for name, p in trained(module).items()}
 
 
 def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load the trainable parameters by name. Raises ValueError if the names differ."""
-    here = _trained(module)
+    here = trained(module)
     if state.keys() != here.keys():
         raise ValueError(
             f"the names differ from the weights that this run trains: {sorted(state.keys() ^ here.keys())[:3]}"
@@ -220,20 +228,10 @@ def load_trained_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         fill(parameter, state[name])
 
 
-def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name."""
     inner = module.module if isinstance(module, DistributedDataParallel) else module
     return {name: p for name, p in inner.named_parameters() if p.requires_grad}
-
-
-def whole(x: Tensor) -> Tensor:
-    """The full, contiguous, detached tensor of a parameter or optimizer state, for a file."""
-    return x.detach().contiguous()
-
-
-@torch.no_grad()
-def fill(x: Tensor, value: Tensor) -> None:
-    """Copy a tensor from a file into a parameter or optimizer state."""
-    x.copy_(value)
 
 
 def pins_memory(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffalign.networks.lora import adapters_off, lora_layers
 from diffalign.networks.placement import place, trained_parameters
+from diffalign.networks.sharding import replicated, squared_distance
 from diffalign.types import Cond
 
 
@@ -69,12 +70,10 @@ class DistanceToStart:
     def __call__(self) -> Tensor:
         """The squared distance, a scalar."""
         if not self.layers:
-            return torch.stack(
-                [(p.float() - p0.float()).square().sum() for p, p0 in zip(self.parameters, self.start, strict=True)]
-            ).sum()
+            return squared_distance(self.parameters, self.start)
         terms = []
         for layer in self.layers:
             name = layer.active_adapters[0]
-            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+            down, up = replicated(layer.lora_A[name].weight), replicated(layer.lora_B[name].weight)
             terms.append(layer.scaling[name] ** 2 * ((down @ down.T) * (up.T @ up)).sum())
         return torch.stack(terms).sum()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from diffalign.draws import seeded
-from diffalign.networks.placement import freeze, trainable, whole
+from diffalign.networks.placement import freeze, trainable
+from diffalign.networks.sharding import whole
 
 FILE = "user_adapter.safetensors"
 """Weight file in the export of a run; load with `pipe.load_ip_adapter(export, subfolder="", weight_name=FILE, ...)`."""

@@ -22,8 +22,9 @@ from diffalign.draws import seeded
 from diffalign.networks.export import kept_parts, kind_of
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import GENERATOR
-from diffalign.networks.placement import on_cpu, whole
+from diffalign.networks.placement import on_cpu
 from diffalign.networks.quantization import quantized
+from diffalign.networks.sharding import is_sharded, whole
 from diffalign.networks.user_adapter import user_width
 from reward_models.files import write_whole
 
@@ -113,7 +114,8 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
     the fresh process fails.
     """
     network = backbone.denoiser.network
-    draws = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE and not quantized(network)
+    small = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE
+    draws = small and not quantized(network) and not is_sharded(backbone.denoiser)
     size = min(resolution, VERIFY_PIXELS // backbone.smallest * backbone.smallest)
     given = inputs_of(backbone, size) if draws else {}
     settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": size, "width": size}

@@ -24,8 +24,9 @@ PACKAGES = {"adamw_8bit": "torchao", "prodigy": "prodigyopt"}
 """Packages of the extra `optimizers` that a kind needs."""
 UNUSED = {"adafactor": ("betas", "eps")}
 """Keys that a kind does not use."""
-UNSHARDED = ("adafactor", "prodigy")
-"""Kinds that cannot train shards: adafactor raises, and with prodigy every rank estimates another rate."""
+UNSHARDED = ("adamw_8bit", "adafactor", "prodigy")
+"""Kinds that cannot train shards: checkpoints cannot gather 8-bit states, adafactor raises, and with prodigy every rank
+estimates another rate."""
 PRODIGY_LR = (0.1, 10.0)
 
 
@@ -110,7 +111,7 @@ def make_player(
         )
     if any(isinstance(p, DTensor) and (kind in UNSHARDED or p.dtype == torch.bfloat16) for p in weights):
         raise ValueError(
-            f"'optimizer.kind' = {kind} cannot train sharded {weights[0].dtype} weights; use adamw or adamw_8bit, and "
+            f"'optimizer.kind' = {kind} cannot train sharded {weights[0].dtype} weights; use adamw, and "
             "'backbone.trained_dtype' = fp32"
         )
     decayed = [p for p in weights if decay_vectors or p.ndim >= 2]

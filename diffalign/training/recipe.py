@@ -21,6 +21,7 @@ from diffalign.diffusion.steps import Network
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
+from diffalign.networks.sharding import is_sharded
 from diffalign.objectives.rewards import Rewards
 from diffalign.training import memory
 from diffalign.training.optim import Player
@@ -46,7 +47,7 @@ class Parts:
     rewards    rewards of the mixture of scorers          in recipes with the section `reward`
     noising    timesteps, noise and loss weights          in recipes with the section `noising`
     reference  frozen copy of the initial denoiser; None for methods without a reference
-    policy     trainable denoiser, prepared by accelerate
+    policy     trainable denoiser, prepared for several processes
     """
 
     sampler: Sampler
@@ -85,6 +86,7 @@ class Parts:
     def fit(self, algorithm: Algorithm, hooks: Sequence[Hook] = ()) -> None:
         """Train to the end of the run. hooks: additional hooks of the recipe; order: see `standard_hooks`."""
         cfg, run, backbone, sampler = self.cfg, self.run, self.backbone, getattr(self, "sampler", None)
+        check_even_passes(algorithm)
         players, monitor = players_of(cfg, algorithm), None
         if "monitor" in cfg:
             monitor = cfg.make("monitor", run, backbone, sampler, self.rewards, cfg.factories["reward"])
@@ -97,6 +99,15 @@ class Parts:
         run.print(memory.described(parts, run.folder / "config.yaml"))
         self.reference = None  # the algorithm holds the only reference left, and may free it
         cfg.make("trainer", run, algorithm, players, every).fit(loader)
+
+
+def check_even_passes(algorithm: Algorithm) -> None:
+    """Raise ValueError if networks are sharded and the ranks would run different numbers of forward passes."""
+    if not algorithm.even_passes and any(is_sharded(module) for module in algorithm.players.values()):
+        raise ValueError(
+            f"{type(algorithm).__name__} with these settings runs different numbers of forward passes on each process, "
+            "and FSDP2 needs equal ones; train it with DDP: configs/accelerate/eight_gpus.yaml"
+        )
 
 
 def players_of(cfg: Config, algorithm: Algorithm) -> Mapping[str, Player]:

@@ -25,6 +25,7 @@ from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
 from diffalign.networks.compilation import compile_seconds
 from diffalign.networks.placement import Placement, deterministic_only, placement_of, prepare
+from diffalign.networks.sharding import check_launch
 from diffalign.training.metrics import MetricsFile
 from reward_models.files import read_lines, write_whole, writing
 
@@ -65,6 +66,7 @@ class Run:
     ):
         if deterministic:
             deterministic_only()
+        check_launch(os.environ, mixed_precision)
         self.folder = Path(folder)
         trackers = None if tracker == "none" else tracker
         self.accelerator = Accelerator(mixed_precision=mixed_precision, log_with=trackers, project_dir=self.folder)
@@ -156,7 +158,7 @@ class Run:
         return any(row["step"] > 0 for row in rows) or any((self.folder / "checkpoints").glob("step-*/state.json"))
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """Prepare a module for training with accelerate (DDP and so on)."""
+        """Prepare a module for training: DDP for several processes, or sharding (FSDP2)."""
         return prepare(module, self.accelerator)
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:

@@ -18,6 +18,7 @@ from diffalign.config import too_small
 from diffalign.interruption import ENDING, Interruption
 from diffalign.networks.compilation import compile_seconds
 from diffalign.networks.placement import trained_parameters
+from diffalign.networks.sharding import accumulating, clip_gradients, is_sharded
 from diffalign.training.optim import Player
 from diffalign.training.run import Run
 from diffalign.types import Metrics
@@ -159,7 +160,7 @@ class Trainer:
             for part in parts:
                 last = k == self.grad_accum - 1 and part is parts[-1]
                 # accelerator.accumulate() has one counter for all players; with two it synchronises at the wrong step.
-                with nullcontext() if last else accelerator.no_sync(player.module):
+                with nullcontext() if last else accumulating(player.module, accelerator):
                     loss, metrics = turn.loss(part)
                     accelerator.backward(loss / (self.grad_accum * len(parts)))
                 collected.append({"loss": loss.detach(), **metrics})
@@ -171,7 +172,7 @@ class Trainer:
         self._unread = check
         if self.run.device.type == "cpu":
             self.check_loss()
-        values["grad_norm"] = accelerator.clip_grad_norm_(self._trained[turn.player], self.max_grad_norm).detach()
+        values["grad_norm"] = clip_gradients(self._trained[turn.player], self.max_grad_norm, accelerator)
         lr = player.lr_at(self.step)
         for group in player.optimizer.param_groups:
             group["lr"] = lr
@@ -244,7 +245,9 @@ class Trainer:
         ]
         for name, player in self.players.items():
             count = sum(p.numel() for p in trained_parameters(player.module))
-            lines.append(f"player '{name}': {count:,} trainable parameters, lr {player.lr:g} (not scaled by the batch)")
+            sharded = f" of a network sharded over {world} processes" if is_sharded(player.module) else ""
+            rate = f"lr {player.lr:g} (not scaled by the batch)"
+            lines.append(f"player '{name}': {count:,} trainable parameters{sharded}, {rate}")
             if player.lr_cosine_steps and player.lr_cosine_steps < self.steps:
                 end = f"'lr_cosine_steps' = {player.lr_cosine_steps} is below 'trainer.steps' = {self.steps}"
                 lines.append(f"player '{name}' has lr 0 at the end: {end}")

@@ -359,7 +359,8 @@ def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recip
     recipe("refl", *words)
     checkpoint = tmp_path / "run/checkpoints/step-000004"
     names = {p.name for p in checkpoint.iterdir()}
-    expected = {"trained_0.safetensors", "ema.safetensors", "optimizer.bin", "algorithm.safetensors", "state.json"}
+    expected = {"trained_0.safetensors", "ema.safetensors", "optimizer_0.safetensors", "optimizer_0.pt"}
+    expected |= {"algorithm.safetensors", "state.json"}
     assert expected | {"monitor.safetensors", "checksums.json", "random_states_0.pkl"} == names
     check_checksums(checkpoint)
     for name in sorted(names):
@@ -375,8 +376,8 @@ def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recip
     with pytest.raises(ValueError, match=r"000004' cannot be read \(damaged: ema\.safetensors\); .*from 'step-000002'"):
         recipe("refl", *words, "run.resume=true")
     shutil.rmtree(checkpoint)
-    flip(checkpoint.with_name("step-000002") / "optimizer.bin")
-    with pytest.raises(ValueError, match=r"damaged: optimizer\.bin\); delete that folder to start again at step 0"):
+    flip(checkpoint.with_name("step-000002") / "optimizer_0.safetensors")
+    with pytest.raises(ValueError, match=r"damaged: optimizer_0\.safetensors\); delete that folder to start again"):
         recipe("refl", *words, "run.resume=true")
 
 

@@ -136,10 +136,14 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     assert graphs() <= 3, "samples compile nothing"
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_compile_too(
-    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, forks: Any
+    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, forks: Any, monkeypatch: Any, sharded: bool
 ) -> None:
-    """With DDP around compiled blocks: the losses of one process that accumulates."""
+    """With compiled blocks in DDP or sharded: the losses of one process that accumulates."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
     settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={tiny_sd}"]
     settings += ["backbone.lora_rank=2", "trainer.steps=2", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
     settings += ["hooks.verify_export=false"]

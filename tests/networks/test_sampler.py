@@ -28,7 +28,8 @@ from diffalign.diffusion.schedule import VPSchedule
 from diffalign.diffusion.steps import gaussian_step, log_prob, renoise_step
 from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.sampler import SCHEDULERS, SUBSTITUTE, Sampler, few_step_scheduler, kind_and_scheduler
+from diffalign.networks.sampler import Sampler
+from diffalign.networks.schedulers import SCHEDULERS, SUBSTITUTE, few_step_scheduler, kind_and_scheduler
 from diffalign.playground import SHIPPED
 from diffalign.types import Cond
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffalign.training.hooks import checkpoint
+
 ROOT = Path(__file__).parents[2]
 STEPS = 6
 SMALL: list[str] = []
@@ -24,6 +26,7 @@ SMALL: list[str] = []
 KILLED = """
 import os, runpy, signal, sys
 import diffalign.training.hooks.standard as hooks
+from diffalign.training.checkpoint_files import save_players
 from diffalign.training.run import Run
 recipe, when, *arguments = sys.argv[1:]
 
@@ -34,8 +37,9 @@ def kill_after_step(self, trainer, save=hooks.Checkpoint.after_step):
 
 def kill_while_saving(self, trainer):
     if trainer.step == -int(when):
-        (self.folder / f"step-{trainer.step:06d}.tmp").mkdir(parents=True)
-        self.run.accelerator.save_state(str(self.folder / f"step-{trainer.step:06d}.tmp"))
+        temporary = self.folder / f"step-{trainer.step:06d}.tmp"
+        temporary.mkdir(parents=True)
+        save_players(trainer.players, temporary, main=True)
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, trainer)
 
@@ -231,17 +235,15 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_previous_one(
     tmp_path: Path, pairs_file: Path, recipe: Callable, monkeypatch
 ) -> None:
     """The disk fills while the checkpoint of step 4 is written: one error, and the run resumes from step 2."""
-    from accelerate import Accelerator
-
     recipe("diffusion_dpo", *arguments(tmp_path / "whole", pairs_file))
-    save = Accelerator.save_state
+    save = checkpoint.save_players
 
-    def full(self, folder: str):
-        save(self, folder)
-        if "000004" in folder:
+    def full(players: Any, folder: Path, *, main: bool) -> None:
+        save(players, folder, main=main)
+        if "000004" in folder.name:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Accelerator, "save_state", full)
+    monkeypatch.setattr(checkpoint, "save_players", full)
     with pytest.raises(OSError, match=r"cannot write checkpoint '.*step-000004' .*No space left.*run\.resume=true"):
         recipe("diffusion_dpo", *arguments(tmp_path / "run", pairs_file))
     monkeypatch.undo()

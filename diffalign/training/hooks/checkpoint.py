@@ -8,16 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from accelerate.checkpointing import load_accelerator_state, save_accelerator_state
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffalign.config import too_small
 from diffalign.networks.ema import Ema
-from diffalign.training.checkpoint_files import check_checksums, load_trained, save_trained, write_checksums
+from diffalign.training.checkpoint_files import (
+    check_checksums,
+    load_players,
+    save_players,
+    write_checksums,
+    write_tensors,
+)
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from reward_models.files import put_folder, readable
+
+NOTHING: tuple[list[Any], ...] = ([], [], [], [])
+"""Models, optimizers, lr schedules and data loaders that accelerate saves: our files hold their states."""
 
 
 class Stateful(Protocol):
@@ -31,15 +41,13 @@ class Checkpoint(Hook):
     """Saves and loads checkpoints for resuming: every `every` steps (0: never) and after the last step.
 
     A checkpoint is written to a temporary folder and renamed when complete, so the newest one is never partial.
-    It holds only the trainable weights, and the state of `parts` (name -> object). It also holds checksums of its
-    files; a damaged checkpoint is not loaded.
+    It holds the trainable weights, the optimizers, and the state of `parts` (name -> object). It also holds checksums
+    of its files; a damaged checkpoint is not loaded.
     """
 
     def __init__(self, run: Run, ema: Ema | None, every: int, keep: int, parts: Mapping[str, Stateful] | None = None):
         self.run, self.ema, self.every, self.keep, self.parts = run, ema, every, keep, parts or {}
         self.folder = run.folder / "checkpoints"
-        run.accelerator.register_save_state_pre_hook(save_trained)
-        run.accelerator.register_load_state_pre_hook(load_trained)
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -58,7 +66,8 @@ class Checkpoint(Hook):
         try:
             if self.run.main:
                 check_checksums(path)
-            self.run.accelerator.load_state(str(path))
+            load_players(trainer.players, path)
+            load_accelerator_state(str(path), *NOTHING, *self._rank_and_scaler())
             state = json.loads((path / "state.json").read_text())
             if self.ema:
                 self.ema.load(load_file(path / "ema.safetensors"), state["step"])
@@ -118,11 +127,19 @@ class Checkpoint(Hook):
                 shutil.rmtree(old)
         self.run.accelerator.wait_for_everyone()
 
+    def _rank_and_scaler(self) -> tuple[int, Any]:
+        return self.run.accelerator.process_index, self.run.accelerator.scaler
+
     def _write(self, trainer: Trainer, folder: Path) -> None:
-        self.run.accelerator.save_state(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_players(trainer.players, folder, main=self.run.main)
+        rank, scaler = self._rank_and_scaler()
+        save_accelerator_state(
+            str(folder), *NOTHING, rank, 0, scaler if self.run.main else None
+        )  # the state of torch's own random generators
+        if self.ema:
+            write_tensors(folder / "ema.safetensors", self.ema.tensors(), main=self.run.main)
         if self.run.main:
-            if self.ema:
-                save_file(self.ema.tensors(), folder / "ema.safetensors")
             for name, part in self.parts.items():
                 save_file(part.state(), folder / f"{name}.safetensors")
             world = self.run.accelerator.num_processes  # a resumed run may have another world size

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffalign.networks.export import export
 from diffalign.networks.families.base import Backbone
+from diffalign.networks.sharding import gathered
 from diffalign.networks.verify import verify
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -18,8 +19,8 @@ class Export(Hook):
         self.run, self.backbone, self.averaged = run, backbone, averaged
 
     def end(self, trainer: Trainer) -> None:
-        if self.run.main:
-            with self.averaged():
+        with self.averaged(), gathered(self.backbone.denoiser):
+            if self.run.main:
                 self.run.print(export(self.backbone, self.run.folder / "export"))
         self.run.accelerator.wait_for_everyone()
 
@@ -31,6 +32,6 @@ class Verify(Hook):
         self.run, self.backbone, self.averaged, self.resolution = run, backbone, averaged, resolution
 
     def end(self, trainer: Trainer) -> None:
-        if self.run.main:
-            with self.averaged():
+        with self.averaged(), gathered(self.backbone.denoiser):
+            if self.run.main:
                 self.run.print(verify(self.backbone, self.run.folder / "export", self.resolution))

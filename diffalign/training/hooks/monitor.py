@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.data.prompts import find_prompts
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.sampler import Sampler
+from diffalign.networks.sharding import is_sharded
 from diffalign.objectives.rewards import Rewards
 from diffalign.training.hooks.samples import drawn
 from diffalign.training.run import Run
@@ -114,16 +115,20 @@ class Monitor(Hook):
         """Every measure of each sample [2N] or pair of samples [N], on the CPU.
 
         The prompts are split over the ranks. Every rank gets all measures, so that all ranks warn and stop together.
+        Ranks that share a sharded network measure equally many prompts, some of them twice.
         """
         accelerator, n = self.run.accelerator, len(self.prompts)
         size = min(CHUNK, -(-n // accelerator.num_processes))
-        chunks = [range(i, min(i + size, n)) for i in range(0, n, size)]
+        turn = size * accelerator.num_processes
+        total = -(-n // turn) * turn if is_sharded(self.backbone.denoiser) else n
+        chunks = [range(i, min(i + size, total)) for i in range(0, total, size)]
         mine = chunks[accelerator.process_index :: accelerator.num_processes]
-        parts = sorted(self.run.gather([(chunk.start, self._measure_chunk(chunk)) for chunk in mine]))
-        return {name: torch.cat([part[name] for _, part in parts], dim=1).flatten() for name in parts[0][1]}
+        found = [(chunk.start, self._measure_chunk([i % n for i in chunk])) for chunk in mine]
+        parts = sorted(self.run.gather(found))
+        return {name: torch.cat([part[name] for _, part in parts], dim=1)[:, :n].flatten() for name in parts[0][1]}
 
     @torch.no_grad()
-    def _measure_chunk(self, chunk: range) -> dict[str, Tensor]:
+    def _measure_chunk(self, chunk: Sequence[int]) -> dict[str, Tensor]:
         """Every measure of the prompts in `chunk`: [2, n] for the two samples or [1, n] for the pair, on the CPU."""
         prompts = [self.prompts[i] for i in chunk] * 2
         keys = [(i // len(chunk), prompt) for i, prompt in enumerate(prompts)]

@@ -12,6 +12,7 @@ from torchvision.utils import save_image
 from diffalign.networks.compilation import uncompiled
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.sampler import Sampler
+from diffalign.networks.sharding import is_sharded
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from diffalign.types import Cond, Key
@@ -57,9 +58,11 @@ class SampleGrid(Hook):
             self.draw(trainer.step)
 
     def draw(self, step: int) -> None:
-        if self.run.main:
+        parts: list[Tensor] = []
+        if self.run.main or is_sharded(self.backbone.denoiser):
             with self.averaged():
                 parts = [part.cpu() for part in drawn(self.backbone, self.sampler, self.cond, self.prompts)]
+        if self.run.main:
             images = torch.cat(parts)
             if not torch.isfinite(images).all():
                 cure = "lower 'optimizer.lr'" if step else "check the weights and the scheduler of 'backbone.path'"
@@ -68,5 +71,6 @@ class SampleGrid(Hook):
                 )
             with replacing(self.run.folder / "samples" / f"step-{step:06d}.png") as temporary, writing(temporary):
                 save_image(images, temporary, format="png", nrow=self.columns, padding=1)
+        if parts:
             self.backbone.release()
         self.run.accelerator.wait_for_everyone()
