@@ -7,10 +7,11 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from reward_models.files import write_whole
 from reward_models.folder.engine import Processes, score_all
@@ -25,7 +26,8 @@ SHOWN = 10
 LAUNCHED = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True)
+class Scores:
     """The scorers by their specs, and the scores of each in the order of the items."""
 
     scorers: dict[str, Scorer]
