@@ -17,7 +17,7 @@ from diffalign.networks.sampler import Sampler
 from diffalign.training import recipe
 from diffalign.training.hooks.monitor import Monitor
 from diffalign.training.hooks.standard import standard_hooks
-from diffalign.training.optim import adamw
+from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
 from reward_models import load_mixture
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         sampler=Sampler,
         reward=load_mixture,
         algorithm=DDPO,
-        optimizer=adamw,
+        optimizer=make_player,
         trainer=Trainer,
         monitor=Monitor,
         hooks=standard_hooks,

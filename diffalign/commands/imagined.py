@@ -136,11 +136,12 @@ class ImaginedTrainer:
         raise Traced
 
     def _take(self, turn: Any, batches: Iterator[Any]) -> None:
-        player, batch = self.players[turn.player], next(batches)
+        player = self.players[turn.player]
         with self.ledger.imagining():
-            loss, metrics = turn.loss(batch)
-            loss.backward()
-            del loss, metrics, batch
+            for part in self.algorithm.split(next(batches)):
+                loss, metrics = turn.loss(part)
+                loss.backward()
+                del loss, metrics, part
             torch.nn.utils.clip_grad_norm_(trained_parameters(player.module), self.norm, foreach=True)
             player.optimizer.step()
             player.optimizer.zero_grad()
