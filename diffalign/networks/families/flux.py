@@ -96,7 +96,7 @@ class FluxBackbone(FlowBackbone):
         return 2
 
     def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._levels(steps, resolution, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+        return self._even_levels(steps, resolution)
 
     def pipeline_latents(self, latents: Tensor) -> Tensor:
         return packed(latents).contiguous()
