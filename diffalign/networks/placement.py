@@ -92,11 +92,9 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
         network.eval().requires_grad_(False)
         if role == "decoder" and where.device.type != "cpu" and all(p.ndim < 5 for p in network.parameters()):
             network.to(memory_format=torch.channels_last)  # a format of images; weights of videos have 5 dimensions
-    model = network.network if role == "policy" else network
-    # Some autoencoders have no checkpoints.
-    if where.gradient_checkpointing and (
-        role == "policy" or (role == "decoder" and model._supports_gradient_checkpointing)
-    ):
+    checkpoints = role == "policy" or (role == "decoder" and network._supports_gradient_checkpointing)
+    if where.gradient_checkpointing and checkpoints:
+        model = network.network if role == "policy" else network
         random = any(isinstance(layer, nn.Dropout) and layer.p for layer in model.modules())
         model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))
     return network

@@ -48,7 +48,7 @@ class QwenImageDenoiser(Denoiser):
             )
         height, width = x_t.shape[2:]
         (hidden,) = as_input(self.network, packed(x_t))
-        tokens = cond.tokens.to(self.network.txt_norm.weight.dtype)  # a norm comes first, which autocast does not cast
+        (tokens,) = as_input(self.network.txt_norm, cond.tokens)  # this norm comes before the first matrix
         out = self.network(
             hidden_states=hidden,
             encoder_hidden_states=tokens,
