@@ -1,4 +1,4 @@
-"""FLUX.2-klein (`Flux2KleinPipeline`, diffusers 0.37): a transformer over latents of 2 x 2 patches, Qwen3's tokens.
+"""FLUX.2-klein (`Flux2KleinPipeline`, not in diffusers 0.36): a transformer over latents of 2 x 2 patches, Qwen3's tokens.
 
 Black Forest Labs, 2026. The base models use classifier-free guidance with the empty prompt. The distilled ones have
 `is_distilled` in model_index.json, and the stock pipeline ignores guidance. Latents here are the patches: the

@@ -2,7 +2,8 @@
 
 Alibaba, 2025. Z-Image-Turbo is distilled for few steps without guidance. The guidance scale s of the stock pipeline is
 cond + s (cond - uncond), so it corresponds to `sampler.guidance` = s + 1, and 0 means none. The pipeline's options
-`cfg_normalization` and `cfg_truncation` are off by default and not reproduced.
+`cfg_normalization` and `cfg_truncation` are off by default and not reproduced. The pipeline
+of diffusers 0.36 has other levels: its last one is 0, so it takes one step less.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from chains import chain
-from packaging.version import Version
 from stock import images, stock
 
 from diffalign.draws import Draws
@@ -20,9 +18,6 @@ from diffalign.types import Cond
 
 CPU = torch.device("cpu")
 PROMPTS = ["small red circle left on white", ""]
-LATER = pytest.mark.skipif(
-    Version(diffusers.__version__) < Version("0.37"), reason="the pipeline of diffusers 0.36 ends at a level of 0"
-)
 
 
 def noise(height: int = 8, width: int = 8) -> torch.Tensor:
@@ -61,7 +56,6 @@ def test_one_call_of_the_network_gets_what_the_stock_pipeline_gives_it(tiny_z_im
     torch.testing.assert_close(x - velocity, ends)
 
 
-@LATER
 def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_z_image: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_z_image))
     theirs = images(stock(tiny_z_image), list(PROMPTS), 7, latents=noise(), output_type="latent")
@@ -71,7 +65,6 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_z_image: Path) 
     assert (ours - noise()).abs().max() > 0.1
 
 
-@LATER
 def test_guidance_is_the_stock_pipelines_scale_plus_1(tiny_z_image: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_z_image))
     theirs = images(stock(tiny_z_image), list(PROMPTS), 3, latents=noise(), guidance_scale=2.0, output_type="latent")
