@@ -16,12 +16,13 @@ from diffusers import DiffusionPipeline
 
 from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
+from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.lora import add_lora
 from diffalign.networks.placement import DTYPES, Placement, has_xformers, place
 from diffalign.playground import SHIPPED
 from reward_models.files import missing, reachable, read_json
 
-__all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
+__all__ = ["Backbone", "Denoiser", "call_of", "check_backbone", "load_backbone"]
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MAX_TOKENS = 512
@@ -127,6 +128,17 @@ def supported_families() -> dict[str, type[Backbone]]:
                 raise ValueError(f"{found[name].__module__} and {file.name} both load a {name}; remove one of them")
             found[name] = kind
     return found
+
+
+def call_of(pipeline: Any) -> type[StockCall]:
+    """How a stock pipeline is called; one of an unknown family as Stable Diffusion.
+
+    Raises ValueError for an unknown family that packs its latents.
+    """
+    name, known = type(pipeline).__name__, supported_families()
+    if name not in known and hasattr(pipeline, "_pack_latents"):
+        raise ValueError(f"{name} packs its latents in an unknown way; supported pipelines: {', '.join(known)}")
+    return known.get(name, StockCall)
 
 
 def family_of(folder: Path) -> str:

@@ -114,7 +114,7 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
     draws = sum(p.numel() for p in network.parameters()) <= MAX_PARAMETERS_TO_SAMPLE
     size = min(resolution, VERIFY_PIXELS // backbone.smallest * backbone.smallest)
     given = inputs_of(backbone, size) if draws else {}
-    settings = {"num_inference_steps": VERIFY_STEPS, "height": size, "width": size, **backbone.unguided}
+    settings = {"num_inference_steps": VERIFY_STEPS, "height": size, "width": size, **backbone.guidance_call(1)}
     with tempfile.TemporaryDirectory() as scratch:
         found, theirs = fresh_process(backbone, folder, given, settings, Path(scratch))
     differs = [*other_tensors(network, found["tensors"]), *other_files(backbone, folder)]

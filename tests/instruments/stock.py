@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from diffalign.networks.loading import supported_families
+from diffalign.networks.loading import call_of
 
 
 def stock(path: Path) -> Any:
@@ -23,5 +23,5 @@ def stock(path: Path) -> Any:
 def images(pipeline: Any, prompt: str | list[str], steps: int, **more: Any) -> torch.Tensor:
     """Images of 32 pixels without guidance."""
     call = {"num_inference_steps": steps, "height": 32, "width": 32, "output_type": "pt"}
-    call |= supported_families()[type(pipeline).__name__].unguided
+    call |= call_of(pipeline).guidance_call(1)
     return pipeline(prompt=prompt, **call | more).images

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion.schedule import Schedule
 from diffalign.networks.cuda_graphs import CudaGraphs
+from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.placement import Placement, Role, as_input, free_memory, place, precision
 from diffalign.types import Cond
 from reward_models.files import read_json
@@ -66,7 +67,7 @@ class Source(NamedTuple):
     guidance_embedding: float
 
 
-class Backbone(ABC):
+class Backbone(StockCall, ABC):
     """The parts of a pretrained text-to-image pipeline. Encoders and decoder load lazily; `release` frees them.
 
     denoiser     the trainable network
@@ -84,7 +85,6 @@ class Backbone(ABC):
     text_classes    name of each text encoder -> (its class, the class of its tokenizer)
     left_out        pipeline arguments that disable optional parts, such as the safety checker
     vae_class       class of the autoencoder
-    unguided        arguments of a call of the pipeline that disable guidance
     """
 
     pipeline_class: ClassVar[Any]
@@ -93,7 +93,6 @@ class Backbone(ABC):
     text_classes: ClassVar[dict[str, tuple[Any, Any]]]
     left_out: ClassVar[dict[str, Any]] = {}
     vae_class: ClassVar[Any] = AutoencoderKL
-    unguided: ClassVar[dict[str, Any]] = {"guidance_scale": 1.0}
 
     denoiser: Denoiser
     schedule: Schedule
@@ -289,12 +288,3 @@ class Backbone(ABC):
     def scheduler(self) -> Any:
         """A new scheduler of the stock pipeline, built from `scheduler_config`."""
         return getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
-
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] in the format of the stock pipeline's `latents` argument."""
-        return latents
-
-    def pipeline_text(self, cond: Cond) -> dict[str, Tensor]:
-        """A Cond in the format of the stock pipeline's arguments."""
-        pooled = {} if cond.pooled is None else {"pooled_prompt_embeds": cond.pooled}
-        return {"prompt_embeds": cond.tokens, **pooled}

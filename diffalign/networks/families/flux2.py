@@ -1,8 +1,8 @@
-"""FLUX.2-klein (`Flux2KleinPipeline`, not in diffusers 0.36): a transformer over latents of 2 x 2 patches, Qwen3's tokens.
+"""FLUX.2-klein (`Flux2KleinPipeline`): a transformer over latents of 2 x 2 patches, Qwen3's tokens.
 
-Black Forest Labs, 2026. The base models use classifier-free guidance with the empty prompt. The distilled ones have
-`is_distilled` in model_index.json, and the stock pipeline ignores guidance. Latents here are the patches: the
-autoencoder's latents of 2 x 2 places, normalised by the running statistics of its batch norm.
+Black Forest Labs, 2026; diffusers 0.36 has no such pipeline. The base models use classifier-free guidance with the empty
+prompt. The distilled ones have `is_distilled` in model_index.json, and the stock pipeline ignores guidance. Latents here
+are the patches: the autoencoder's latents of 2 x 2 places, normalised by the running statistics of its batch norm.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Flux2KleinBackbone(LanguageBackbone):
     network_class = Flux2Transformer2DModel
     vae_class = AutoencoderKLFlux2
     padding = None
+    merged = 2
 
     def __init__(self, source: Source):
         super().__init__(source)
@@ -83,11 +84,11 @@ class Flux2KleinBackbone(LanguageBackbone):
 
     @property
     def channels(self) -> int:
-        return 4 * super().channels
+        return self.merged**2 * super().channels
 
     @property
     def factor(self) -> int:
-        return 2 * super().factor
+        return self.merged * super().factor
 
     def grid(self, steps: int, resolution: int) -> Tensor:
         return self._even_levels(steps, resolution)

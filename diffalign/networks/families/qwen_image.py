@@ -67,7 +67,7 @@ class QwenImageBackbone(LanguageBackbone):
     network_class = QwenImageTransformer2DModel
     text_classes: ClassVar = {"text_encoder": (Qwen2_5_VLForConditionalGeneration, AutoTokenizer)}
     vae_class = AutoencoderKLQwenImage
-    unguided: ClassVar = {"true_cfg_scale": 1.0}
+    packed = 2
     dropped = 34
 
     def __init__(self, source: Source):
@@ -112,9 +112,15 @@ class QwenImageBackbone(LanguageBackbone):
     def grid(self, steps: int, resolution: int) -> Tensor:
         return self._even_levels(steps, resolution)
 
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
+    @staticmethod
+    def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
+        return {"true_cfg_scale": scale, "negative_prompt": [""] * prompts if scale > 1 else None}
+
+    @staticmethod
+    def pipeline_latents(latents: Tensor) -> Tensor:
         return packed(latents).contiguous()
 
-    def pipeline_text(self, cond: Cond) -> dict[str, Tensor]:
+    @staticmethod
+    def pipeline_text(cond: Cond) -> dict[str, Tensor]:
         assert cond.mask is not None
-        return {**super().pipeline_text(cond), "prompt_embeds_mask": cond.mask}
+        return {"prompt_embeds": cond.tokens, "prompt_embeds_mask": cond.mask}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
@@ -59,7 +59,6 @@ class SanaBackbone(LanguageBackbone):
     network_class = SanaTransformer2DModel
     text_classes: ClassVar = {"text_encoder": (Gemma2Model, AutoTokenizer)}
     vae_class = AutoencoderDC
-    unguided: ClassVar = {"guidance_scale": 1.0, "use_resolution_binning": False}
 
     def __init__(self, source: Source):
         super().__init__(source)
@@ -95,6 +94,11 @@ class SanaBackbone(LanguageBackbone):
         scheduler.set_timesteps(steps)
         return scheduler.sigmas[:-1].clone()
 
-    def pipeline_text(self, cond: Cond) -> dict[str, Tensor]:
+    @staticmethod
+    def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
+        return {"guidance_scale": scale, "use_resolution_binning": False}
+
+    @staticmethod
+    def pipeline_text(cond: Cond) -> dict[str, Tensor]:
         assert cond.mask is not None
-        return {**super().pipeline_text(cond), "prompt_attention_mask": cond.mask}
+        return {"prompt_embeds": cond.tokens, "prompt_attention_mask": cond.mask}

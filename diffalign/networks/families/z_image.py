@@ -9,7 +9,7 @@ of diffusers 0.36 has other levels: its last one is 0, so it takes one step less
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
@@ -54,7 +54,6 @@ class ZImageBackbone(LanguageBackbone):
 
     pipeline_class = ZImagePipeline
     network_class = ZImageTransformer2DModel
-    unguided: ClassVar = {"guidance_scale": 0.0}
     thinking = True
 
     def __init__(self, source: Source):
@@ -75,3 +74,7 @@ class ZImageBackbone(LanguageBackbone):
 
     def grid(self, steps: int, resolution: int) -> Tensor:
         return self._even_levels(steps, resolution)
+
+    @staticmethod
+    def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
+        return {"guidance_scale": scale - 1}
