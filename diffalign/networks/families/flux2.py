@@ -1,8 +1,9 @@
 """FLUX.2-klein (`Flux2KleinPipeline`): a transformer over latents of 2 x 2 patches, Qwen3's tokens.
 
-Black Forest Labs, 2026; diffusers 0.36 has no such pipeline. The base models use classifier-free guidance with the empty
-prompt. The distilled ones have `is_distilled` in model_index.json, and the stock pipeline ignores guidance. Latents here
-are the patches: the autoencoder's latents of 2 x 2 places, normalised by the running statistics of its batch norm.
+Black Forest Labs, 2026; diffusers 0.36 has no such pipeline. The base models use classifier-free guidance with the
+empty prompt. The distilled ones have `is_distilled` in model_index.json, and the stock pipeline ignores guidance.
+Latents here are the patches: the autoencoder's latents of 2 x 2 places, normalised by the running statistics of its
+batch norm.
 """
 
 from __future__ import annotations
