@@ -1,7 +1,7 @@
 """Qwen-Image (`QwenImagePipeline`): a transformer over packed latents, Qwen2.5-VL's tokens, a video autoencoder.
 
-Alibaba, 2025. The stock pipeline (`true_cfg_scale` with a negative prompt) rescales the guided velocity of each token
-to the norm of the conditional one. `sampler.guidance` here is classifier-free guidance without this rescaling.
+Alibaba, 2025. Guidance (`true_cfg_scale` with a negative prompt in the stock pipeline) rescales the guided velocity of
+each token to the norm of the conditional one; samplers do so here too. The guidance of a teacher in a loss is plain.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ class QwenImageBackbone(LanguageBackbone):
     @staticmethod
     def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
         return {"true_cfg_scale": scale, "negative_prompt": [""] * prompts if scale > 1 else None}
+
+    @staticmethod
+    def rescaled(guided: Tensor, conditional: Tensor) -> Tensor:
+        wanted, found = (packed(x).norm(dim=-1, keepdim=True) for x in (conditional, guided))
+        return unpacked(packed(guided) * (wanted / found), *guided.shape[2:])
 
     @staticmethod
     def pipeline_latents(latents: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ class StockCall:
         return {"guidance_scale": scale}
 
     @staticmethod
+    def rescaled(guided: Tensor, conditional: Tensor) -> Tensor:
+        """What the pipeline makes of a guided prediction [B, C, h, w], given the conditional one."""
+        return guided
+
+    @staticmethod
     def pipeline_latents(latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] in the format of the `latents` argument."""
         return latents

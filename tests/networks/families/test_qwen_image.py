@@ -9,9 +9,10 @@ import torch
 from chains import chain
 from stock import images, stock
 
+from diffalign.draws import Draws
 from diffalign.networks.families.flux import packed
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.sampler import few_step_scheduler
+from diffalign.networks.sampler import Sampler, few_step_scheduler
 from diffalign.types import Cond
 
 CPU = torch.device("cpu")
@@ -76,6 +77,17 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_qwen_image: Pat
         ours = chain(backbone.denoiser, backbone.schedule, backbone.encode_text(PROMPTS), noise(), backbone.grid(7, 32))
     assert (packed(ours) - theirs).abs().max() < 1e-4
     assert (ours - noise()).abs().max() > 0.1
+
+
+def test_guidance_is_the_stock_pipelines_with_its_rescaling(tiny_qwen_image: Path) -> None:
+    backbone = load_backbone(CPU, path=str(tiny_qwen_image))
+    call = {"latents": packed(noise()), "output_type": "latent", "true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
+    theirs = images(stock(tiny_qwen_image), list(PROMPTS), 3, **call)
+    sampler = Sampler(backbone, Draws(0), 32, steps=3, guidance=3.0)
+    ours = sampler.sample(backbone.denoiser, backbone.encode_text(PROMPTS), ["a", "b"], noise())
+    assert (packed(ours) - theirs).abs().max() < 1e-4
+    x, halved = noise(4, 6), noise(4, 6) / 2
+    torch.testing.assert_close(backbone.rescaled(halved, x), x)
 
 
 def test_a_single_step_starts_at_pure_noise(tiny_qwen_image: Path) -> None:
