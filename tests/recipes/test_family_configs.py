@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
@@ -21,6 +22,14 @@ CONFIGS = {
     "flux2_klein": ("tiny_flux2_klein", EIGHT | {"to_qkv_mlp_proj"}),
     "qwen_image": ("tiny_qwen_image", EIGHT),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_precision() -> Iterator[None]:
+    """Accelerate keeps one precision a process, and these configs set bf16."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
