@@ -51,6 +51,7 @@ class Cond(NamedTuple):
     size     [B, 6]     SDXL's original size, crop and target size in pixels
     guidance [B]        guidance scale of guidance-distilled models (FLUX.1-dev)
     user     [B, U, D]  user embedding of personalised models
+    mask     [B, L]     1 for tokens of the prompt, 0 for padding (Z-Image, Sana, Qwen-Image)
     """
 
     tokens: Tensor
@@ -58,6 +59,7 @@ class Cond(NamedTuple):
     size: Tensor | None = None
     guidance: Tensor | None = None
     user: Tensor | None = None
+    mask: Tensor | None = None
 
     def repeat(self, n: int) -> Cond:
         """The batch repeated n times along the batch axis: [B, ...] -> [n*B, ...]."""

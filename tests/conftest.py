@@ -14,6 +14,7 @@ from typing import Any
 
 import forks as forking
 import pytest
+import tiny_language
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process per core already; child processes inherit it
@@ -300,6 +301,30 @@ def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     ).save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ZImagePipeline as Z-Image-Turbo, with random weights."""
+    return tiny_language.saved(lambda: tiny_language.z_image(tiny_vae), tmp_path_factory.mktemp("tiny_z_image"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sana(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SanaPipeline with an autoencoder of factor 4 and random weights."""
+    return tiny_language.saved(tiny_language.sana, tmp_path_factory.mktemp("tiny_sana"))
+
+
+@pytest.fixture(scope="session")
+def tiny_flux2_klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Flux2KleinPipeline as FLUX.2-klein-base, with random weights."""
+    return tiny_language.saved(tiny_language.flux2_klein, tmp_path_factory.mktemp("tiny_flux2_klein"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A QwenImagePipeline with the released scheduler settings and random weights."""
+    return tiny_language.saved(tiny_language.qwen_image, tmp_path_factory.mktemp("tiny_qwen_image"))
 
 
 @pytest.fixture(scope="session")

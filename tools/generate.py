@@ -81,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T",
         help="timesteps of a distilled model, instead of --steps (399 for DMD2)",
     )
-    add("--guidance", type=float, default=7.5, help="classifier-free guidance scale (7.5)")
+    add("--guidance", type=float, default=7.5, help="guidance scale as in `sampler.guidance` (7.5); 1 for none")
     add("--size", type=int, metavar="PX", help="width and height; default: the model's training resolution")
-    add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt in T5 (SD3); default: the pipeline's")
+    add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, not CLIP's; default: the pipeline's")
     add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
     add("--seed", type=int, default=0, help="seed of the noise (0); compare models at the same seed")
     add("--device", default="auto", help="auto (one GPU per process, else the CPU), cpu, cuda:1, ...")
@@ -97,6 +97,7 @@ def generate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from diffalign.data.prompts import read_prompts
+    from diffalign.networks.loading import call_of
     from diffalign.networks.user_adapter import adapter_arguments
 
     for name in ("samples_per_prompt", "steps", "batch_size"):
@@ -116,7 +117,7 @@ def generate(args: argparse.Namespace) -> None:
         user_embeddings(args)  # fails on invalid files before anything is written
         pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
     shape = latent_shape(pipe, args.size)
-    size = shape[-1] * pipe.vae_scale_factor
+    size = args.size or call_of(pipe).training_size(pipe)
     if state.is_main_process:
         claim(args.out, settings(args, size, prompts))
     state.wait_for_everyone()
@@ -185,21 +186,14 @@ def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
 
 def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
     """Shape [C, h, w] of the initial latents of a square image; default size: the training resolution."""
-    from diffusers import FluxPipeline
+    from diffalign.networks.loading import call_of
 
-    flux = isinstance(pipe, FluxPipeline)
-    if hasattr(pipe, "_pack_latents") and not flux:
-        raise ValueError(f"{type(pipe).__name__} packs its latents; --pipeline must be SD, SDXL, SD3 or FLUX")
-    net = pipe.unet if getattr(pipe, "unet", None) is not None else pipe.transformer
-    factor = pipe.vae_scale_factor
-    step = max(8, 2 * factor if flux else factor)
+    call = call_of(pipe)
+    channels, pixels, step = call.latent_units(pipe)
     if size is not None and (size % step or size < 1):
         raise ValueError(f"--size must be a positive multiple of {step}; got {size}")
-    if flux:  # FLUX packs 2 x 2 latents into one token with four times the channels
-        side = pipe.default_sample_size if size is None else size // factor
-        return net.config.in_channels // 4, side, side
-    side = net.config.sample_size if size is None else size // factor
-    return net.config.in_channels, side, side
+    side = (size or call.training_size(pipe)) // pixels
+    return channels, side, side
 
 
 def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
@@ -262,22 +256,21 @@ def claim(out: Path, now: dict[str, Any]) -> None:
 
 def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
     import torch
-    from diffusers import FluxPipeline
 
     from diffalign.draws import Draws
+    from diffalign.networks.loading import call_of
 
     draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
     latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
-    if isinstance(pipe, FluxPipeline):
-        latents = pipe._pack_latents(latents, *latents.shape)
+    call = call_of(pipe)
     user = user_embeddings(args)
     pixels = pipe(
-        [task.prompt for task in batch],
-        latents=latents,
+        prompt=[task.prompt for task in batch],
+        latents=call.pipeline_latents(latents),
         **({} if user is None else {"ip_adapter_image_embeds": [x.to(pipe.device, pipe.dtype) for x in user]}),
         generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise between steps
         **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
-        guidance_scale=args.guidance,
+        **call.guidance_call(args.guidance, len(batch)),
         height=size,
         width=size,
         output_type="pt",

@@ -253,7 +253,7 @@ def stored(field: str, values: Mapping[str, Tensor]) -> np.ndarray:
         key = next(k for k, row in zip(values, kept, strict=True) if not torch.isfinite(row).all())
         raise ValueError(
             f"the encoder's '{field}' of '{key}' is not finite or exceeds the range of float16; set 'backbone.dtype' = "
-            "fp32, because some autoencoders overflow in half precision"
+            "fp32, because some autoencoders overflow in half precision, or 'data.cache' = off"
         )
     return kept.contiguous().numpy()
 

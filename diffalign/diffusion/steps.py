@@ -104,12 +104,21 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Literal["mean", "s
     return terms.flatten(1).mean(1) if reduction == "mean" else terms.flatten(1).sum(1)
 
 
-def guided(denoiser: Network, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
+def guided(
+    denoiser: Network,
+    x_t: Tensor,
+    t: Tensor,
+    cond: Cond,
+    uncond: Cond | None,
+    scale: float,
+    rescaled: Callable[[Tensor, Tensor], Tensor] = lambda out, conditional: out,
+) -> Tensor:
     """Prediction with classifier-free guidance, uncond + scale (cond - uncond), in one forward of the doubled batch.
 
-    With scale 1 or without uncond it is one conditional forward. Ho & Salimans, 2022.
+    With scale 1 or without uncond it is one conditional forward. Ho & Salimans, 2022. `rescaled` gets the guided and
+    the conditional prediction, both [B, C, h, w].
     """
     if uncond is None or scale == 1:
         return denoiser(x_t, t, cond)
     with_prompt, without = denoiser(x_t.repeat(2, 1, 1, 1), t.repeat(2), Cond.cat([cond, uncond])).chunk(2)
-    return without + scale * (with_prompt - without)
+    return rescaled(without + scale * (with_prompt - without), with_prompt)

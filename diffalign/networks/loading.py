@@ -17,19 +17,20 @@ from diffusers import DiffusionPipeline
 
 from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
+from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.lora import add_lora
 from diffalign.networks.placement import DTYPES, Placement, place
 from diffalign.networks.quantization import quantize_linear
 from diffalign.playground import SHIPPED
 from reward_models.files import missing, reachable, read_json
 
-__all__ = ["Backbone", "Denoiser", "check_backbone", "load_backbone"]
+__all__ = ["Backbone", "Denoiser", "call_of", "check_backbone", "load_backbone"]
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-MAX_T5_TOKENS = 512
-"""Maximum sequence length of the SD3 and FLUX pipelines."""
+MAX_TOKENS = 512
+"""Maximum sequence length of the pipelines."""
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
-"""Default LoRA targets, the same in all families. Text projections of SD3 and FLUX (add_q_proj, ...) get no LoRA."""
+"""Default LoRA targets, the same in all families. Projections of text tokens alone (add_q_proj, ...) get no LoRA."""
 
 
 def load_backbone(
@@ -67,7 +68,7 @@ def load_backbone(
             and gains most; whole takes several minutes. A GPU trains faster then; the first step takes that time
         cuda_graphs: record the trainable network's passes and launch each by one call. Saves the most time where the
             host is slower than the GPU: LoRAs, small batches. It keeps the memory of a step. Without effect on a CPU
-        max_sequence_length: T5 tokens per prompt (SD3 and FLUX; other families have no T5)
+        max_sequence_length: tokens per prompt of text encoders other than CLIP (T5, Qwen, Gemma)
         guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
         seed: seed of the LoRA's initial weights
 
@@ -126,10 +127,8 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
         problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
     if cfg["guidance_embedding"] < 0:
         problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
-    if not 1 <= cfg["max_sequence_length"] <= MAX_T5_TOKENS:
-        problems.append(
-            f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MAX_T5_TOKENS}]"
-        )
+    if not 1 <= cfg["max_sequence_length"] <= MAX_TOKENS:
+        problems.append(f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MAX_TOKENS}]")
     return problems
 
 
@@ -151,13 +150,24 @@ def supported_families() -> dict[str, type[Backbone]]:
     for file in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
         for kind in vars(importlib.import_module(file.name)).values():
             defined = isinstance(kind, type) and issubclass(kind, Backbone) and kind.__module__ == file.name
-            if not defined or "pipeline_class" not in vars(kind):
+            if not defined or not vars(kind).get("pipeline_class"):  # None: this version of diffusers lacks it
                 continue
             name = kind.pipeline_class.__name__
             if name in found:
                 raise ValueError(f"{found[name].__module__} and {file.name} both load a {name}; remove one of them")
             found[name] = kind
     return found
+
+
+def call_of(pipeline: Any) -> type[StockCall]:
+    """How a stock pipeline is called; one of an unknown family as Stable Diffusion.
+
+    Raises ValueError for an unknown family that packs its latents.
+    """
+    name, known = type(pipeline).__name__, supported_families()
+    if name not in known and hasattr(pipeline, "_pack_latents"):
+        raise ValueError(f"{name} packs its latents in an unknown way; supported pipelines: {', '.join(known)}")
+    return known.get(name, StockCall)
 
 
 def family_of(folder: Path) -> str:
@@ -225,7 +235,7 @@ def _no_weights(part: Path) -> str:
 def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
     """Hash of the inputs of encoding, so that caches become invalid when an encoder changes.
 
-    It covers the files of all encoders and tokenizers that the pipeline uses, and the number of T5 tokens.
+    It covers the files of all encoders and tokenizers that the pipeline uses, and `max_sequence_length`.
     """
     digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
     index = read_json(folder / "model_index.json")

@@ -101,9 +101,10 @@ def place(network: Any, role: Role, where: Placement | None = None) -> Any:
         compile_blocks(network)
     else:
         network.eval().requires_grad_(False)
-        if role == "decoder" and where.device.type != "cpu":
-            network.to(memory_format=torch.channels_last)
-    if where.gradient_checkpointing and role != "encoder":
+        if role == "decoder" and where.device.type != "cpu" and all(p.ndim < 5 for p in network.parameters()):
+            network.to(memory_format=torch.channels_last)  # a format of images; weights of videos have 5 dimensions
+    checkpoints = role == "policy" or (role == "decoder" and network._supports_gradient_checkpointing)
+    if where.gradient_checkpointing and checkpoints:
         model = network.network if role == "policy" else network
         random = any(isinstance(layer, nn.Dropout) and layer.p for layer in model.modules())
         model.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=random))

@@ -77,6 +77,7 @@ class Sampler:
         guidance: float = 1.0,
     ):
         self.draws, self.guidance, self.noise_level = draws, guidance, noise_level
+        self.rescaled = backbone.rescaled
         self.shape, self.device = backbone.latent_shape(resolution), backbone.device
         discrete = isinstance(backbone.schedule, VPSchedule)
         self.law, scheduler = kind_and_scheduler(backbone.scheduler_config, law, discrete)
@@ -168,7 +169,7 @@ class Sampler:
     def predict(self, network: Network, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Network output [B, C, h, w] with the sampler's classifier-free guidance."""
         uncond = None if self.empty is None else self.empty.repeat(len(x_t))._replace(size=cond.size)
-        return guided(network, x_t, t, cond, uncond, self.guidance)
+        return guided(network, x_t, t, cond, uncond, self.guidance, self.rescaled)
 
     def random_step(self, keys: Sequence[Key], first: int = 0) -> int:
         """Random step index in [first, len(self)), one for the whole micro-batch; stream "stop"."""

@@ -109,6 +109,9 @@ def check_levels(schedule: Schedule, levels: Sequence[float]) -> None:
 
 def few_step_scheduler(config: dict[str, Any]) -> dict[str, Any]:
     """Scheduler config of a few-step model distilled from a model with this config: LCM, or a stochastic flow."""
+    if config.get("use_flow_sigmas"):  # a multistep solver of a flow
+        config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": config["flow_shift"]}
     if config["_class_name"].startswith("FlowMatch"):
+        config = {k: v for k, v in config.items() if k != "shift_terminal"}  # undefined for one step
         return {**config, "stochastic_sampling": True}
     return {**diffusers.LCMScheduler.from_config(config).config, "_class_name": "LCMScheduler"}

@@ -26,6 +26,7 @@ from diffalign.networks.placement import on_cpu
 from diffalign.networks.quantization import quantized
 from diffalign.networks.sharding import is_sharded, whole
 from diffalign.networks.user_adapter import user_width
+from diffalign.types import Cond
 from reward_models.files import write_whole
 
 VERIFY_STEPS = 4
@@ -118,7 +119,7 @@ def compare(backbone: Backbone, folder: Path, resolution: int) -> dict[str, Any]
     draws = small and not quantized(network) and not is_sharded(backbone.denoiser)
     size = min(resolution, VERIFY_PIXELS // backbone.smallest * backbone.smallest)
     given = inputs_of(backbone, size) if draws else {}
-    settings = {"num_inference_steps": VERIFY_STEPS, "guidance_scale": 1.0, "height": size, "width": size}
+    settings = {"num_inference_steps": VERIFY_STEPS, "height": size, "width": size, **backbone.guidance_call(1)}
     with tempfile.TemporaryDirectory() as scratch:
         found, theirs = fresh_process(backbone, folder, given, settings, Path(scratch))
     differs = [*other_tensors(network, found["tensors"]), *other_files(backbone, folder)]
@@ -147,9 +148,10 @@ def inputs_of(backbone: Backbone, size: int) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(0)
     width, pooled = backbone.prompt_widths
     inputs = {"latents": backbone.pipeline_latents(torch.randn(1, *backbone.latent_shape(size), generator=g))}
-    inputs["prompt_embeds"] = torch.randn(1, 8, width, generator=g)
+    cond = Cond(torch.randn(1, 8, width, generator=g), mask=torch.ones(1, 8))
     if pooled:
-        inputs["pooled_prompt_embeds"] = torch.randn(1, pooled, generator=g)
+        cond = cond._replace(pooled=torch.randn(1, pooled, generator=g))
+    inputs |= backbone.pipeline_text(cond)
     if kind_of(backbone) == "user adapter":
         inputs["user"] = torch.randn(1, 1, user_width(backbone.denoiser.network), generator=g)
     return inputs

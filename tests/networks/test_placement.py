@@ -14,6 +14,7 @@ from diffalign.networks.placement import MATRICES, Placement, load_trained_state
 from diffalign.networks.reference import FrozenReference
 
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
+FAMILIES += ["tiny_z_image", "tiny_sana", "tiny_flux2_klein", "tiny_qwen_image"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

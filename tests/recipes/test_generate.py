@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffalign.draws import Draws
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.sampler import Sampler
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red cat", "a blue cat", "cat", "a red red cat", "blue"]
@@ -315,3 +317,32 @@ def test_flux_packs_its_latents(tiny_flux: Path, tmp_path: Path) -> None:
     images = pipe(["a red cat", "blue"], latents=squares, **call).images
     assert np.abs(_pixels(out) - np.stack([np.asarray(x, dtype=np.int16) for x in images])).max() <= 1
     assert generate.main([*files[:2], f"--out={tmp_path / 'odd'}", "--size=20"]) == 2
+
+
+@pytest.mark.parametrize("family", ["tiny_z_image", "tiny_sana", "tiny_flux2_klein", "tiny_qwen_image"])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_every_family_draws_from_the_noise_of_its_sampler(
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, guidance: float
+) -> None:
+    """Qwen-Image's scheduler has no levels for one step."""
+    path, steps = request.getfixturevalue(family), 2 if family == "tiny_qwen_image" else 1
+    (tmp_path / "prompts.txt").write_text("small red circle on white\nblue\n")
+    out, settings = tmp_path / "out", [f"--guidance={guidance}", "--size=32", "--max-sequence-length=16"]
+    files = [f"--pipeline={path}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--device=cpu"]
+    assert generate.main([*files, f"--steps={steps}", *settings]) == 0
+    assert json.loads((out / "settings.json").read_text())["size"] == 32
+    backbone = load_backbone(torch.device("cpu"), path=str(path), max_sequence_length=16)
+    sampler = Sampler(backbone, Draws(0), 32, steps=steps, guidance=guidance, law="deterministic")
+    keys = [("00000", 0), ("00001", 0)]
+    with torch.no_grad():
+        latents = sampler.sample(backbone.denoiser, backbone.encode_text(["small red circle on white", "blue"]), keys)
+        pixels = (255 * backbone.decode(latents)).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(_pixels(out) - pixels).max() <= 1
+
+
+def test_pipelines_that_pack_latents_in_an_unknown_way_are_refused() -> None:
+    class OtherPipeline:
+        _pack_latents = None
+
+    with pytest.raises(ValueError, match="OtherPipeline packs its latents in an unknown way; supported"):
+        generate.latent_shape(OtherPipeline(), None)

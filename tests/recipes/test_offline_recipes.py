@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from stock import images, stock
 
+FAMILIES = ("tiny_sdxl", "tiny_flux", "tiny_z_image", "tiny_sana", "tiny_flux2_klein", "tiny_qwen_image")
 RECIPES = ("diffusion_dpo", "inpo", "rank_dpo", "kto", "mapo", "sft")
 TINY = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "run.log_every=1"]
 
 
-@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_flux"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_on_every_family(
     tmp_path: Path, request: pytest.FixtureRequest, pairs_file: Path, recipe: Callable, family: str, name: str
@@ -29,22 +30,23 @@ def test_two_steps_on_every_family(
     recipe(name, "--config=playground", *settings, *TINY, "optimizer.lr_warmup_steps=0")
     losses = [json.loads(line)["policy/loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 2
-    pipeline = DiffusionPipeline.from_pretrained(model)
-    pipeline.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "output_type": "pt"}
-
-    def images() -> torch.Tensor:
-        return pipeline("red circle", generator=torch.Generator().manual_seed(0), **call).images
-
-    before = images()
+    pipeline = stock(model)
+    before = images(pipeline, "red circle", 2, generator=torch.Generator().manual_seed(0))
     pipeline.load_lora_weights(out / "export", weight_name="pytorch_lora_weights.safetensors")
-    assert not torch.equal(before, images())
+    assert not torch.equal(before, images(pipeline, "red circle", 2, generator=torch.Generator().manual_seed(0)))
 
 
-def test_exports_with_packed_latents_are_verified(
-    tmp_path: Path, tiny_flux: Path, pairs_file: Path, recipe: Callable, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "tiny_sdxl"])
+def test_exports_of_flows_are_verified(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    pairs_file: Path,
+    recipe: Callable,
+    capsys: pytest.CaptureFixture[str],
+    family: str,
 ) -> None:
-    settings = [f"backbone.path={tiny_flux}", "backbone.lora_rank=2", f"run.folder={tmp_path / 'run'}"]
+    model = request.getfixturevalue(family)
+    settings = [f"backbone.path={model}", "backbone.lora_rank=2", f"run.folder={tmp_path / 'run'}"]
     settings += [
         f"data.path={pairs_file}",
         "data.batch_size=2",
@@ -53,7 +55,7 @@ def test_exports_with_packed_latents_are_verified(
         "hooks.sample_steps=2",
     ]
     recipe("sft", "--config=playground", *settings, "hooks.sample_every=1", "hooks.checkpoint_every=0")
-    assert "verified in a fresh process" in capsys.readouterr().out
+    assert "verified in a fresh process: stock diffusers loads" in (said := capsys.readouterr().out), said
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
 
 

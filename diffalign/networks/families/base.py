@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion.schedule import Schedule
 from diffalign.networks.cuda_graphs import CudaGraphs
+from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.placement import Placement, Role, as_input, free_memory, place, precision
 from diffalign.types import Cond
 from reward_models.files import read_json
@@ -27,10 +28,11 @@ class Denoiser(nn.Module, ABC):
 
     network: Any
     graphs: CudaGraphs | None = None
+    recordable: ClassVar[bool] = True  # whether a recording is valid for all inputs of the same shapes
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, C, h, w], t [B], cond of batch B -> the network's prediction, float32 [B, C, h, w]."""
-        if self.graphs and self.graphs.usable(x_t, cond):
+        if self.graphs and self.recordable and self.graphs.usable(x_t, cond):
             return self.graphs(self, self._forward, x_t, t, *cond)
         return self._forward(x_t, t, *cond)
 
@@ -54,7 +56,7 @@ class Source(NamedTuple):
     path                 the diffusers folder
     fingerprint          hash of the encoders' files and settings
     placement            device and dtypes of the networks
-    max_sequence_length  T5 tokens per prompt, for families with T5
+    max_sequence_length  tokens per prompt of text encoders other than CLIP
     guidance_embedding   guidance scale of a guidance-distilled network when Cond.guidance is None
     """
 
@@ -65,7 +67,7 @@ class Source(NamedTuple):
     guidance_embedding: float
 
 
-class Backbone(ABC):
+class Backbone(StockCall, ABC):
     """The parts of a pretrained text-to-image pipeline. Encoders and decoder load lazily; `release` frees them.
 
     denoiser     the trainable network
@@ -82,6 +84,7 @@ class Backbone(ABC):
     network_name    name of the trainable network in the pipeline
     text_classes    name of each text encoder -> (its class, the class of its tokenizer)
     left_out        pipeline arguments that disable optional parts, such as the safety checker
+    vae_class       class of the autoencoder
     """
 
     pipeline_class: ClassVar[Any]
@@ -89,6 +92,7 @@ class Backbone(ABC):
     network_name: ClassVar[str]
     text_classes: ClassVar[dict[str, tuple[Any, Any]]]
     left_out: ClassVar[dict[str, Any]] = {}
+    vae_class: ClassVar[Any] = AutoencoderKL
 
     denoiser: Denoiser
     schedule: Schedule
@@ -150,9 +154,9 @@ class Backbone(ABC):
         return self._parts[name]
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         """The autoencoder, loaded on first use."""
-        return self._part("vae", AutoencoderKL, "decoder")
+        return self._part("vae", self.vae_class, "decoder")
 
     def text_encoder(self, name: str) -> Any:
         """A text encoder by its name in the pipeline, loaded on first use."""
@@ -191,18 +195,12 @@ class Backbone(ABC):
         ids = self._tokenizers[name](list(prompts), verbose=False).input_ids if prompts else []
         return limits[name], [len(x) for x in ids]
 
-    def _encode_clip_pair(self, prompts: Sequence[str]) -> tuple[Tensor, list[Any]]:
-        """Penultimate hidden states of two CLIP encoders, concatenated [B, L, D1 + D2], and both outputs."""
-        names = ("text_encoder", "text_encoder_2")
-        outputs = [self._encode(name, prompts, output_hidden_states=True) for name in names]
-        return torch.cat([out.hidden_states[-2].float() for out in outputs], dim=-1), outputs
-
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> scaled latents [B, C, h, w], the mean of the VAE's posterior."""
         (pixels,) = as_input(self.vae, pixels.to(self.device))
-        mean = self.vae.encode(pixels * 2 - 1).latent_dist.mode().float()
-        return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+        shift, scale = self.scaling
+        return (self._encoded(pixels * 2 - 1).float() - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1], differentiable.
@@ -212,9 +210,28 @@ class Backbone(ABC):
         size = len(latents)
         if not torch.is_grad_enabled():
             size = max(1, DECODED_PIXELS // (self.factor**2 * latents.shape[2] * latents.shape[3]))
-        latents = latents / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0)
-        parts = [self.vae.decode(some).sample.float() for some in as_input(self.vae, *latents.split(size))]
+        shift, scale = self.scaling
+        latents = latents / scale + shift
+        parts = [self._decoded(some).float() for some in as_input(self.vae, *latents.split(size))]
         return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def scaling(self) -> tuple[Any, Any]:
+        """Shift and scale of latents, numbers or [C, 1, 1]: scaled = (latents - shift) * scale."""
+        return self.vae.config.get("shift_factor") or 0, self.vae.config.scaling_factor
+
+    def _encoded(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> the autoencoder's own latents [B, C, h, w]."""
+        return self.vae.encode(images).latent_dist.mode()
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The autoencoder's own latents [B, C, h, w] -> images [B, 3, H, W] in [-1, 1]."""
+        return self.vae.decode(latents).sample
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C of the latents."""
+        return self.vae_config["latent_channels"]
 
     @property
     def factor(self) -> int:
@@ -241,7 +258,7 @@ class Backbone(ABC):
         step = max(8, self.smallest)  # the stock pipelines accept only multiples of 8
         if resolution % step:
             raise ValueError(f"'data.resolution' = {resolution} is not a multiple of {step}, as this model needs it")
-        return self.vae_config["latent_channels"], resolution // self.factor, resolution // self.factor
+        return self.channels, resolution // self.factor, resolution // self.factor
 
     @abstractmethod
     def grid(self, steps: int, resolution: int) -> Tensor:
@@ -271,7 +288,3 @@ class Backbone(ABC):
     def scheduler(self) -> Any:
         """A new scheduler of the stock pipeline, built from `scheduler_config`."""
         return getattr(diffusers, self.scheduler_config["_class_name"]).from_config(self.scheduler_config)
-
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] in the format of the stock pipeline's `latents` argument."""
-        return latents

@@ -1,9 +1,10 @@
-"""Base class of the rectified-flow families SD3 and FLUX."""
+"""Base class of the rectified-flow families."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
@@ -31,7 +32,15 @@ class FlowBackbone(Backbone):
         config, mu = scheduler.config, None
         if config.use_dynamic_shifting:
             tokens = (self.latent_shape(resolution)[1] // self.patch) ** 2
-            lengths = (config.base_image_seq_len, config.max_image_seq_len)
-            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+            mu = self._log_shift(config, tokens, steps)
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
-        return scheduler.sigmas[:-1].clone()
+        return scheduler.sigmas[:-1].nan_to_num(nan=1.0)  # `shift_terminal` stretches a single level by 0 / 0
+
+    def _log_shift(self, config: Any, tokens: int, steps: int) -> float:
+        """Logarithm of the dynamic shift for images of so many tokens, sampled in so many steps."""
+        lengths = (config.base_image_seq_len, config.max_image_seq_len)
+        return calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+
+    def _even_levels(self, steps: int, resolution: int) -> Tensor:
+        """As `_levels`, with the levels 1, ..., 1 / steps before the shift."""
+        return self._levels(steps, resolution, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())

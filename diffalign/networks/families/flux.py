@@ -73,6 +73,7 @@ class FluxBackbone(FlowBackbone):
 
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
+    packed = 2
     text_classes: ClassVar = {
         "text_encoder": (CLIPTextModel, CLIPTokenizer),
         "text_encoder_2": (T5EncoderModel, T5TokenizerFast),
@@ -96,7 +97,8 @@ class FluxBackbone(FlowBackbone):
         return 2
 
     def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._levels(steps, resolution, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+        return self._even_levels(steps, resolution)
 
-    def pipeline_latents(self, latents: Tensor) -> Tensor:
+    @staticmethod
+    def pipeline_latents(latents: Tensor) -> Tensor:
         return packed(latents).contiguous()

@@ -16,6 +16,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.flow import FlowBackbone
+from diffalign.networks.families.sdxl import clip_pair
 from diffalign.networks.placement import as_input
 from diffalign.types import Cond
 
@@ -66,7 +67,7 @@ class SD3Backbone(FlowBackbone):
         return config.joint_attention_dim, config.pooled_projection_dim
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        tokens, outputs = self._encode_clip_pair(prompts)
+        tokens, outputs = clip_pair(self, prompts)
         length, width = self.source.max_sequence_length, self.denoiser.network.config.joint_attention_dim
         if "text_encoder_3" in self._tokenizers:
             t5 = self._encode("text_encoder_3", prompts, length)[0].float()

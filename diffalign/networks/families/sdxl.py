@@ -8,18 +8,26 @@ uses zeros if `force_zeros_for_empty_prompt` is set.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from diffalign.networks.families.base import Denoiser, Source
+from diffalign.networks.families.base import Backbone, Denoiser, Source
 from diffalign.networks.families.unet import UNetBackbone
 from diffalign.networks.placement import as_input
 from diffalign.networks.user_adapter import call_with_user
 from diffalign.types import Cond
+
+
+def clip_pair(backbone: Backbone, prompts: Sequence[str]) -> tuple[Tensor, list[Any]]:
+    """Penultimate hidden states of a backbone's two CLIP encoders, concatenated [B, L, D1 + D2], and both outputs."""
+    outputs = [
+        backbone._encode(name, prompts, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2")
+    ]
+    return torch.cat([out.hidden_states[-2].float() for out in outputs], dim=-1), outputs
 
 
 class SDXLDenoiser(Denoiser):
@@ -79,5 +87,5 @@ class SDXLBackbone(UNetBackbone):
         return config.cross_attention_dim, pooled
 
     def encode_text(self, prompts: Sequence[str]) -> Cond:
-        tokens, outputs = self._encode_clip_pair(prompts)
+        tokens, outputs = clip_pair(self, prompts)
         return Cond(tokens, pooled=outputs[1].text_embeds.float())

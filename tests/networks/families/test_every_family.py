@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pretend
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from stock import images as drawn
+from stock import stock
 from torch.nn.functional import mse_loss
 
 from diffalign.networks.export import save
 from diffalign.networks.loading import Backbone, load_backbone
 from diffalign.networks.lora import adapters_off, lora_layers
+from diffalign.networks.placement import Placement
 
 CPU = torch.device("cpu")
-FAMILIES = ("tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux")
+UNETS = ("tiny_sd", "tiny_sdxl")
+FLOWS = ("tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_sana", "tiny_flux2_klein", "tiny_qwen_image")
 PROMPT = "small red circle left on white"
 Load = Callable[..., Backbone]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=UNETS + FLOWS)
 def path(request: pytest.FixtureRequest) -> Path:
     return request.getfixturevalue(request.param)
 
@@ -32,21 +36,12 @@ def load(path: Path) -> Load:
     return lambda **settings: load_backbone(CPU, path=str(path), max_sequence_length=8, **settings)
 
 
-def stock(path: Path) -> Any:
-    """Loaded by stock diffusers, which needs the omitted parts of a folder as arguments."""
-    left_out = {k: None for k, v in json.loads((path / "model_index.json").read_text()).items() if v == [None, None]}
-    pipeline = DiffusionPipeline.from_pretrained(path, **left_out)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def noise(backbone: Backbone) -> torch.Tensor:
     return torch.randn(1, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
 
 
 def images(pipeline: Any, latents: torch.Tensor, output: str = "pt") -> torch.Tensor:
-    settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 32, "width": 32}
-    return pipeline(PROMPT, latents=latents, output_type=output, **settings).images
+    return drawn(pipeline, PROMPT, 3, latents=latents, output_type=output)
 
 
 def moved(backbone: Backbone) -> Backbone:
@@ -59,7 +54,8 @@ def moved(backbone: Backbone) -> Backbone:
     return backbone
 
 
-def test_pixels_become_latents_and_back_as_in_the_stock_pipeline(path: Path, load: Load) -> None:
+@pytest.mark.parametrize("path", [*UNETS, "tiny_sd3", "tiny_flux", "tiny_z_image"], indirect=True)
+def test_pixels_become_the_stock_autoencoders_latents(path: Path, load: Load) -> None:
     backbone, pipeline = load(), stock(path)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
@@ -69,13 +65,29 @@ def test_pixels_become_latents_and_back_as_in_the_stock_pipeline(path: Path, loa
     assert (shift > 0) == hasattr(pipeline, "transformer")
     torch.testing.assert_close(ours, (mean - shift) * scale)
     assert ours.shape[1:] == backbone.latent_shape(32)
-    packed = images(pipeline, backbone.pipeline_latents(noise(backbone)), "latent")
-    latents = noise(backbone)
-    drawn = images(pipeline, backbone.pipeline_latents(latents))
-    if packed.ndim == 3:
-        packed = pipeline._unpack_latents(packed, 32, 32, pipeline.vae_scale_factor)
+
+
+def test_latents_become_pixels_as_in_the_stock_pipeline(path: Path, load: Load) -> None:
+    """From the latents at the end of the pipeline's sampling, unpacked by the order of our own packing."""
+    backbone, pipeline = load(), stock(path)
+    clean: dict[str, torch.Tensor] = {}
+
+    def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        clean.update(tensors)
+        return tensors
+
+    latents = backbone.pipeline_latents(noise(backbone))
+    pixels = drawn(pipeline, PROMPT, 3, latents=latents, callback_on_step_end=keep)
+    ends = clean["latents"]
+    shape = backbone.latent_shape(32)
+    if ends.ndim == 3 and latents.ndim == 4:  # packed by the pipeline
+        ends = ends.transpose(1, 2).reshape(-1, *shape)
+    elif ends.ndim == 3:
+        apart = torch.eye(math.prod(shape)).view(-1, *shape)
+        order = backbone.pipeline_latents(apart).flatten(1).argmax(1)
+        ends = ends.flatten(1)[:, order].view(-1, *shape)
     with torch.no_grad():
-        torch.testing.assert_close(backbone.decode(packed), drawn, atol=1e-5, rtol=0)
+        torch.testing.assert_close(backbone.decode(ends), pixels, atol=1e-5, rtol=0)
 
 
 def test_decode_is_differentiable_and_returns_float32(load: Load) -> None:
@@ -156,6 +168,33 @@ def test_a_batch_is_its_samples_one_by_one(load: Load) -> None:
         for i in range(2):
             one = torch.tensor([i])
             torch.testing.assert_close(both[i : i + 1], backbone.denoiser(x[one], t[one], cond.at(one)))
+
+
+def test_gradient_checkpointing_changes_no_gradient(load: Load) -> None:
+    """Of the denoiser and of the autoencoder; some autoencoders have no checkpoints."""
+    gradients = []
+    for checkpointing in (False, True):
+        backbone = load(lora_rank=2, gradient_checkpointing=checkpointing)
+        x, t, cond = noise(backbone), backbone.grid(4, 32)[1:2], backbone.encode_text([PROMPT])
+        backbone.decode(backbone.denoiser(x, t, cond)).square().mean().backward()
+        gradients.append([p.grad for p in backbone.denoiser.parameters() if p.grad is not None])
+    assert gradients[0] and any(g.any() for g in gradients[0])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(not pretend.AVAILABLE, reason="this version of torch cannot register a device")
+def test_a_forward_pass_waits_for_the_device_only_where_it_says_so(path: Path) -> None:
+    """Z-Image reads the lengths of the captions, once. All parts run on a device."""
+    where = Placement(torch.device("pretend"), torch.bfloat16)
+    backbone = load_backbone(where, path=str(path), lora_rank=2, dtype="bf16", max_sequence_length=8)
+    x, cond = backbone.encode_pixels(torch.rand(2, 3, 32, 32)), backbone.encode_text([PROMPT, ""])
+    t = backbone.grid(4, 32)[1:3].to("pretend")
+    with pretend.watched() as seen:
+        out = backbone.denoiser(x, t, cond)
+    assert sum(seen.waits.values()) == (not backbone.denoiser.recordable) == ("z_image" in path.parts[-2])
+    backbone.decode(out).mean().backward()
+    assert any(p.grad is not None for p in backbone.denoiser.parameters())
 
 
 def test_training_lowers_the_error(load: Load) -> None:

@@ -1,0 +1,57 @@
+"""How the stock pipeline of a family is called: guidance, latents and text in its format."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from diffalign.types import Cond
+
+
+class StockCall:
+    """Arguments of the stock pipeline's call. Nothing here needs a backbone.
+
+    packed  number of latents along the side of a square that the pipeline packs into one token, 1 if it packs none
+    merged  number of the autoencoder's latents along the side of one latent, 1 for all but FLUX.2
+    """
+
+    packed: ClassVar[int] = 1
+    merged: ClassVar[int] = 1
+
+    @staticmethod
+    def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
+        """Arguments for `sampler.guidance` = scale and a number of prompts; 1 means no guidance."""
+        return {"guidance_scale": scale}
+
+    @staticmethod
+    def rescaled(guided: Tensor, conditional: Tensor) -> Tensor:
+        """What the pipeline makes of a guided prediction [B, C, h, w], given the conditional one."""
+        return guided
+
+    @staticmethod
+    def pipeline_latents(latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] in the format of the `latents` argument."""
+        return latents
+
+    @staticmethod
+    def pipeline_text(cond: Cond) -> dict[str, Tensor]:
+        """A Cond in the format of the arguments for embedded prompts."""
+        pooled = {} if cond.pooled is None else {"pooled_prompt_embeds": cond.pooled}
+        return {"prompt_embeds": cond.tokens, **pooled}
+
+    @classmethod
+    def latent_units(cls, pipeline: Any) -> tuple[int, int, int]:
+        """Channels of a pipeline's latents, pixels along the side of one, and the step of image sizes in pixels."""
+        pixels = cls.merged * pipeline.vae_scale_factor
+        return _config(pipeline).in_channels // cls.packed**2, pixels, max(8, cls.packed * pixels)
+
+    @staticmethod
+    def training_size(pipeline: Any) -> int:
+        """Width of the images that a pipeline was trained on, in pixels; 128 latents of the autoencoder if unknown."""
+        side = _config(pipeline).get("sample_size") or getattr(pipeline, "default_sample_size", 128)
+        return side * pipeline.vae_scale_factor
+
+
+def _config(pipeline: Any) -> Any:
+    return (getattr(pipeline, "unet", None) or pipeline.transformer).config
