@@ -224,7 +224,7 @@ class Session:
             for row in self.rows.values()
             if row["ours"] is not None
             or row["case"] not in kept
-            or not row.get("error", "").startswith((UNFINISHED, "skipped"))
+            or not row.get("error", "").startswith((UNFINISHED, "skipped", "stopped"))
         }
         others = [row for row in self.before if row["device"] != self.device or row["case"] not in new]
         write_rows(self.out, [*others, *new.values()])

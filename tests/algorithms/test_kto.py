@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -82,6 +82,12 @@ def test_liked_and_disliked_images_have_separate_weights(constant, noising_of, b
     assert len(KTO.check(cfg | {"beta": 0.0, "weight_liked": -1.0})) == 2
 
 
+class Image(NamedTuple):
+    key: object
+    index: int
+    place: int = -1
+
+
 class NineImages:
     """Nine images, three of them liked."""
 
@@ -96,16 +102,16 @@ class NineImages:
         return ("plain", place)
 
     def draw(self, key, index):
-        return key, index
+        return Image(key, index)
 
 
 def test_balanced_sampling_has_the_given_ratio_and_is_deterministic() -> None:
     balanced = Balanced(NineImages(), Draws(0), positive_ratio=0.8)  # type: ignore[arg-type]
     drawn = [balanced[epoch, slot] for epoch in range(200) for slot in range(9)]
-    share = sum(index in NineImages.liked for _, index in drawn) / len(drawn)  # type: ignore[misc]
+    share = sum(index in NineImages.liked for _, index, _ in drawn) / len(drawn)  # type: ignore[misc]
     assert abs(share - 0.8) < 3 * math.sqrt(0.8 * 0.2 / 1800)
-    assert {index for _, index in drawn} == set(range(9))  # type: ignore[misc]
-    assert len({key for key, _ in drawn}) == 1800  # type: ignore[misc]
+    assert {index for _, index, _ in drawn} == set(range(9))  # type: ignore[misc]
+    assert len({key for key, *_ in drawn}) == 1800  # type: ignore[misc]
     assert balanced[3, 5] == balanced[3, 5]
     assert Balanced(NineImages(), Draws(0), positive_ratio=None)[2, 3] == ("plain", (2, 3))  # type: ignore[arg-type]
     assert Balanced.check({"positive_ratio": None}) == []

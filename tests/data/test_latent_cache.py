@@ -293,21 +293,25 @@ def test_every_flipped_byte_of_a_cached_latent_is_detected_and_the_entry_recompu
     """This process recomputes the row; the shard is invalidated for later processes."""
     images = gallery(tmp_path / "images", 6)
     LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3).add_images(images)
-    random, (file, *_) = np.random.default_rng(0), sorted((tmp_path / "cache/pool").rglob("*.rows"))
+    random, lost = np.random.default_rng(0), 0
     for _ in range(20):
         cache = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
         seen = cache.add_images(images)
+        # Images that are computed anew may be grouped in other shards: the damaged file is then one that nobody reads.
+        file = min(x for x in (tmp_path / "cache/pool").rglob("*.rows") if x.with_suffix(".json").exists())
+        held = len(json.loads(file.with_suffix(".json").read_text())["keys"])
         rows = cache.latents([s.digest for s in seen], images)
         whole = [rows.rows.read(i)["latent"] for i in range(6)]
         data = bytearray(file.read_bytes())
         data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
         file.write_bytes(data)
         assert all(torch.equal(rows.read(i)["latent"], whole[i]) for i in range(6))
-        assert cache.encoder.images in (1, 4) and len(rows.recomputed) == 1, "one damaged, and three of the last round"
+        assert cache.encoder.images == lost + 1 and len(rows.recomputed) == 1, "one damaged, and those of the last round"
+        lost = held
         assert not file.with_suffix(".json").exists()
     assert f"cache file '{file}' is damaged; it is computed anew" in caplog.text
     again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=3)
-    assert numbers(again, again.add_images(images)) == list(range(6)) and again.encoder.images == 3
+    assert numbers(again, again.add_images(images)) == list(range(6)) and again.encoder.images == lost
 
 
 def test_a_damaged_text_embedding_is_recomputed(tmp_path):

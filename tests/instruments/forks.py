@@ -79,6 +79,8 @@ def _child(job: dict[str, Any], rank: int) -> int:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.chdir(job["cwd"])
     sys.argv, sys.path[:] = job["argv"], job["path"]
+    # After a fork the first use of torch's thread pool makes a new one; two threads at once would find none.
+    sys.modules["torch"].set_num_threads(1)
     try:
         exec(compile(job["code"], "<forked>", "exec"), {"__name__": "__main__"})
     except SystemExit as error:

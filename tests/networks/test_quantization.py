@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from diffalign.config import parameters
-from diffalign.networks import placement
+from diffalign.networks import compilation
 from diffalign.networks.export import export
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.loading import check_backbone, load_backbone
@@ -112,7 +112,7 @@ def test_the_reference_is_the_policy_at_the_start(family: str, kind: Any, reques
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_blocks_compute_the_same(kind: Any, tiny_sd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are captured, and run as they are."""
-    monkeypatch.setattr(placement, "COMPILER", {"dynamic": False, "backend": "aot_eager"})
+    monkeypatch.setattr(compilation, "COMPILER", {"dynamic": False, "backend": "aot_eager"})
     found: list[list[Tensor]] = []
     for how in ("off", "blocks"):
         backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=2, quantize=kind, compile=how)  # type: ignore[arg-type]

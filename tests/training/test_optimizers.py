@@ -188,16 +188,15 @@ def mesh() -> Iterator[Any]:
 
 
 def test_shards(mesh: Any) -> None:
-    """Of AdamW with 8 bits too. Adafactor raises on shards, and Prodigy estimates another rate on each rank."""
+    """Adafactor raises on shards, Prodigy estimates another rate on each rank, checkpoints cannot gather 8 bits."""
 
     def sharded(dtype: torch.dtype = torch.float32) -> Any:
         return fully_shard(network(dtype), mesh=mesh)
 
-    for kind in ("adamw", "adamw_8bit"):
-        assert trained(kind, sharded(), 20, 1e-2) == pytest.approx(trained(kind, network(), 20, 1e-2), rel=1e-5)
-    for kind, dtype in (("adafactor", torch.float32), ("prodigy", torch.float32), ("adamw_8bit", torch.bfloat16)):
-        with pytest.raises(ValueError, match=f"'optimizer.kind' = {kind} cannot train sharded {dtype} weights"):
-            make_player(sharded(dtype), lr=1.0, kind=kind)  # type: ignore[arg-type]
+    assert trained("adamw", sharded(), 20, 1e-2) == pytest.approx(trained("adamw", network(), 20, 1e-2), rel=1e-5)
+    for kind in ("adafactor", "prodigy", "adamw_8bit"):
+        with pytest.raises(ValueError, match=f"'optimizer.kind' = {kind} cannot train sharded torch.float32 weights"):
+            make_player(sharded(), lr=1.0, kind=kind)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("kind", "settings"), WAYS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
@@ -223,7 +222,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     for file in ["step-000004/trained_0.safetensors", *(["step-000004/ema.safetensors"] * ("ema" in str(settings)))]:
         one, other = (load_file(x / "checkpoints" / file) for x in (whole, broken))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    state = torch.load(whole / "checkpoints/step-000004/optimizer.bin", weights_only=True)["state"]
+    state = torch.load(whole / "checkpoints/step-000004/optimizer_0.pt", weights_only=True)["state"]
     coded = any(hasattr(x, "codes") for s in state.values() for x in s.values())
     assert coded == (kind == "adamw_8bit" and "backbone.lora_rank=0" in settings)
     start, end = (load_file(whole / f"checkpoints/{x}/trained_0.safetensors") for x in ("step-000002", "step-000004"))
