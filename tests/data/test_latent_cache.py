@@ -306,7 +306,9 @@ def test_every_flipped_byte_of_a_cached_latent_is_detected_and_the_entry_recompu
         data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
         file.write_bytes(data)
         assert all(torch.equal(rows.read(i)["latent"], whole[i]) for i in range(6))
-        assert cache.encoder.images == lost + 1 and len(rows.recomputed) == 1, "one damaged, and those of the last round"
+        assert cache.encoder.images == lost + 1 and len(rows.recomputed) == 1, (
+            "one damaged, and those of the last round"
+        )
         lost = held
         assert not file.with_suffix(".json").exists()
     assert f"cache file '{file}' is damaged; it is computed anew" in caplog.text

@@ -12,7 +12,8 @@ from stock import images, stock
 from diffalign.draws import Draws
 from diffalign.networks.families.flux import packed
 from diffalign.networks.loading import load_backbone
-from diffalign.networks.sampler import Sampler, few_step_scheduler
+from diffalign.networks.sampler import Sampler
+from diffalign.networks.schedulers import few_step_scheduler
 from diffalign.types import Cond
 
 CPU = torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from chains import chain
@@ -16,6 +17,7 @@ from diffalign.networks.loading import load_backbone
 from diffalign.networks.sampler import Sampler
 from diffalign.types import Cond
 
+OTHER_LEVELS = pytest.mark.skipif(diffusers.__version__ < "0.37", reason="its pipeline takes one step less")
 CPU = torch.device("cpu")
 PROMPTS = ["small red circle left on white", ""]
 
@@ -56,6 +58,7 @@ def test_one_call_of_the_network_gets_what_the_stock_pipeline_gives_it(tiny_z_im
     torch.testing.assert_close(x - velocity, ends)
 
 
+@OTHER_LEVELS
 def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_z_image: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_z_image))
     theirs = images(stock(tiny_z_image), list(PROMPTS), 7, latents=noise(), output_type="latent")
@@ -65,6 +68,7 @@ def test_sampling_ends_at_the_latents_of_the_stock_pipeline(tiny_z_image: Path) 
     assert (ours - noise()).abs().max() > 0.1
 
 
+@OTHER_LEVELS
 def test_guidance_is_the_stock_pipelines_scale_plus_1(tiny_z_image: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_z_image))
     theirs = images(stock(tiny_z_image), list(PROMPTS), 3, latents=noise(), guidance_scale=2.0, output_type="latent")
