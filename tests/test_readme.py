@@ -20,7 +20,13 @@ from reward_models.folder import cli as score_cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-CI = ("pip install -e .", 'pip install -e ".[test]"', "pytest", "pytest -m learning", "diffalign demo")
+CI = (
+    "pip install -e .",
+    'pip install -e ".[test,optimizers,quantization,ray]"',
+    "pytest",
+    "pytest -m learning",
+    "diffalign demo",
+)
 TINY = ["trainer.steps=2", "trainer.grad_accum=1", "data.batch_size=2", "data.resolution=32", "data.num_workers=0"]
 TINY += ["data.limit=8", "hooks.verify_export=false"]  # exports are verified in test_export.py
 TINY += ["backbone.lora_rank=2", "hooks.sample_steps=2", "run.mixed_precision=no", "backbone.dtype=fp32"]
