@@ -29,6 +29,18 @@ def find_device(name: str | torch.device) -> torch.device:
     return device
 
 
+def cluster_device(name: str, gpus: int) -> torch.device:
+    """The device of each process on a cluster with this many GPUs, which gives a process its own.
+
+    Raises ValueError for other names than auto, cpu and cuda, and for cuda without a GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda on a cluster; got '{name}'")
+    if name == "cuda" and not gpus:
+        raise ValueError("--device cuda needs a GPU, but the cluster has none; use cpu")
+    return torch.device("cuda" if gpus and name != "cpu" else "cpu")
+
+
 def place(scorer: nn.Module, device: torch.device, dtype: str, *, compile: bool = False) -> None:
     """Freeze a scorer on the device, with its network in a dtype of DTYPES.
 

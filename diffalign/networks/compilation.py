@@ -42,6 +42,14 @@ def uncompiled(how: str = "blocks") -> AbstractContextManager[Any]:
     return nullcontext() if how == "off" else torch.compiler.set_stance("force_eager")
 
 
+def eager_off_cuda(device: torch.device) -> AbstractContextManager[Any]:
+    """Context manager in which a library's own compiled code runs uncompiled, unless the device is a CUDA one.
+
+    On a CPU compiling takes seconds for each shape and gains little.
+    """
+    return nullcontext() if device.type == "cuda" else uncompiled()
+
+
 _compiler_times: list[float] = []
 
 

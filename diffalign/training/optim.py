@@ -17,7 +17,7 @@ from transformers.optimization import Adafactor
 
 from diffalign.config import parameters, too_small
 from diffalign.draws import seeded
-from diffalign.networks.compilation import uncompiled
+from diffalign.networks.compilation import eager_off_cuda
 from diffalign.networks.placement import trained_parameters
 
 PACKAGES = {"adamw_8bit": "torchao", "prodigy": "prodigyopt"}
@@ -146,8 +146,7 @@ def _adamw_8bit() -> Any:
             for group in self.param_groups:
                 group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
             with ExitStack() as stack:
-                if device.type != "cuda":  # torchao compiles the step for each shape: 8 s each on a CPU
-                    stack.enter_context(uncompiled())
+                stack.enter_context(eager_off_cuda(device))  # torchao compiles the step for each shape
                 if any(p.dtype == torch.bfloat16 for p in weights):
                     # Equal on every rank: otherwise the copies of DDP would drift apart. Equal after a resume.
                     done = max((int(state["step"]) for state in self.state.values()), default=0)

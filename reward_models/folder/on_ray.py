@@ -27,6 +27,7 @@ from reward_models.folder.items import Items
 from reward_models.folder.scoring import Failed, score_items
 from reward_models.folder.shards import find_shards, read_shards
 from reward_models.folder.tables import META, Columns, write_table
+from reward_models.placement import cluster_device
 
 
 class Scoring:
@@ -84,9 +85,10 @@ def main(argv: Sequence[str]) -> int:
     except ImportError as error:
         raise ValueError("this command needs Ray: pip install diffalign[ray]") from error
     ray.init(ignore_reinit_error=True, include_dashboard=False, log_to_driver=False)
-    gpus = int(ray.cluster_resources().get("GPU", 0)) if args.device in ("auto", "cuda") else 0
-    args.device = "cuda" if gpus else "cpu"
-    job = settings(args, torch.device(args.device)) | {"--prompt": args.prompt}
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    device = cluster_device(args.device, gpus)
+    args.device, gpus = device.type, 0 if device.type == "cpu" else gpus
+    job = settings(args, device) | {"--prompt": args.prompt}
     done = {shard for shard in shards if part_of(args.out, shard).exists()}
     for shard in done:
         check_part(part_of(args.out, shard), job, args.resume)

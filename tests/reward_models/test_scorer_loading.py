@@ -15,6 +15,7 @@ import torch
 
 from reward_models import CLIPScorer, load_scorer
 from reward_models.loading import FAMILIES, SCORERS
+from reward_models.placement import cluster_device
 
 SOURCE = """
     from typing import Literal
@@ -179,3 +180,12 @@ def test_dtype_and_compile_are_for_networks() -> None:
     scorer: Any = load_scorer("loading_scorers:Net", "cpu", dtype="bf16")
     assert scorer.linear.weight.dtype == torch.bfloat16
     assert load_scorer("loading_scorers:Plain", "cpu", dtype="bf16", compile=True).score(torch.ones(1, 3, 2, 2), [""])
+
+
+def test_a_cluster_has_the_device_that_is_asked_for_or_says_so() -> None:
+    found = [cluster_device(*x).type for x in (("auto", 2), ("auto", 0), ("cpu", 2), ("cuda", 1))]
+    assert found == ["cuda", "cpu", "cpu", "cuda"]
+    with pytest.raises(ValueError, match="needs a GPU, but the cluster has none"):
+        cluster_device("cuda", 0)
+    with pytest.raises(ValueError, match="auto, cpu or cuda on a cluster; got 'cuda:1'"):
+        cluster_device("cuda:1", 2)
