@@ -107,14 +107,14 @@ def _batch(cond: Cond, n: int) -> Cond:
 
 
 class ImaginedTrainer:
-    """Takes two training steps; the second has the optimizer's state."""
+    """Takes a training step with the optimizer's state, which one with zero gradients makes first."""
 
     def __init__(self, ledger: Ledger, run: Any, algorithm: Any, players: Any, hooks: Any = (), **settings: Any):
         self.ledger, self.algorithm, self.players, self.hooks = ledger, algorithm, players, hooks
         self.norm = settings["max_grad_norm"]
 
     def fit(self, loader: Any) -> None:
-        """Trace the steps. Raises Traced."""
+        """Trace the step. Raises Traced."""
         ledger, algorithm = self.ledger, self.algorithm
         for player in self.players.values():
             trained = trained_parameters(player.module)
@@ -130,18 +130,24 @@ class ImaginedTrainer:
                 ledger.label(ema.model.shadow_params, "moving average")
         batches = algorithm.batches(loader.start(0, algorithm.draw))
         ledger.phase("training")
-        for step in range(2):
-            for turn in algorithm.turns(step):
-                self._take(turn, batches)
+        for player in self.players.values():
+            with ledger.imagining():
+                for p in trained_parameters(player.module):
+                    p.grad = torch.zeros_like(p)
+            self._update(player)
+        turns = algorithm.turns(0)
+        for turn in [*turns] * min(2, len(turns)):  # what one turn loads, such as the decoder, stays beside the others
+            player = self.players[turn.player]
+            with ledger.imagining():
+                for part in algorithm.split(next(batches)):
+                    loss, metrics = turn.loss(part)
+                    loss.backward()
+                    del loss, metrics, part
+            self._update(player)
         raise Traced
 
-    def _take(self, turn: Any, batches: Iterator[Any]) -> None:
-        player = self.players[turn.player]
+    def _update(self, player: Any) -> None:
         with self.ledger.imagining():
-            for part in self.algorithm.split(next(batches)):
-                loss, metrics = turn.loss(part)
-                loss.backward()
-                del loss, metrics, part
             torch.nn.utils.clip_grad_norm_(trained_parameters(player.module), self.norm, foreach=True)
             player.optimizer.step()
             player.optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """What a run will hold in device memory, from a trace of its own recipe on tensors without data.
 
 The recipe runs as written: it makes its networks, reference, optimizer and average, encodes, computes reference errors,
-takes two steps. Networks are made from their configs and tensors are fake, so it takes seconds and needs no GPU. The
+takes a step. Networks are made from their configs and tensors are fake, so it takes seconds and needs no GPU. The
 trace does not see the workspaces of kernels, and not the context of the device (`CONTEXT`).
 """
 

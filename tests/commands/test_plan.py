@@ -80,9 +80,11 @@ def test_lora_and_half_precision_store_the_frozen_weights_once(parts: Callable) 
 
 
 def test_online_methods_are_traced_with_decoder_and_scorers() -> None:
-    found = planning.plan(launch.find("train", "pso"), ["--config=playground", "data.batch_size=2"])
+    words = ["--config=playground", "data.batch_size=2", "sampler.steps=2"]
+    found = planning.plan(launch.find("train", "pso"), words)
     assert found.bytes == max(peak.bytes for peak in found.peaks.values()) > 2**20
-    assert found.peaks["training"].parts["scorers"] > 0
+    parts = found.peaks["training"].parts
+    assert parts["scorers"] > 0 and parts["autoencoder and text encoders"] > 0
 
 
 def test_the_predictions_are_within_a_tenth_of_the_measured_peaks() -> None:
@@ -101,12 +103,12 @@ def run(*words: str) -> int:
     return runpy.run_path(str(ROOT / "eval/plan.py"))["main"]([*words])
 
 
-def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["diffusion_dpo", "--config", "playground", "data.batch_size=8"]
+def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str], tiny_sd: Path) -> None:
+    words = ["diffusion_dpo", "--config", "playground", f"backbone.path={tiny_sd}", "data.batch_size=256"]
     assert run(*words, "--gpu", "24GB") == 0
     said = capsys.readouterr().out
     assert "GPU memory during training, at its peak" in said and "fits into 24.0 GB" in said
-    assert run(*words, "--gpu", f"{planning.CONTEXT / planning.GB + 0.04}") == 1
+    assert run(*words, "--gpu", f"{planning.CONTEXT / planning.GB + 0.1}") == 1
     said = capsys.readouterr().out
     assert "does not fit" in said and "backbone.gradient_checkpointing=true" in said and ", fits" in said
 
