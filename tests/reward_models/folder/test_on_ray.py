@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from reward_models.folder import on_ray
 from reward_models.folder.cli import main
 
 
@@ -38,8 +39,8 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def test_parts_have_the_numbers_of_one_process_and_a_second_run_keeps_them(
-    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_parts_have_the_numbers_of_one_process_and_a_resumed_run_keeps_them(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards, out = tmp_path / "shards", tmp_path / "scores"
     shards.mkdir()
@@ -47,9 +48,19 @@ def test_parts_have_the_numbers_of_one_process_and_a_second_run_keeps_them(
         _tar(shards / f"{k}.tar", 7 * k, 7, damaged=9)
     (shards / "2.tar").write_bytes(b"not a tar file" * 100)
     settings = ["--scorer", "playground_hps", "--device", "cpu", "--batch-size", "4"]
-    words = ["ray", str(shards), "--out", str(out), *settings, "--actors", "2"]
-    assert main(words) == 2
-    assert "3 parts" in (said := capsys.readouterr().out) and "0 of them from before; 2 images have no scores" in said
+    words = ["ray", str(shards), "--out", str(out), *settings]
+    with monkeypatch.context() as patch:  # as if the run had been killed after its first shard
+        patch.setattr(on_ray, "_run", lambda ray, args, job, shards, gpus: on_ray.Scoring(args, job).score(shards[0]))
+        assert main(words) == 0
+    kept = (out / "0.tar.parquet").stat().st_mtime_ns
+    assert main(words) == 1
+    assert "add --resume to score the other shards" in capsys.readouterr().err
+    assert main([*words, "--resume", "--prompt", "x"]) == 1
+    assert "has scores of other settings" in capsys.readouterr().err
+    assert main([*words, "--resume", "--actors", "2"]) == 2
+    assert "3 parts" in (said := capsys.readouterr().out) and "1 of them from before; 2 images have no scores" in said
+    assert (out / "0.tar.parquet").stat().st_mtime_ns == kept
+
     rows: list[dict[str, Any]] = []
     for k in range(2):
         code = main([str(shards / f"{k}.tar"), "--out", str(tmp_path / f"{k}.jsonl"), *settings])
@@ -63,19 +74,22 @@ def test_parts_have_the_numbers_of_one_process_and_a_second_run_keeps_them(
     assert [(x["image"], x["playground_hps"]) for x in bad] == [("1.tar/9.png", None), ("2.tar", None)]
     assert "damaged after 0 entries" in bad[1]["reason"]
 
-    assert main([*words[:3], str(tmp_path / "broken"), *words[4:], "--scorer", "reward_models.base:NetworkScorer"]) == 1
-    assert "an actor failed: " in (said := capsys.readouterr().err) and "go on with --resume" in said
 
-    kept = (out / "0.tar.parquet").stat().st_mtime_ns
-    (out / "1.tar.parquet").unlink()  # as if the run had been killed before
-    assert main(words) == 1
-    assert "add --resume to score the other shards" in capsys.readouterr().err
-    assert main([*words, "--resume", "--prompt", "x"]) == 1
-    assert "has scores of other settings" in capsys.readouterr().err
-    assert main([*words, "--resume"]) == 2
-    assert "2 of them from before; 2 images have no scores" in capsys.readouterr().out
-    assert (out / "0.tar.parquet").stat().st_mtime_ns == kept
-    assert pq.read_table(out / "1.tar.parquet").to_pylist() == parts[1]
+def test_a_failed_actor_is_named(
+    cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def __init__(self, *arguments: Any):
+            raise OSError("no such weights")
+
+        def __call__(self, batch: Any) -> Any:
+            raise AssertionError
+
+    _tar(tmp_path / "0.tar", 0, 1)
+    monkeypatch.setattr(on_ray, "Scoring", Broken)
+    assert main(["ray", str(tmp_path), "--out", str(tmp_path / "out"), "--scorer", "playground_hps"]) == 1
+    said = capsys.readouterr().err
+    assert "an actor failed: " in said and "no such weights" in said and "go on with --resume" in said
 
 
 def test_wrong_arguments_are_told_before_ray_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
