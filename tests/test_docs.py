@@ -119,11 +119,13 @@ def test_every_command_of_the_algorithms_page_runs(
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "algorithms.md").read_text()
     tiny = ["trainer.steps=1", "data.limit=4", "data.batch_size=4", "hooks.sample_every=0", "hooks.verify_export=false"]
-    watched = ("pso", "diff_instruct_star", "r0", "draft", "refl")
+    small = {"monitor:": "monitor.prompt_count=2", "group_size:": "algorithm.group_size=2"}
     for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):
         words = shlex.split(line.replace("--n 64", "--n 4").replace("--steps 10", "--steps 2"))
         words += tiny if words[1] == "train" else []
-        words += ["monitor.prompt_count=2"] if words[1] == "train" and words[2] in watched else []
+        if words[1] == "train":
+            config = (ROOT / "configs" / words[2] / "playground.yaml").read_text()
+            words += [word for key, word in small.items() if key in config]
         words += ["--min-margin", "0"] if "label" in words else []
         assert _run(words, recipe) == 0, line
     assert (tmp_path / "runs/voted/export").exists()
