@@ -142,7 +142,7 @@ def test_population_of_ideal_points_is_recovered() -> None:
     for k in (1, 3):
         torch.manual_seed(0)
         heads[k] = PAL(WIDTH, people=PEOPLE, prototypes=k, latent=4, hidden=0)
-        train(heads[k], *seen, steps=600, lr=1e-2)
+        train(heads[k], *seen, steps=300, lr=1.5e-2)
     one = accuracy(heads[1], few, new, 50)
     curve = [accuracy(heads[3], few, new, n) for n in (2, 10, 50)]
     known = accuracy(heads[3], seen, new_of_seen, EACH)
@@ -184,7 +184,7 @@ def test_swapping_vectors_of_opposed_persons_reverses_their_choices() -> None:
     for beta_kl in (0.01, 100.0):
         torch.manual_seed(0)
         head = VPL(WIDTH, latent=2)
-        train(head, z_w, z_l, steps=300, lr=3e-3, beta_kl=beta_kl)
+        train(head, z_w, z_l, steps=150, lr=6e-3, beta_kl=beta_kl)
         own, other = (head.fit(z_w[k, :20], z_l[k, :20]).mean for k in (0, 39))
         rates[beta_kl] = [
             (head.margin(z_w[0, 20:], z_l[0, 20:], taste) > 0).float().mean().item() for taste in (own, other)
@@ -214,13 +214,13 @@ def test_a_linear_probe_identifies_twenty_people_by_their_embeddings() -> None:
     g = torch.Generator().manual_seed(0)
     likes = 3 * torch.randn(20, WIDTH, generator=g)
     head = Logistic(WIDTH, spread=1.0)
-    rows, names = [], torch.arange(20).repeat_interleave(24)
+    rows, names = [], torch.arange(20).repeat_interleave(15)
     for k in names.tolist():
         a, b = torch.randn(2, 20, WIDTH, generator=g)
         first = ((a - b) @ likes[k] > 0)[:, None]
         rows.append(head.embedding(head.fit(z_of(torch.where(first, a, b)), z_of(torch.where(first, b, a)))))
     x = torch.cat([torch.stack(rows), torch.ones(len(rows), 1)], dim=1)
-    seen = torch.arange(len(rows)) % 24 < 16
+    seen = torch.arange(len(rows)) % 15 < 10
 
     def right(answers: Tensor) -> float:
         probe = torch.linalg.solve(

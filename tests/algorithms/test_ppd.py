@@ -75,7 +75,7 @@ def conflict(algorithm: PPD, batch: LatentBatch, steps: int) -> tuple[LatentBatc
 
 def test_two_users_with_opposite_preferences_are_learned(tiny_sd: Path, batch_of) -> None:
     """Ann and Bob label the same pairs oppositely. Only user conditioning can raise all margins."""
-    _, margin = conflict(ppd_of(tiny_sd, beta=2000.0), batch_of([2] * 4), 60)
+    _, margin = conflict(ppd_of(tiny_sd, beta=2000.0), batch_of([2] * 4), 30)
     assert (margin > 0.1).all(), margin
 
 
@@ -83,7 +83,7 @@ def test_a_larger_beta_changes_the_policy_less(tiny_sd: Path, batch_of) -> None:
     moved = []
     for beta in (20.0, 200.0, 2000.0):
         algorithm = ppd_of(tiny_sd, beta=beta)
-        batch, _ = conflict(algorithm, batch_of([2] * 4), 60)
+        batch, _ = conflict(algorithm, batch_of([2] * 4), 30)
         inputs = algorithm.noised(batch).input
         with torch.no_grad():
             moved.append((algorithm.policy(*inputs) - algorithm.reference(*inputs)).norm().item())

@@ -85,7 +85,9 @@ def test_lora_export_keeps_alpha_and_gives_the_same_images(
     assert "LoRA layers have another scale" in said and "its image differs by" in said
 
 
-def test_full_export_is_a_whole_pipeline_with_the_same_images(tiny_sd: Path, tmp_path: Path) -> None:
+def test_full_export_is_a_whole_pipeline_with_the_same_images(
+    tiny_sd: Path, tmp_path: Path, same_process: None
+) -> None:
     backbone = trained(tiny_sd)
     assert "from_pretrained" in export(backbone, tmp_path / "export")
     said, found = checked(backbone, tmp_path / "export")
@@ -188,7 +190,7 @@ def test_no_failure_of_the_fresh_process_fails_a_finished_run(
 ) -> None:
     """Killed, out of memory, timeout: the run ends normally with a warning and keeps verify.json and export."""
     monkeypatch.setattr("diffalign.networks.verify.FRESH", fault)
-    monkeypatch.setattr("diffalign.networks.verify.VERIFY_SECONDS", 5)
+    monkeypatch.setattr("diffalign.networks.verify.VERIFY_SECONDS", 1)
     settings = [f"run.folder={tmp_path / 'run'}", f"data.path={pairs_file}", "trainer.steps=1", "hooks.sample_every=0"]
     recipe("diffusion_dpo", "--config=playground", *settings, "data.batch_size=2", "data.draws_per_sample=null")
     said = capsys.readouterr().out

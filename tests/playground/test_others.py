@@ -55,7 +55,7 @@ def test_annotators_rate_a_generated_folder(tmp_path: Path) -> None:
 
 
 def test_they_are_worse_than_the_base() -> None:
-    prompts = captions(48, held_out=True)
+    prompts = captions(24, held_out=True)
     base = samples(StableDiffusionPipeline.from_pretrained(BASE).to(torch.float32), prompts)
     mean = Judge().score(base, prompts).mean().item()
     scores = {name: Judge().score(made(prompts, 3), prompts).mean().item() for name, made in generators().items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 
 from reward_models.folder import on_ray
 from reward_models.folder.cli import main
+
+PAGE = (Path(__file__).parents[3] / "docs" / "scoring.md").read_text()
 
 
 def _tar(path: Path, start: int, count: int, damaged: int | None = None) -> None:
@@ -42,13 +45,16 @@ def cluster() -> Iterator[None]:
 def test_parts_have_the_numbers_of_one_process_and_a_resumed_run_keeps_them(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards, out = tmp_path / "shards", tmp_path / "scores"
+    shards, out = tmp_path / "shards", tmp_path / "parts"
     shards.mkdir()
     for k in range(3):
         _tar(shards / f"{k}.tar", 7 * k, 7, damaged=9)
     (shards / "2.tar").write_bytes(b"not a tar file" * 100)
     settings = ["--scorer", "playground_hps", "--device", "cpu", "--batch-size", "4"]
-    words = ["ray", str(shards), "--out", str(out), *settings]
+    monkeypatch.chdir(tmp_path)
+    first, again = (shlex.split(line)[1:] for line in PAGE.splitlines() if line.startswith("reward-score ray"))
+    assert again == [*first, "--resume"]
+    words = [*first, *settings[2:]]
     with monkeypatch.context() as patch:  # as if the run had been killed after its first shard
         patch.setattr(on_ray, "_run", lambda ray, args, job, shards, gpus: on_ray.Scoring(args, job).score(shards[0]))
         assert main(words) == 0
