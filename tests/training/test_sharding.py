@@ -105,6 +105,7 @@ def test_resuming_on_one_two_and_one_processes(
 WATCHED = ["monitor.every=2", "monitor.prompt_count=3", "hooks.ema_decay=0.9", *GRID]
 ONLINE = ["--config=playground", "hooks.verify_export=false", "optimizer.lr_warmup_steps=0", "data.batch_size=2"]
 ONLINE += ["hooks.checkpoint_every=0", "trainer.steps=2", "optimizer.eps=1e-4", "data.limit=16"]
+FEW = ["sampler.steps=4", "algorithm.first_step=1", "algorithm.start_weight=1"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ ONLINE += ["hooks.checkpoint_every=0", "trainer.steps=2", "optimizer.eps=1e-4", 
     [
         ("diff_instruct_star", ["algorithm.aux_rounds=1", *WATCHED]),
         ("diff_instruct_star", ["algorithm.aux_rounds=1", "backbone.lora_rank=0", "teacher.lora_rank=0"]),
-        ("refl", ["hooks.sample_every=0", "monitor.every=2", "monitor.prompt_count=17", "algorithm.start_weight=1"]),
+        ("refl", ["hooks.sample_every=0", "monitor.every=2", "monitor.prompt_count=5", *FEW]),
     ],
     ids=["two players share a network", "three networks", "steps that differ between processes"],
 )
