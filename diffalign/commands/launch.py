@@ -28,6 +28,9 @@ SHUTDOWN_SECONDS = "600"
 ACCELERATE = "accelerate.commands.launch"
 """Not accelerate_cli, which imports every command, and with them transformers."""
 
+DRIVERS = ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd")
+"""Files in /dev of NVIDIA's (cards, Jetson), WSL's and AMD's drivers. Without any there is no GPU to count."""
+
 
 def recipes(kind: str) -> dict[str, Path]:
     """Name -> file of every recipe of a kind: `train`, `eval` or `tools`."""
@@ -71,7 +74,7 @@ def start(recipe: Path, arguments: Sequence[str], *, processes: int | None, conf
     Uses `accelerate launch` with a config or for several GPUs, and torchrun for several CPU processes, because
     accelerate's launcher needs MPI for those. Signals are handled as in `call`.
     """
-    gpus = 0 if processes == 1 else _gpus()  # counting the GPUs imports torch, which takes seconds
+    gpus = 0 if processes == 1 else _gpus()  # counting GPUs imports torch, which takes seconds
     environment = dict(os.environ)
     if config is None and not gpus and (processes or 1) > 1:
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -118,8 +121,10 @@ def call(command: Sequence[str], environment: Mapping[str, str]) -> int:
     return code
 
 
-def _gpus() -> int:
+def _gpus(devices: Path = Path("/dev")) -> int:
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # none are visible
+        return 0
+    if sys.platform == "linux" and not any(file for name in DRIVERS for file in devices.glob(name)):
         return 0
     import torch
 

@@ -50,6 +50,17 @@ def test_gpus_are_not_counted_where_none_is_visible() -> None:
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="its driver files")
+def test_gpus_are_not_counted_without_a_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises
+    (tmp_path / "nvme0").touch()
+    assert launch._gpus(tmp_path) == 0
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(ImportError):
+        launch._gpus(tmp_path)
+
+
 @pytest.mark.parametrize("more", [[], ["--config", "x"], ["--config=x", "run.folder=y"], ["--sweep", "a.b=1,2"]])
 def test_unknown_recipes_raise_with_the_known_ones(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "dpo", *more]) == 2
