@@ -53,6 +53,19 @@ def test_a_step_with_the_config_trains_its_layers(
     assert {n.split(".")[-1] if n[-2:] != ".0" else "to_out.0" for n in names} == layers
 
 
+@pytest.mark.parametrize("name", ["pso", "draft"])
+def test_a_step_with_the_configs_of_z_image_turbo(
+    tmp_path: Path, tiny_z_image: Path, recipe: Callable, name: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("red circle\nblue square\n")
+    settings = [f"backbone.path={tiny_z_image}", f"data.path={tmp_path / 'prompts.txt'}", "data.resolution=32"]
+    settings += [f"run.folder={tmp_path / 'run'}", "backbone.max_sequence_length=16", "trainer.steps=1"]
+    settings += ["reward.scorers=[playground_vp_score]", "monitor.prompts=null", "trainer.grad_accum=1"]
+    settings += ["hooks.sample_every=0", "hooks.verify_export=false", "data.batch_size=2"]
+    recipe(name, f"--config={ROOT / 'configs' / name / 'z_image_turbo.yaml'}", *settings)
+    assert (tmp_path / "run/export/pytorch_lora_weights.safetensors").exists()
+
+
 def test_the_second_attention_of_sd35_medium_gets_no_lora() -> None:
     import yaml
 
