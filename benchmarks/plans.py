@@ -1,7 +1,7 @@
 """The planner's predictions against peaks measured on a GPU, for the training cases of results/gpu.json. No GPU needed.
 
     python benchmarks/plans.py                        # all cases that were measured
-    python benchmarks/plans.py --only sd15-lora-8     # some of them
+    python benchmarks/plans.py --only sd15-lora-8     # some of them; the rows of the others stay
 
 Models are those of benchmarks/gpu.py, from their configs alone. A prediction is what torch's allocator will hold: the
 context of the device is not in it, as it is not in the measured peaks. Writes results/plans.json.
@@ -22,7 +22,7 @@ import torch
 from gpu import CASES, Case
 from gpu_cases import ENDLESS, QUIET
 from random_models import SIZES, make_pipeline, playground_pairs
-from results_file import RESULTS, commit, write_rows
+from results_file import RESULTS, TEXT, commit, read_rows, write_rows
 
 from diffalign.commands import launch
 from diffalign.commands.planning import GB, plan
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "plans.json")
     args = parser.parse_args(argv)
     measured = {row["case"]: row.get("peak_gb_ours") for row in json.loads((RESULTS / "gpu.json").read_text())}
-    rows: list[dict[str, Any]] = []
+    rows = read_rows(args.out, {"case": TEXT}) if args.only else []
     encoded: set[str] = set()
     for key, case in CASES.items():
         wanted = key in args.only if args.only else measured.get(case.title) and case.settings.get("compiled") is None
@@ -89,15 +89,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 found = plan(launch.find("train", recipe), words)
             except Exception as error:
-                rows.append(row | {"error": f"{type(error).__name__}: {error}"[:200]})
+                row |= {"error": f"{type(error).__name__}: {error}"[:200]}
             else:
                 phases = {name: round(peak.bytes / GB, 2) for name, peak in found.peaks.items()}
                 most = max(gb for name, gb in phases.items() if name != "encoding" or not cached)
                 row |= {"planned_gb": most, "phases": phases, "encoded_before": cached}
                 if row["measured_gb"]:
                     row["off"] = round(most / row["measured_gb"] - 1, 3)
-                rows.append(row | {"cpu_s": round(time.process_time() - started, 1), "commit": commit()})
-        print(json.dumps(rows[-1]), file=sys.stderr)
+                row |= {"cpu_s": round(time.process_time() - started, 1), "commit": commit()}
+        rows = [other for other in rows if other["case"] != case.title] + [row]
+        print(json.dumps(row), file=sys.stderr)
         write_rows(args.out, rows)
 
 

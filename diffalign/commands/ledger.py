@@ -29,8 +29,8 @@ class Peak(NamedTuple):
 class Ledger(TorchDispatchMode):
     """Counts the storages of fake tensors while it is active, by part (`part`, `label`), and the peak of each phase.
 
-    A number that the host reads from a fake tensor (`item`) is 1 or True, as none is known: what code checks of its
-    numbers then holds.
+    No number of a fake tensor is known: what the host reads (`item`) is 1 or True, so that what code checks of its
+    numbers holds, and `nonzero` finds all of them.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,12 @@ class Ledger(TorchDispatchMode):
         if given and not any(isinstance(x, FakeTensor) for x in given):
             with unset_fake_temporarily():  # keyed draws, tables and numbers of the host
                 return func(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.nonzero.default:  # of a fake tensor all values count as not 0
+            with unset_fake_temporarily():
+                indices = torch.ones(args[0].shape).nonzero()
+            out = self.fake.from_tensor(indices)
+        else:
+            out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             self.add(x)
         return out

@@ -57,6 +57,7 @@ def test_draws_and_numbers_of_the_host_are_real_while_imagining() -> None:
         drawn = torch.randn(2, generator=torch.Generator().manual_seed(0))
         assert (real * 2).tolist() == [6, 8] and drawn.tolist() == pytest.approx([1.5410, -0.2934], abs=1e-4)
         assert bool(torch.isfinite(torch.zeros(3)).all()) and ledger.live.total() < 10 * KB
+        assert torch.zeros(2, 3).nonzero().shape == (6, 2)
 
 
 def test_parts_of_full_fine_tuning_are_exact_and_a_batch_costs_its_activations(parts: Callable, tiny_sd: Path) -> None:
