@@ -2,6 +2,7 @@
 
     python benchmarks/pair_step.py                       # both, on the CPU
     python benchmarks/pair_step.py --method inpo         # one of the two
+    python benchmarks/pair_step.py --compile             # Diffusion-DPO with compiled blocks as well
 
 Models have playground size; benchmarks/gpu.py uses real sizes. The baseline is benchmarks/released_step.py. Ours reads
 cached latents and embeddings, and inverts pairs of different timesteps together. Model, batch, precision and optimizer
@@ -38,6 +39,7 @@ from diffalign.config import Config
 from diffalign.data import PreferencePairs
 from diffalign.diffusion.inversion import Inversion
 from diffalign.diffusion.noising import Noising
+from diffalign.networks.compilation import compile_seconds
 from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.playground import BASE
@@ -52,10 +54,10 @@ CPU = torch.device("cpu")
 os.environ["ACCELERATE_USE_CPU"] = "true"  # also on a machine with a GPU
 
 
-def ours(pairs: Path, batch: int, rank: int, method: str, folder: Path) -> Step:
+def ours(pairs: Path, batch: int, rank: int, method: str, folder: Path, how: str) -> Step:
     """One optimizer step of train/diffusion_dpo.py or train/inpo.py, caches on."""
     run = Run(Config({}), folder=str(folder), mixed_precision="no")
-    backbone = load_backbone(CPU, path=str(BASE), lora_rank=rank)
+    backbone = load_backbone(CPU, path=str(BASE), lora_rank=rank, compile=how)
     data = run.latents(
         PreferencePairs,
         backbone,
@@ -97,7 +99,7 @@ def build(who: str, args: argparse.Namespace, rank: int, folder: Path) -> Step:
     pairs = folder.parent / "pairs" / "pairs.jsonl"
     if who == "baseline":
         return released_step(BASE, pairs, RESOLUTION, args.batch, rank, CPU, args.method)
-    return ours(pairs, args.batch, rank, args.method, folder)
+    return ours(pairs, args.batch, rank, args.method, folder, "blocks" if who == "compiled" else "off")
 
 
 def peak_mb(who: str, args: argparse.Namespace, rank: int, folder: Path) -> float:
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, help="default: both")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each side, 3 steps per round")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full fine-tuning; default: 8 and 0")
+    parser.add_argument("--compile", action="store_true", help="Diffusion-DPO, also with backbone.compile=blocks")
     parser.add_argument("--only", choices=("ours", "baseline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -138,7 +141,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         playground_pairs(folder / "pairs", RESOLUTION)
-        methods, ranks = [args.method] if args.method else METHODS, args.rank or (8, 0)
+        methods, ranks = [args.method] if args.method else METHODS[: 1 if args.compile else 2], args.rank or (8, 0)
         for args.method, rank in itertools.product(methods, ranks):
             row = compare(args, rank, folder)
             rows = [r for r in rows if (r["case"], r["device"]) != (row["case"], row["device"])] + [row]
@@ -149,21 +152,28 @@ def main() -> None:
 def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, object]:
     name = f"{args.method}-{rank}"
     memory = {who: peak_mb(who, args, rank, folder / f"memory-{who}-{name}") for who in ("ours", "baseline")}
-    steps = {who: build(who, args, rank, folder / f"speed-{who}-{name}") for who in ("ours", "baseline")}
+    sides = ("ours", "compiled", "baseline") if args.compile else ("ours", "baseline")
+    steps = {who: build(who, args, rank, folder / f"speed-{who}-{name}") for who in sides}
     for step in steps.values():
         timed(step, 3)
-    seconds: dict[str, list[float]] = {"ours": [], "baseline": []}
+    seconds: dict[str, list[float]] = {who: [] for who in sides}
     for _ in range(args.rounds):
         for who, step in steps.items():
             seconds[who].append(timed(step, 3))
     rate = {who: args.batch / statistics.median(s) for who, s in seconds.items()}
-    ratios = sorted(b / a for a, b in zip(seconds["ours"], seconds["baseline"], strict=True))
+
+    def ratio(who: str) -> float:
+        return round(statistics.median(b / a for a, b in zip(seconds[who], seconds["baseline"], strict=True)), 3)
+
+    compiled = {"compiled": round(rate["compiled"], 2), "compiled_ratio": ratio("compiled")} if args.compile else {}
+    compiled |= {"compile_s": round(compile_seconds(), 1)} if args.compile else {}
     return {
         "case": f"{args.method} {'lora' if rank else 'full'}, playground, {args.batch} pairs a step",
         "device": f"{cpu()}, {torch.get_num_threads()} threads",
         "ours": round(rate["ours"], 2),
         "baseline": round(rate["baseline"], 2),
-        "ratio": round(statistics.median(ratios), 3),
+        "ratio": ratio("ours"),
+        **compiled,
         "unit": "pairs/s",
         "peak_mb_ours": memory["ours"],
         "peak_mb_baseline": memory["baseline"],
