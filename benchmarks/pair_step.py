@@ -2,7 +2,7 @@
 
     python benchmarks/pair_step.py                       # both, on the CPU
     python benchmarks/pair_step.py --method inpo         # one of the two
-    python benchmarks/pair_step.py --compile             # Diffusion-DPO with compiled blocks as well
+    python benchmarks/pair_step.py --compile whole       # Diffusion-DPO, compiled as well
 
 Models have playground size; benchmarks/gpu.py uses real sizes. The baseline is benchmarks/released_step.py. Ours reads
 cached latents and embeddings, and inverts pairs of different timesteps together. Model, batch, precision and optimizer
@@ -99,7 +99,7 @@ def build(who: str, args: argparse.Namespace, rank: int, folder: Path) -> Step:
     pairs = folder.parent / "pairs" / "pairs.jsonl"
     if who == "baseline":
         return released_step(BASE, pairs, RESOLUTION, args.batch, rank, CPU, args.method)
-    return ours(pairs, args.batch, rank, args.method, folder, "blocks" if who == "compiled" else "off")
+    return ours(pairs, args.batch, rank, args.method, folder, args.compile if who == "compiled" else "off")
 
 
 def peak_mb(who: str, args: argparse.Namespace, rank: int, folder: Path) -> float:
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--method", choices=METHODS, help="default: both")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each side, 3 steps per round")
     parser.add_argument("--rank", type=int, action="append", help="LoRA rank, 0 for full fine-tuning; default: 8 and 0")
-    parser.add_argument("--compile", action="store_true", help="Diffusion-DPO, also with backbone.compile=blocks")
+    parser.add_argument("--compile", choices=("blocks", "whole"), help="Diffusion-DPO, also with backbone.compile")
     parser.add_argument("--only", choices=("ours", "baseline"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -166,7 +166,7 @@ def compare(args: argparse.Namespace, rank: int, folder: Path) -> dict[str, obje
         return round(statistics.median(b / a for a, b in zip(seconds[who], seconds["baseline"], strict=True)), 3)
 
     compiled = {"compiled": round(rate["compiled"], 2), "compiled_ratio": ratio("compiled")} if args.compile else {}
-    compiled |= {"compile_s": round(compile_seconds(), 1)} if args.compile else {}
+    compiled |= {"compile": args.compile, "compile_s": round(compile_seconds(), 1)} if args.compile else {}
     return {
         "case": f"{args.method} {'lora' if rank else 'full'}, playground, {args.batch} pairs a step",
         "device": f"{cpu()}, {torch.get_num_threads()} threads",
