@@ -345,4 +345,4 @@ def test_pipelines_that_pack_latents_in_an_unknown_way_are_refused() -> None:
         _pack_latents = None
 
     with pytest.raises(ValueError, match="OtherPipeline packs its latents in an unknown way; supported"):
-        generate.latent_shape(OtherPipeline(), None)
+        generate.image_size(OtherPipeline(), None)
