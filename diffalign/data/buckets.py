@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -19,8 +18,6 @@ from diffalign.data.images import covering
 from diffalign.data.records import Dropped, ImageRef
 from diffalign.data.shards import RepairedRows, Rows
 from diffalign.types import Size
-
-logger = logging.getLogger(__name__)
 
 Stores = Callable[[int], LatentCache]
 """Cache of a bucket."""
@@ -74,7 +71,7 @@ def in_buckets(
         else:
             names = " and ".join(f"{width} x {height}" for height, width in sorted(found))
             height, width = sizes[bucket]
-            dropped.append(Dropped(one.id, f"no bucket: {width} x {height} would crop {share:.0%} of {names} pixels"))
+            dropped.append(Dropped(one.id, f"no bucket: {width} x {height} would crop {share:.1%} of {names} pixels"))
 
 
 def shapes_of(cache: LatentCache, checks: Mapping[ImageRef, ImageCheck]) -> dict[ImageRef, Size]:
@@ -133,11 +130,10 @@ class RowsOfBuckets:
         return self.parts[part].read(i - self.firsts[part])
 
 
-def log_buckets(sizes: Sequence[Size], buckets: np.ndarray) -> None:
-    """Log the size of each bucket in use, and its number of examples."""
+def describe_buckets(sizes: Sequence[Size], buckets: np.ndarray) -> str:
+    """The width and height of each bucket in use, and its number of examples."""
     used = zip(*np.unique(buckets, return_counts=True), strict=True)
-    text = ", ".join(f"{sizes[b][1]} x {sizes[b][0]}: {n}" for b, n in used)
-    logger.info("examples by width and height in pixels: %s", text)
+    return "examples by width and height: " + ", ".join(f"{sizes[b][1]} x {sizes[b][0]}: {n}" for b, n in used)
 
 
 def uncropped(size: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from diffalign.data.buckets import (
     encoded,
     in_buckets,
     located,
-    log_buckets,
     shapes_of,
     uncropped,
 )
@@ -159,8 +158,6 @@ class PreferenceLatents(Dataset):
         self._texts: Any = None
         report.summary(start.usable, len(self), start.dropped)
         report.notice(lambda: start.notices)
-        if rank == 0 and self.buckets is not None:
-            log_buckets(self.sizes, self.buckets)
         if stores is not None:
             firsts, images = self._examples.firsts, self.images
             self._latents = [located(stores, start.rows, images, firsts, name) for name in NAMES[: 1 + hflip]]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
+from diffalign.data.buckets import describe_buckets
 from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
@@ -166,7 +167,10 @@ class Run:
         _check_size(encoder, config)
         a, verify = self.accelerator, partial(check_same_data, self.folder, kind.__name__, main=self.main)
         ranks = (a.process_index, a.num_processes, a.wait_for_everyone)
-        return kind(encoder, self.draws, self.folder, *ranks, verify, **config)
+        data = kind(encoder, self.draws, self.folder, *ranks, verify, **config)
+        if data.buckets is not None:
+            self.print(describe_buckets(data.sizes, data.buckets))
+        return data
 
     def prompts(self, encoder: Any, **config: Any) -> Prompts:
         """Load a list of prompts with their text embeddings."""

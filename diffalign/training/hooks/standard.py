@@ -85,7 +85,8 @@ def standard_hooks(
 
 def check_hooks(cfg: dict[str, Any]) -> list[str]:
     """Problems of a `hooks` section of the config, one line each."""
-    problems = check_checkpoints(cfg) + too_small("hooks", cfg, sample_every=0, sample_steps=1, sample_guidance=0)
+    least = {"sample_every": 0, "sample_steps": 1, "sample_guidance": 0, "sample_width": 1, "sample_height": 1}
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, **least)
     if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
         problems.append(f"'hooks.ema_decay' = {cfg['ema_decay']} must lie between 0 and 1, or be null")
     return problems
