@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffalign.algorithms.denoising import Remembered
 from diffalign.networks.families.sdxl import SDXLDenoiser
+from diffalign.training.hooks.samples import SampleGrid
+from diffalign.training.trainer import Trainer
+from diffalign.types import Cond, LatentBatch
 
 SHAPES = [(32, 32), (24, 32), (32, 24), (24, 40), (48, 64)]
 
@@ -54,26 +59,32 @@ def test_the_losses_of_square_images_are_bit_for_bit_those_without_buckets(
 ) -> None:
     for name, buckets in (("with", "8"), ("without", "null")):
         words = settings(tmp_path / name, pairs_file, tiny_sd, "trainer.steps=3", f"data.buckets={buckets}")
-        recipe("diffusion_dpo", *words, "trainer.grad_accum=2")
+        grid = ["hooks.sample_every=3", "hooks.sample_prompts=[blue]", "hooks.sample_steps=1"]
+        recipe("diffusion_dpo", *words, *grid, "hooks.sample_width=48", "trainer.grad_accum=2")
+        assert Image.open(tmp_path / name / "samples/step-000003.png").size == (48, 32)
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
-def test_a_resumed_run_continues_bit_for_bit_with_latents_of_all_shapes_inverted_in_advance(
-    tmp_path: Path, mixed: Path, tiny_sd: Path, recipe: Callable
-) -> None:
-    words = [mixed, tiny_sd, "data.draws_per_sample=2", "algorithm.invert_by=reference", "inversion.steps=2"]
-    recipe("inpo", *settings(tmp_path / "whole", *words, "trainer.steps=4"))
-    recipe("inpo", *settings(tmp_path / "parts", *words, "trainer.steps=2"))
-    recipe("inpo", *settings(tmp_path / "parts", *words, "trainer.steps=4", "run.resume=true"))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    kept = np.fromfile(tmp_path / "whole/reference/latents.f32", np.float32).reshape(40, -1)
-    filled = (kept != 0).sum(1)
-    assert len({*filled.tolist()}) == 3 and filled.max() == kept.shape[1]  # 24 x 40 and 24 x 32 are smaller
+def test_latents_of_several_shapes_are_remembered() -> None:
+    """Two draws of four images; the square with the most values comes first."""
+    kept = Remembered(np.zeros((2, 4), np.float32), np.zeros((2, 4, 2, 4, 4), np.float32))
+    random, given = torch.Generator().manual_seed(0), []
+    for draw, places, shape in ((0, [0, 1], (4, 4)), (1, [2, 3], (3, 5)), (1, [0, -1], (4, 4)), (0, [2, 3], (3, 5))):
+        x = torch.randn(2, 2, *shape, generator=random)
+        keys, group = [(draw, "a"), (draw, "b")], torch.tensor([0, 1])
+        batch = LatentBatch(x, Cond(torch.zeros(2, 1, 1)), group, keys, torch.zeros(2), torch.zeros(2), places=places)
+        kept.put(batch, x[:, 0, 0, 0], x)
+        given.append((batch, [place >= 0 for place in places]))
+    for batch, there in given:
+        errors, latents = kept.at(batch)
+        assert latents is not None and latents.shape == batch.x0.shape
+        assert torch.equal(latents[there], batch.x0[there]) and torch.equal(errors[there], batch.x0[there, 0, 0, 0])
 
 
-def test_errors_computed_in_advance_are_those_of_training_and_sdxl_gets_true_sizes(
+def test_a_resumed_run_with_errors_computed_in_advance_has_the_losses_of_one_without_and_sdxl_gets_true_sizes(
     tmp_path: Path, mixed: Path, tiny_sdxl: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """8 steps of 2 pairs are less than two epochs, so no draw is repeated."""
     seen: set[tuple[int, ...]] = set()
     predict = SDXLDenoiser.predict
 
@@ -84,12 +95,25 @@ def test_errors_computed_in_advance_are_those_of_training_and_sdxl_gets_true_siz
         return predict(self, x_t, t, cond)
 
     monkeypatch.setattr(SDXLDenoiser, "predict", watched)
-    for draws in ("2", "null"):  # 8 steps of 2 pairs are less than two epochs
-        words = settings(tmp_path / draws, mixed, tiny_sdxl, "trainer.steps=8", f"data.draws_per_sample={draws}")
-        recipe("diffusion_dpo", *words)
-    assert losses(tmp_path / "2") == losses(tmp_path / "null")
-    expected = {(h, w, 0, 0, *([24, 32] if h == 48 else [h, w])) for h, w in SHAPES}
-    assert seen == expected
+    recipe("diffusion_dpo", *settings(tmp_path / "whole", mixed, tiny_sdxl, "trainer.steps=8"))
+    parts = settings(tmp_path / "parts", mixed, tiny_sdxl, "data.draws_per_sample=2")
+    recipe("diffusion_dpo", *parts, "trainer.steps=4")
+    recipe("diffusion_dpo", *parts, "trainer.steps=8", "run.resume=true")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert seen == {(h, w, 0, 0, *((24, 32) if h == 48 else (h, w))) for h, w in SHAPES}
+
+
+def test_online_recipes_draw_samples_of_the_width_and_height_given(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, loader: found.append(self))
+    recipe("draft", "--config=playground", f"run.folder={tmp_path}", "data.limit=2", "data.width=48", "sampler.steps=2")
+    (trainer,) = found
+    (grid,) = [hook for hook in trainer.hooks if isinstance(hook, SampleGrid)]
+    grid.draw(1)
+    assert trainer.algorithm.sampler.shape[1:] == (16, 24)
+    assert Image.open(tmp_path / "samples/step-000001.png").size == (3 * 49 + 1, 3 * 33 + 1)
 
 
 def test_sizes_that_the_model_cannot_take_are_refused_before_images_are_encoded(
