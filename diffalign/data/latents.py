@@ -130,7 +130,7 @@ class PreferenceLatents(Dataset):
             raise ValueError("\n".join(problems))
         self.encoder: Encoder | None = encoder
         self.draws, self.batch_size, self.num_workers = draws, batch_size, num_workers
-        self.sizes = bucket_sizes(resolution, buckets, max_aspect)
+        self.bucketed, self.sizes = buckets is not None, bucket_sizes(resolution, buckets, max_aspect)
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
         self.draws_per_sample, self.size_conditions = draws_per_sample, size_conditions
         workers = Workers(rank, world_size, barrier, folder)
@@ -140,7 +140,8 @@ class PreferenceLatents(Dataset):
         def store(bucket: int) -> LatentCache:
             return LatentCache(cache_folder(cache), encoder, self.sizes[bucket], *workers, hflip=hflip)
 
-        about = {"kind": type(self).__qualname__, "limit": limit, "hflip": hflip, "sizes": [*map(list, self.sizes)]}
+        about: dict[str, Any] = {"kind": type(self).__qualname__, "limit": limit, "hflip": hflip}
+        about |= {"buckets": buckets, "max_aspect": max_aspect if buckets else None}
         stores = None if cache == "off" else store
         saved = None if stores is None else SavedStart(stores(0), path, **about)
         if saved and workers.told(saved.valid):
@@ -191,8 +192,8 @@ class PreferenceLatents(Dataset):
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
         fingerprint = fingerprint_of(path, records, images)
         verify(fingerprint)
-        several, seen = len(self.sizes) > 1, None if stores is None else stores(0)
-        if seen and several:  # the bucket of an image follows from all images of its example
+        seen = None if stores is None else stores(0)
+        if seen and self.bucketed:  # the bucket of an image follows from all images of its example
             seen = LatentCache(seen.folder, Nothing(), 32, *workers)
         found = seen.add_images(images) if seen else check_images(images, self.sizes[0], workers)
         checks = dict(zip(images, found, strict=True))
@@ -200,12 +201,14 @@ class PreferenceLatents(Dataset):
         dropped += damaged
         report.stop_if_damaged(len(records), dropped)
         examples, usable = self.examples(records), len(records)
-        if seen and several:
+        if seen and self.bucketed:
             kept = [*in_buckets(examples, shapes_of(seen, checks), self.sizes, dropped)]
             examples, usable = iter(kept), min(usable, len(kept))
             report.stop_if_damaged(usable, dropped)
         arrays, used = example_arrays(examples)
-        rows = {} if stores is None else encoded(stores, used, arrays["first"].tolist(), checks, several, self.hflip)
+        rows = {}
+        if stores is not None:
+            rows = encoded(stores, used, arrays["first"].tolist(), checks, self.bucketed, self.hflip)
         notices = list(notices_of(records, checks)) if workers.rank == 0 else []
         start = Start(arrays, usable, dropped, notices, fingerprint, None, rows)
         if stores is None or saved is None:
@@ -223,7 +226,7 @@ class PreferenceLatents(Dataset):
     @property
     def buckets(self) -> np.ndarray | None:
         """Bucket of each example, its number in `sizes`; None if all are cropped to one square."""
-        return self._examples.buckets if len(self.sizes) > 1 else None
+        return self._examples.buckets if self.bucketed else None
 
     @property
     def places(self) -> int:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from diffalign.data import Balanced, KeyedLoader, LikedImages, PreferencePairs, RankedImages, TargetImages
+from diffalign.data import Balanced, KeyedLoader, LikedImages, PreferencePairs, RankedImages, TargetImages, UserPairs
 from diffalign.data.buckets import bucket_sizes, cropped_share, describe_buckets
 from diffalign.data.images import cropped
 from diffalign.draws import Draws
@@ -281,6 +282,24 @@ def test_ranked_groups_liked_images_and_captioned_images(tmp_path: Path) -> None
     (folder / "prompt.txt").write_text("a ramp")
     targets = pairs_of(tmp_path, folder, TargetImages, max_dropped=0.5)
     assert len(targets) == 12 and len({batch.x0.shape for batch in micro_batches(targets, 9)}) > 2
+
+
+def test_images_far_from_the_only_bucket_are_dropped(tmp_path: Path) -> None:
+    pairs = pairs_of(tmp_path, mixed(tmp_path / "data"), max_aspect=1.0, max_dropped=0.9)
+    assert pairs.ids == ["pairs.jsonl:5#0-1", "pairs.jsonl:6#0-1"] and pairs.buckets.tolist() == [0, 0]
+
+
+def test_pairs_of_users_keep_their_buckets(tmp_path: Path) -> None:
+    path = mixed(tmp_path / "data")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    named = [json.dumps({**line, "annotator": "ab"[k % 2]}) for k, line in enumerate(lines)]
+    path.write_text("\n".join(named))
+    pairs = pairs_of(tmp_path, path, max_dropped=0.5)
+    save_file({"b": torch.zeros(1, 1, 4)}, tmp_path / "users.safetensors")
+    users = UserPairs(pairs, Draws(0), path=str(tmp_path / "users.safetensors"))
+    assert len(users) == 3 and len({*users.buckets.tolist()}) > 1
+    for i, bucket in enumerate(users.buckets):
+        assert tuple(4 * n for n in users[0, i].x.shape[2:]) == pairs.sizes[bucket]
 
 
 def test_invalid_settings_are_reported(tmp_path: Path) -> None:
