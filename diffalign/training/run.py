@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
-from diffalign.data.buckets import describe_buckets
+from diffalign.data.buckets import bucket_sizes, describe_buckets
 from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
@@ -219,9 +219,14 @@ class Run:
 
 def _check_size(encoder: Any, config: Mapping[str, Any]) -> None:
     """Raise ValueError for image sizes that the backbone does not support, before the images are encoded."""
+    if not hasattr(encoder, "latent_shape"):
+        return
     for name in ("resolution", "width", "height", "buckets"):
-        if hasattr(encoder, "latent_shape") and config.get(name):
+        if config.get(name):
             encoder.latent_shape(config[name], f"data.{name}")
+    if config.get("buckets"):
+        for size in bucket_sizes(config["resolution"], config["buckets"], config["max_aspect"]):
+            encoder.latent_shape(size, "data.buckets")
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
