@@ -17,6 +17,15 @@ Metrics = Mapping[str, Tensor]
 """Detached values to log: a scalar, or one value per sample [B] in which NaN means "not in this group"."""
 
 
+Size = tuple[int, int]
+"""Height and width of an image in pixels."""
+
+
+def sides(size: int | Size) -> Size:
+    """Height and width in pixels; one number is both."""
+    return (size, size) if isinstance(size, int) else size
+
+
 class RecentMetrics(NamedTuple):
     """Metrics averaged over the last steps of a run, for the summary line at its end.
 

@@ -33,6 +33,8 @@ from reward_models.files import read_json, replacing, write_lines, write_whole, 
 if TYPE_CHECKING:
     import torch
 
+    from diffalign.types import Size
+
 
 class Task(NamedTuple):
     """One image to generate."""
@@ -83,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--guidance", type=float, default=7.5, help="guidance scale as in `sampler.guidance` (7.5); 1 for none")
     add("--size", type=int, metavar="PX", help="width and height; default: the model's training resolution")
+    add("--width", type=int, metavar="PX", help="width, if the images are not square")
+    add("--height", type=int, metavar="PX", help="height, if the images are not square")
     add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, not CLIP's; default: the pipeline's")
     add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
     add("--seed", type=int, default=0, help="seed of the noise (0); compare models at the same seed")
@@ -97,7 +101,6 @@ def generate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from diffalign.data.prompts import read_prompts
-    from diffalign.networks.loading import call_of
     from diffalign.networks.user_adapter import adapter_arguments
 
     for name in ("samples_per_prompt", "steps", "batch_size"):
@@ -116,8 +119,7 @@ def generate(args: argparse.Namespace) -> None:
     if args.user_adapter:
         user_embeddings(args)  # fails on invalid files before anything is written
         pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
-    shape = latent_shape(pipe, args.size)
-    size = args.size or call_of(pipe).training_size(pipe)
+    size = image_size(pipe, args)
     if state.is_main_process:
         claim(args.out, settings(args, size, prompts))
     state.wait_for_everyone()
@@ -129,7 +131,7 @@ def generate(args: argparse.Namespace) -> None:
     pipe.to(state.device if args.device == "auto" else torch.device(args.device))
     bar = tqdm(total=sum(map(len, mine)), desc="generate", unit="image", disable=not state.is_main_process)
     for batch in mine:
-        _make(pipe, batch, args, shape, size)
+        _make(pipe, batch, args, size)
         bar.update(len(batch))
     bar.close()
     state.wait_for_everyone()
@@ -184,19 +186,21 @@ def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
     return user_embeds(mix_users(users, args.user_weights or [1.0] * len(users)), guidance=args.guidance)
 
 
-def latent_shape(pipe: Any, size: int | None) -> tuple[int, int, int]:
-    """Shape [C, h, w] of the initial latents of a square image; default size: the training resolution."""
+def image_size(pipe: Any, args: argparse.Namespace) -> Size:
+    """Height and width of the images. Raises ValueError for sizes that the pipeline cannot draw."""
     from diffalign.networks.loading import call_of
 
     call = call_of(pipe)
-    channels, pixels, step = call.latent_units(pipe)
-    if size is not None and (size % step or size < 1):
-        raise ValueError(f"--size must be a positive multiple of {step}; got {size}")
-    side = (size or call.training_size(pipe)) // pixels
-    return channels, side, side
+    _, _, step = call.latent_units(pipe)
+    for name in ("size", "width", "height"):
+        side = getattr(args, name)
+        if side is not None and (side % step or side < 1):
+            raise ValueError(f"--{name} must be a positive multiple of {step}; got {side}")
+    square = args.size or call.training_size(pipe)
+    return args.height or square, args.width or square
 
 
-def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> dict[str, Any]:
+def settings(args: argparse.Namespace, size: Size, prompts: dict[str, str]) -> dict[str, Any]:
     """Settings that determine the images, for settings.json."""
     import accelerate
     import diffusers
@@ -217,7 +221,7 @@ def settings(args: argparse.Namespace, size: int, prompts: dict[str, str]) -> di
         "user_weights": args.user_weights,
         "prompts": f"{len(prompts)} prompts, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}",
         **own,
-        "size": size,
+        "size": size[0] if size[0] == size[1] else f"{size[1]} x {size[0]}",
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)},
     }
 
@@ -254,29 +258,31 @@ def claim(out: Path, now: dict[str, Any]) -> None:
     write_whole(path, json.dumps(now, indent=2) + "\n")
 
 
-def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, shape: tuple[int, ...], size: int) -> None:
+def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, size: Size) -> None:
     import torch
 
     from diffalign.draws import Draws
     from diffalign.networks.loading import call_of
 
     draws, keys = Draws(args.seed), [(task.prompt_id, task.sample) for task in batch]
-    latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     call = call_of(pipe)
+    channels, pixels, _ = call.latent_units(pipe)
+    shape = (channels, size[0] // pixels, size[1] // pixels)
+    latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     user = user_embeddings(args)
-    pixels = pipe(
+    images = pipe(
         prompt=[task.prompt for task in batch],
         latents=call.pipeline_latents(latents),
         **({} if user is None else {"ip_adapter_image_embeds": [x.to(pipe.device, pipe.dtype) for x in user]}),
         generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise between steps
         **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
         **call.guidance_call(args.guidance, len(batch)),
-        height=size,
-        width=size,
+        height=size[0],
+        width=size[1],
         output_type="pt",
         **({} if args.max_sequence_length is None else {"max_sequence_length": args.max_sequence_length}),
     ).images.float()
-    for task, image in zip(batch, pixels, strict=True):
+    for task, image in zip(batch, images, strict=True):
         if not torch.isfinite(image).all():
             raise FloatingPointError(
                 f"the image of prompt_id {task.prompt_id!r}, sample {task.sample} is not finite; "

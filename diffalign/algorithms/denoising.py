@@ -26,7 +26,8 @@ class Remembered(NamedTuple):
     """What the reference computed of D draws of all images of a data set, as arrays that may be memory-mapped.
 
     errors   float32 [D, M]           denoising errors by draw and place of the image (LatentBatch.places)
-    latents  float32 [D, M, C, h, w]  noised latents, if they cost network evaluations (InPO), or None
+    latents  float32 [D, M, C, h, w]  noised latents, if they cost network evaluations (InPO), or None. Latents of
+                                      other shapes fill the first values of their place, none has more
     """
 
     errors: np.ndarray
@@ -35,9 +36,11 @@ class Remembered(NamedTuple):
     def at(self, batch: LatentBatch) -> tuple[Tensor, Tensor | None]:
         """Errors [N], and latents [N, C, h, w] or None, of a batch's images, on the CPU."""
         here = self.rows(batch)
-        return torch.from_numpy(self.errors[here]), None if self.latents is None else torch.from_numpy(
-            self.latents[here]
-        )
+        errors = torch.from_numpy(self.errors[here])
+        if self.latents is None:
+            return errors, None
+        values = torch.from_numpy(self.latents[here]).flatten(1)
+        return errors, values[:, : batch.x0[0].numel()].reshape(batch.x0.shape)
 
     def put(self, batch: LatentBatch, errors: Tensor, x_t: Tensor) -> None:
         """Store the errors [N] and noised latents [N, C, h, w] of a batch. Images with place -1 are left out."""
@@ -45,7 +48,8 @@ class Remembered(NamedTuple):
         new = places >= 0
         self.errors[draws[new], places[new]] = errors.cpu().numpy()[new]
         if self.latents is not None:
-            self.latents[draws[new], places[new]] = x_t.cpu().numpy()[new]
+            values = self.latents.reshape(*self.latents.shape[:2], -1)  # the same memory
+            values[draws[new], places[new], : x_t[0].numel()] = x_t.cpu().flatten(1).numpy()[new]
 
     @staticmethod
     def rows(batch: LatentBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -238,7 +238,9 @@ class PSOCustomization(DiffusionDPO):
             if self.class_cond is not None:
                 cond = self.class_cond.repeat(len(missing))._replace(size=cond.size)
             assert self.reference is not None
-            x0 = self.sampler.sample(self.reference, cond, [keys[i] for i in missing])
+            some = [keys[i] for i in missing]
+            noise = self.sampler.start(some, batch.x0.shape[1:])
+            x0 = self.sampler.sample(self.reference, cond, some, noise)
             self.drawn |= {keys[i]: one.cpu() for i, one in zip(missing, x0, strict=True)}
         losers = torch.stack([self.drawn[key] for key in keys]).to(batch.x0.device)
         size = None if batch.size is None else batch.size.repeat(2, 1)

@@ -37,7 +37,8 @@ class ImaginedRun(Run):
         resolution = settings["resolution"]
         self._encode(encoder, resolution, max(1, min(64, 8 * 512**2 // resolution**2)))
         few = {"limit": RECORDS, "cache": "off", "resolution": 8, "num_workers": 0, "max_dropped": 1.0}
-        data = kind(None, self.draws, self.folder, **{**settings, **few, "crop": "center"})
+        few |= {"crop": "center", "buckets": None}  # no bucket has more pixels than the square
+        data = kind(None, self.draws, self.folder, **{**settings, **few})
         data.imagined = (encoder.latent_shape(resolution), self.cond, settings["batch_size"])
         return data
 

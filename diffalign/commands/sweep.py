@@ -161,12 +161,16 @@ def _comparison(point: SweepRun, prompts: str | None, scorer: str | None) -> Com
     sampling += ["--steps", str(own["steps"]), "--guidance", str(own["guidance"])]
     if own.get("timesteps"):
         sampling += ["--timesteps", *map(str, own["timesteps"])]
+    sampling += ["--size", str(cfg.data["resolution"])]
+    for side in ("width", "height"):
+        if value := cfg.data.get(side):
+            sampling += [f"--{side}", str(value)]
     return Comparison(
         base=os.path.expanduser(cfg.backbone["path"]),
         images=folder / "sweep-base",
         prompts=Path(prompts) if prompts else folder / "sweep-prompts.txt",
         scorer=scorer or "diffalign.playground:Judge",
-        sampling=(*sampling, "--size", str(cfg.data["resolution"])),
+        sampling=tuple(sampling),
     )
 
 

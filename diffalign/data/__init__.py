@@ -5,7 +5,8 @@ from diffalign.data.cache import LatentCache
 from diffalign.data.choices import FeatureEncoder, PersonalChoices
 from diffalign.data.groups import PreferenceGroups
 from diffalign.data.image_folder import TargetImages
-from diffalign.data.latents import PreferenceLatents, check_latents
+from diffalign.data.latent_settings import check_latents
+from diffalign.data.latents import PreferenceLatents
 from diffalign.data.loader import KeyedLoader
 from diffalign.data.pairs import PreferencePairs
 from diffalign.data.prompts import Prompts

@@ -42,7 +42,8 @@ class LikedImages(PreferenceLatents):
 class Balanced:
     """Class-balanced sampling of LikedImages: with replacement, a fixed share of positive examples (Diffusion-KTO).
 
-    Positional: the images and the run's draws. Each draw is a function of (epoch, slot), stream "balance".
+    Positional: the images and the run's draws. Each draw is a function of (epoch, slot), stream "balance". With
+    aspect-ratio buckets, the share holds within each bucket that has both kinds of images.
 
     Args:
         positive_ratio: share of liked images among the samples; null samples every image once an epoch
@@ -54,8 +55,15 @@ class Balanced:
         self.images, self.draws, self.positive_ratio = images, draws, positive_ratio
         self.batch_size, self.num_workers = images.batch_size, images.num_workers
         self.draws_per_sample = images.draws_per_sample
-        self.classes = (images.disliked, images.liked)
-        if not all(self.classes):
+        self.buckets = getattr(images, "buckets", None)
+        kinds = (images.disliked, images.liked)
+        self.classes: list[tuple[list[int], list[int]]] = [
+            ([], []) for _ in range(1 if self.buckets is None else max(self.buckets) + 1)
+        ]
+        for kind, indices in enumerate(kinds):
+            for i in indices:
+                self.classes[self._bucket(i)][kind].append(i)
+        if not all(kinds):
             raise ValueError("KTO needs liked and disliked images; this data set holds only one kind")
 
     @staticmethod
@@ -65,6 +73,10 @@ class Balanced:
         if ratio is None or 0 < ratio < 1:
             return []
         return [f"'balance.positive_ratio' = {ratio} must lie between 0 and 1, or be null"]
+
+    def _bucket(self, slot: int) -> int:
+        """Bucket of a slot, which is that of the image with its number."""
+        return 0 if self.buckets is None else int(self.buckets[slot])
 
     @property
     def places(self) -> int:
@@ -80,7 +92,8 @@ class Balanced:
         if self.positive_ratio is None:
             return self.images[place]
         class_draw, index_draw = self.draws.uniform([(epoch, slot, 0), (epoch, slot, 1)], stream="balance").tolist()
-        candidates = self.classes[class_draw < self.positive_ratio]
+        disliked, liked = self.classes[self._bucket(slot)]
+        candidates = (liked if class_draw < self.positive_ratio else disliked) or liked or disliked
         index = candidates[int(index_draw * len(candidates))]
         return self.images.draw((epoch, f"{slot} {self.images.ids[index]}"), index)._replace(place=slot)
 

@@ -1,7 +1,7 @@
 """Disk cache of latents and text embeddings, computed once and shared by all later runs.
 
 The key of an entry is the hash of the image bytes (or of the prompt), with a suffix for a mirrored image. The folder
-names the encoder's fingerprint, the resolution and the decoding rule. So a changed image is a new entry, and a copy
+names the encoder's fingerprint, the size of crops and the decoding rule. So a changed image is a new entry, and a copy
 of an image shares the entry. Unchanged files are recognised without reading them; see `content_index`.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -22,10 +23,10 @@ from tqdm import tqdm
 
 from diffalign.data.content_index import ContentIndex
 from diffalign.data.image_checks import SHARD, CheckedImage, ImageCheck, Workers, check_image
-from diffalign.data.images import Square, prefetch, square
+from diffalign.data.images import Crop, cropped, prefetch
 from diffalign.data.records import ImageRef
 from diffalign.data.shards import RepairedRows, Rows, Shards, make_folder, stored
-from diffalign.types import Cond, Encoder
+from diffalign.types import Cond, Encoder, Size, sides
 from reward_models.images import DECODING
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ logger = logging.getLogger(__name__)
 class LatentCache:
     """Disk cache, in `folder`, of image latents and prompt embeddings of one encoder.
 
-    Images are resized and centre-cropped to `resolution`; with hflip, mirrored images are cached too. The encoder is
+    Images are resized and centre-cropped to `size`; with hflip, mirrored images are cached too. The encoder is
     called only for missing entries. Several processes may build the same cache at once, and a killed build resumes
     from its complete shards. At worst an entry is computed twice.
 
@@ -48,7 +49,7 @@ class LatentCache:
         self,
         folder: Path,
         encoder: Encoder,
-        resolution: int,
+        size: int | Size,
         rank: int = 0,
         world_size: int = 1,
         barrier: Callable[[], object] = lambda: None,
@@ -59,11 +60,14 @@ class LatentCache:
     ):
         if world_size > 1 and exchange is None:
             raise ValueError(f"a cache built by {world_size} processes needs an 'exchange' folder that they share")
-        self.encoder, self.resolution, self.shard_size = encoder, resolution, shard_size
+        self.encoder, self.size, self.shard_size = encoder, sides(size), shard_size
         self.workers = Workers(rank, world_size, barrier, exchange or folder)
         self.variants = ("", "-hflip") if hflip else ("",)
-        self.root, self.files = folder.expanduser() / encoder.fingerprint, folder.expanduser() / "files"
-        self.image_folder = self.root / f"squares-{resolution}-center-decoding-{DECODING}"
+        self.folder = folder.expanduser()
+        self.root, self.files = self.folder / encoder.fingerprint, self.folder / "files"
+        height, width = self.size
+        name = f"squares-{width}" if height == width else f"crops-{width}x{height}"
+        self.image_folder = self.root / f"{name}-center-decoding-{DECODING}"
         self.text_folder = self.root / "texts"
         for made in (self.image_folder, self.text_folder):
             make_folder(made)
@@ -100,7 +104,7 @@ class LatentCache:
                         new.append(i)
             checked = prefetch(
                 (images[i] for i in new),
-                lambda ref: check_image(ref, self.resolution, self.contents.stamp, self.recall),
+                lambda ref: check_image(ref, self.size, self.contents.stamp, self.recall),
                 processes=self.workers.world_size,
             )
             with closing(checked):
@@ -124,8 +128,8 @@ class LatentCache:
         rows: dict[str, dict[str, Tensor]] = {}
         bad: dict[str, str] = {}
         stamps: list[tuple[bytes | None, str]] = []
-        waiting: dict[str, Square] = {}
-        size = max(1, min(64, 8 * 512**2 // self.resolution**2))
+        waiting: dict[str, Crop] = {}
+        size = max(1, min(64, 8 * 512**2 // math.prod(self.size)))
         for check, image, stamp in checked:
             checks.append(check)
             if check.digest:
@@ -151,7 +155,7 @@ class LatentCache:
         return checks
 
     @torch.no_grad()
-    def _encode(self, images: dict[str, Square]) -> dict[str, dict[str, Tensor]]:
+    def _encode(self, images: dict[str, Crop]) -> dict[str, dict[str, Tensor]]:
         latents = self.encoder.encode_pixels(torch.stack([x.pixels for x in images.values()])).cpu()
         return {
             key: {"latent": latent, "size": image.size}
@@ -204,11 +208,13 @@ class LatentCache:
         rows = self._images.rows([digest + "-hflip" * flipped for digest in digests])
         return self.repaired_latents(rows, images, flipped=flipped)
 
-    def repaired_latents(self, rows: Rows, images: Sequence[ImageRef], *, flipped: bool) -> RepairedRows:
-        """Known rows of images."""
+    def repaired_latents(
+        self, rows: Rows, images: Sequence[ImageRef], *, flipped: bool, first: int = 0
+    ) -> RepairedRows:
+        """Known rows of the images from number `first` on."""
 
         def recompute(i: int) -> dict[str, Tensor]:
-            image = square(images[i].read(), self.resolution)
+            image = cropped(images[first + i].read(), self.size)
             return _as_cached(self._encode({"": image.mirrored() if flipped else image}))
 
         return RepairedRows(rows, recompute)
@@ -220,6 +226,20 @@ class LatentCache:
     def repaired_texts(self, rows: Rows, prompts: Sequence[str]) -> RepairedRows:
         """Known rows of prompts."""
         return RepairedRows(rows, lambda i: _as_cached(self._encode_texts([prompts[i]])))
+
+
+class Nothing:
+    """Encoder to nothing: LatentCache then stores the check and the size of an image only."""
+
+    fingerprint = "checked"
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, 0]."""
+        return pixels.new_zeros(len(pixels), 0)
+
+    def encode_text(self, prompts: Sequence[str]) -> Cond:
+        """B prompts -> tokens [B, 0, 0]."""
+        return Cond(torch.zeros(len(prompts), 0, 0))
 
 
 def warn_of_truncation(count: int, prompts: int, first: str, note: str) -> None:

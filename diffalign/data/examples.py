@@ -21,7 +21,10 @@ NONE = -1
 
 
 class Example(NamedTuple):
-    """One training example: a prompt with K images, the winner first, and a score per image (NaN for none)."""
+    """One training example: a prompt with K images, the winner first, and a score per image (NaN for none).
+
+    `bucket` is the number of the size to which its images are cropped.
+    """
 
     id: str
     prompt: str
@@ -29,6 +32,7 @@ class Example(NamedTuple):
     scores: tuple[float, ...]
     flip: float = 0.0
     annotator: str | None = None
+    bucket: int = 0
 
 
 class Column(Sequence[Any]):
@@ -120,7 +124,9 @@ class Examples:
 
     The arrays are `ids`, `prompts` and `annotators` of Texts; `text` int32 [n], the number of the prompt; `flip` [n];
     `annotator` int32 [n]; `start` int64 [n + 1]: the images of example i have the places start[i] to start[i + 1];
-    `member` int32, the number of the image at each place, and its `score`; and those of Images, `image`.
+    `member` int32, the number of the image at each place, and its `score`; `bucket` int16 [n]; and those of Images,
+    `image`. Images are ordered by bucket: those of bucket b have the numbers first[b] to first[b + 1], int64. An image
+    in two buckets has two numbers.
     """
 
     def __init__(self, arrays: Mapping[str, Tensor]):
@@ -128,22 +134,24 @@ class Examples:
         self.annotators = Annotators(arrays["annotator"], Texts(arrays, "annotators"))
         self.texts, self.flips = arrays["text"].numpy(), arrays["flip"].numpy()
         self.starts, self.members, self.scores = (arrays[name].numpy() for name in ("start", "member", "score"))
+        self.buckets, self.firsts = arrays["bucket"].numpy(), arrays["first"].tolist()
 
 
 def example_arrays(examples: Iterable[Example]) -> tuple[dict[str, Tensor], list[ImageRef]]:
-    """The arrays of Examples, and their images."""
-    images: dict[ImageRef, int] = {}
+    """The arrays of Examples, and their images by number."""
+    images: dict[tuple[int, ImageRef], int] = {}
     prompts: dict[str, int] = {"": 0}
     names: dict[str, int] = {}
     text, annotator, member, start = array("i"), array("i"), array("i"), array("q", [0])
-    flip, score = array("f"), array("f")
+    flip, score, bucket = array("f"), array("f"), array("h")
 
     def ids() -> Iterator[str]:
         for one in examples:
             text.append(prompts.setdefault(one.prompt, len(prompts)))
             annotator.append(NONE if one.annotator is None else names.setdefault(one.annotator, len(names)))
             flip.append(one.flip)
-            member.extend([images.setdefault(ref, len(images)) for ref in one.images])
+            bucket.append(one.bucket)
+            member.extend([images.setdefault((one.bucket, ref), len(images)) for ref in one.images])
             score.extend(one.scores)
             start.append(len(member))
             yield one.id
@@ -152,7 +160,14 @@ def example_arrays(examples: Iterable[Example]) -> tuple[dict[str, Tensor], list
     found |= {"text": _tensor(text), "annotator": _tensor(annotator), "member": _tensor(member)}
     found |= {"start": _tensor(start, torch.int64)}
     found |= {"flip": _tensor(flip, torch.float32), "score": _tensor(score, torch.float32)}
-    return found | image_arrays("image", images) | text_arrays("annotators", names), [*images]
+    ordered = sorted(images, key=lambda image: image[0])
+    numbers = np.empty(len(images), np.int32)
+    numbers[np.array([images[image] for image in ordered], np.int64)] = np.arange(len(images))
+    counts = np.bincount(np.array([number for number, _ in ordered], np.int64))
+    refs = [ref for _, ref in ordered]
+    found |= {"member": torch.from_numpy(numbers[found["member"].numpy()]), "bucket": _tensor(bucket, torch.int16)}
+    found |= {"first": torch.tensor([0, *np.cumsum(counts).tolist()])}
+    return found | image_arrays("image", refs) | text_arrays("annotators", names), refs
 
 
 def _tensor(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:

@@ -11,31 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, cache_folder
+from diffalign.data.cache import LatentCache, Nothing, cache_folder
 from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, train_prompt_overlap, usable_records
 from diffalign.data.fingerprint import fingerprint_of
 from diffalign.data.image_checks import Workers, check_images
 from diffalign.data.readers import find_reader
 from diffalign.data.records import Record
-from diffalign.types import Cond, GroupBatch, Key
+from diffalign.types import GroupBatch, Key
 
 OVERALL = "overall"
 Prepare = Callable[[bytes], Tensor]
 """Preprocessing: encoded image -> input of the scorer's network [3, h, w]. Must pickle: worker processes call it."""
-
-
-class Nothing:
-    """Encoder to nothing: LatentCache then stores the check and the size of an image only."""
-
-    fingerprint = "checked"
-
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, 0]."""
-        return pixels.new_zeros(len(pixels), 0)
-
-    def encode_text(self, prompts: Sequence[str]) -> Cond:
-        """B prompts -> tokens [B, 0, 0]."""
-        return Cond(torch.zeros(len(prompts), 0, 0))
 
 
 class Group(NamedTuple):

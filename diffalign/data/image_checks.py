@@ -11,8 +11,9 @@ from typing import NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from diffalign.data.images import Square, prefetch, square
+from diffalign.data.images import Crop, cropped, prefetch
 from diffalign.data.records import ImageRef
+from diffalign.types import Size, sides
 from reward_models.files import read_json, write_whole
 
 T = TypeVar("T")
@@ -37,16 +38,16 @@ class ImageCheck(NamedTuple):
 
 
 class CheckedImage(NamedTuple):
-    """A checked image with its square crop (None when cached or not usable) and its file's stamp (ContentIndex)."""
+    """A checked image with its crop (None when cached or not usable) and its file's stamp (ContentIndex)."""
 
     check: ImageCheck
-    square: Square | None = None
+    crop: Crop | None = None
     stamp: bytes | None = None
 
 
 def check_image(
     ref: ImageRef,
-    resolution: int,
+    size: int | Size,
     stamp_of: Callable[[ImageRef], bytes | None] = lambda ref: None,
     recall: Callable[[str], ImageCheck | None] = lambda digest: None,
 ) -> CheckedImage:
@@ -65,11 +66,11 @@ def check_image(
     if check := recall(digest):
         return CheckedImage(check, None, stamp)
     try:
-        image = square(data, resolution)
+        image = cropped(data, size)
     except ValueError as error:
         return CheckedImage(ImageCheck(digest, str(error)), None, stamp)
     height, width = (int(side) for side in image.size[:2])
-    factor = resolution // min(height, width)
+    factor = max(now // side for now, side in zip(sides(size), (height, width), strict=True))
     note = f"an image of {width} x {height} pixels, enlarged {factor} times" if factor >= ENLARGED else ""
     return CheckedImage(ImageCheck(digest, "", note), image, stamp)
 
@@ -125,13 +126,11 @@ class Workers(NamedTuple):
         return [found[i] for i in range(n)]
 
 
-def check_images(images: Sequence[ImageRef], resolution: int, workers: Workers) -> list[ImageCheck]:
+def check_images(images: Sequence[ImageRef], size: int | Size, workers: Workers) -> list[ImageCheck]:
     """Read and decode every image once, divided among the ranks. Pixels are discarded; only the checks are kept."""
     chunks = workers.chunks(len(images), SHARD)
     mine = [i for chunk in chunks for i in chunk]
-    checks = prefetch(
-        (images[i] for i in mine), lambda ref: check_image(ref, resolution).check, processes=workers.world_size
-    )
+    checks = prefetch((images[i] for i in mine), lambda ref: check_image(ref, size).check, processes=workers.world_size)
     found = {}
     with closing(checks), workers.progress_bar(chunks, "check images") as bar:
         for i, check in zip(mine, checks, strict=True):

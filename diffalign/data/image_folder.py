@@ -8,7 +8,8 @@ from typing import Any
 
 from diffalign.data.entry_checks import bad_path, bad_prompt, json_lines
 from diffalign.data.examples import Example
-from diffalign.data.latents import PreferenceLatents, check_latents
+from diffalign.data.latent_settings import check_latents
+from diffalign.data.latents import PreferenceLatents
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import read_text
 from reward_models.images import SUFFIXES, is_image

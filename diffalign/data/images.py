@@ -1,4 +1,4 @@
-"""Decoding images to square crops, and prefetching many of them in threads."""
+"""Decoding images to crops of one size, and prefetching many of them in threads."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.data.records import ImageRef, clear_read_caches
+from diffalign.types import Size, sides
 from reward_models.images import ImageError, UnsupportedImage, decode
 
 T = TypeVar("T")
@@ -22,43 +23,51 @@ MAX_ASPECT = 32
 """Largest aspect ratio. Resizing the shorter side of a longer strip would need gigabytes."""
 
 
-class Square(NamedTuple):
-    """Square crop of an image: pixels [3, R, R] in [0, 1], and its size conditions [6] as in LatentBatch."""
+class Crop(NamedTuple):
+    """Crop of an image: pixels [3, H, W] in [0, 1], and its size conditions [6] as in LatentBatch."""
 
     pixels: Tensor
     size: Tensor
 
-    def mirrored(self) -> Square:
+    def mirrored(self) -> Crop:
         """The same crop of the mirrored image."""
-        height, width, _, left, resolution, _ = self.size.tolist()
-        resized = int(resolution * width / min(height, width))
+        height, width, _, left, *target = map(int, self.size.tolist())
+        _, resized = covering((height, width), (target[0], target[1]))
         size = self.size.clone()
-        size[3] = resized - resolution - left
-        return Square(self.pixels.flip(-1), size)
+        size[3] = resized - target[1] - left
+        return Crop(self.pixels.flip(-1), size)
 
 
-def square(data: bytes, resolution: int, *, at: float = 0.5) -> Square:
-    """Decode an image, resize it and crop a square of `resolution` pixels.
+def covering(shape: Size, size: Size) -> Size:
+    """The size to which an image of a shape is resized to cover `size`: one side is equal, the other rounded down."""
+    (height, width), (bottom, right) = shape, size
+    if width * bottom < height * right:
+        return height * right // width, right
+    return bottom, width * bottom // height
 
-    The shorter side is resized to `resolution` (bilinear, antialiased). The longer side is cropped at `at`: 0 is left
-    or top, 0.5 the centre, 1 right or bottom. At 0.5 this equals torchvision's Resize and CenterCrop, which round the
-    longer side down. Raises ValueError with the reason when the image is damaged or not supported.
+
+def cropped(data: bytes, size: int | Size, *, at: float = 0.5) -> Crop:
+    """Decode an image, resize it so that it covers `size`, and crop what protrudes.
+
+    It is resized without stretching (bilinear, antialiased). The side that protrudes is cropped at `at`: 0 is left or
+    top, 0.5 the centre, 1 right or bottom. For squares at 0.5 this equals torchvision's Resize and CenterCrop, which
+    round the longer side down. Raises ValueError with the reason when the image is damaged or not supported.
     """
     try:
         image = decode(data)
     except ImageError as error:
         kind = "unsupported" if isinstance(error, UnsupportedImage) else "corrupt"
         raise ValueError(f"{kind} image: {str(error).removeprefix('damaged: ')}") from error
-    original = (image.height, image.width)
-    short, long = sorted(image.size)
+    original, target = (image.height, image.width), sides(size)
+    short, long = sorted(original)
     if long > MAX_ASPECT * short:
         raise ValueError(f"unsupported image: {image.width} x {image.height} pixels is more than {MAX_ASPECT}:1")
-    width, height = (int(resolution * side / short) for side in image.size)
+    height, width = covering(original, target)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
-    left, top = (round((side - resolution) * at) for side in (width, height))
-    image = image.crop((left, top, left + resolution, top + resolution))
-    size = torch.tensor([*original, top, left, resolution, resolution], dtype=torch.float32)
-    return Square(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255, size)
+    top, left = round((height - target[0]) * at), round((width - target[1]) * at)
+    image = image.crop((left, top, left + target[1], top + target[0]))
+    conditions = torch.tensor([*original, top, left, *target], dtype=torch.float32)
+    return Crop(torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255, conditions)
 
 
 def prefetch(

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache as cache_of
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffalign.data.cache import LatentCache, cache_folder, cond_of, warn_of_truncation
+from diffalign.data.buckets import (
+    NAMES,
+    RowsOfBuckets,
+    Stores,
+    bucket_sizes,
+    encoded,
+    in_buckets,
+    located,
+    shapes_of,
+    uncropped,
+)
+from diffalign.data.cache import LatentCache, Nothing, cache_folder, cond_of, warn_of_truncation
 from diffalign.data.examples import Example, Examples, example_arrays
 from diffalign.data.filtering import DropReport, Verify, notices_of, read_some, usable_records
 from diffalign.data.fingerprint import fingerprint_of
 from diffalign.data.image_checks import Workers, check_images
-from diffalign.data.images import square
-from diffalign.data.readers import find_reader
+from diffalign.data.images import cropped
+from diffalign.data.latent_settings import check_latents
 from diffalign.data.records import Record
-from diffalign.data.shards import RepairedRows, Rows
 from diffalign.data.starts import SavedStart, Start
 from diffalign.draws import Draws
 from diffalign.types import Cond, Encoder, Key, LatentBatch
@@ -28,7 +40,7 @@ from diffalign.types import Cond, Encoder, Key, LatentBatch
 class Item(NamedTuple):
     """One example after random augmentation.
 
-    x       latents [K, C, h, w], or pixels [K, 3, R, R] without a cache
+    x       latents [K, C, h, w], or pixels [K, 3, H, W] without a cache
     size    size conditions [K, 6]
     text    Cond of batch size 1, or the prompt without a cache
     scores  K scores
@@ -45,7 +57,7 @@ class Item(NamedTuple):
 
 
 class PixelBatch(NamedTuple):
-    """LatentBatch before encoding: x0 holds pixels [N, 3, R, R] in [0, 1], and prompts replace cond."""
+    """LatentBatch before encoding: x0 holds pixels [N, 3, H, W] in [0, 1], and prompts replace cond."""
 
     x0: Tensor
     prompts: Sequence[str]
@@ -70,11 +82,14 @@ class PreferenceLatents(Dataset):
     Args:
         path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
         resolution: width and height in pixels; the shorter side is resized, the longer one cropped
+        buckets: crop images to aspect-ratio buckets instead; their sides are multiples of so many pixels (64 for
+            resolution 1024, 32 for 512), and none has more pixels than the square. Off by default
+        max_aspect: largest aspect ratio of a bucket; images of which more than 5 % would be cropped are dropped
         batch_size: pairs, ranked groups or single images per micro-batch on each rank
         crop: center, or random (needs cache = off)
         hflip: mirror an example with probability 1/2, drawn anew each epoch
         caption_dropout: probability of replacing a caption by the empty one, drawn anew each epoch
-        size_conditions: SDXL size conditions of an image: true size and crop, or always an uncropped square
+        size_conditions: SDXL size conditions of an image: true size and crop, or always an uncropped image (square)
         cache: folder of latents and text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign; off encodes each
             step anew
         max_dropped: stop if more than this share of the labelled records is damaged
@@ -98,6 +113,8 @@ class PreferenceLatents(Dataset):
         *,
         path: str,
         resolution: int = 512,
+        buckets: int | None = None,
+        max_aspect: float = 2.0,
         batch_size: int = 1,
         crop: Literal["center", "random"] = "center",
         hflip: bool = False,
@@ -112,15 +129,21 @@ class PreferenceLatents(Dataset):
         if problems := self.check(locals()):  # the same names as in a config section
             raise ValueError("\n".join(problems))
         self.encoder: Encoder | None = encoder
-        self.draws, self.resolution, self.batch_size, self.num_workers = draws, resolution, batch_size, num_workers
+        self.draws, self.batch_size, self.num_workers = draws, batch_size, num_workers
+        self.bucketed, self.sizes = buckets is not None, bucket_sizes(resolution, buckets, max_aspect)
         self.crop, self.hflip, self.caption_dropout = crop, hflip, caption_dropout
         self.draws_per_sample, self.size_conditions = draws_per_sample, size_conditions
         workers = Workers(rank, world_size, barrier, folder)
         report = DropReport(folder / "dropped.jsonl", rank == 0, path, max_dropped)
-        store = None if cache == "off" else LatentCache(cache_folder(cache), encoder, resolution, *workers, hflip=hflip)
-        saved = (
-            None if store is None else SavedStart(store, path, kind=type(self).__qualname__, limit=limit, hflip=hflip)
-        )
+
+        @cache_of
+        def store(bucket: int) -> LatentCache:
+            return LatentCache(cache_folder(cache), encoder, self.sizes[bucket], *workers, hflip=hflip)
+
+        about: dict[str, Any] = {"kind": type(self).__qualname__, "limit": limit, "hflip": hflip}
+        about |= {"buckets": buckets, "max_aspect": max_aspect if buckets else None}
+        stores = None if cache == "off" else store
+        saved = None if stores is None else SavedStart(stores(0), path, **about)
         if saved and workers.told(saved.valid):
             start = saved.load()
             verify(start.fingerprint)
@@ -128,16 +151,18 @@ class PreferenceLatents(Dataset):
             if start.truncated and rank == 0:
                 warn_of_truncation(*start.truncated)
         else:
-            start = self._start(path, limit, store, saved, workers, report, verify)
+            start = self._start(path, limit, stores, saved, workers, report, verify)
         self._examples = Examples(start.arrays)
         self.ids, self.annotators = self._examples.ids, self._examples.annotators
         self.images, self.prompts = self._examples.images, self._examples.prompts
-        self._latents: list[RepairedRows] = []
+        self._latents: list[RowsOfBuckets] = []
         self._texts: Any = None
         report.summary(start.usable, len(self), start.dropped)
         report.notice(lambda: start.notices)
-        if store is not None:
-            self._locate(store, start.rows)
+        if stores is not None:
+            firsts, images = self._examples.firsts, self.images
+            self._latents = [located(stores, start.rows, images, firsts, name) for name in NAMES[: 1 + hflip]]
+            self._texts = stores(0).repaired_texts(start.rows["texts"], self.prompts)
 
     read = staticmethod(read_some)
 
@@ -155,7 +180,7 @@ class PreferenceLatents(Dataset):
         self,
         path: str,
         limit: int | None,
-        store: LatentCache | None,
+        stores: Stores | None,
         saved: SavedStart | None,
         workers: Workers,
         report: DropReport,
@@ -167,34 +192,41 @@ class PreferenceLatents(Dataset):
         images = list(dict.fromkeys(ref for record in records for ref in record.images))
         fingerprint = fingerprint_of(path, records, images)
         verify(fingerprint)
-        found = store.add_images(images) if store else check_images(images, self.resolution, workers)
+        seen = None if stores is None else stores(0)
+        if seen and self.bucketed:  # the bucket of an image follows from all images of its example
+            seen = LatentCache(seen.folder, Nothing(), 32, *workers)
+        found = seen.add_images(images) if seen else check_images(images, self.sizes[0], workers)
         checks = dict(zip(images, found, strict=True))
         records, damaged = usable_records(records, checks)
         dropped += damaged
         report.stop_if_damaged(len(records), dropped)
-        arrays, used = example_arrays(self.examples(records))
+        examples, usable = self.examples(records), len(records)
+        if seen and self.bucketed:
+            kept = [*in_buckets(examples, shapes_of(seen, checks), self.sizes, dropped)]
+            examples, usable = iter(kept), min(usable, len(kept))
+            report.stop_if_damaged(usable, dropped)
+        arrays, used = example_arrays(examples)
+        rows = {}
+        if stores is not None:
+            rows = encoded(stores, used, arrays["first"].tolist(), checks, self.bucketed, self.hflip)
         notices = list(notices_of(records, checks)) if workers.rank == 0 else []
-        start = Start(arrays, len(records), dropped, notices, fingerprint, None, {})
-        if store is None or saved is None:
+        start = Start(arrays, usable, dropped, notices, fingerprint, None, rows)
+        if stores is None or saved is None:
             return start
         del records
         prompts = Examples(arrays).prompts
-        truncated = store.add_prompts(prompts)
-        digests = [checks[ref].digest for ref in used]
-        names = ("latents", "mirrored")[: 1 + self.hflip]
-        rows = {name: store.latents(digests, used, flipped=name == "mirrored").rows for name in names}
-        start = start._replace(truncated=truncated, rows=rows | {"texts": store.texts(prompts).rows})
+        truncated = stores(0).add_prompts(prompts)
+        start = start._replace(truncated=truncated, rows=rows | {"texts": stores(0).texts(prompts).rows})
         # Read from the file, the arrays are shared by all processes of a machine.
         return saved.load() if workers.told(lambda: saved.save(start, checks, used)) else start
 
-    def _locate(self, store: LatentCache, rows: Mapping[str, Rows]) -> None:
-        """Use these rows of the cache, from which items are read."""
-        names = [name for name in ("latents", "mirrored") if name in rows]
-        self._latents = [store.repaired_latents(rows[x], self.images, flipped=x == "mirrored") for x in names]
-        self._texts = store.repaired_texts(rows["texts"], self.prompts)
-
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def buckets(self) -> np.ndarray | None:
+        """Bucket of each example, its number in `sizes`; None if all are cropped to one square."""
+        return self._examples.buckets if self.bucketed else None
 
     @property
     def places(self) -> int:
@@ -220,9 +252,9 @@ class PreferenceLatents(Dataset):
             x, size = (torch.stack([row[name] for row in rows]) for name in ("latent", "size"))
             return Item(x, size, cond_of(self._texts, text), key, flip, scores, place)
         at = self._uniform(key, "crop") if self.crop == "random" else 0.5
-        squares = [square(self.images[i].read(), self.resolution, at=at) for i in members]
-        squares = [one.mirrored() for one in squares] if mirrored else squares
-        x, size = (torch.stack(parts) for parts in zip(*squares, strict=True))
+        crops = [cropped(self.images[i].read(), self.sizes[0], at=at) for i in members]
+        crops = [one.mirrored() for one in crops] if mirrored else crops
+        x, size = (torch.stack(parts) for parts in zip(*crops, strict=True))
         return Item(x, size, self.prompts[text], key, flip, scores, place)
 
     def _uniform(self, key: Key, stream: str) -> float:
@@ -236,7 +268,7 @@ class PreferenceLatents(Dataset):
         order = [(k, g) for k in range(max(len(i.x) for i in items)) for g, i in enumerate(items) if k < len(i.x)]
         x, size = (torch.stack([getattr(items[g], name)[k] for k, g in order]) for name in ("x", "size"))
         if self.size_conditions == "square":
-            size = torch.tensor([1.0, 1, 0, 0, 1, 1]) * self.resolution + torch.zeros_like(size)
+            size = uncropped(size)
         group, scores = torch.tensor([g for _, g in order]), torch.tensor([items[g].scores[k] for k, g in order])
         flip = torch.tensor([i.flip for i in items])
         texts: Any = [i.text for i in items]
@@ -255,25 +287,3 @@ class PreferenceLatents(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         """State for worker processes, without the encoder, which may be on a GPU."""
         return {**self.__dict__, "encoder": None}
-
-
-def check_latents(cfg: dict[str, Any]) -> list[str]:
-    """Problems with a `data` section, one line each."""
-    problems = []
-    try:
-        find_reader(cfg["path"])
-    except (FileNotFoundError, ValueError) as error:
-        problems.append(f"'data.path': {error}")
-    if cfg["crop"] not in ("center", "random"):
-        problems.append(f"'data.crop' = {cfg['crop']} must be center or random")
-    if cfg["crop"] == "random" and cfg["cache"] != "off":
-        problems.append("'data.crop' = random needs 'data.cache' = off: only latents of the centre crop are cached")
-    for name in ("resolution", "batch_size", "limit", "draws_per_sample"):
-        if cfg[name] is not None and cfg[name] < 1:
-            problems.append(f"'data.{name}' = {cfg[name]} must be 1 or more")
-    if cfg["num_workers"] < 0:
-        problems.append(f"'data.num_workers' = {cfg['num_workers']} must be 0 or more")
-    for name in ("caption_dropout", "max_dropped"):
-        if not 0 <= cfg[name] <= 1:
-            problems.append(f"'data.{name}' = {cfg[name]} must be in [0, 1]")
-    return problems

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
+from diffalign.data.order import Order
 from diffalign.draws import Draws
 from diffalign.networks.placement import pins_memory
 from diffalign.types import on_device
 
 
 class KeyedDataset(Protocol):
-    """Map-style data set with items by (epoch, index) and random draws by key; see PreferenceLatents."""
+    """Map-style data set with items by (epoch, index) and random draws by key; see PreferenceLatents.
+
+    It may have `buckets`, an int array [n]: only items of one bucket fit into one batch.
+    """
 
     draws_per_sample: int | None
     batch_size: int
@@ -33,7 +36,8 @@ class KeyedLoader:
 
     The stream concatenates one permutation of the data set per epoch 0, 1, ... Micro-batch m of rank r takes the
     positions [(m W + r) B, (m W + r + 1) B). So one process with two gradient accumulation steps gets the same samples
-    as two processes, and resuming at any micro-batch needs no skipping.
+    as two processes, and resuming at any micro-batch needs no skipping. With buckets it takes micro-batch m W + r of
+    the `Order`.
 
     batch_size is B, world_size is W. num_workers processes prefetch batches. Batches are moved to `device`.
     """
@@ -51,6 +55,7 @@ class KeyedLoader:
     ):
         self.dataset, self.draws, self.batch_size = dataset, draws, batch_size
         self.rank, self.world_size, self.num_workers, self.device = rank, world_size, num_workers, device
+        self.order = Order(draws, len(dataset), batch_size, getattr(dataset, "buckets", None))
 
     def start(self, micro: int, draw: Callable[[Any], Any] = lambda batch: batch) -> Iterator[Any]:
         """Infinite iterator over this rank's micro-batches from index `micro`. `draw` maps each batch on the CPU."""
@@ -59,16 +64,25 @@ class KeyedLoader:
     def once(self) -> Iterator[Any]:
         """One pass over all examples with each of their `draws_per_sample` draws; this rank's share.
 
-        The micro-batches are those with which training starts, until each draw has occurred: what is computed here is
-        compared with what training computes in a batch of the same samples. In half precision on a GPU the rounding of
-        a sample depends on its batch. The last ones may repeat examples; their images have place -1.
+        The micro-batches are those of training, from the start of each bucket until each draw has occurred: what is
+        computed here is compared with what training computes in a batch of the same samples. In half precision on a GPU
+        the rounding of a sample depends on its batch. The last ones may repeat examples; their images have place -1.
         """
-        total = (self.dataset.draws_per_sample or 1) * len(self.dataset)
-        micro_batches = -(-total // (self.batch_size * self.world_size))
-        for micro, batch in enumerate(self._load(islice(_Stream(self, 0), micro_batches), lambda batch: batch)):
-            left = total - (micro * self.world_size + self.rank) * self.batch_size
+        totals = [(self.dataset.draws_per_sample or 1) * n for n in self.order.counts]
+        found = [(b, k) for b, total in enumerate(totals) for k in range(-(-total // self.batch_size))]
+        bucket, last = found[-1]  # every rank has equally many
+        found += [(bucket, last + 1 + k) for k in range(-len(found) % self.world_size)]
+        mine = found[self.rank :: self.world_size]
+        loaded = self._load((self.places(*one) for one in mine), lambda batch: batch)
+        for (bucket, k), batch in zip(mine, loaded, strict=True):
+            left = totals[bucket] - k * self.batch_size
             places = zip(batch.places, batch.group.tolist(), strict=True)
             yield batch._replace(places=[place if g < left else -1 for place, g in places])
+
+    def places(self, bucket: int, k: int) -> list[tuple[int, int]]:
+        """(epoch, index) of the samples of micro-batch k of a bucket; `draws_per_sample` epochs are repeated."""
+        cycle = self.dataset.draws_per_sample
+        return [(epoch % cycle if cycle else epoch, index) for epoch, index in self.order.samples(bucket, k)]
 
     def _load(self, places: Iterable[list[tuple[int, int]]], draw: Callable[[Any], Any]) -> Iterator[Any]:
         loader: DataLoader[Any] = DataLoader(
@@ -103,15 +117,7 @@ class _Stream:
         self.loader, self.micro = loader, micro
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        loader, micro, n = self.loader, self.micro, len(self.loader.dataset)
-        orders: dict[int, torch.Tensor] = {}
+        loader, micro = self.loader, self.micro
         while True:
-            start = (micro * loader.world_size + loader.rank) * loader.batch_size
-            places = [divmod(position, n) for position in range(start, start + loader.batch_size)]
-            needed = {epoch for epoch, _ in places}
-            orders = {
-                e: orders[e] if e in orders else loader.draws.permutation(n, key=e, stream="order") for e in needed
-            }
-            cycle = loader.dataset.draws_per_sample
-            yield [(epoch % cycle if cycle else epoch, int(orders[epoch][k])) for epoch, k in places]
+            yield loader.places(*loader.order.at(micro * loader.world_size + loader.rank))
             micro += 1

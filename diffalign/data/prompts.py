@@ -26,6 +26,8 @@ class Prompts(Dataset):
         path: .txt, one prompt a line; .jsonl of {"prompt": ..., "prompt_id": ...}; or playground
         batch_size: prompts per micro-batch on each rank
         resolution: width and height of the samples in pixels
+        width: their width, if it is another
+        height: their height, if it is another
         cache: folder of cached text embeddings; default $DIFFALIGN_CACHE or ~/.cache/diffalign
         limit: use only the first so many prompts
 
@@ -46,6 +48,8 @@ class Prompts(Dataset):
         path: str,
         batch_size: int = 8,
         resolution: int = 512,
+        width: int | None = None,
+        height: int | None = None,
         cache: str | None = None,
         limit: int | None = None,
     ):
@@ -64,8 +68,8 @@ class Prompts(Dataset):
             find_prompts(cfg["path"])
         except (FileNotFoundError, ValueError) as error:
             problems.append(f"'data.path': {error}")
-        for name in ("batch_size", "resolution", "limit"):
-            if cfg[name] is not None and cfg[name] < 1:
+        for name in ("batch_size", "resolution", "width", "height", "limit"):
+            if cfg.get(name) is not None and cfg[name] < 1:
                 problems.append(f"'data.{name}' = {cfg[name]} must be 1 or more")
         return problems
 

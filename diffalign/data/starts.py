@@ -33,7 +33,7 @@ from diffalign.data.shards import Field, Rows
 from reward_models.files import replacing
 from reward_models.images import is_image
 
-FORMAT = 1
+FORMAT = 2
 """To be raised when readers give other records for the same files, or other arrays are saved."""
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Start(NamedTuple):
     notices      warnings about records in use; only the main process has them
     fingerprint  of the records and images
     truncated    arguments of `warn_of_truncation`, or None
-    rows         cached rows: "latents", "mirrored" latents, and "texts"
+    rows         cached rows: "latents-B" and "mirrored-B" of each bucket B, and "texts"
     """
 
     arrays: Mapping[str, Tensor]
@@ -119,7 +119,7 @@ class SavedStart:
         for name, rows in start.rows.items():
             arrays[f"{name}.places"] = torch.from_numpy(rows.places)
             arrays[f"{name}.sums"] = torch.from_numpy(rows.sums.astype(np.int64))
-            about["rows"][name] = [rows.names, rows.fields]
+            about["rows"][name] = [Path(rows.folder).name, rows.names, rows.fields]
             about["shards"][name] = _shard_stamps(rows)
         text = json.dumps(about)
         with replacing(self.file) as temporary:
@@ -158,11 +158,11 @@ def _shard_stamps(rows: Rows) -> list[list[int]]:
 
 def _rows_of(store: LatentCache, arrays: Mapping[str, Tensor], about: Mapping[str, Any]) -> dict[str, Rows]:
     found = {}
-    for name, (names, fields) in about["rows"].items():
-        folder = store.text_folder if name == "texts" else store.image_folder  # the cache may have been moved
+    for name, (folder, names, fields) in about["rows"].items():
         places, sums = (arrays[f"{name}.{part}"].numpy() for part in ("places", "sums"))
         kinds = tuple(Field(field, dtype, tuple(shape)) for field, dtype, shape in fields)
-        found[name] = Rows(str(folder), tuple(names), kinds, places, sums)
+        # Only the folder's name is saved, since the cache may have been moved.
+        found[name] = Rows(str(store.root / folder), tuple(names), kinds, places, sums)
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -67,6 +68,11 @@ class UserPairs:
     def places(self) -> int:
         """As PreferenceLatents.places, with gaps."""
         return self.pairs.places
+
+    @property
+    def buckets(self) -> np.ndarray | None:
+        """As PreferenceLatents.buckets."""
+        return None if self.pairs.buckets is None else self.pairs.buckets[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -21,7 +21,7 @@ from diffalign.draws import Draws
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.schedulers import FLOW_KINDS, check_levels, kind_and_scheduler, own_schedule, own_timesteps
 from diffalign.networks.sharding import is_sharded
-from diffalign.types import Cond, Key, upload
+from diffalign.types import Cond, Key, Size, upload
 
 
 class Transition(NamedTuple):
@@ -47,8 +47,9 @@ class Transition(NamedTuple):
 class Sampler:
     """Sampler of a backbone. It reproduces stock diffusers for equal noise; samples are pure functions of their keys.
 
-    Positional: the backbone, the draws of the run, and the width (= height) of images in pixels. The initial noise of a
-    key comes from stream "latents", the noise of later steps from stream "sampler", as in tools/generate.py.
+    Positional: the backbone, the draws of the run, and the height and width of images in pixels (one number for a
+    square). The initial noise of a key comes from stream "latents", the noise of later steps from stream "sampler", as
+    in tools/generate.py.
 
     Timesteps, noise levels, initial noise scale and last step follow the model's own scheduler. If `law` is of another
     kind, they follow DDIM, DDPM or LCM built from the same scheduler config. Raises ValueError if `law` is scheduler
@@ -68,7 +69,7 @@ class Sampler:
         self,
         backbone: Backbone,
         draws: Draws,
-        resolution: int,
+        size: int | Size,
         *,
         steps: int = 4,
         timesteps: tuple[float, ...] = (),
@@ -78,7 +79,7 @@ class Sampler:
     ):
         self.draws, self.guidance, self.noise_level = draws, guidance, noise_level
         self.rescaled = backbone.rescaled
-        self.shape, self.device = backbone.latent_shape(resolution), backbone.device
+        self.shape, self.device = backbone.latent_shape(size), backbone.device
         discrete = isinstance(backbone.schedule, VPSchedule)
         self.law, scheduler = kind_and_scheduler(backbone.scheduler_config, law, discrete)
         ddim = isinstance(scheduler, DDIMScheduler)
@@ -86,7 +87,7 @@ class Sampler:
         if timesteps:
             self.timesteps = self.schedule.timesteps(timesteps)
         elif ddim or not discrete:
-            self.timesteps = backbone.grid(steps, resolution)
+            self.timesteps = backbone.grid(steps, size)
         else:
             self.timesteps = own_timesteps(self.schedule, scheduler, steps)
         levels = self.timesteps.tolist()
@@ -120,9 +121,9 @@ class Sampler:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def start(self, keys: Sequence[Key]) -> Tensor:
-        """Initial latents [len(keys), C, h, w]."""
-        return self.scale * upload(self.draws.normal(keys, self.shape, stream="latents"), self.device)
+    def start(self, keys: Sequence[Key], shape: Sequence[int] | None = None) -> Tensor:
+        """Initial latents [len(keys), C, h, w]; shape (C, h, w) replaces that of the sampler's size."""
+        return self.scale * upload(self.draws.normal(keys, shape or self.shape, stream="latents"), self.device)
 
     def walk(
         self,
@@ -159,7 +160,7 @@ class Sampler:
                 moved = [(key, self.level_pairs[k][0]) for key in keys] if noisy else []
                 x_next, std = mean, _ = self.step(out, x, t, t_next, moved)
                 if noisy and self.law != "deterministic" and k + 1 < len(self):  # the last step never adds noise
-                    noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+                    noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
                     x_next = mean + std * upload(noise, x.device)
                 x0, _ = self.schedule.split(out, x, t)
             transitions.append(Transition(x, t, t_next, out, x0, mean, std, x_next))

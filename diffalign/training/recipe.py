@@ -64,8 +64,9 @@ class Parts:
     ):
         self.cfg, self.run, self.backbone, self.data = cfg, run, backbone, data
         self.resolution = cfg.data["resolution"]
+        size = (cfg.data.get("height") or self.resolution, cfg.data.get("width") or self.resolution)
         if "sampler" in cfg:
-            self.sampler = cfg.make("sampler", backbone, run.draws, self.resolution)
+            self.sampler = cfg.make("sampler", backbone, run.draws, size)
         if "reward" in cfg:
             self.rewards = Rewards(cfg.make("reward", run.device), backbone.decode, run.gather)
         if "noising" in cfg:

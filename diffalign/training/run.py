@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffalign.config import Config, read, too_small
 from diffalign.data import KeyedLoader, PreferenceGroups, PreferenceLatents, Prompts
+from diffalign.data.buckets import bucket_sizes, describe_buckets
 from diffalign.data.fingerprint import check_same_data, check_same_prompts
 from diffalign.data.loader import KeyedDataset
 from diffalign.draws import Draws
@@ -163,14 +164,17 @@ class Run:
 
     def latents(self, kind: type[Latents], encoder: Any, **config: Any) -> Latents:
         """Load a preference data set as latents, with the draws, ranks and folder of this run."""
-        _check_size(encoder, config["resolution"])
+        _check_size(encoder, config)
         a, verify = self.accelerator, partial(check_same_data, self.folder, kind.__name__, main=self.main)
         ranks = (a.process_index, a.num_processes, a.wait_for_everyone)
-        return kind(encoder, self.draws, self.folder, *ranks, verify, **config)
+        data = kind(encoder, self.draws, self.folder, *ranks, verify, **config)
+        if data.buckets is not None:
+            self.print(describe_buckets(data.sizes, data.buckets))
+        return data
 
     def prompts(self, encoder: Any, **config: Any) -> Prompts:
         """Load a list of prompts with their text embeddings."""
-        _check_size(encoder, config["resolution"])
+        _check_size(encoder, config)
         a = self.accelerator
         prompts = Prompts(encoder, self.folder, a.process_index, a.num_processes, a.wait_for_everyone, **config)
         found = zip(prompts.ids, prompts.prompts, strict=True)
@@ -213,10 +217,16 @@ class Run:
         self.metrics.log(step, values)
 
 
-def _check_size(encoder: Any, resolution: int) -> None:
-    """Raise ValueError for a resolution that the backbone does not support, before the images are encoded."""
-    if hasattr(encoder, "latent_shape"):
-        encoder.latent_shape(resolution)
+def _check_size(encoder: Any, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for image sizes that the backbone does not support, before the images are encoded."""
+    if not hasattr(encoder, "latent_shape"):
+        return
+    for name in ("resolution", "width", "height", "buckets"):
+        if config.get(name):
+            encoder.latent_shape(config[name], f"data.{name}")
+    if config.get("buckets"):
+        for size in bucket_sizes(config["resolution"], config["buckets"], config["max_aspect"]):
+            encoder.latent_shape(size, "data.buckets")
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffalign.data import ImageRef, LatentCache
 from diffalign.data.cache import cond_of
-from diffalign.data.images import square
+from diffalign.data.images import cropped
 from diffalign.types import Cond
 
 
@@ -38,7 +38,7 @@ def test_vae_latents_and_text_embeddings_are_cached_to_half_precision(tmp_path):
     seen = cache.add_images(images)
     cache.add_prompts(["a cat", "a dog"])
     with torch.no_grad():
-        latent = Tiny().encode_pixels(square(images[1].read(), 16).pixels[None])
+        latent = Tiny().encode_pixels(cropped(images[1].read(), 16).pixels[None])
         cond = Tiny().encode_text(["a dog"])
     torch.testing.assert_close(cache.latents([seen[1].digest], []).read(0)["latent"], latent[0], rtol=2e-3, atol=2e-4)
     kept = cond_of(cache.texts(["a dog"]), 0)

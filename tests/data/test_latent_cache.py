@@ -19,7 +19,7 @@ from PIL import Image
 
 from diffalign.data import ImageRef, LatentCache
 from diffalign.data.cache import cond_of
-from diffalign.data.images import square
+from diffalign.data.images import cropped
 from diffalign.data.shards import OPEN, DamagedEntry, Shards, _files
 from diffalign.types import Cond
 from reward_models.images import DECODING
@@ -77,7 +77,7 @@ def test_latents_match_their_images_and_a_second_build_encodes_nothing(tmp_path)
     assert encoder.images == 21 and not any(s.reason for s in seen)
     assert numbers(cache, seen) == list(range(21))
     rows = cache.latents([s.digest for s in seen], images)
-    expected = torch.nn.functional.adaptive_avg_pool2d(square(images[3].read(), 8).pixels, 2)
+    expected = torch.nn.functional.adaptive_avg_pool2d(cropped(images[3].read(), 8).pixels, 2)
     torch.testing.assert_close(rows.read(3)["latent"], expected.half().float(), rtol=0, atol=0)
     again = LatentCache(tmp_path / "cache", Pool(), 8, shard_size=8)
     assert again.add_images(images) == seen

@@ -11,13 +11,13 @@ from torch import Tensor
 from torchvision.utils import save_image
 
 from diffalign.data.groups import PreferenceGroups, check_groups
-from diffalign.data.images import square
+from diffalign.data.images import cropped
 
 SIZE = 8
 
 
 def prepare(data):
-    return square(data, SIZE).pixels
+    return cropped(data, SIZE).pixels
 
 
 @pytest.fixture

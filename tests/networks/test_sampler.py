@@ -78,12 +78,12 @@ def with_scheduler(
 
 
 def walks(
-    path: Path, monkeypatch: pytest.MonkeyPatch, swap: Any = None, **settings: Any
+    path: Path, monkeypatch: pytest.MonkeyPatch, swap: Any = None, size: tuple[int, int] = (32, 32), **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor, Sampler]:
     """Latents of our sampler, and of the stock pipeline (with scheduler `swap`) and the same keyed generators."""
     draws = Draws(0)
     backbone = load_backbone(torch.device("cpu"), path=str(path), max_sequence_length=12)
-    sampler = Sampler(backbone, draws, 32, **settings)
+    sampler = Sampler(backbone, draws, size, **settings)
     ours = sampler.sample(backbone.denoiser, backbone.encode_text(PROMPTS), KEYS)
     index = json.loads((path / "model_index.json").read_text())
     pipeline = DiffusionPipeline.from_pretrained(path, **{k: None for k, v in index.items() if v == [None, None]})
@@ -99,7 +99,7 @@ def walks(
 
     def noise(shape: Any, **_: Any) -> torch.Tensor:
         return backbone.pipeline_latents(
-            torch.stack([torch.randn(backbone.latent_shape(32), generator=g) for g in generators])
+            torch.stack([torch.randn(backbone.latent_shape(size), generator=g) for g in generators])
         )
 
     # The flow pipelines give their scheduler no generator, and it calls one or the other by diffusers' version.
@@ -107,12 +107,12 @@ def walks(
     monkeypatch.setattr(torch, "randn_like", noise)
     theirs = pipeline(
         PROMPTS,
-        latents=backbone.pipeline_latents(draws.normal(KEYS, backbone.latent_shape(32), stream="latents")),
+        latents=backbone.pipeline_latents(draws.normal(KEYS, backbone.latent_shape(size), stream="latents")),
         generator=generators,
         guidance_scale=settings.get("guidance", 1.0),
         **({"negative_prompt": ["", ""]} if settings.get("guidance", 1.0) != 1 else {}),
-        height=32,
-        width=32,
+        height=size[0],
+        width=size[1],
         output_type="latent",
         **more,
     ).images
@@ -162,6 +162,23 @@ def walks(
         ("FlowMatchEulerDiscrete", "sd3", {"shift_terminal": 0.1}, {"steps": 3}, "deterministic"),
         ("FlowMatchEulerDiscrete", "sd3", {"use_karras_sigmas": True}, {"steps": 3}, "deterministic"),
         ("FlowMatchEulerDiscrete", "flux", {"use_dynamic_shifting": True}, {"steps": 3}, "deterministic"),
+        # Images that are not square, as (height, width); the dynamic shift follows the number of tokens.
+        ("DDIM", "sd", LEADING, {"steps": 2, "size": (32, 48)}, "deterministic"),
+        ("EulerAncestralDiscrete", "sdxl", SDXL | TRAILING, {"steps": 2, "size": (48, 32)}, "ancestral"),
+        (
+            "FlowMatchEulerDiscrete",
+            "sd3",
+            {"use_dynamic_shifting": True},
+            {"steps": 2, "size": (24, 64)},
+            "deterministic",
+        ),
+        (
+            "FlowMatchEulerDiscrete",
+            "flux",
+            {"use_dynamic_shifting": True},
+            {"steps": 2, "size": (64, 24)},
+            "deterministic",
+        ),
         (
             "FlowMatchEulerDiscrete",
             "flux",

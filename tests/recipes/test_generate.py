@@ -285,8 +285,9 @@ def test_bad_input_is_refused_before_anything_loads(
         assert said in capsys.readouterr().err
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(tmp_path / "none"))) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert generate.main(_arguments(model, tmp_path / "out", "--size", "12")) == 2
-    assert "multiple of 8" in capsys.readouterr().err
+    for name in ("size", "width", "height"):
+        assert generate.main(_arguments(model, tmp_path / "out", f"--{name}", "12")) == 2
+        assert f"--{name} must be a positive multiple of 8; got 12" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -320,19 +321,20 @@ def test_flux_packs_its_latents(tiny_flux: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["tiny_z_image", "tiny_sana", "tiny_flux2_klein", "tiny_qwen_image"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(("guidance", "width"), [(1.0, 32), (3.0, 64)])
 def test_every_family_draws_from_the_noise_of_its_sampler(
-    request: pytest.FixtureRequest, tmp_path: Path, family: str, guidance: float
+    request: pytest.FixtureRequest, tmp_path: Path, family: str, guidance: float, width: int
 ) -> None:
-    """Qwen-Image's scheduler has no levels for one step."""
+    """Square images, and others. Qwen-Image's scheduler has no levels for one step."""
     path, steps = request.getfixturevalue(family), 2 if family == "tiny_qwen_image" else 1
     (tmp_path / "prompts.txt").write_text("small red circle on white\nblue\n")
     out, settings = tmp_path / "out", [f"--guidance={guidance}", "--size=32", "--max-sequence-length=16"]
+    settings += [f"--width={width}"] if width != 32 else []
     files = [f"--pipeline={path}", f"--prompts={tmp_path / 'prompts.txt'}", f"--out={out}", "--device=cpu"]
     assert generate.main([*files, f"--steps={steps}", *settings]) == 0
-    assert json.loads((out / "settings.json").read_text())["size"] == 32
+    assert json.loads((out / "settings.json").read_text())["size"] == (32 if width == 32 else "64 x 32")
     backbone = load_backbone(torch.device("cpu"), path=str(path), max_sequence_length=16)
-    sampler = Sampler(backbone, Draws(0), 32, steps=steps, guidance=guidance, law="deterministic")
+    sampler = Sampler(backbone, Draws(0), (32, width), steps=steps, guidance=guidance, law="deterministic")
     keys = [("00000", 0), ("00001", 0)]
     with torch.no_grad():
         latents = sampler.sample(backbone.denoiser, backbone.encode_text(["small red circle on white", "blue"]), keys)
@@ -345,4 +347,4 @@ def test_pipelines_that_pack_latents_in_an_unknown_way_are_refused() -> None:
         _pack_latents = None
 
     with pytest.raises(ValueError, match="OtherPipeline packs its latents in an unknown way; supported"):
-        generate.latent_shape(OtherPipeline(), None)
+        generate.image_size(OtherPipeline(), None)

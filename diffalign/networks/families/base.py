@@ -16,7 +16,7 @@ from diffalign.diffusion.schedule import Schedule
 from diffalign.networks.cuda_graphs import CudaGraphs
 from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.placement import Placement, Role, as_input, free_memory, place, precision
-from diffalign.types import Cond
+from diffalign.types import Cond, Size, sides
 from reward_models.files import read_json
 
 DECODED_PIXELS = 4 * 512 * 512
@@ -253,16 +253,18 @@ class Backbone(StockCall, ABC):
     def prompt_widths(self) -> tuple[int, int | None]:
         """Dimensions of the network's token embeddings and pooled text embedding (None without one)."""
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """Shape (C, h, w) of the latents of a square image. Raises ValueError for a resolution that is no multiple."""
+    def latent_shape(self, size: int | Size, name: str = "data.resolution") -> tuple[int, int, int]:
+        """Shape (C, h, w) of an image's latents. Raises ValueError, with the config key `name`, for no multiples."""
+        height, width = sides(size)
         step = max(8, self.smallest)  # the stock pipelines accept only multiples of 8
-        if resolution % step:
-            raise ValueError(f"'data.resolution' = {resolution} is not a multiple of {step}, as this model needs it")
-        return self.channels, resolution // self.factor, resolution // self.factor
+        for side in (height, width):
+            if side % step:
+                raise ValueError(f"'{name}' = {side} is not a multiple of {step}, as this model needs it")
+        return self.channels, height // self.factor, width // self.factor
 
     @abstractmethod
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        """Descending sampling timesteps [steps] for square images of `resolution` pixels.
+    def grid(self, steps: int, size: int | Size) -> Tensor:
+        """Descending sampling timesteps [steps] for images of this size.
 
         Timesteps of DDIM or flow Euler, with the spacing, offset and shift of the pipeline's scheduler.
         """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffalign.diffusion.schedule import FlowSchedule
 from diffalign.networks.families.base import Backbone, Source
+from diffalign.types import Size
 
 
 class FlowBackbone(Backbone):
@@ -23,16 +24,16 @@ class FlowBackbone(Backbone):
         super().__init__(source)
         self.schedule = FlowSchedule()
 
-    def _levels(self, steps: int, resolution: int, sigmas: list[float] | None = None) -> Tensor:
-        """Noise levels [steps] of the pipeline's scheduler, shifted for images of this resolution.
+    def _levels(self, steps: int, size: int | Size, sigmas: list[float] | None = None) -> Tensor:
+        """Noise levels [steps] of the pipeline's scheduler, shifted for images of this size.
 
         sigmas are the levels before the shift, by default the scheduler's.
         """
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
         config, mu = scheduler.config, None
         if config.use_dynamic_shifting:
-            tokens = (self.latent_shape(resolution)[1] // self.patch) ** 2
-            mu = self._log_shift(config, tokens, steps)
+            _, height, width = self.latent_shape(size)
+            mu = self._log_shift(config, height * width // self.patch**2, steps)
         scheduler.set_timesteps(steps, sigmas=sigmas, mu=mu)
         return scheduler.sigmas[:-1].nan_to_num(nan=1.0)  # `shift_terminal` stretches a single level by 0 / 0
 
@@ -41,6 +42,6 @@ class FlowBackbone(Backbone):
         lengths = (config.base_image_seq_len, config.max_image_seq_len)
         return calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
 
-    def _even_levels(self, steps: int, resolution: int) -> Tensor:
+    def _even_levels(self, steps: int, size: int | Size) -> Tensor:
         """As `_levels`, with the levels 1, ..., 1 / steps before the shift."""
-        return self._levels(steps, resolution, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())
+        return self._levels(steps, size, torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist())

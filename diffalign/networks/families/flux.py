@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.flow import FlowBackbone
 from diffalign.networks.placement import as_input
-from diffalign.types import Cond
+from diffalign.types import Cond, Size
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -96,8 +96,8 @@ class FluxBackbone(FlowBackbone):
     def patch(self) -> int:
         return 2
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._even_levels(steps, resolution)
+    def grid(self, steps: int, size: int | Size) -> Tensor:
+        return self._even_levels(steps, size)
 
     @staticmethod
     def pipeline_latents(latents: Tensor) -> Tensor:

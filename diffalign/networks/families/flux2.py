@@ -20,7 +20,7 @@ from torch import Tensor
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.language import LanguageBackbone
 from diffalign.networks.placement import as_input
-from diffalign.types import Cond
+from diffalign.types import Cond, Size
 
 LAYERS = (9, 18, 27)
 """Layers of Qwen3 whose hidden states are concatenated."""
@@ -91,8 +91,8 @@ class Flux2KleinBackbone(LanguageBackbone):
     def factor(self) -> int:
         return self.merged * super().factor
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._even_levels(steps, resolution)
+    def grid(self, steps: int, size: int | Size) -> Tensor:
+        return self._even_levels(steps, size)
 
     def _log_shift(self, config: Any, tokens: int, steps: int) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu  # not in diffusers 0.36

@@ -19,7 +19,7 @@ from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.flux import packed, unpacked
 from diffalign.networks.families.language import LanguageBackbone
 from diffalign.networks.placement import as_input
-from diffalign.types import Cond
+from diffalign.types import Cond, Size
 
 TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
@@ -109,8 +109,8 @@ class QwenImageBackbone(LanguageBackbone):
     def patch(self) -> int:
         return 2
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._even_levels(steps, resolution)
+    def grid(self, steps: int, size: int | Size) -> Tensor:
+        return self._even_levels(steps, size)
 
     @staticmethod
     def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, Gemma2Model
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.language import LanguageBackbone
 from diffalign.networks.placement import as_input
-from diffalign.types import Cond
+from diffalign.types import Cond, Size
 
 INSTRUCTION = "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 
@@ -89,7 +89,7 @@ class SanaBackbone(LanguageBackbone):
     def factor(self) -> int:
         return 2 ** (len(self.vae_config["encoder_block_out_channels"]) - 1)
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
+    def grid(self, steps: int, size: int | Size) -> Tensor:
         scheduler = self.scheduler()
         scheduler.set_timesteps(steps)
         return scheduler.sigmas[:-1].clone()

@@ -18,7 +18,7 @@ from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.flow import FlowBackbone
 from diffalign.networks.families.sdxl import clip_pair
 from diffalign.networks.placement import as_input
-from diffalign.types import Cond
+from diffalign.types import Cond, Size, sides
 
 
 class SD3Denoiser(Denoiser):
@@ -80,5 +80,12 @@ class SD3Backbone(FlowBackbone):
     def patch(self) -> int:
         return self.denoiser.network.config.patch_size
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._levels(steps, resolution)
+    def latent_shape(self, size: int | Size, name: str = "data.resolution") -> tuple[int, int, int]:
+        shape = super().latent_shape(size, name)
+        most = self.denoiser.network.config.pos_embed_max_size * self.patch * self.factor
+        if max(sides(size)) > most:
+            raise ValueError(f"'{name}': a side of {max(sides(size))} pixels is longer than this model's {most}")
+        return shape
+
+    def grid(self, steps: int, size: int | Size) -> Tensor:
+        return self._levels(steps, size)

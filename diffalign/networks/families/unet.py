@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffalign.diffusion.schedule import VPSchedule
 from diffalign.networks.families.base import Backbone, Source
+from diffalign.types import Size
 
 
 class UNetBackbone(Backbone):
@@ -21,6 +22,6 @@ class UNetBackbone(Backbone):
         super().__init__(source)
         self.schedule = VPSchedule.from_config(self.scheduler_config)
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
+    def grid(self, steps: int, size: int | Size) -> Tensor:
         config: Any = DDIMScheduler.from_config(self.scheduler_config).config
         return self.schedule.grid(steps, config["timestep_spacing"], config["steps_offset"])

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffalign.networks.families.base import Denoiser, Source
 from diffalign.networks.families.language import LanguageBackbone
 from diffalign.networks.placement import as_input
-from diffalign.types import Cond
+from diffalign.types import Cond, Size
 
 
 class ZImageDenoiser(Denoiser):
@@ -72,8 +72,8 @@ class ZImageBackbone(LanguageBackbone):
     def patch(self) -> int:
         return 2
 
-    def grid(self, steps: int, resolution: int) -> Tensor:
-        return self._even_levels(steps, resolution)
+    def grid(self, steps: int, size: int | Size) -> Tensor:
+        return self._even_levels(steps, size)
 
     @staticmethod
     def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,8 +26,7 @@ PIXELS = 8 * 512 * 512
 @torch.no_grad()
 def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key]) -> Iterator[Tensor]:
     """Sample one image per key. Yields batches of images [b, 3, H, W] in [0, 1]; cond has batch axis len(keys)."""
-    width = backbone.factor * sampler.shape[-1]
-    size = max(1, PIXELS // width**2)
+    size = max(1, PIXELS // math.prod(backbone.factor * side for side in sampler.shape[1:]))
     for i in range(0, len(keys), size):
         some = keys[i : i + size]
         with uncompiled(backbone.source.placement.compile):

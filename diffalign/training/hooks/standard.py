@@ -36,9 +36,13 @@ def standard_hooks(
     sample_prompts: tuple[str, ...] = (),
     sample_steps: int = 25,
     sample_guidance: float = 7.5,
+    sample_width: int | None = None,
+    sample_height: int | None = None,
     verify_export: bool = True,
 ) -> list[Hook]:
-    """Hooks of every recipe that trains a backbone's denoiser, in order. Samples are `resolution` pixels wide and high.
+    """Hooks of every recipe that trains a backbone's denoiser, in order.
+
+    resolution  width and height of samples in pixels, where sample_width and sample_height are left out
 
     algorithm  its state, if it has any, is saved in checkpoints
     sampler    sampler of the sample grid; DDIM with sample_steps and sample_guidance by default
@@ -55,6 +59,8 @@ def standard_hooks(
         sample_prompts: prompts of the sample grid; the noise of each is fixed
         sample_steps: DDIM steps of the sample grid, in recipes without a `sampler` section
         sample_guidance: guidance scale of the sample grid, in the same recipes
+        sample_width: width of the sample grid's images in pixels, in the same recipes; default: data.resolution
+        sample_height: their height
         verify_export: load the export with plain diffusers in a new process and compare it with the trained model
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
@@ -68,7 +74,9 @@ def standard_hooks(
     if sample_every and sample_prompts:
         if sampler is None:
             settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
-            sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
+            size = (sample_height or resolution, sample_width or resolution)
+            backbone.latent_shape(size, "hooks.sample_width/sample_height")
+            sampler = Sampler(backbone, run.draws, size, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
     hooks += [Export(run, backbone, averaged), *own]
     hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, stateful), hooks)
@@ -77,7 +85,8 @@ def standard_hooks(
 
 def check_hooks(cfg: dict[str, Any]) -> list[str]:
     """Problems of a `hooks` section of the config, one line each."""
-    problems = check_checkpoints(cfg) + too_small("hooks", cfg, sample_every=0, sample_steps=1, sample_guidance=0)
+    least = {"sample_every": 0, "sample_steps": 1, "sample_guidance": 0, "sample_width": 1, "sample_height": 1}
+    problems = check_checkpoints(cfg) + too_small("hooks", cfg, **least)
     if cfg["ema_decay"] is not None and not 0 < cfg["ema_decay"] < 1:
         problems.append(f"'hooks.ema_decay' = {cfg['ema_decay']} must lie between 0 and 1, or be null")
     return problems

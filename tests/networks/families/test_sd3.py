@@ -130,7 +130,11 @@ def test_the_shipped_flow_model_samples_as_the_stock_pipeline() -> None:
     assert (ours - theirs).abs().max() < 1e-4
 
 
-def test_a_cond_without_pooled_embedding_is_refused(tiny_sd3: Path) -> None:
+def test_a_cond_without_pooled_embedding_and_images_that_are_too_long_are_refused(tiny_sd3: Path) -> None:
     backbone = load_backbone(CPU, path=str(tiny_sd3))
     with pytest.raises(ValueError, match=r"SD3 needs cond\.pooled"):
         backbone.denoiser(noise(), torch.tensor([0.5, 0.5]), Cond(torch.zeros(2, 12, 48)))
+    # Eight patches of 2 latents of 4 pixels are all that it has positions for.
+    assert backbone.latent_shape((64, 24)) == (16, 16, 6)
+    with pytest.raises(ValueError, match=r"'data\.buckets': a side of 72 pixels is longer than this model's 64"):
+        backbone.latent_shape((56, 72), "data.buckets")
