@@ -252,7 +252,7 @@ def test_a_lora_without_effect_is_reported(
     zero = said == "has no effect"  # as a control run with lr 0 exports it
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == (0 if zero else 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
-    assert len(lines) == 1 and said in lines[0] and f"'--lora {lora}'" in lines[0], lines
+    assert len(lines) == 1 and said in lines[0] and f"LoRA '{lora}'" in lines[0], lines
     assert (tmp_path / "out").exists() == zero
 
 
