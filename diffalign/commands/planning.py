@@ -92,7 +92,7 @@ def _patches(ledger: Ledger, folder: Path, seen: dict[str, Any]) -> list[Any]:
         patch.object(config, "parse", parsed),
         patch.object(nn.Module, "_apply", replaced),
         patch.object(pipeline_files, "_variant", lambda part: ""),  # configs suffice
-        patch.object(loading, "encoder_fingerprint", lambda folder, length: "imagined"),
+        patch.object(loading, "encoder_fingerprint", lambda *given: "imagined"),
         patch.object(Backbone, "_network", _method(_network, ledger)),
         patch.object(Backbone, "_part", _method(_part, ledger)),
         patch.object(loading, "add_lora", partial(_add_lora, ledger, loading.add_lora)),

@@ -29,6 +29,7 @@ __all__ = ["Backbone", "Denoiser", "call_of", "check_backbone", "find_pipeline",
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MAX_TOKENS = 512
 """Maximum sequence length of the pipelines."""
+MAX_CHUNKS = 8
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 """Default LoRA targets, the same in all families. Projections of text tokens alone (add_q_proj, ...) get no LoRA."""
 
@@ -51,6 +52,7 @@ def load_backbone(
     compile: Literal["off", "blocks", "whole"] = "off",
     cuda_graphs: bool = False,
     max_sequence_length: int = 256,
+    prompt_chunks: int = 1,
     guidance_embedding: float = 1.0,
     seed: int = 0,
 ) -> Backbone:
@@ -78,6 +80,8 @@ def load_backbone(
         cuda_graphs: record the trainable network's passes and launch each by one call. Saves the most time where the
             host is slower than the GPU: LoRAs, small batches. It keeps the memory of a step. Without effect on a CPU
         max_sequence_length: tokens per prompt of text encoders other than CLIP (T5, Qwen, Gemma)
+        prompt_chunks: chunks of 75 tokens of each prompt that CLIP text encoders read, for prompts beyond 77 tokens;
+            all prompts are padded to this length
         guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
         seed: seed of the LoRA's initial weights
 
@@ -87,14 +91,20 @@ def load_backbone(
     family, supported = family_of(folder), supported_families()
     if family not in supported:
         raise ValueError(f"'backbone.path' contains a {family}; supported pipelines: {', '.join(supported)}")
-    fingerprint = encoder_fingerprint(folder, max_sequence_length)
+    fingerprint = encoder_fingerprint(folder, max_sequence_length, prompt_chunks)
     where = placement if isinstance(placement, Placement) else Placement(placement)
     if trained_dtype == "bf16" and where.compute_dtype != torch.bfloat16:
         raise ValueError("'backbone.trained_dtype' = bf16 needs 'run.mixed_precision' = bf16")
     where = where._replace(frozen_dtype=DTYPES[dtype], trained_dtype=DTYPES[trained_dtype], lora=lora_rank > 0)
     where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
     where = where._replace(compile=compile, cuda_graphs=cuda_graphs)
-    backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
+    if prompt_chunks > 1 and not any("CLIP" in kind.__name__ for kind, _ in supported[family].text_classes.values()):
+        raise ValueError(
+            f"'backbone.prompt_chunks' = {prompt_chunks} is for CLIP, which a {family} has not; set "
+            "'backbone.max_sequence_length' for long prompts"
+        )
+    settings = (max_sequence_length, guidance_embedding, " + ".join([path, *lora]), prompt_chunks)
+    backbone = supported[family](Source(folder, fingerprint, where, *settings))
     start = None if lora_start is None else read_start(backbone, Path(lora_start))
     if quantize != "off":
         if where.sharding:
@@ -141,6 +151,8 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
         problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
     if cfg["guidance_embedding"] < 0:
         problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
+    if not 1 <= cfg["prompt_chunks"] <= MAX_CHUNKS:
+        problems.append(f"'{section}.prompt_chunks' = {cfg['prompt_chunks']} must be in [1, {MAX_CHUNKS}]")
     if not 1 <= cfg["max_sequence_length"] <= MAX_TOKENS:
         problems.append(f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MAX_TOKENS}]")
     return problems
@@ -204,12 +216,13 @@ def base_folder(path: str, config: str | None, lora: Sequence[str], dtype: torch
     return merged(folder, loras, dtype) if loras else folder
 
 
-def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
+def encoder_fingerprint(folder: Path, max_sequence_length: int, prompt_chunks: int = 1) -> str:
     """Hash of the inputs of encoding, so that caches become invalid when an encoder changes.
 
-    It covers the files of all encoders and tokenizers that the pipeline uses, and `max_sequence_length`.
+    It covers the files of all encoders and tokenizers that the pipeline uses, and the settings.
     """
-    digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
+    settings = f"{max_sequence_length}" + (f" {prompt_chunks}" if prompt_chunks > 1 else "")
+    digest = hashlib.blake2b(settings.encode(), digest_size=8)
     index = read_json(folder / "model_index.json")
     for part in ENCODERS:
         if index.get(part, [None])[0] is None:  # omitted from the pipeline, even if its files exist

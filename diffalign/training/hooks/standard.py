@@ -37,6 +37,7 @@ def standard_hooks(
     sample_steps: int = 25,
     sample_guidance: float = 7.5,
     verify_export: bool = True,
+    trigger: str | None = None,
 ) -> list[Hook]:
     """Hooks of every recipe that trains a backbone's denoiser, in order. Samples are `resolution` pixels wide and high.
 
@@ -56,6 +57,7 @@ def standard_hooks(
         sample_steps: DDIM steps of the sample grid, in recipes without a `sampler` section
         sample_guidance: guidance scale of the sample grid, in the same recipes
         verify_export: load the export with plain diffusers in a new process and compare it with the trained model
+        trigger: word of the prompts that calls what a LoRA learned, for the metadata of export/comfyui.safetensors
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
     averaged = ema.applied if ema else nullcontext
@@ -70,7 +72,7 @@ def standard_hooks(
             settings: dict[str, Any] = {"steps": sample_steps, "guidance": sample_guidance}
             sampler = Sampler(backbone, run.draws, resolution, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
-    hooks += [Export(run, backbone, averaged), *own]
+    hooks += [Export(run, backbone, averaged, trigger), *own]
     hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, stateful), hooks)
     return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
 
