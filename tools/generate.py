@@ -155,17 +155,16 @@ def load(args: argparse.Namespace) -> Any:
 
     from diffalign.networks.loading import find_pipeline
     from diffalign.networks.lora_files import load_loras, weighted
+    from diffalign.networks.pipeline_files import left_out
     from diffalign.networks.placement import DTYPES
 
     loras = [weighted(text) for text in args.lora]  # before anything loads
     path = find_pipeline(args.pipeline, args.config)
     program.quiet()
-    parts = diffusers.DiffusionPipeline.load_config(path)
-    off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
     with warnings.catch_warnings():
         # Older supported versions of diffusers do not accept the new name `dtype`.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[args.dtype], **off)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[args.dtype], **left_out(path))
     load_loras(pipe, loras)
     pipe.set_progress_bar_config(disable=True)
     return pipe

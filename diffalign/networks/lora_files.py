@@ -21,7 +21,7 @@ from torch import nn
 
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import GENERATOR, lora_layers
-from diffalign.networks.pipeline_files import made_once, stamps
+from diffalign.networks.pipeline_files import left_out, made_once, stamps
 from reward_models.files import first_line, read_json
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -94,9 +94,7 @@ def merged(folder: Path, loras: Sequence[Weighted], dtype: torch.dtype) -> Path:
     """
 
     def write(new: Path) -> None:
-        off = {"safety_checker": None, "requires_safety_checker": False}
-        off = off if "safety_checker" in read_json(folder / "model_index.json") else {}
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, vae=None, **off)
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, vae=None, **left_out(folder))
         load_loras(pipe, loras)
         changed: dict[str, Any] = {name: part for name, part in _parts(pipe).items() if lora_layers(part)}
         for layer in (layer for part in changed.values() for layer in lora_layers(part)):

@@ -54,6 +54,13 @@ def family_of(folder: Path) -> str:
     return index["_class_name"]
 
 
+def left_out(folder: Path) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for the parts that a pipeline omits, such as T5, and without a safety checker."""
+    index = read_json(folder / "model_index.json")
+    off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    return {name: None for name, value in index.items() if value == [None, None]} | off
+
+
 def _from_hub(path: str) -> Path:
     """Folder with the files of a hub id. Raises FileNotFoundError with one line: the path may be a misspelt folder."""
     name, _, revision = path.partition("@")

@@ -13,10 +13,13 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from stock import images, stock
 
+from diffalign.networks.export import export
 from diffalign.networks.loading import Backbone, load_backbone
 from diffalign.networks.lora import lora_layers
 from diffalign.networks.lora_files import load_loras, weighted
 from diffalign.networks.placement import trained_parameters
+from diffalign.networks.score_networks import score_networks
+from diffalign.networks.verify import verify
 from diffalign.types import Cond
 
 CPU = torch.device("cpu")
@@ -56,11 +59,11 @@ def alpha_of(metadata: dict[str, Any]) -> dict[str, Any]:
 def output(backbone: Backbone) -> torch.Tensor:
     g = torch.Generator().manual_seed(0)
     width, pooled = backbone.prompt_widths
-    cond = Cond(torch.randn(2, 12, width, generator=g), None if pooled is None else torch.randn(2, pooled, generator=g))
+    tokens = torch.randn(2, 12, width, generator=g)
+    cond = Cond(tokens, None if pooled is None else torch.randn(2, pooled, generator=g), mask=torch.ones(2, 12))
+    x_t, t = torch.randn(2, *backbone.latent_shape(32), generator=g), backbone.schedule.at(torch.tensor([0.7, 0.1]))
     with torch.no_grad():
-        return backbone.denoiser(
-            torch.randn(2, *backbone.latent_shape(32), generator=g), torch.tensor([700, 100]), cond
-        )
+        return backbone.denoiser(x_t, t, cond)
 
 
 def with_loras(model: Path, *texts: str) -> Any:
@@ -148,3 +151,49 @@ def test_loras_that_do_not_fit(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -
     dora = files(tiny_sd, tmp_path / "dora", use_dora=True)["peft"]
     with pytest.raises(ValueError, match="is a DoRA, which cannot start a LoRA"):
         load_backbone(CPU, path=str(tiny_sd), lora_start=str(dora), lora_rank=2, lora_targets=TARGETS)
+
+
+def test_a_run_on_merged_loras_is_verified_against_the_merged_model(tiny_sd: Path, tmp_path: Path) -> None:
+    """Its LoRA and the merged ones together draw the run's images; a whole pipeline contains them."""
+    style = f"{files(tiny_sd, tmp_path / 'style')['kohya']}:0.5"
+    for settings in ({"lora_rank": 2}, {}):
+        backbone = load_backbone(CPU, path=str(tiny_sd), lora=(style,), **settings)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in trained_parameters(backbone.denoiser):
+                parameter += 0.1 * torch.randn(parameter.shape)
+        export(backbone, tmp_path / "run/export")
+        assert "verified in a fresh process" in verify(backbone, tmp_path / "run/export", 32)
+        folder = tmp_path / "run/export"
+        with_run = with_loras(tiny_sd, style, str(folder)) if settings else stock(folder)
+        own = backbone.pipeline(backbone.denoiser.network)
+        torch.testing.assert_close(drawn(with_run), drawn(own), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_sana", "tiny_flux2_klein"])
+def test_an_export_of_every_family_is_merged_and_started_from(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Both files of the export; also a pipeline that omits T5."""
+    model = str(request.getfixturevalue(family))
+    run = load_backbone(CPU, path=model, lora_rank=2, lora_alpha=6.0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_parameters(run.denoiser):
+            parameter += 0.1 * torch.randn(parameter.shape)
+    export(run, tmp_path / "export")
+    expected = output(run)
+    for name in ("pytorch_lora_weights.safetensors", "comfyui.safetensors"):
+        file = str(tmp_path / "export" / name)
+        for use in ({"lora": (file,)}, {"lora_start": file, "lora_rank": 4}):
+            torch.testing.assert_close(output(load_backbone(CPU, path=model, **use)), expected, atol=1e-5, rtol=0)
+
+
+def test_two_players_share_weights_only_with_the_same_loras_beneath(tiny_sd: Path, tmp_path: Path) -> None:
+    style, model = str(files(tiny_sd, tmp_path / "style")["peft"]), str(tiny_sd)
+    teacher: dict[str, Any] = {"path": model, "lora_rank": 2, "lora_alpha": None, "seed": 1, "lora_targets": ("to_q",)}
+    for lora, shared in (((style,), True), ((), False)):
+        backbone = load_backbone(CPU, path=model, lora=(style,), lora_rank=2)
+        network = backbone.denoiser.network
+        scores = score_networks(backbone, CPU, model, **teacher, lora=lora)
+        assert (scores.aux.network is network) == shared  # type: ignore[comparison-overlap]
