@@ -145,6 +145,11 @@ def leads_out(name: str) -> bool:
     return os.path.isabs(name) or ".." in name.replace("\\", "/").split("/")
 
 
+def cache_folder(cache: str | None) -> Path:
+    """Folder of the cache: as given, else $DIFFALIGN_CACHE, else ~/.cache/diffalign."""
+    return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__

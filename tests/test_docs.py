@@ -18,13 +18,16 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from original_layout import original, part
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffalign.commands import cli, launch
 from diffalign.data import Record, read_records
 from diffalign.data.image_folder import read_targets
 from diffalign.data.prompts import read_prompts
 from diffalign.data.rankings import RATINGS
+from diffalign.playground import BASE
 from reward_models.folder import cli as score_cli
 from reward_models.folder.items import read_items
 
@@ -236,3 +239,28 @@ def test_the_page_names_every_file_that_a_run_writes(tmp_path: Path, recipe: Cal
     written = {path.name for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert {"notices.jsonl", "ema.safetensors", "step-000001.png"} <= written
     assert not [name for name in written if re.sub(r"\d{6}", "000500", name) not in DATA_PAGE]
+
+
+@pytest.mark.usefixtures("started")
+def test_the_commands_for_your_own_files_run(
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A single file and a LoRA in kohya's names, of the shipped model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(BASE, "models/mine")
+    save_file(original(BASE), "model.safetensors")
+    name, weight = next((k, v) for k, v in part(BASE, "unet").items() if k.endswith("attn1.to_q.weight"))
+    layer, width = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}", weight.shape[0]
+    lora = {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(width, 2)}
+    save_file(lora | {f"{layer}.alpha": torch.tensor(1.0)}, "style.safetensors")
+    Path("prompts.txt").write_text("small red circle on white\n")
+    section = (ROOT / "docs/data.md").read_text().partition("## Your model file")[2].partition("\n## ")[0]
+    for line in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)[0].splitlines():
+        words = shlex.split(line)
+        more = ["--steps=1", "--device=cpu"] if "generate" in words else [*TINY[:5], "hooks.checkpoint_every=0"]
+        more += [] if "generate" in words else ["hooks.sample_every=0", "hooks.verify_export=false"]
+        assert _run([*words, *more], recipe) == 0, capsys.readouterr().err
+    assert (
+        Path("images/styled/images/00000_0.png").exists() and Path("runs/started/export/comfyui.safetensors").exists()
+    )

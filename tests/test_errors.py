@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Typical pipeline folders: a variant only, .bin only, without weights, damaged, a single file."""
     folder = tmp_path_factory.mktemp("folders")
     pipeline: Any = StableDiffusionPipeline.from_pretrained(SHIPPED["playground"], safety_checker=None)
-    pipeline.save_pretrained(folder / "variant", variant="fp16")
+    pipeline.save_pretrained(folder / "variant", variant="odd")
     shutil.copytree(SHIPPED["playground"], folder / "sharded")
     for name in ("bin", "empty", "cut", "json", "list"):
         shutil.copytree(SHIPPED["playground"], folder / name)
@@ -89,12 +89,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PIPELINES = {
-    "variant": "contains only the variant 'fp16' of its weights (text_encoder/model.fp16.safetensors)",
+    "variant": "contains only the variants odd of its weights (text_encoder/model.odd.safetensors)",
     "empty": "has no weights in unet/",
     "cut": "cut",
     "json": "model_index.json' is not JSON",
     "list": "has no pipeline class",
-    "one.safetensors": "is a single file; a pipeline is a folder in diffusers layout",
+    "one.safetensors": "one.safetensors' cannot be read as weights",
     "nowhere": "there is no folder",
     "prompts.txt/nowhere": "prompts.txt/nowhere",
 }

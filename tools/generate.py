@@ -60,7 +60,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--pipeline", required=True, help="diffusers folder, hub id, or `playground`, `playground_flow` (shipped)")
-    add("--lora", type=Path, help="LoRA folder or file as diffusers, kohya or peft writes it, such as export/")
+    add("--config", metavar="FOLDER", help="for a --pipeline that is a single file: as `backbone.config`")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="LoRA folder or file as diffusers, kohya or peft writes it, such as export/; several act at once",
+    )
     add("--user-adapter", type=Path, metavar="FOLDER", help="export/ of a train/ppd.py run")
     add(
         "--user",
@@ -84,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="timesteps of a distilled model, instead of --steps (399 for DMD2)",
     )
     add("--guidance", type=float, default=7.5, help="guidance scale as in `sampler.guidance` (7.5); 1 for none")
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from, for all prompts (nothing)")
     add("--size", type=int, metavar="PX", help="width and height; default: the model's training resolution")
     add("--width", type=int, metavar="PX", help="width, if the images are not square")
     add("--height", type=int, metavar="PX", help="height, if the images are not square")
@@ -101,6 +109,7 @@ def generate(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from diffalign.data.prompts import read_prompts
+    from diffalign.networks.loading import call_of
     from diffalign.networks.user_adapter import adapter_arguments
 
     for name in ("samples_per_prompt", "steps", "batch_size"):
@@ -113,12 +122,13 @@ def generate(args: argparse.Namespace) -> None:
         for k in range(args.samples_per_prompt)
     ]
     state = PartialState(cpu=args.device == "cpu")
-    pipe = load(args.pipeline, args.lora, args.dtype)
+    pipe = load(args)
     if bool(args.user_adapter) != bool(args.user):
         raise ValueError("--user-adapter and --user belong together; give both or neither")
     if args.user_adapter:
         user_embeddings(args)  # fails on invalid files before anything is written
         pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
+    call_of(pipe).negative_call(pipe, args.negative_prompt, args.guidance)  # fails before anything is written
     size = image_size(pipe, args)
     if state.is_main_process:
         claim(args.out, settings(args, size, prompts))
@@ -142,26 +152,23 @@ def generate(args: argparse.Namespace) -> None:
         print(f"{len(tasks)} images of {len(prompts)} prompts in '{args.out}'")
 
 
-def load(name: str, lora: Path | None, dtype: str) -> Any:
-    """Load a pipeline on the CPU, without a safety checker. Raises the errors of `find_pipeline` and `load_lora`."""
+def load(args: argparse.Namespace) -> Any:
+    """Load a pipeline on the CPU, without a safety checker. Raises the errors of `find_pipeline` and `load_loras`."""
     import diffusers
 
     from diffalign.networks.loading import find_pipeline
-    from diffalign.networks.lora_files import load_lora, lora_file
+    from diffalign.networks.lora_files import load_loras, weighted
+    from diffalign.networks.pipeline_files import left_out
     from diffalign.networks.placement import DTYPES
 
-    if lora is not None:
-        lora_file(lora)  # before anything loads
-    path = find_pipeline(name)
+    loras = [weighted(text) for text in args.lora]  # before anything loads
+    path = find_pipeline(args.pipeline, args.config)
     program.quiet()
-    parts = diffusers.DiffusionPipeline.load_config(path)
-    off = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in parts else {}
     with warnings.catch_warnings():
         # Older supported versions of diffusers do not accept the new name `dtype`.
         warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[dtype], **off)
-    if lora is not None:
-        load_lora(pipe, lora)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(path, torch_dtype=DTYPES[args.dtype], **left_out(path))
+    load_loras(pipe, loras)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -170,19 +177,9 @@ def user_embeddings(args: argparse.Namespace) -> list[torch.Tensor] | None:
     """User embedding of all images in the pipeline's format; several users are mixed. Raises ValueError."""
     if not args.user:
         return None
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from diffalign.networks.user_adapter import mix_users, read_user, user_embeds
 
-    from diffalign.networks.user_adapter import mix_users, user_embeds
-
-    users = []
-    for file in args.user:
-        try:
-            users.append(load_file(file)["embeds"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"--user '{file}' is not a user file ({error!r}); `diffalign user fit` writes one"
-            ) from error
+    users = [read_user(file) for file in args.user]
     return user_embeds(mix_users(users, args.user_weights or [1.0] * len(users)), guidance=args.guidance)
 
 
@@ -207,15 +204,18 @@ def settings(args: argparse.Namespace, size: Size, prompts: dict[str, str]) -> d
     import torch
     import transformers
 
+    from diffalign.networks.lora_files import weighted
     from diffalign.playground import SHIPPED
 
     names = ("samples_per_prompt", "steps", "timesteps", "guidance", "seed", "dtype", "max_sequence_length")
+    names += ("negative_prompt",)
     own = {k: getattr(args, k) for k in names}
     return {
         "pipeline": args.pipeline,
         "pipeline_weights": _weights(Path(SHIPPED.get(args.pipeline, args.pipeline))),
-        "lora": None if args.lora is None else str(args.lora),
-        "lora_weights": None if args.lora is None else _weights(args.lora),
+        "config": args.config,
+        "lora": ", ".join(args.lora) or None,
+        "lora_weights": ", ".join(str(_weights(weighted(text).path)) for text in args.lora) or None,
         "user_adapter": None if args.user_adapter is None else _weights(args.user_adapter),
         "users": None if not args.user else [_weights(file) for file in args.user],
         "user_weights": args.user_weights,
@@ -270,13 +270,14 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, size: Size) ->
     shape = (channels, size[0] // pixels, size[1] // pixels)
     latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     user = user_embeddings(args)
+    negative = call.negative_call(pipe, args.negative_prompt, args.guidance, len(batch))
     images = pipe(
         prompt=[task.prompt for task in batch],
         latents=call.pipeline_latents(latents),
         **({} if user is None else {"ip_adapter_image_embeds": [x.to(pipe.device, pipe.dtype) for x in user]}),
         generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise between steps
         **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
-        **call.guidance_call(args.guidance, len(batch)),
+        **(call.guidance_call(args.guidance, len(batch)) | negative),
         height=size[0],
         width=size[1],
         output_type="pt",

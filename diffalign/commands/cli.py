@@ -183,9 +183,9 @@ def _cache(args: argparse.Namespace) -> int:
     from diffalign.data.cache import cache_folder
 
     folder = cache_folder(args.folder)
-    # Other files in the folder are not touched.
-    ours = [p for p in folder.glob("*/") if p.name == "files" or any(p.glob("squares-*/")) or any(p.glob("prompts/"))]
-    size = sum(file.stat().st_size for part in ours for file in part.rglob("*") if file.is_file())
+    named = ("files", "models")  # other files in the folder are not touched
+    ours = [p for p in folder.glob("*/") if p.name in named or any([*p.glob("squares-*/"), *p.glob("prompts/")])]
+    size = sum(file.lstat().st_size for part in ours for file in part.rglob("*") if file.is_file())
     print(f"'{folder}': {size / 1e9:.3f} GB of {len(ours)} encoders")
     for part in ours if args.clear else ():
         shutil.rmtree(part)

@@ -27,7 +27,7 @@ from diffalign.commands.imagined import ImaginedRun, ImaginedTrainer, Traced
 from diffalign.commands.ledger import Ledger, Peak, replaced
 from diffalign.config import Config
 from diffalign.diffusion.noising import errors
-from diffalign.networks import loading
+from diffalign.networks import loading, pipeline_files
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.placement import place
 from diffalign.training import recipe as parts_of_recipes
@@ -91,8 +91,8 @@ def _patches(ledger: Ledger, folder: Path, seen: dict[str, Any]) -> list[Any]:
     return [
         patch.object(config, "parse", parsed),
         patch.object(nn.Module, "_apply", replaced),
-        patch.object(loading, "_no_weights", lambda part: ""),  # configs suffice
-        patch.object(loading, "encoder_fingerprint", lambda folder, length: "imagined"),
+        patch.object(pipeline_files, "_variant", lambda part: ""),  # configs suffice
+        patch.object(loading, "encoder_fingerprint", lambda *given: "imagined"),
         patch.object(Backbone, "_network", _method(_network, ledger)),
         patch.object(Backbone, "_part", _method(_part, ledger)),
         patch.object(loading, "add_lora", partial(_add_lora, ledger, loading.add_lora)),

@@ -42,9 +42,9 @@ class SweepRun(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Evaluation shared by all points: base pipeline, its images, prompts, scorer, tools/generate.py options."""
+    """Evaluation shared by all points: base model, its images, prompts, scorer, tools/generate.py options."""
 
-    base: str
+    base: tuple[str, ...]
     images: Path
     prompts: Path
     scorer: str
@@ -77,7 +77,7 @@ def sweep(
     if prompts is None:
         write_whole(comparison.prompts, "\n".join(captions(PROMPTS, held_out=True)) + "\n")
     # Compare the base with itself first: a misspelt or unsuitable scorer fails before the first run.
-    code = _draw(comparison, comparison.images, ["--pipeline", comparison.base])
+    code = _draw(comparison, comparison.images, comparison.base)
     against_itself = comparison.images / "win_rate.json"
     if code or (code := _judge(comparison, comparison.images, against_itself)):
         return code
@@ -166,12 +166,19 @@ def _comparison(point: SweepRun, prompts: str | None, scorer: str | None) -> Com
         if value := cfg.data.get(side):
             sampling += [f"--{side}", str(value)]
     return Comparison(
-        base=os.path.expanduser(cfg.backbone["path"]),
+        base=_base(cfg.backbone),
         images=folder / "sweep-base",
         prompts=Path(prompts) if prompts else folder / "sweep-prompts.txt",
         scorer=scorer or "diffalign.playground:Judge",
         sampling=tuple(sampling),
     )
+
+
+def _base(backbone: dict[str, Any]) -> tuple[str, ...]:
+    """Options of tools/generate.py for the model of a `backbone` section before training."""
+    config = ["--config", backbone["config"]] if backbone["config"] else []
+    loras = [word for lora in backbone["lora"] for word in ("--lora", lora)]
+    return ("--pipeline", os.path.expanduser(backbone["path"]), *config, *loras)
 
 
 def _draw(comparison: Comparison, out: Path, model: Sequence[str]) -> int:
@@ -202,7 +209,7 @@ def _row(recipe: Path, arguments: Sequence[str], point: SweepRun, comparison: Co
     fingerprint = hashlib.sha256(f"{MEASURED} {comparison}".encode() + comparison.prompts.read_bytes()).hexdigest()[:12]
     if result.get("comparison") != fingerprint:
         whole = (export / "model_index.json").exists()
-        model = ["--pipeline", str(export)] if whole else ["--pipeline", comparison.base, "--lora", str(export)]
+        model = ["--pipeline", str(export)] if whole else [*comparison.base, "--lora", str(export)]
         table = point.folder / "win_rate.json"
         if _draw(comparison, images, model) or _judge(comparison, images, table):
             return {**result, "verdict": "failed"}

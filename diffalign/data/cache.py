@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from functools import cached_property
@@ -27,6 +26,7 @@ from diffalign.data.images import Crop, cropped, prefetch
 from diffalign.data.records import ImageRef
 from diffalign.data.shards import RepairedRows, Rows, Shards, make_folder, stored
 from diffalign.types import Cond, Encoder, Size, sides
+from reward_models.files import cache_folder as cache_folder  # for the readers of this cache
 from reward_models.images import DECODING
 
 logger = logging.getLogger(__name__)
@@ -248,11 +248,6 @@ def warn_of_truncation(count: int, prompts: int, first: str, note: str) -> None:
         "%d of %d prompts exceed the token limit of the text encoder and are truncated; the first: '%.80s...' (%s)",
         *(count, prompts, first, note),
     )
-
-
-def cache_folder(cache: str | None) -> Path:
-    """Folder of the cache: as given, else $DIFFALIGN_CACHE, else ~/.cache/diffalign."""
-    return Path(cache or os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign").expanduser()
 
 
 def _as_cached(rows: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffalign.diffusion.schedule import ErrorUnit, Schedule, VPSchedule, upcast
+from diffalign.diffusion.schedule import ErrorWeight, Schedule, VPSchedule, upcast
 from diffalign.diffusion.steps import Network
 from diffalign.draws import Draws
 from diffalign.types import Cond, Key, upload
@@ -41,7 +41,10 @@ class Noising:
         shift: timestep shift u -> shift u / (1 + (shift - 1) u), as in the samplers of SD3 (3.0) and FLUX; above 1
             noisier
         levels: timesteps of the grid, in units of the schedule (249, 499, 749, 999 for a four-step SDXL-Turbo)
-        error_weight: unit of the errors: native, the network's own target; epsilon, the noise; x0, the clean latent
+        error_weight: native, the error of the network's own target; epsilon, of the noise; x0, of the clean latent;
+            min_snr, min(SNR, snr_gamma) times that of the clean latent (Min-SNR: Hang et al., 2023, arXiv 2303.09556);
+            debiased, SNR^-1/2 times that of the noise (Yu et al., 2023, arXiv 2310.08442)
+        snr_gamma: gamma of min_snr; 5 in the paper
     """
 
     def __init__(
@@ -54,11 +57,12 @@ class Noising:
         std: float = 1.0,
         shift: float = 1.0,
         levels: tuple[float, ...] = (),
-        error_weight: ErrorUnit = "native",
+        error_weight: ErrorWeight = "native",
+        snr_gamma: float = 5.0,
     ):
         self.schedule, self.draws = schedule, draws
         self.timesteps, self.mean, self.std, self.shift = timesteps, mean, std, shift
-        self.levels, self.unit = levels, error_weight
+        self.levels, self.error_weight, self.snr_gamma = levels, error_weight, snr_gamma
         top = schedule.num_timesteps - 1 if isinstance(schedule, VPSchedule) else 1
         if bad := [level for level in levels if not 0 <= level <= top]:
             raise ValueError(f"'noising.levels' holds {bad}; this model's timesteps lie in [0, {top}]")
@@ -66,7 +70,9 @@ class Noising:
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
         """Problems with a `noising` section, one line each."""
-        problems = [f"'noising.{k}' = {cfg[k]} must be positive" for k in ("std", "shift") if not cfg[k] > 0]
+        problems = [
+            f"'noising.{k}' = {cfg[k]} must be positive" for k in ("std", "shift", "snr_gamma") if not cfg[k] > 0
+        ]
         if (cfg["timesteps"] == "grid") != bool(cfg["levels"]):
             problems.append("'noising.levels' and 'noising.timesteps' = grid belong together; give both or neither")
         if cfg["timesteps"] != "logit_normal" and (cfg["mean"], cfg["std"]) != (0.0, 1.0):
@@ -75,6 +81,8 @@ class Noising:
             )
         if cfg["timesteps"] == "grid" and cfg["shift"] != 1:
             problems.append("'noising.shift' has no effect on 'noising.timesteps' = grid; shift the levels themselves")
+        if cfg["error_weight"] != "min_snr" and cfg["snr_gamma"] != 5:
+            problems.append("'noising.snr_gamma' is used only with 'noising.error_weight' = min_snr; leave it out")
         return problems
 
     def sample(self, keys: Sequence[Key]) -> Tensor:
@@ -101,7 +109,8 @@ class Noising:
     def at(self, x_t: Tensor, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Noised:
         """As `add`, for a given x_t [N, C, h, w]."""
         target = self.schedule.target(x0, eps, t)
-        return Noised((x_t, t, cond), target, self.schedule.error_weight(t, self.unit))
+        weight = self.schedule.error_weight(t, self.error_weight, self.snr_gamma)
+        return Noised((x_t, t, cond), target, weight)
 
 
 def denoising_error(out: Tensor, target: Tensor) -> Tensor:

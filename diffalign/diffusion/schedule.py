@@ -27,8 +27,8 @@ class Prediction(Enum):
     FLOW = "flow"
 
 
-ErrorUnit = Literal["native", "epsilon", "x0"]
-"""Quantity of a squared error: the network's own target, the noise prediction, or the x0 prediction."""
+ErrorWeight = Literal["native", "epsilon", "x0", "min_snr", "debiased"]
+"""Weight of a squared error: that of the network's own target, of the noise or of the x0 prediction; or by SNR."""
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """The `beta_schedule` values of diffusers that VPSchedule supports."""
@@ -86,18 +86,26 @@ class Schedule(ABC):
         a, s = map(per_sample, self.coefficients(t))
         return a * eps - s * x0
 
-    def error_weight(self, t: Tensor, unit: ErrorUnit) -> Tensor:
-        """Factor w [B] that converts the squared error of the network's output to an error of eps or x0.
+    def error_weight(self, t: Tensor, kind: ErrorWeight, gamma: float = 5.0) -> Tensor:
+        """Factor w [B] of the squared error of the network's output.
 
         eps error: w = 1 (eps-prediction), a^2 (v and flow). x0 error: w = (s / a)^2 (eps-prediction), s^2 (v and flow).
-        native: w = 1. Not finite for the x0 error of an eps-prediction at a = 0.
+        native: w = 1. With SNR = a^2 / s^2, min_snr is min(SNR, gamma) times the x0 error (Hang et al., 2023,
+        2303.09556), and debiased is 1 / sqrt(SNR) times the eps error (Yu et al., 2023, 2310.08442).
+        Not finite for the x0 and debiased errors of an eps-prediction at a = 0.
         """
         a, s = self.coefficients(t)
-        if unit == "native" or (unit == "epsilon" and self.prediction is Prediction.EPSILON):
+        noise = self.prediction is Prediction.EPSILON
+        if kind == "min_snr":  # min(SNR, gamma) s^2, without a division by s
+            least = torch.minimum(a**2, gamma * s**2)
+            return torch.where(a > 0, least / a**2, 1.0) if noise else least
+        if kind == "debiased":
+            return s / a if noise else a * s
+        if kind == "native" or (kind == "epsilon" and noise):
             return torch.ones_like(a)
-        if unit == "epsilon":
+        if kind == "epsilon":
             return a**2
-        return (s / a) ** 2 if self.prediction is Prediction.EPSILON else s**2
+        return (s / a) ** 2 if noise else s**2
 
     def split(self, out: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Convert a network output at (x_t, t) to the x0 and noise predictions, both [B, C, h, w].

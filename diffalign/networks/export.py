@@ -9,6 +9,7 @@ from pathlib import Path
 from diffusers.training_utils import _collate_lora_metadata
 from peft.utils import get_peft_model_state_dict
 
+from diffalign.networks.comfyui import save_comfyui
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import lora_layers
 from diffalign.networks.placement import trained_state
@@ -22,10 +23,13 @@ LOADED_BY = {
 }
 
 
-def export(backbone: Backbone, folder: Path) -> str:
-    """Write the denoiser's current weights to `folder`, replaced as a whole; returns how to load them."""
+def export(backbone: Backbone, folder: Path, trigger: str | None = None) -> str:
+    """Write the denoiser's current weights to `folder`, replaced as a whole; returns how to load them.
+
+    trigger: word for the metadata of a LoRA
+    """
     with replacing_folder(folder) as temporary:
-        save(backbone, temporary)
+        save(backbone, temporary, trigger)
     return f"exported; load it with {LOADED_BY[kind_of(backbone)].format(folder)}"
 
 
@@ -35,18 +39,20 @@ def kind_of(backbone: Backbone) -> str:
     return "user adapter" if has_user_adapter(network) else "LoRA" if lora_layers(network) else "whole pipeline"
 
 
-def save(backbone: Backbone, folder: Path) -> None:
-    """Write the trained weights in diffusers format: a user adapter, a LoRA, or the whole pipeline."""
+def save(backbone: Backbone, folder: Path, trigger: str | None = None) -> None:
+    """Write the trained weights in diffusers format: user adapter, LoRA (also in ComfyUI's names) or whole pipeline."""
     network, kind = backbone.denoiser.network, kind_of(backbone)
     if kind == "user adapter":
         save_adapter(network, folder)
     elif kind == "whole pipeline":
         _save_whole(backbone, folder)
     else:
-        layers = {f"{backbone.network_name}_lora_layers": get_peft_model_state_dict(network, trained_state(network))}
+        state = get_peft_model_state_dict(network, trained_state(network))
+        layers = {f"{backbone.network_name}_lora_layers": state}
         # Without the metadata a loader would set alpha to the rank.
         metadata = _collate_lora_metadata({backbone.network_name: network})
         backbone.pipeline_class.save_lora_weights(folder, **layers, **metadata)
+        save_comfyui(backbone, state, folder, trigger)
 
 
 def kept_parts(backbone: Backbone) -> list[str]:

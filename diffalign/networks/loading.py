@@ -6,29 +6,30 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
-import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
 from diffalign.networks import families
 from diffalign.networks.families.base import Backbone, Denoiser, Source
 from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.lora import add_lora
+from diffalign.networks.lora_files import merged, read_start, start_from, weighted
+from diffalign.networks.pipeline_files import family_of, find_folder
 from diffalign.networks.placement import DTYPES, Placement, place
 from diffalign.networks.quantization import quantize_linear
-from diffalign.playground import SHIPPED
-from reward_models.files import missing, reachable, read_json
+from diffalign.networks.single_file import as_folder
+from reward_models.files import read_json
 
-__all__ = ["Backbone", "Denoiser", "call_of", "check_backbone", "load_backbone"]
+__all__ = ["Backbone", "Denoiser", "call_of", "check_backbone", "find_pipeline", "load_backbone"]
 
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
 MAX_TOKENS = 512
 """Maximum sequence length of the pipelines."""
+MAX_CHUNKS = 8
 ATTENTION_LINEARS = ("to_q", "to_k", "to_v", "to_out.0")
 """Default LoRA targets, the same in all families. Projections of text tokens alone (add_q_proj, ...) get no LoRA."""
 
@@ -37,6 +38,9 @@ def load_backbone(
     placement: torch.device | Placement,
     *,
     path: str,
+    config: str | None = None,
+    lora: tuple[str, ...] = (),
+    lora_start: str | None = None,
     lora_rank: int = 0,
     lora_alpha: float | None = None,
     lora_targets: tuple[str, ...] = ATTENTION_LINEARS,
@@ -48,13 +52,20 @@ def load_backbone(
     compile: Literal["off", "blocks", "whole"] = "off",
     cuda_graphs: bool = False,
     max_sequence_length: int = 256,
+    prompt_chunks: int = 1,
     guidance_embedding: float = 1.0,
     seed: int = 0,
 ) -> Backbone:
     """Load a pretrained pipeline for training on a device, or with the Placement of a run (`run.placement`).
 
     Args:
-        path: pipeline folder, hub id, or `playground`, `playground_flow` for the shipped small models
+        path: pipeline folder, hub id (`owner/name`, `owner/name@revision`), single file (.safetensors, .ckpt), or
+            `playground`, `playground_flow` for the shipped small models
+        config: pipeline folder or hub id of the same model, for a single file: it gives the settings, the tokenizers
+            and what else the file lacks. Without it the settings are fetched from the hub
+        lora: LoRA files or folders of diffusers, kohya or peft, merged into the model before training: PATH or
+            PATH:WEIGHT. The trained model is then one for the model with them
+        lora_start: LoRA file or folder from which the trained LoRA starts. The reference is still the model without it
         lora_rank: train a LoRA of this rank; 0 trains the whole network
         lora_alpha: LoRA alpha (scale times rank); the rank when left out
         lora_targets: names of the linear layers that get a LoRA
@@ -69,23 +80,32 @@ def load_backbone(
         cuda_graphs: record the trainable network's passes and launch each by one call. Saves the most time where the
             host is slower than the GPU: LoRAs, small batches. It keeps the memory of a step. Without effect on a CPU
         max_sequence_length: tokens per prompt of text encoders other than CLIP (T5, Qwen, Gemma)
+        prompt_chunks: chunks of 75 tokens of each prompt that CLIP text encoders read, for prompts beyond 77 tokens;
+            all prompts are padded to this length
         guidance_embedding: guidance scale input of a guidance-distilled network (FLUX.1-dev) during training
         seed: seed of the LoRA's initial weights
 
     Raises FileNotFoundError if there is no pipeline at `path`, ValueError if its family is not supported.
     """
-    folder = find_pipeline(path)
+    folder = base_folder(path, config, lora, DTYPES[dtype if lora_rank else trained_dtype])
     family, supported = family_of(folder), supported_families()
     if family not in supported:
         raise ValueError(f"'backbone.path' contains a {family}; supported pipelines: {', '.join(supported)}")
-    fingerprint = encoder_fingerprint(folder, max_sequence_length)
+    fingerprint = encoder_fingerprint(folder, max_sequence_length, prompt_chunks)
     where = placement if isinstance(placement, Placement) else Placement(placement)
     if trained_dtype == "bf16" and where.compute_dtype != torch.bfloat16:
         raise ValueError("'backbone.trained_dtype' = bf16 needs 'run.mixed_precision' = bf16")
     where = where._replace(frozen_dtype=DTYPES[dtype], trained_dtype=DTYPES[trained_dtype], lora=lora_rank > 0)
     where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
     where = where._replace(compile=compile, cuda_graphs=cuda_graphs)
-    backbone = supported[family](Source(folder, fingerprint, where, max_sequence_length, guidance_embedding))
+    if prompt_chunks > 1 and not any("CLIP" in kind.__name__ for kind, _ in supported[family].text_classes.values()):
+        raise ValueError(
+            f"'backbone.prompt_chunks' = {prompt_chunks} is for CLIP, which a {family} has not; set "
+            "'backbone.max_sequence_length' for long prompts"
+        )
+    settings = (max_sequence_length, guidance_embedding, " + ".join([path, *lora]), prompt_chunks)
+    backbone = supported[family](Source(folder, fingerprint, where, *settings))
+    start = None if lora_start is None else read_start(backbone, Path(lora_start))
     if quantize != "off":
         if where.sharding:
             raise ValueError(f"'backbone.quantize' = {quantize} does not work with FSDP2; leave it out")
@@ -93,6 +113,8 @@ def load_backbone(
     place(backbone.denoiser, "policy", where)
     if lora_rank:
         add_lora(backbone.denoiser.network, rank=lora_rank, alpha=lora_alpha, targets=lora_targets, seed=seed)
+    if start is not None:
+        start_from(backbone.denoiser.network, start)
     return backbone
 
 
@@ -112,6 +134,8 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
         problems.append(
             f"'{section}.lora_alpha' has no effect while '{section}.lora_rank' is 0; set a rank or leave it out"
         )
+    if cfg["lora_start"] is not None and not cfg["lora_rank"]:
+        problems.append(f"'{section}.lora_start' needs '{section}.lora_rank'; '{section}.lora' merges a LoRA instead")
     if cfg["quantize"] != "off" and not cfg["lora_rank"]:
         problems.append(
             f"'{section}.quantize' = {cfg['quantize']} needs a LoRA, because weights in few bits cannot train; set "
@@ -127,6 +151,8 @@ def check_backbone(cfg: dict[str, Any], section: str = "backbone") -> list[str]:
         problems.append(f"'{section}.lora_alpha' = {cfg['lora_alpha']} must be positive")
     if cfg["guidance_embedding"] < 0:
         problems.append(f"'{section}.guidance_embedding' = {cfg['guidance_embedding']} must be 0 or more")
+    if not 1 <= cfg["prompt_chunks"] <= MAX_CHUNKS:
+        problems.append(f"'{section}.prompt_chunks' = {cfg['prompt_chunks']} must be in [1, {MAX_CHUNKS}]")
     if not 1 <= cfg["max_sequence_length"] <= MAX_TOKENS:
         problems.append(f"'{section}.max_sequence_length' = {cfg['max_sequence_length']} must be in [1, {MAX_TOKENS}]")
     return problems
@@ -170,74 +196,33 @@ def call_of(pipeline: Any) -> type[StockCall]:
     return known.get(name, StockCall)
 
 
-def family_of(folder: Path) -> str:
-    """Pipeline class name of a folder. Raises ValueError if its model_index.json has none."""
-    index = read_json(folder / "model_index.json")
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ValueError(f"'{folder / 'model_index.json'}' has no pipeline class; expected an object with _class_name")
-    return index["_class_name"]
+def find_pipeline(path: str, config: str | None = None) -> Path:
+    """The diffusers folder of a pipeline, made from a single file if `path` is one. config: see `load_backbone`.
 
-
-def find_pipeline(path: str) -> Path:
-    """Folder of a pipeline, from a folder, a shipped model's name, or a hub id (downloaded when missing).
-
-    Raises FileNotFoundError if there is none, ValueError for a single file and for a folder that holds only a variant
-    of the weights.
+    Raises FileNotFoundError if there is none, ValueError if it has no weights or a single file cannot be read.
     """
-    if path in SHIPPED:
-        return SHIPPED[path]
-    folder = Path(path).expanduser()
-    if folder.is_file():
-        raise ValueError(
-            f"'{path}' is a single file; a pipeline is a folder in diffusers layout, which "
-            f"`StableDiffusionPipeline.from_single_file('{path}').save_pretrained(FOLDER)` writes"
-        )
-    if not folder.exists():
-        folder = _from_hub(path)
-    if not (folder / "model_index.json").exists():
-        raise FileNotFoundError(f"no diffusers pipeline at '{path}': there is no model_index.json in it")
-    family_of(folder)
-    for part in sorted(x.parent for x in folder.glob("*/config.json")):
-        if problem := _no_weights(part):
-            raise ValueError(f"'{path}' {problem}")
-    return folder
+    file = Path(path).expanduser()
+    if file.is_file():
+        return as_folder(file, None if config is None else find_folder(config), supported_families())
+    if config is not None:
+        raise ValueError(f"the config '{config}' is for a single file of weights, and '{path}' is none; leave it out")
+    return find_folder(path)
 
 
-def _from_hub(path: str) -> Path:
-    """Folder with the files of a hub id. Raises FileNotFoundError with one line: the path may be a misspelt folder."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        raise FileNotFoundError(f"there is no folder '{path}', and it is not a hub id such as 'owner/model'")
-    reachable()
-    before = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the error below covers its warnings
-    try:
-        return Path(DiffusionPipeline.download(path))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"there is no folder '{path}', and as a hub id: {missing(path, error)}") from error
-    finally:
-        diffusers.utils.logging.set_verbosity(before)
+def base_folder(path: str, config: str | None, lora: Sequence[str], dtype: torch.dtype) -> Path:
+    """Folder of the model that trains: `find_pipeline`, with merged LoRAs. Raises also the errors of `load_lora`."""
+    loras = [weighted(text) for text in lora]
+    folder = find_pipeline(path, config)
+    return merged(folder, loras, dtype) if loras else folder
 
 
-def _no_weights(part: Path) -> str:
-    """Reason why the weights in a folder cannot be loaded; empty if they can."""
-    files = [x.name for x in part.iterdir() if x.suffix in (".safetensors", ".bin")]
-    if any(re.fullmatch(r"[a-z_]+(-\d+-of-\d+)?\.(safetensors|bin)", name) for name in files):
-        return ""
-    if not files:
-        return f"has no weights in {part.name}/: there is no .safetensors or .bin file"
-    variant = files[0].removesuffix(Path(files[0]).suffix).partition(".")[2].partition("-")[0]
-    return (
-        f"contains only the variant '{variant}' of its weights ({part.name}/{files[0]}); save it without the variant: "
-        f"`DiffusionPipeline.from_pretrained('{part.parent}', variant='{variant}').save_pretrained(FOLDER)`"
-    )
-
-
-def encoder_fingerprint(folder: Path, max_sequence_length: int) -> str:
+def encoder_fingerprint(folder: Path, max_sequence_length: int, prompt_chunks: int = 1) -> str:
     """Hash of the inputs of encoding, so that caches become invalid when an encoder changes.
 
-    It covers the files of all encoders and tokenizers that the pipeline uses, and `max_sequence_length`.
+    It covers the files of all encoders and tokenizers that the pipeline uses, and the settings.
     """
-    digest = hashlib.blake2b(f"{max_sequence_length}".encode(), digest_size=8)
+    settings = f"{max_sequence_length}" + (f" {prompt_chunks}" if prompt_chunks > 1 else "")
+    digest = hashlib.blake2b(settings.encode(), digest_size=8)
     index = read_json(folder / "model_index.json")
     for part in ENCODERS:
         if index.get(part, [None])[0] is None:  # omitted from the pipeline, even if its files exist

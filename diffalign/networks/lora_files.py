@@ -1,13 +1,17 @@
-"""Load LoRA files of diffusers, kohya or peft into a stock pipeline, with a warning if they have no effect."""
+"""Read LoRA files of diffusers, kohya (ComfyUI) or peft: load, merge, or start from one. Warn if one has no effect."""
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
+import torch
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
@@ -15,40 +19,150 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from diffalign.networks.families.base import Backbone
+from diffalign.networks.lora import GENERATOR, lora_layers
+from diffalign.networks.pipeline_files import left_out, made_once, stamps
 from reward_models.files import first_line, read_json
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Default file names of LoRAs written by diffusers and peft."""
 PEFT = "base_model.model."
 """Prefix of the layer names in files of peft's `save_pretrained`."""
+OF_TEXT = ("lora_te", "text_encoder")
+"""How the names of a text encoder's layers begin."""
 
 
-def load_lora(pipe: Any, path: Path) -> None:
+class Weighted(NamedTuple):
+    """A LoRA file or folder, and the weight of its change."""
+
+    path: Path
+    weight: float
+
+
+def weighted(text: str) -> Weighted:
+    """PATH or PATH:WEIGHT of a LoRA. Raises FileNotFoundError without weights, ValueError for several files."""
+    path, _, weight = text.rpartition(":")
+    found = Weighted(Path(path), float(weight)) if re.fullmatch(r"-?\d*\.?\d+", weight) else Weighted(Path(text), 1.0)
+    lora_file(found.path)
+    return found
+
+
+def load_lora(pipe: Any, path: Path, name: str = GENERATOR) -> None:
     """Load the LoRA of a file or folder into the pipeline, and check that it changes the model.
 
-    Raises FileNotFoundError if there are no weights, ValueError if they fit no layer or have other shapes. Warns on
-    stderr if the LoRA is 0 in all layers.
+    name: of the new adapter. Raises FileNotFoundError if there are no weights, ValueError if they fit no layer or have
+    other shapes. Warns on stderr if the LoRA is 0 in all layers.
     """
     file = lora_file(path)
     try:
         with safe_open(file, "pt") as opened:
             keys = list(opened.keys())
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"'--lora {path}' is not a readable safetensors file: {error}") from error
+        raise ValueError(f"LoRA '{path}' is not a readable safetensors file: {error}") from error
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below cover its warnings
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if all(key.startswith(PEFT) for key in keys):
-                _load_peft(pipe, file)
+                _load_peft(pipe, file, name)
             else:
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"'--lora {path}' does not fit this model: {first_line(error)}") from error
+        raise ValueError(f"LoRA '{path}' does not fit this model: {first_line(error)}") from error
     finally:
         diffusers.utils.logging.set_verbosity(before)
-    _check(pipe, path, keys)
+    _check(pipe, path, keys, name)
+
+
+def load_loras(pipe: Any, loras: Sequence[Weighted]) -> None:
+    """Load LoRAs into the pipeline that all act at once, each with its weight. Raises the errors of `load_lora`."""
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for name, (path, _) in zip(names, loras, strict=True):
+        load_lora(pipe, path, name)
+    for layer in (layer for part in _parts(pipe).values() for layer in lora_layers(part)):
+        layer.set_adapter([name for name in names if name in layer.scaling])  # type: ignore[operator]
+        for name, (_, weight) in zip(names, loras, strict=True):
+            if name in layer.scaling:
+                layer.scaling[name] *= weight  # type: ignore[operator]
+
+
+def merged(folder: Path, loras: Sequence[Weighted], dtype: torch.dtype) -> Path:
+    """Folder of the pipeline whose weights contain these LoRAs, written once to the cache in a dtype.
+
+    Parts that no LoRA changes are links. Raises the errors of `load_lora`.
+    """
+
+    def write(new: Path) -> None:
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, vae=None, **left_out(folder))
+        load_loras(pipe, loras)
+        changed: dict[str, Any] = {name: part for name, part in _parts(pipe).items() if lora_layers(part)}
+        for layer in (layer for part in changed.values() for layer in lora_layers(part)):
+            layer.merge(safe_merge=True)
+        pipe.unload_lora_weights()
+        for name, part in changed.items():
+            part.save_pretrained(new / name)
+        for file in folder.iterdir():
+            if file.name not in changed:
+                (new / file.name).symlink_to(file.resolve())
+
+    made_from = [stamps(folder), [[stamps(path), weight] for path, weight in loras], str(dtype)]
+    return made_once(f"{folder.name}-with-{loras[0].path.stem}", made_from, write)
+
+
+class Start(NamedTuple):
+    """The change of a layer's weight in a LoRA file: up @ down.
+
+    down [r, in], up [out, r], float32; up contains the scale
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+
+def read_start(backbone: Backbone, path: Path) -> dict[str, Start]:
+    """Weights of a LoRA file for each layer of the backbone's network. Raises the errors of `load_lora`.
+
+    Raises ValueError for a LoRA that also changes text encoders, since those do not train, and for a DoRA.
+    """
+    with safe_open(lora_file(path), "pt") as opened:
+        if any(key.startswith(OF_TEXT) for key in opened.keys()):  # noqa: SIM118
+            raise ValueError(
+                f"LoRA '{path}' also changes text encoders, which do not train; 'backbone.lora' merges it instead"
+            )
+    network = backbone.denoiser.network
+    absent = dict.fromkeys([*backbone.text_parts, "vae"]) | backbone.left_out
+    pipe = backbone.pipeline_class.from_pretrained(backbone.path, **absent, **{backbone.network_name: network})
+    load_lora(pipe, path)
+    found = {}
+    for name, layer in network.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            if GENERATOR in getattr(layer, "lora_magnitude_vector", ()):
+                raise ValueError(
+                    f"LoRA '{path}' is a DoRA, which cannot start a LoRA; 'backbone.lora' merges it instead"
+                )
+            down, up = (getattr(layer, x)[GENERATOR].weight.detach().float() for x in ("lora_A", "lora_B"))
+            found[name] = Start(down, layer.scaling[GENERATOR] * up)  # type: ignore[operator]
+    network.unload_lora()
+    return found
+
+
+def start_from(network: nn.Module, start: dict[str, Start]) -> None:
+    """Give the network's new LoRA the weights of `read_start`. Raises ValueError if it has not their layers or rank."""
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
+    if lost := sorted(start.keys() - layers.keys()):
+        raise ValueError(
+            f"'backbone.lora_start' changes {len(lost)} layers that are not in 'backbone.lora_targets': {lost[0]}, ..."
+        )
+    rank = max(len(down) for down, _ in start.values())
+    with torch.no_grad():
+        for name, (down, up) in start.items():
+            layer: Any = layers[name]
+            own_down, own_up = layer.lora_A[GENERATOR].weight, layer.lora_B[GENERATOR].weight
+            if len(down) > len(own_down):
+                raise ValueError(f"'backbone.lora_start' has rank {rank}; set 'backbone.lora_rank' to {rank} or more")
+            own_down[: len(down)] = down  # what is beyond this rank keeps its initial weights, multiplied by 0
+            own_up[:, : len(down)] = up / layer.scaling[GENERATOR]
 
 
 def lora_file(path: Path) -> Path:
@@ -56,13 +170,14 @@ def lora_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        raise FileNotFoundError(f"'--lora {path}' does not exist")
+        raise FileNotFoundError(f"LoRA '{path}' does not exist")
+    if (path / USUAL[0]).exists() or (path / USUAL[1]).exists():
+        return next(path / name for name in USUAL if (path / name).exists())
     found = sorted(path.glob("*.safetensors"))
-    found = next(([path / name] for name in USUAL if (path / name).exists()), found)
     if not found:
-        raise FileNotFoundError(f"'--lora {path}' contains no LoRA: there is no .safetensors file in it")
+        raise FileNotFoundError(f"LoRA '{path}' contains no LoRA: there is no .safetensors file in it")
     if len(found) > 1:
-        raise ValueError(f"'--lora {path}' contains {', '.join(x.name for x in found[:4])}; give the path of one file")
+        raise ValueError(f"LoRA '{path}' contains {', '.join(x.name for x in found[:4])}; give the path of one file")
     return found[0]
 
 
@@ -70,7 +185,7 @@ def _parts(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def _load_peft(pipe: Any, file: Path) -> None:
+def _load_peft(pipe: Any, file: Path, adapter: str) -> None:
     """Load a LoRA written by peft's `save_pretrained` into the network or text encoder that has its layers."""
     settings = file.with_name("adapter_config.json")
     if not settings.exists():
@@ -88,29 +203,24 @@ def _load_peft(pipe: Any, file: Path) -> None:
     known = LoraConfig.__dataclass_fields__  # newer versions of peft write additional keys
     config = LoraConfig(**{k: v for k, v in read_json(settings).items() if k in known})
     part: Any = _parts(pipe)[name]
-    part.add_adapter(config)
-    if left := set_peft_model_state_dict(part, state).unexpected_keys:
+    part.add_adapter(config, adapter_name=adapter)
+    if left := set_peft_model_state_dict(part, state, adapter_name=adapter).unexpected_keys:
         raise ValueError(f"the {name} has no parameter for {', '.join(left[:3])}")
 
 
-def _check(pipe: Any, path: Path, keys: list[str]) -> None:
+def _check(pipe: Any, path: Path, keys: list[str], name: str) -> None:
     """Raise ValueError if no layer got weights. Warn on stderr if some did not, or if all of them are 0.
 
     A run with learning rate 0 exports a LoRA of zeros.
     """
-    layers = [m for part in _parts(pipe).values() for m in part.modules() if isinstance(m, BaseTunerLayer)]
+    layers = [layer for part in _parts(pipe).values() for layer in lora_layers(part) if name in layer.scaling]
     if not layers:
-        raise ValueError(f"'--lora {path}' has no weights for any layer of this model")
-    deltas = (layer.get_delta_weight(name) for layer in layers for name in layer.active_adapters)  # type: ignore[operator]
-    if not any(bool(delta.any()) for delta in deltas):
+        raise ValueError(f"LoRA '{path}' has no weights for any layer of this model")
+    if not any(bool(layer.get_delta_weight(name).any()) for layer in layers):  # type: ignore[operator]
         print(
-            f"generate: '--lora {path}' has no effect: in all {len(layers)} layers its weight change is 0, so these "
-            "are the images of the base model",
+            f"LoRA '{path}' has no effect: in all {len(layers)} layers its weight change is 0",
             file=sys.stderr,
         )
     given = sum(any(word in key for word in ("lora_A.", "lora_down.", ".down.weight")) for key in keys)
     if len(layers) < given:
-        print(
-            f"generate: {given - len(layers)} of the {given} layers of '--lora {path}' are not in this model",
-            file=sys.stderr,
-        )
+        print(f"{given - len(layers)} of the {given} layers of LoRA '{path}' are not in this model", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.loading import Backbone, base_folder, load_backbone
 from diffalign.networks.lora import GENERATOR, Adapter, add_lora, lora_layers
 from diffalign.networks.placement import Placement
 from diffalign.networks.reference import AdapterOffReference, FrozenReference, reference_for
@@ -40,7 +40,9 @@ def score_networks(backbone: Backbone, placement: Placement, start: str, **teach
     becomes an Adapter.
     """
     shared, rank = backbone.denoiser, teacher["lora_rank"]
-    if teacher["path"] == start and rank and lora_layers(shared):
+    same = teacher["path"] == start and not teacher.get("lora_start")
+    same = same and base_folder(start, teacher.get("config"), teacher.get("lora", ()), backbone.dtype) == backbone.path
+    if same and rank and lora_layers(shared):
         settings = {"alpha": teacher["lora_alpha"], "targets": teacher["lora_targets"], "seed": teacher["seed"]}
         add_lora(backbone.denoiser.network, rank=rank, name=AUX, **settings)
         backbone.denoiser = Adapter(shared, GENERATOR)  # type: ignore[assignment]

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -180,3 +181,11 @@ def mix_users(users: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     if len(users) != len(weights) or not total > 0 or min(weights) < 0:
         raise ValueError(f"expected {len(users)} weights of 0 or more, one per user and not all 0; got {weights}")
     return torch.stack([user * (weight / total) for user, weight in zip(users, weights, strict=True)]).sum(0)
+
+
+def read_user(file: Path) -> Tensor:
+    """User embedding of a file of `diffalign user fit`. Raises ValueError if it is none."""
+    try:
+        return load_file(file)["embeds"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"'{file}' is not a user file ({error!r}); `diffalign user fit` writes one") from error

@@ -48,7 +48,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "export").glob("*.safetensors")))
+    return load_file(next((folder / "export").glob("pytorch*.safetensors")))
 
 
 def same_runs(a: Path, b: Path) -> bool:

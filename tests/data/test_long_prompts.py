@@ -70,3 +70,31 @@ def test_prompts_of_exactly_the_limit_are_not_truncated():
     assert longer_prompts(scorer, ["red " * words]) is None
     assert longer_prompts(scorer, ["red " * (words + 1)])["count"] == 1
     assert longer_prompts(object(), [LONG]) is None
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl", "tiny_sd3"])
+def test_chunks_of_a_long_prompt_are_encoded_one_by_one(request, family):
+    """The tiny encoders read 10 words. 13 words are a chunk of 10 and one of 3, as two prompts of their own; the pooled
+    embedding is that of the first. In SD3 the tokens of T5 follow.
+    """
+    path, cpu = str(request.getfixturevalue(family)), torch.device("cpu")
+    short, long = load_backbone(cpu, path=path), load_backbone(cpu, path=path, prompt_chunks=2)
+    words = ("red circle on white " * 4).split()[:13]  # without a, which is a token of its own for the second encoder
+    expected = short.encode_text([" ".join(words[:10]), " ".join(words[10:])])
+    found, empty = long.encode_text([" ".join(words)]), long.encode_text([""])
+    first, second = expected.tokens[:, :12]
+    torch.testing.assert_close(found.tokens[0, :24], torch.cat([first, second]))
+    assert found.tokens.shape == empty.tokens.shape == (1, 12 + expected.tokens.shape[1], first.shape[1])
+    if expected.pooled is not None:
+        torch.testing.assert_close(found.pooled, expected.pooled[:1])
+    x_t, t = torch.randn(1, *long.latent_shape(32)), long.schedule.at(torch.tensor([0.5]))
+    with torch.no_grad():
+        assert torch.isfinite(long.denoiser(x_t, t, found)).all()
+    assert long.fingerprint != short.fingerprint
+    if family != "tiny_sd3":  # whose T5 reads more
+        assert (short.token_counts([" ".join(words)]), long.token_counts([])[0]) == ((12, [15]), 22)
+
+
+def test_chunks_need_clip(tiny_z_image):
+    with pytest.raises(ValueError, match=r"'backbone\.prompt_chunks' = 2 is for CLIP.*max_sequence_length"):
+        load_backbone(torch.device("cpu"), path=str(tiny_z_image), prompt_chunks=2)

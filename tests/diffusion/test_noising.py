@@ -48,6 +48,33 @@ def test_weighted_errors_are_those_of_the_noise_and_of_the_latent(prediction: Pr
         assert torch.allclose(schedule.error_weight(t, "epsilon"), (1 - t) ** 2)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "min_snr", "debiased"),
+    [(Prediction.EPSILON, (0.3125, 1.0), (0.25, 4 / 3)), (Prediction.V, (5 / 17, 0.36), (4 / 17, 0.48))],
+)
+def test_weights_by_signal_to_noise(prediction: Prediction, min_snr: tuple, debiased: tuple) -> None:
+    """a^2 = 16/17 has SNR 16: min(16, 5) / 16 = .3125 for eps, 5 / (16 + 1) for v; 1 / sqrt(16) = .25 for eps, and the
+    eps error is a^2 times the v error: 16/17 / 4 = 4/17. a^2 = .36 has SNR 9/16 < 5: 1 for eps, SNR / (SNR + 1) = .36
+    for v; 1 / sqrt(9/16) = 4/3, and .36 * 4/3 = .48. With gamma = 8, .5 instead of .3125 for eps.
+    """
+    schedule, t = VPSchedule(torch.tensor([16 / 17, 0.36]).double(), prediction), torch.tensor([0, 1])
+    weights = {w: Noising(schedule, Draws(0), error_weight=w) for w in ("min_snr", "debiased")}  # type: ignore[arg-type]
+    x0, cond = torch.ones(2, 1, 1, 1), Cond(torch.zeros(2, 1, 1))
+    assert weights["min_snr"].add(x0, x0, t, cond).weight.tolist() == pytest.approx(min_snr)
+    assert weights["debiased"].add(x0, x0, t, cond).weight.tolist() == pytest.approx(debiased)
+    eight = Noising(schedule, Draws(0), error_weight="min_snr", snr_gamma=8.0).add(x0, x0, t, cond).weight
+    assert eight[0].item() == pytest.approx(0.5 if prediction is Prediction.EPSILON else 8 / 17)
+
+
+def test_weights_of_a_flow_by_signal_to_noise() -> None:
+    """s = .2, a = .8: SNR 16, x0 error s^2 = .04 of the velocity's: 5 * .04 = .2; (a s) = .16. s = 1: no signal, 0."""
+    schedule, t = FlowSchedule(), torch.tensor([0.2, 1.0], dtype=torch.float64)
+    assert schedule.error_weight(t, "min_snr").tolist() == pytest.approx([0.2, 0.0])
+    assert schedule.error_weight(t, "debiased").tolist() == pytest.approx([0.16, 0.0])
+    silent = VPSchedule(torch.tensor([0.0]).double(), Prediction.EPSILON)
+    assert silent.error_weight(torch.tensor([0]), "min_snr").tolist() == [1.0]
+
+
 @pytest.mark.parametrize("prediction", [Prediction.EPSILON, Prediction.FLOW])
 def test_levels_follow_their_distribution(prediction: Prediction) -> None:
     """Uniform and logit-normal have median one half; shift 3 moves it to 3 * .5 / (1 + 2 * .5) = .75; mean 1 to
@@ -84,9 +111,12 @@ def test_draws_depend_only_on_their_keys() -> None:
 
 
 def test_impossible_settings_are_listed() -> None:
-    good = {"timesteps": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0, "levels": ()}
+    good = {"timesteps": "uniform", "mean": 0.0, "std": 1.0, "shift": 1.0, "levels": (), "snr_gamma": 5.0}
+    good["error_weight"] = "native"
     assert Noising.check(good) == []
     assert "must be positive" in Noising.check(good | {"shift": 0.0})[0]
+    assert "must be positive" in Noising.check(good | {"snr_gamma": 0.0, "error_weight": "min_snr"})[0]
+    assert "only with 'noising.error_weight' = min_snr" in Noising.check(good | {"snr_gamma": 1.0})[0]
     assert "belong together" in Noising.check(good | {"timesteps": "grid"})[0]
     assert "belong together" in Noising.check(good | {"levels": (1.0,)})[0]
     assert "are used only with 'noising.timesteps' = logit_normal" in Noising.check(good | {"mean": 1.0})[0]

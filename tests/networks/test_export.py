@@ -17,6 +17,8 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
+from stock import images, stock
 from torch import nn
 
 from diffalign.draws import Draws
@@ -75,7 +77,7 @@ def test_lora_export_keeps_alpha_and_gives_the_same_images(
     assert "load_lora_weights" in export(backbone, tmp_path / "export")
     assert "verified in a fresh process" in verify(backbone, tmp_path / "export", 32)
     request.getfixturevalue("same_process")
-    file = next((tmp_path / "export").glob("*.safetensors"))
+    file = next((tmp_path / "export").glob("pytorch*.safetensors"))
     with safe_open(file, framework="pt") as weights:
         assert '"unet.lora_alpha": 6' in (weights.metadata() or {})["lora_adapter_metadata"]
     for layer in lora_layers(backbone.denoiser):
@@ -118,6 +120,37 @@ def test_every_family_is_verified_without_its_text_encoders(
     said, found = checked(backbone, tmp_path / "export", resolution)
     assert "verified in a fresh process" in said, said
     assert found["pixels"] == min(resolution, 256) and found["tensors"] > 20
+
+
+@pytest.mark.parametrize("family", ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"])
+def test_the_file_for_comfyui_is_the_same_lora(request: pytest.FixtureRequest, tmp_path: Path, family: str) -> None:
+    """Stock diffusers draws the same image from it. ComfyUI's rules: lora_unet_ and the name of the layer in diffusers,
+    with _, for U-Nets; transformer. and that name for transformers; .alpha, if any, over the rank is the scale.
+    """
+    model = request.getfixturevalue(family)
+    backbone = trained(model, lora_rank=2, lora_alpha=6.0)
+    export(backbone, tmp_path / "my run/export", trigger="sks")
+    pictures = []
+    for name in (None, "pytorch_lora_weights.safetensors", "comfyui.safetensors"):
+        pipeline = stock(model)
+        if name:
+            pipeline.load_lora_weights(tmp_path / "my run/export", weight_name=name)
+        more = {"max_sequence_length": 16} if family in ("tiny_sd3", "tiny_flux") else {}
+        pictures.append(images(pipeline, "a red cat", 2, generator=torch.Generator().manual_seed(0), **more))
+    assert (pictures[1] - pictures[0]).abs().max() > 1e-3
+    torch.testing.assert_close(pictures[2], pictures[1], atol=1e-5, rtol=0)
+    unet, file = family in ("tiny_sd", "tiny_sdxl"), tmp_path / "my run/export/comfyui.safetensors"
+    state, layers = load_file(file), [n for n, m in backbone.denoiser.network.named_modules() if hasattr(m, "lora_A")]
+    names = {f"lora_unet_{n.replace('.', '_')}" if unet else f"transformer.{n}" for n in layers}
+    ends = (".lora_down.weight", ".lora_up.weight", ".alpha") if unet else (".lora_A.weight", ".lora_B.weight")
+    assert state.keys() == {name + end for name in names for end in ends}
+    assert {value.item() for name, value in state.items() if name.endswith(".alpha")} == ({6.0} if unet else set())
+    with safe_open(file, framework="pt") as opened:
+        said = opened.metadata()
+    assert said["modelspec.trigger_phrase"] == "sks" and said["ss_sd_model_name"] == str(model)
+    assert said["ss_network_dim"] == "2" and said["modelspec.title"] == "my run"
+    version = {"tiny_sd": "sd_v1", "tiny_sdxl": "sdxl_base_v1-0", "tiny_sd3": "sd3", "tiny_flux": "flux1"}[family]
+    assert said["ss_base_model_version"] == version and said["modelspec.architecture"].endswith("/lora")
 
 
 def test_on_cpu_shares_float32_cpu_tensors(tiny_sd: Path) -> None:
@@ -196,7 +229,7 @@ def test_no_failure_of_the_fresh_process_fails_a_finished_run(
     said = capsys.readouterr().out
     assert "WARNING: the export" in said and "verdict:" in said
     assert not json.loads((tmp_path / "run/export/verify.json").read_text())["verified"]
-    assert list((tmp_path / "run" / "export").glob("*.safetensors"))
+    assert list((tmp_path / "run" / "export").glob("pytorch*.safetensors"))
 
 
 def test_the_other_processes_do_not_wait_for_the_verification(tmp_path: Path) -> None:
@@ -216,5 +249,6 @@ def test_export_replaces_the_previous_one_as_a_whole(tiny_sd: Path, tmp_path: Pa
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "old").write_text("")
     export(backbone, tmp_path / "export")
-    assert [p.name for p in (tmp_path / "export").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    found = sorted(p.name for p in (tmp_path / "export").iterdir())
+    assert found == ["comfyui.safetensors", "pytorch_lora_weights.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["export"]

@@ -252,7 +252,7 @@ def test_a_lora_without_effect_is_reported(
     zero = said == "has no effect"  # as a control run with lr 0 exports it
     assert generate.main(_arguments(model, tmp_path / "out", "--lora", str(lora))) == (0 if zero else 2)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]
-    assert len(lines) == 1 and said in lines[0] and f"'--lora {lora}'" in lines[0], lines
+    assert len(lines) == 1 and said in lines[0] and f"LoRA '{lora}'" in lines[0], lines
     assert (tmp_path / "out").exists() == zero
 
 
@@ -348,3 +348,23 @@ def test_pipelines_that_pack_latents_in_an_unknown_way_are_refused() -> None:
 
     with pytest.raises(ValueError, match="OtherPipeline packs its latents in an unknown way; supported"):
         generate.image_size(OtherPipeline(), None)
+
+
+def test_a_negative_prompt_is_that_of_the_stock_pipeline(
+    model: Path, whole: Path, tiny_flux: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    options = [f"--prompts={tmp_path / 'prompts.txt'}", "--steps=2", "--device=cpu", "--negative-prompt=blue"]
+    assert generate.main([f"--pipeline={model / 'pipeline'}", f"--out={tmp_path / 'out'}", *options]) == 0
+    stock = StableDiffusionPipeline.from_pretrained(model / "pipeline", safety_checker=None)
+    noise = Draws(0).normal([("00000", 0)], (4, 8, 8), stream="latents")
+    call = {"num_inference_steps": 2, "guidance_scale": 7.5, "latents": noise, "output_type": "np"}
+    expected = stock("a red cat", negative_prompt="blue", **call).images * 255
+    assert np.abs(_pixels(tmp_path / "out") - expected.round()).max() <= 1
+    assert np.abs(_pixels(tmp_path / "out") - _pixels(whole)[:1]).max() > 1
+    for pipeline, more, said in (
+        (model / "pipeline", ["--guidance=1"], "a negative prompt needs guidance above 1; got 1"),
+        (tiny_flux, [], "a negative prompt has no effect in a FluxPipeline"),
+    ):
+        assert generate.main([f"--pipeline={pipeline}", f"--out={tmp_path / 'no'}", *options, *more]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -77,5 +77,5 @@ def test_two_processes_equal_one(
         assert a.keys() == b.keys()
         for key in (k for k in a if not k.startswith("perf/")):
             assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4), (a["step"], key)
-    first, second = (load_file(next((folder / "export").glob("*.safetensors"))) for folder in (one, two))
+    first, second = (load_file(next((folder / "export").glob("pytorch*.safetensors"))) for folder in (one, two))
     assert all(torch.allclose(first[k], second[k], atol=1e-5) for k in first)

@@ -137,7 +137,7 @@ def test_two_players_on_two_processes_equal_one(
         assert a.keys() == b.keys()
         for key in a:
             assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (a["step"], key)
-    first, second = (load_file(next((tmp_path / n / "export").glob("*.safetensors"))) for n in ("one", "two"))
+    first, second = (load_file(next((tmp_path / n / "export").glob("pytorch*.safetensors"))) for n in ("one", "two"))
     assert all(torch.allclose(first[k], second[k], atol=1e-4) for k in first)
 
 
@@ -170,7 +170,8 @@ def test_two_players_killed_and_resumed_equal_never_killed(
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     recipe("diff_instruct_star", *two_players(tmp_path / "broken", *more, "run.resume=true"))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
-    first, second = (load_file(next((tmp_path / n / "export").glob("*.safetensors"))) for n in ("whole", "broken"))
+    exports = (tmp_path / n / "export" for n in ("whole", "broken"))
+    first, second = (load_file(next(x.glob("pytorch*.safetensors"))) for x in exports)
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 

@@ -61,7 +61,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "export").glob("*.safetensors")))
+    return load_file(next((folder / "export").glob("pytorch*.safetensors")))
 
 
 # Calls before the kill, which falls into the third step: with its two micro-batches and two updates, DDPO calls `loss`

@@ -29,7 +29,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(next((folder / "export").glob("*.safetensors")))
+    return load_file(next((folder / "export").glob("pytorch*.safetensors")))
 
 
 def as_killed_after(step: int, whole: Path, broken: Path) -> Path:

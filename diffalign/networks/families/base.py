@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffalign.diffusion.schedule import Schedule
 from diffalign.networks.cuda_graphs import CudaGraphs
+from diffalign.networks.families.chunks import encode_chunks
 from diffalign.networks.families.stock_call import StockCall
 from diffalign.networks.placement import Placement, Role, as_input, free_memory, place, precision
 from diffalign.types import Cond, Size, sides
@@ -58,6 +59,8 @@ class Source(NamedTuple):
     placement            device and dtypes of the networks
     max_sequence_length  tokens per prompt of text encoders other than CLIP
     guidance_embedding   guidance scale of a guidance-distilled network when Cond.guidance is None
+    name                 the model as the user gave it, for metadata
+    prompt_chunks        number of chunks of a prompt for CLIP text encoders
     """
 
     path: Path
@@ -65,6 +68,8 @@ class Source(NamedTuple):
     placement: Placement
     max_sequence_length: int
     guidance_embedding: float
+    name: str = ""
+    prompt_chunks: int = 1
 
 
 class Backbone(StockCall, ABC):
@@ -85,6 +90,7 @@ class Backbone(StockCall, ABC):
     text_classes    name of each text encoder -> (its class, the class of its tokenizer)
     left_out        pipeline arguments that disable optional parts, such as the safety checker
     vae_class       class of the autoencoder
+    published_names  the family in the metadata of LoRA files: ss_base_model_version, modelspec.architecture
     """
 
     pipeline_class: ClassVar[Any]
@@ -93,6 +99,7 @@ class Backbone(StockCall, ABC):
     text_classes: ClassVar[dict[str, tuple[Any, Any]]]
     left_out: ClassVar[dict[str, Any]] = {}
     vae_class: ClassVar[Any] = AutoencoderKL
+    published_names: tuple[str, str]
 
     denoiser: Denoiser
     schedule: Schedule
@@ -174,7 +181,9 @@ class Backbone(StockCall, ABC):
     @torch.no_grad()
     def _encode(self, name: str, prompts: Sequence[str], length: int | None = None, **options: Any) -> Any:
         """Output of a text encoder for B prompts, padded or truncated to `length` tokens (default: the tokenizer's)."""
-        tokenizer = self._tokenizers[name]
+        tokenizer, chunks = self._tokenizers[name], self.source.prompt_chunks
+        if length is None and chunks > 1:
+            return encode_chunks(self.text_encoder(name), tokenizer, prompts, chunks, **options)
         ids = tokenizer(
             list(prompts),
             padding="max_length",
@@ -187,10 +196,9 @@ class Backbone(StockCall, ABC):
     def token_counts(self, prompts: Sequence[str]) -> tuple[int, list[int]]:
         """Maximum number of tokens per prompt, and the number of tokens of each prompt."""
         t5 = {name for name, (kind, _) in self.text_classes.items() if "T5" in kind.__name__}
-        limits = {
-            name: self.source.max_sequence_length if name in t5 else tokenizer.model_max_length
-            for name, tokenizer in self._tokenizers.items()
-        }
+        longest, chunks = self.source.max_sequence_length, self.source.prompt_chunks
+        clip = {name: (x.model_max_length - 2) * chunks + 2 for name, x in self._tokenizers.items()}
+        limits = clip | {name: longest for name in clip if name in t5}
         name = max(limits, key=lambda x: limits[x])
         ids = self._tokenizers[name](list(prompts), verbose=False).input_ids if prompts else []
         return limits[name], [len(x) for x in ids]

@@ -73,6 +73,7 @@ class FluxBackbone(FlowBackbone):
 
     pipeline_class = FluxPipeline
     network_class = FluxTransformer2DModel
+    published_names = ("flux1", "flux-1-dev")
     packed = 2
     text_classes: ClassVar = {
         "text_encoder": (CLIPTextModel, CLIPTokenizer),

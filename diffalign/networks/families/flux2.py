@@ -55,6 +55,7 @@ class Flux2KleinBackbone(LanguageBackbone):
 
     pipeline_class = getattr(diffusers, "Flux2KleinPipeline", None)
     network_class = Flux2Transformer2DModel
+    published_names = ("flux2", "flux-2-klein")
     vae_class = AutoencoderKLFlux2
     padding = None
     merged = 2

@@ -65,6 +65,7 @@ class QwenImageBackbone(LanguageBackbone):
 
     pipeline_class = QwenImagePipeline if MASKED else None
     network_class = QwenImageTransformer2DModel
+    published_names = ("qwen_image", "qwen-image")
     text_classes: ClassVar = {"text_encoder": (Qwen2_5_VLForConditionalGeneration, AutoTokenizer)}
     vae_class = AutoencoderKLQwenImage
     packed = 2

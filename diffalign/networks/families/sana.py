@@ -57,6 +57,7 @@ class SanaBackbone(LanguageBackbone):
 
     pipeline_class = SanaPipeline
     network_class = SanaTransformer2DModel
+    published_names = ("sana", "sana")
     text_classes: ClassVar = {"text_encoder": (Gemma2Model, AutoTokenizer)}
     vae_class = AutoencoderDC
 

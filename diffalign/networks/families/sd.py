@@ -34,6 +34,7 @@ class SDBackbone(UNetBackbone):
 
     pipeline_class = StableDiffusionPipeline
     network_class = UNet2DConditionModel
+    published_names = ("sd_v1", "stable-diffusion-v1")
     text_classes: ClassVar = {"text_encoder": (CLIPTextModel, CLIPTokenizer)}
     left_out: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
 
@@ -42,6 +43,8 @@ class SDBackbone(UNetBackbone):
         # The stock pipeline overrides these settings of any scheduler in the same way.
         self.scheduler_config |= {"steps_offset": 1, "clip_sample": False}
         self.denoiser = SDDenoiser(self._network())
+        if self.prompt_widths[0] == 1024:
+            self.published_names = ("sd_v2", "stable-diffusion-v2-768-v")
 
     @property
     def prompt_widths(self) -> tuple[int, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -23,6 +24,19 @@ class StockCall:
     def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
         """Arguments for `sampler.guidance` = scale and a number of prompts; 1 means no guidance."""
         return {"guidance_scale": scale}
+
+    @classmethod
+    def negative_call(cls, pipeline: Any, text: str | None, scale: float, prompts: int = 1) -> dict[str, Any]:
+        """Arguments for a negative prompt, none for None. Raises ValueError if it would have no effect."""
+        if text is None:
+            return {}
+        accepted, own = inspect.signature(pipeline.__call__).parameters, cls.guidance_call(scale)
+        # FLUX.1 is distilled for guidance: it has no unconditional prediction, unless `true_cfg_scale` is set as well.
+        if "negative_prompt" not in accepted or ("true_cfg_scale" in accepted and "true_cfg_scale" not in own):
+            raise ValueError(f"a negative prompt has no effect in a {type(pipeline).__name__}; leave it out")
+        if scale <= 1:
+            raise ValueError(f"a negative prompt needs guidance above 1; got {scale:g}")
+        return {"negative_prompt": [text] * prompts}
 
     @staticmethod
     def rescaled(guided: Tensor, conditional: Tensor) -> Tensor:

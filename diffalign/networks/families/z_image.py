@@ -54,6 +54,7 @@ class ZImageBackbone(LanguageBackbone):
 
     pipeline_class = ZImagePipeline
     network_class = ZImageTransformer2DModel
+    published_names = ("zimage", "z-image")
     thinking = True
 
     def __init__(self, source: Source):

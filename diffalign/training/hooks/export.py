@@ -15,13 +15,13 @@ from diffalign.training.trainer import Hook, Trainer
 class Export(Hook):
     """Writes `export/` in diffusers layout at the end of the run."""
 
-    def __init__(self, run: Run, backbone: Backbone, averaged: Any):
-        self.run, self.backbone, self.averaged = run, backbone, averaged
+    def __init__(self, run: Run, backbone: Backbone, averaged: Any, trigger: str | None = None):
+        self.run, self.backbone, self.averaged, self.trigger = run, backbone, averaged, trigger
 
     def end(self, trainer: Trainer) -> None:
         with self.averaged(), gathered(self.backbone.denoiser):
             if self.run.main:
-                self.run.print(export(self.backbone, self.run.folder / "export"))
+                self.run.print(export(self.backbone, self.run.folder / "export", self.trigger))
         self.run.accelerator.wait_for_everyone()
 
 

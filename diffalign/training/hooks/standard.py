@@ -39,6 +39,7 @@ def standard_hooks(
     sample_width: int | None = None,
     sample_height: int | None = None,
     verify_export: bool = True,
+    trigger: str | None = None,
 ) -> list[Hook]:
     """Hooks of every recipe that trains a backbone's denoiser, in order.
 
@@ -62,6 +63,7 @@ def standard_hooks(
         sample_width: width of the sample grid's images in pixels, in the same recipes; default: data.resolution
         sample_height: their height
         verify_export: load the export with plain diffusers in a new process and compare it with the trained model
+        trigger: word of the prompts that calls what a LoRA learned, for the metadata of export/comfyui.safetensors
     """
     ema = Ema(backbone.denoiser, ema_decay) if ema_decay is not None else None
     averaged = ema.applied if ema else nullcontext
@@ -78,7 +80,7 @@ def standard_hooks(
             backbone.latent_shape(size, "hooks.sample_width/sample_height")
             sampler = Sampler(backbone, run.draws, size, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
-    hooks += [Export(run, backbone, averaged), *own]
+    hooks += [Export(run, backbone, averaged, trigger), *own]
     hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, stateful), hooks)
     return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
 

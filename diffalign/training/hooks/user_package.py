@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffalign.networks.families.unet import UNetBackbone
-from diffalign.networks.loading import Backbone, family_of, find_pipeline, supported_families
+from diffalign.networks.loading import Backbone, find_pipeline, supported_families
+from diffalign.networks.pipeline_files import family_of
 from diffalign.networks.user_adapter import FILE, add_user_adapter, user_width
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -47,7 +48,7 @@ def check_adapter(cfg: dict[str, Any], backbone: dict[str, Any]) -> list[str]:
     if cfg["rank"] < 0:
         problems.append(f"'adapter.rank' = {cfg['rank']} must be 0 (full-rank matrices) or more")
     try:
-        family = family_of(find_pipeline(backbone["path"]))
+        family = family_of(find_pipeline(backbone["path"], backbone["config"]))
     except (OSError, ValueError):
         return problems  # reported when the backbone is loaded
     if not issubclass(supported_families().get(family, UNetBackbone), UNetBackbone):

@@ -1,0 +1,193 @@
+"""A model in every form in which people have it: folder, fp16 variant, .bin, single file, cached hub id."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from original_layout import original, part
+from safetensors.torch import save_file
+from stock import stock
+
+from diffalign.diffusion.noising import Noising, errors
+from diffalign.draws import Draws
+from diffalign.networks.loading import base_folder, encoder_fingerprint, find_pipeline, load_backbone
+
+CPU = torch.device("cpu")
+FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_sana", "tiny_flux2_klein"]
+FAMILIES += ["tiny_qwen_image"]
+
+
+@pytest.fixture(autouse=True)
+def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
+
+
+def written(state: dict[str, torch.Tensor], file: Path) -> Path:
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    return file
+
+
+def loss(path: Path, config: Path | None = None) -> torch.Tensor:
+    """The training loss of two images with prompts, from pixels: it depends on all parts of the pipeline."""
+    backbone = load_backbone(CPU, path=str(path), config=None if config is None else str(config))
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    noising, x0, keys = Noising(backbone.schedule, Draws(0)), backbone.encode_pixels(pixels), [(0, 0), (0, 1)]
+    cond = backbone.encode_text(["red circle on white", "blue"])
+    return errors(backbone.denoiser, noising.add(x0, noising.noise(keys, x0), noising.sample(keys), cond))
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline in float32 whose weights have the precision of float16."""
+    folder = tmp_path_factory.mktemp("plain") / "model"
+    stock(tiny_sd).to(torch.float16).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(plain: Path) -> torch.Tensor:
+    return loss(plain)
+
+
+def as_variant(plain: Path, new: Path) -> Path:
+    stock(plain).to(torch.float16).save_pretrained(new, variant="fp16")
+    return new
+
+
+def as_shards(plain: Path, new: Path) -> Path:
+    stock(plain).to(torch.float16).save_pretrained(new, variant="fp16", max_shard_size="30KB")
+    assert len([*new.glob("unet/*.fp16-*-of-*.safetensors")]) > 1
+    return new
+
+
+def as_bin(plain: Path, new: Path) -> Path:
+    pipeline = stock(plain)
+    shutil.copytree(plain, new)
+    for name, file in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model"), ("text_encoder", "")):
+        next((new / name).glob("*.safetensors")).unlink()
+        torch.save(getattr(pipeline, name).state_dict(), new / name / f"{file or 'pytorch_model'}.bin")
+    return new
+
+
+def as_bin_variant(plain: Path, new: Path) -> Path:
+    for file in as_bin(plain, new).glob("*/*.bin"):
+        file.rename(file.with_suffix(".fp16.bin"))
+    return new
+
+
+@pytest.mark.parametrize("form", [as_variant, as_shards, as_bin, as_bin_variant])
+def test_a_folder_in_every_form_trains_and_draws_the_same(
+    form: Callable, plain: Path, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = form(plain, tmp_path / "model")
+    assert torch.equal(loss(folder), expected)
+    found = find_pipeline(str(folder))
+    assert torch.equal(stock(found).unet.conv_out.weight, stock(plain).unet.conv_out.weight)  # as generate loads it
+    assert (found == folder) == (form is as_bin)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_single_file_trains_as_the_folder(suffix: str, plain: Path, expected: torch.Tensor, tmp_path: Path) -> None:
+    """The folder lends scheduler and tokenizer only: its weights are others."""
+    file, lent = tmp_path / f"model{suffix}", shutil.copytree(plain, tmp_path / "lent")
+    state = original(plain)
+    if suffix == ".ckpt":
+        torch.save({"state_dict": state, "global_step": 5}, file)
+    else:
+        written(state, file)
+    for weights in lent.glob("*/*.safetensors"):
+        weights.unlink()
+    for other in ("text_encoder", "vae", "unet"):
+        (lent / other / "model.safetensors").write_bytes(b"not read")
+    assert torch.equal(loss(file, lent), expected)
+    made = find_pipeline(str(file), str(lent))
+    assert made.is_relative_to(tmp_path / "cache/models") and made == find_pipeline(str(file), str(lent))
+    file.touch()
+    assert made != find_pipeline(str(file), str(lent)), "a new file at the same path is another model"
+
+
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3", "tiny_z_image"])
+def test_published_layouts_of_other_families(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Also the second text encoder of SDXL; what a file lacks comes from the folder."""
+    folder = request.getfixturevalue(family)
+    file = written(original(folder), tmp_path / "model.safetensors")
+    assert torch.equal(loss(file, folder), loss(folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_network_alone_in_the_names_of_diffusers(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = request.getfixturevalue(family)
+    name = "unet" if (folder / "unet").exists() else "transformer"
+    file = written(part(folder, name), tmp_path / "model.safetensors")
+    made = find_pipeline(str(file), str(folder))
+    assert all(torch.equal(value, part(folder, name)[key]) for key, value in part(made, name).items())
+    assert encoder_fingerprint(made, 256) == encoder_fingerprint(folder, 256)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("pickled"),))
+
+
+def test_files_that_are_no_checkpoint(plain: Path, tiny_sdxl: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(original(plain), tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"lacks the settings.*v1-5' is not in the local cache.*'backbone"):
+        find_pipeline(str(file))
+    with pytest.raises(ValueError, match="does not contain the unet of a StableDiffusionXLPipeline with the settings"):
+        find_pipeline(str(file), str(tiny_sdxl))
+    lora = written({"lora_unet_a.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="does not contain the unet"):
+        find_pipeline(str(lora), str(plain))
+    state = original(plain)
+    del state["model.diffusion_model.out.2.weight"]
+    with pytest.raises(ValueError, match=r"cut\.safetensors' lacks weights of the unet of a StableDiffusionPipeline"):
+        find_pipeline(str(written(state, tmp_path / "cut.safetensors")), str(plain))
+    (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"state_dict": Evil()}))
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        find_pipeline(str(tmp_path / "evil.ckpt"), str(plain))
+    assert not Path("pickled").exists()
+    bare = shutil.copytree(plain, tmp_path / "bare")
+    next(bare.glob("text_encoder/*.safetensors")).unlink()
+    alone = written({k: v for k, v in state.items() if "cond_stage" not in k}, tmp_path / "alone.safetensors")
+    with pytest.raises(ValueError, match="has no weights in text_encoder/"):
+        find_pipeline(str(alone), str(bare))
+    with pytest.raises(ValueError, match="is for a single file of weights"):
+        find_pipeline(str(plain), str(plain))
+    (tmp_path / "model.gguf").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is not a file of weights"):
+        find_pipeline(str(tmp_path / "model.gguf"))
+    assert not [*(tmp_path / "cache").glob("models/[!.]*")], "nothing half written is left"
+
+
+def test_a_hub_id_with_a_revision_from_the_local_cache(
+    plain: Path, expected: torch.Tensor, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Layout of the cache of huggingface_hub: refs/NAME names a commit, snapshots/COMMIT contains the files."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo, commits = tmp_path / "hub/models--owner--model", {"main": "a" * 40, "v2": "b" * 40}
+    as_variant(plain, repo / "snapshots" / commits["v2"])
+    shutil.copytree(plain, repo / "snapshots" / commits["main"])
+    (repo / "refs").mkdir()
+    for name, commit in commits.items():
+        (repo / "refs" / name).write_text(commit)
+    assert find_pipeline("owner/model").name == commits["main"]
+    assert find_pipeline(f"owner/model@{commits['main']}").name == commits["main"]
+    assert torch.equal(loss(Path("owner/model@v2")), expected)
+    with pytest.raises(FileNotFoundError, match="'owner/model@v3' is not in the local cache"):
+        find_pipeline("owner/model@v3")
+    with pytest.raises(FileNotFoundError, match="not a hub id such as"):
+        find_pipeline("owner/model@")
+
+
+def test_the_model_without_loras_is_the_folder_itself(plain: Path) -> None:
+    assert base_folder(str(plain), None, (), torch.float32) == plain
