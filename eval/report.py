@@ -3,8 +3,8 @@
     diffalign eval report --base base --aligned aligned --win-rate win_rate.json --run runs/dpo --out report
 
 OUT/index.html opens from disk and needs no network; send the whole folder. It starts with OUT/grid.png, up to
-16 prompts before and after from the same noise. OUT/report.json holds every number. The model card of the run, or of the
-run whose export made the aligned images, is completed as `eval win_rate` does.
+16 prompts before and after from the same noise. OUT/report.json holds every number. The model card of the run, or
+of the run whose export made the aligned images, is completed as `eval win_rate` does.
 """
 
 from __future__ import annotations

@@ -29,7 +29,9 @@ def refresh_card(base: Path, aligned: Path, win_rates: Mapping[str, Any], run: P
     Writes README.md, win_rate.json and grid.png into the export. Nothing is written, and the reason returned, if the
     images belong to other weights or to another base model than the run's. Images that no run's export made give "".
     """
-    settings = [read_json(folder / "settings.json") if (folder / "settings.json").exists() else {} for folder in (base, aligned)]
+    settings = [
+        read_json(folder / "settings.json") if (folder / "settings.json").exists() else {} for folder in (base, aligned)
+    ]
     export = _export(settings[1], run)
     if export is None:
         return ""
@@ -38,7 +40,8 @@ def refresh_card(base: Path, aligned: Path, win_rates: Mapping[str, Any], run: P
         return f"the model card '{card}' stays as it is: {reason}"
     numbers = {key: value for key, value in win_rates.items() if key not in LEFT_OUT}
     numbers["scorers"] = [
-        {k: v for k, v in one.items() if k not in LEFT_OUT} | {"name": public(one["name"])} for one in numbers["scorers"]
+        {k: v for k, v in one.items() if k not in LEFT_OUT} | {"name": public(one["name"])}
+        for one in numbers["scorers"]
     ]
     numbers["images"] = {k: settings[1].get(k) for k in ("steps", "timesteps", "guidance", "size", "seed", "prompts")}
     pairs = read_pairs(base, aligned)
@@ -48,7 +51,8 @@ def refresh_card(base: Path, aligned: Path, win_rates: Mapping[str, Any], run: P
     before, rest = read_text(card).split(MARKS[0])
     text = "\n\n".join([before + MARKS[0], *_measured(numbers), GRID.format(prompts=prompts), MARKS[1]])
     full = ModelCard(text + rest.split(MARKS[1])[1])
-    full.data.eval_results = [_result(one) for one in numbers["scorers"]]
+    data: Any = full.data
+    data.eval_results = [_result(one) for one in numbers["scorers"]]
     write_whole(card, str(full))
     return f"model card: '{card}'"
 
@@ -97,8 +101,9 @@ def _measured(numbers: Mapping[str, Any]) -> Iterator[str]:
     yield table(("scorer", "measure", "share", "gain in sd", "direction", "verdict"), map(_row, scorers))
     yield (
         "In brackets: 95 % intervals. Share: pairs of images from independent noise in which the aligned image is "
-        "preferred. Gain: difference of the mean scores, in standard deviations of the base's scores; below 0.2 it is too "
-        "small to see. Direction: share of pairs from equal noise that score higher; it is large for the smallest change."
+        "preferred. Gain: difference of the mean scores, in standard deviations of the base's scores; below 0.2 it is "
+        "too small to see. Direction: share of pairs from equal noise that score higher; the smallest change makes it "
+        "large."
     )
     for name, key in (("Prompt match", "match"), ("Diversity of a prompt's samples", "diversity")):
         if one := numbers.get(key):
@@ -115,7 +120,14 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
         for three in (estimate, [one[f"direction{end}"] for end in ("", "_low", "_high")])
     )
     gain = "not measurable" if one["gain_sd"] is None else "{} [{}, {}]".format(*(signed(one[k], ".2f") for k in GAIN))
-    return one["name"], f"{key.replace('_', ' ')}, {one['n']} pairs of {one['prompts']} prompts", share, gain, direction, verdict(one)
+    return (
+        one["name"],
+        f"{key.replace('_', ' ')}, {one['n']} pairs of {one['prompts']} prompts",
+        share,
+        gain,
+        direction,
+        verdict(one),
+    )
 
 
 def _result(one: Mapping[str, Any]) -> EvalResult:

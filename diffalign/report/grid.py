@@ -65,7 +65,9 @@ def _fitting(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | I
 def write_before_after(before: Path, after: Path, path: Path) -> None:
     """Write one PNG of two sample grids side by side: of the first and of the last step of a run."""
     grids, font = [enlarged(read_rgb(file), WIDE) for file in (before, after)], ImageFont.load_default(size=15)
-    page = Image.new("RGB", (sum(grid.width for grid in grids) + GAP, LINE + max(grid.height for grid in grids)), "white")
+    page = Image.new(
+        "RGB", (sum(grid.width for grid in grids) + GAP, LINE + max(grid.height for grid in grids)), "white"
+    )
     x = 0
     for name, grid in zip(("before", "after"), grids, strict=True):
         ImageDraw.Draw(page).text((x, 5), name, fill="black", font=font)

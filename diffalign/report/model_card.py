@@ -1,7 +1,7 @@
 """Model card of an export, `export/README.md`: what was trained, on what, and what people prefer; ready for the hub.
 
 A run writes the card at its end. `eval win_rate` and `eval report` replace what stands between the two marks, by the
-numbers in `export/win_rate.json`. Text from data and settings is escaped; of absolute paths only the last part is shown.
+numbers in `export/win_rate.json`. Text from data is escaped. Of absolute paths only the last part is shown.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def write_card(run: Path, about: About) -> None:
     path, readme = config.get("backbone", {}).get("path", ""), export / "README.md"
     base, usage = public(path), _usage(about, public(path))
     if readme.exists():
-        usage = re.sub(r"^# .*\n+", "", read_text(readme)).replace(str(about.folder), base).strip()
+        usage = re.sub(r"^# .*\n+", "", read_text(readme)).replace(f'"{about.folder}"', _place(base))
+        usage = usage.replace(str(about.folder), base).strip()
+    if base in SHIPPED:
+        usage = usage.replace("```python\n", "```python\nfrom diffalign.playground import SHIPPED\n")
     grids = sorted((run / "samples").glob("step-*.png"))
     if len(grids) > 1:
         write_before_after(grids[0], grids[-1], export / "grid.png")
@@ -112,7 +115,10 @@ def public(value: Any) -> str:
     """A setting as text, without the folders of absolute paths, which may name a person."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(public, value))
-    return re.sub(r"(?:~|(?<![\w.:/]))/(?:[^\s,:=]*/)*(?=[^\s,:=]|$)", "", str(value))
+    text = str(value)
+    if text.startswith(("/", "~/")) and "=" not in text:
+        return Path(text).name
+    return re.sub(r"(?<![^\s=,:'\"])~?/(?!/)(?:[^\s,:=]*/)*(?=[^\s,:=])", "", text)
 
 
 def is_hub_id(path: str) -> bool:
@@ -137,18 +143,21 @@ def _usage(about: About, base: str) -> str:
     if about.kind == "whole pipeline":
         lines.append(f"pipe = {about.loading}")
     else:
-        lines.insert(0, "from diffalign.playground import SHIPPED" if base in SHIPPED else "")
-        place = f"SHIPPED[{base!r}]" if base in SHIPPED else repr(base)
-        lines = [*filter(None, lines), "", f"pipe = DiffusionPipeline.from_pretrained({place})", about.loading]
+        lines += [f"pipe = DiffusionPipeline.from_pretrained({_place(base)})", about.loading]
     lines.append('image = pipe("a red fox in the snow").images[0]')
     return "\n".join(["Stock diffusers loads it:", "", "```python", *lines, "```"])
+
+
+def _place(base: str) -> str:
+    """Python expression of a base model's place."""
+    return f'SHIPPED["{base}"]' if base in SHIPPED else f'"{base}"'
 
 
 def _unmeasured(prompts: str) -> list[str]:
     said = [
         "## Result",
-        "What people prefer has not been measured. `diffalign eval win_rate` measures it on images of the base model and "
-        "of this one, and completes this card.",
+        "What people prefer has not been measured. `diffalign eval win_rate` measures it on images of the base model "
+        "and of this one, and completes this card.",
     ]
     if prompts:
         said += ["![samples before and after the training](grid.png)", f"Samples of the training's prompts: {prompts}."]
@@ -182,7 +191,11 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def _metadata(config: Mapping[str, Any], about: About, run: Path) -> dict[str, Any]:
     """Front matter for the hub. The trigger is the caption that all images of a subject or style share."""
     path, data = config.get("backbone", {}).get("path", ""), str(config.get("data", {}).get("path", ""))
-    found: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "model_name": run.resolve().name}
+    found: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "model_name": run.resolve().name,
+    }
     name = about.method.split("(")[0].split(":")[0].split(",")[0].strip().lower().replace(" ", "-")
     tags = ["text-to-image", "diffusers", "diffalign", "preference-alignment", name]
     found["tags"] = [*tags, *(["lora", "template:sd-lora"] if about.kind == "LoRA" else [])]

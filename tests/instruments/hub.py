@@ -1,4 +1,4 @@
-"""A stand-in for the hub: a local server with the few addresses that huggingface_hub calls. It keeps what it is sent."""
+"""A stand-in for the hub: a local server with the addresses that huggingface_hub calls. It keeps what it is sent."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.repos[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
                 self.server.repos[name][line["value"]["path"]] = self.server.blobs[line["value"]["oid"]]
-        self._reply({"commitUrl": f"{self.server.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True})
+        self._reply(
+            {"commitUrl": f"{self.server.url}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
+        )
 
     do_GET = do_POST = do_PUT = do_HEAD = _answer
 
