@@ -68,7 +68,8 @@ class PreferenceLatents(Dataset):
     gets the fingerprint of the data before any image is read.
 
     Args:
-        path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
+        path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, a folder of `save_to_disk`, a hub id, or
+            playground for the shipped pairs
         resolution: width and height in pixels; the shorter side is resized, the longer one cropped
         batch_size: pairs, ranked groups or single images per micro-batch on each rank
         crop: center, or random (needs cache = off)

@@ -16,12 +16,13 @@ TOKEN = "hf_" + "secretsecret" * 3
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, each with its files; `asked` lists the requests (method, path)."""
+    """Repositories by name, each with its files, and those of data sets; `asked` lists the requests (method, path)."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
+        self.data: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.asked: list[tuple[str, str]] = []
         self.refuse = ""  # requests to paths with this end are answered by 403
@@ -65,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply()
         elif path == "/":
             self._reply()
+        elif path.startswith(("/api/datasets/", "/datasets/")):
+            self._data(path)
         elif not known:
             self._reply({"error": "invalid token"}, 401)
         elif path == "/api/whoami-v2":
@@ -91,6 +94,30 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply({"id": name, "private": hub.private[name], "siblings": [], "sha": "0" * 40, "tags": []})
         else:
             self._reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+
+    def _data(self, path: str) -> None:
+        """A data set's list of files, or one of its files."""
+        owner, name, *more = path.split("/datasets/")[1].split("/")
+        files, sha = self.server.data.get(f"{owner}/{name}"), "0" * 40
+        if files is None:
+            self._reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        elif more[:1] == ["resolve"]:
+            content = files["/".join(more[2:])]
+            self.send_response(200)
+            for key, value in (
+                ("X-Repo-Commit", sha),
+                ("ETag", f'"{hash(content)}"'),
+                ("Content-Length", len(content)),
+            ):
+                self.send_header(key, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+        elif more[:1] == ["tree"]:
+            self._reply([{"type": "file", "path": k, "size": len(v), "oid": sha} for k, v in files.items()])
+        else:
+            found = [{"rfilename": k, "size": len(v), "blobId": sha} for k, v in files.items()]
+            self._reply({"id": f"{owner}/{name}", "sha": sha, "siblings": found, "private": False, "tags": []})
 
     def _commit(self, name: str, body: bytes) -> None:
         for line in map(json.loads, body.splitlines()):
@@ -119,6 +146,8 @@ def serving(monkeypatch: pytest.MonkeyPatch, token: str | None = TOKEN) -> Itera
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    address = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent/token")
