@@ -49,7 +49,7 @@ def test_many_photos_give_a_few_pairs_each(photos: Path) -> None:
 def test_photos_without_captions_need_a_prompt(photos: Path, tmp_path: Path) -> None:
     for file in photos.glob("*.txt"):
         file.unlink()
-    with pytest.raises(ValueError, match="needs captions: .* or give one for all with --prompt"):
+    with pytest.raises(ValueError, match=r"needs captions: .* or give one for all with --prompt"):
         photo_pairs(photos)
     with pytest.raises(ValueError, match="no two photos with the same caption"):
         photo_pairs(photos.parent, "a fox")
