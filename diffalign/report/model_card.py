@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from diffalign.playground import SHIPPED, SHIPPED_PAIRS
 from diffalign.report.grid import write_before_after
 from reward_models.files import read_json, read_lines, read_text, write_whole
 
@@ -65,12 +64,14 @@ class About(NamedTuple):
     kind      "user adapter", "LoRA" or "whole pipeline"
     loading   line of Python that loads the export from `'.'`
     folder    folder of the base model's files
+    shipped   name of the base model, if it ships with the package
     """
 
     method: str
     kind: str
     loading: str
     folder: Path
+    shipped: str = ""
 
 
 def write_card(run: Path, about: About) -> None:
@@ -80,11 +81,13 @@ def write_card(run: Path, about: About) -> None:
     """
     config, export = yaml.safe_load(read_text(run / "config.yaml")) or {}, run / "export"
     path, readme = config.get("backbone", {}).get("path", ""), export / "README.md"
-    base, usage = public(path), _usage(about, public(path))
+    base = public(path)
+    place = f'SHIPPED["{base}"]' if about.shipped else f'"{base}"'  # in Python
+    usage = _usage(about, place)
     if readme.exists():
-        usage = re.sub(r"^# .*\n+", "", read_text(readme)).replace(f'"{about.folder}"', _place(base))
+        usage = re.sub(r"^# .*\n+", "", read_text(readme)).replace(f'"{about.folder}"', place)
         usage = usage.replace(str(about.folder), base).strip()
-    if base in SHIPPED:
+    if about.shipped:
         usage = usage.replace("```python\n", "```python\nfrom diffalign.playground import SHIPPED\n")
     grids = sorted((run / "samples").glob("step-*.png"))
     if len(grids) > 1:
@@ -138,19 +141,14 @@ def _method(line: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", name) + ":"
 
 
-def _usage(about: About, base: str) -> str:
+def _usage(about: About, place: str) -> str:
     lines = ["from diffusers import DiffusionPipeline", ""]
     if about.kind == "whole pipeline":
         lines.append(f"pipe = {about.loading}")
     else:
-        lines += [f"pipe = DiffusionPipeline.from_pretrained({_place(base)})", about.loading]
+        lines += [f"pipe = DiffusionPipeline.from_pretrained({place})", about.loading]
     lines.append('image = pipe("a red fox in the snow").images[0]')
     return "\n".join(["Stock diffusers loads it:", "", "```python", *lines, "```"])
-
-
-def _place(base: str) -> str:
-    """Python expression of a base model's place."""
-    return f'SHIPPED["{base}"]' if base in SHIPPED else f'"{base}"'
 
 
 def _unmeasured(prompts: str) -> list[str]:
@@ -202,9 +200,9 @@ def _metadata(config: Mapping[str, Any], about: About, run: Path) -> dict[str, A
     if is_hub_id(path):
         found["base_model"] = path
         found["base_model_relation"] = "finetune" if about.kind == "whole pipeline" else "adapter"
-    if is_hub_id(data) and data not in SHIPPED_PAIRS:
+    if is_hub_id(data):
         found["datasets"] = [data]
-    found |= LICENSES.get(path, {}) or _license(about.folder if path not in SHIPPED else Path())
+    found |= LICENSES.get(path, {}) or _license(about.folder)
     prompt = Path(data).expanduser() / "prompt.txt"
     if prompt.is_file():
         found["instance_prompt"] = " ".join(read_text(prompt).split())

@@ -10,6 +10,7 @@ from diffalign.networks.export import LOADED_BY, export, kind_of
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.sharding import gathered
 from diffalign.networks.verify import verify
+from diffalign.playground import SHIPPED
 from diffalign.report.model_card import About, write_card
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -38,7 +39,8 @@ class Card(Hook):
         if self.run.main:
             kind, said = kind_of(self.backbone), sys.modules[self.algorithm.__module__].__doc__
             method = (said or self.algorithm.__name__).splitlines()[0]
-            about = About(method, kind, LOADED_BY[kind].format("."), self.backbone.path)
+            shipped = next((name for name, folder in SHIPPED.items() if folder == self.backbone.path), "")
+            about = About(method, kind, LOADED_BY[kind].format("."), self.backbone.path, shipped)
             write_card(self.run.folder, about)
 
 
