@@ -166,7 +166,7 @@ def _data(run: Path) -> Iterator[str]:
     """Lines about the data sets: name, number of usable records, records that were dropped with their reasons."""
     found = read_json(run / "data.json") if (run / "data.json").exists() else {}
     for kind, one in found.items():
-        yield f"- {escaped(public(one['path']))}: {one['count']} {'prompts' if kind == 'Prompts' else 'records'}"
+        yield f"- {escaped(public(one['path']))}: {one['count']} {'prompts' if kind == 'prompts' else 'records'}"
     reasons: Counter[str] = Counter()
     for file in sorted(run.glob("dropped*.jsonl")):
         reasons.update(row["reason"].split(":")[0] for row in read_lines(file))

@@ -61,7 +61,11 @@ def run(tmp_path: Path) -> Path:
         "hooks": {"sample_prompts": [EVIL]},
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    (run / "data.json").write_text(json.dumps({"PreferencePairs": {"path": config["data"]["path"], "count": 37}}))
+    (run / "data.json").write_text(
+        json.dumps(
+            {"PreferencePairs": {"path": config["data"]["path"], "count": 37}, "prompts": {"path": "p.txt", "count": 5}}
+        )
+    )
     dropped = ["corrupt image: cut off", "corrupt image: empty", "tie"]
     (run / "dropped.jsonl").write_text(
         "\n".join(json.dumps({"id": str(i), "reason": x}) for i, x in enumerate(dropped))
@@ -99,7 +103,11 @@ def test_the_card_of_a_run_says_what_its_files_say(run: Path, tmp_path: Path) ->
     assert data["pipeline_tag"] == "text-to-image" and {"lora", "diffusion-dpo"} <= {*data["tags"]}
     assert "base_model" not in data and "widget" not in data, "the hub does not know a local folder"
     page = Page(card.text)
-    assert "a|<b>.jsonl: 37 records" in page.text and "left out: 3 records (2 corrupt image, 1 tie)" in page.text
+    assert (
+        "a|<b>.jsonl: 37 records" in page.text
+        and "p.txt: 5 prompts" in page.text
+        and "left out: 3 records (2 corrupt image, 1 tie)" in page.text
+    )
     assert "algorithm.beta500.0" in page.text.replace("\n", "") and "run.seed3" in page.text.replace("\n", "")
     assert "has not been measured" in page.text and page.links == ["https://arxiv.org/abs/2311.12908"]
     assert page.images == ["grid.png"] and Image.open(run / "export" / "grid.png").size[0] > 2 * 34
