@@ -3,7 +3,8 @@
     diffalign eval report --base base --aligned aligned --win-rate win_rate.json --run runs/dpo --out report
 
 OUT/index.html opens from disk and needs no network; send the whole folder. It starts with OUT/grid.png, up to
-16 prompts before and after from the same noise. OUT/report.json holds every number.
+16 prompts before and after from the same noise. OUT/report.json holds every number. The model card of the run, or
+of the run whose export made the aligned images, is completed as `eval win_rate` does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the report")
     args = parser.parse_args(argv)
     from diffalign.report import write_report  # heavy, and `--help` does not need it
+    from diffalign.report.card_results import refresh_card
 
     try:
         win_rates = read_json(args.win_rate)
@@ -40,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_dir=args.run,
             title=args.title,
         )
+        said = refresh_card(args.base, args.aligned, win_rates, args.run)
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
-    print(f"report: {index.resolve()}")
+    print(f"report: {index.resolve()}", *([said] if said else []), sep="\n")
     return 0
 
 

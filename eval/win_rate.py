@@ -9,6 +9,7 @@ BASE and ALIGNED are folders written by tools/generate.py from the same prompts 
 more. Use at least one scorer that was not used as a training reward. Prints a line for each scorer, a line for prompt
 match (if a scorer measures it) and a line for the diversity of the samples of a prompt. FILE.json has the numbers, see
 `compare` of diffalign/report/preference_rate.py, and the scores of every pair, from which eval/report.py makes a page.
+If the aligned images were made by the export of a run, its model card is completed with the numbers and a grid.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace) -> None:
     """Score both folders with every scorer, print the lines, write the file."""
     from diffalign.report import read_pairs  # here and below: lazy, `--help` does not need them
+    from diffalign.report.card_results import refresh_card
 
     pairs = read_pairs(args.base, args.aligned)
     _check_samples(pairs)
@@ -90,6 +92,8 @@ def compare(args: argparse.Namespace) -> None:
     result = {"base": str(args.base), "aligned": str(args.aligned), "equal_images": equal}
     result |= {"scorers": scorers, "match": match, "diversity": variety, "pairs": rows}
     write_whole(args.out, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    if said := refresh_card(args.base, args.aligned, result):
+        print(said)
 
 
 def _check_samples(pairs: Sequence[Pair]) -> None:

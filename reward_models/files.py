@@ -6,6 +6,7 @@ Shared by both packages. Loads no network.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -284,3 +285,16 @@ def missing(name: str, error: Exception) -> str:
     if not reachable():
         return f"'{name}' is not in the local cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
     return f"the hub cannot provide '{name}': {first_line(error)}"
+
+
+def weights_digest(path: Path) -> str | None:
+    """Hash of the weights in a file or folder, None for a hub id. It detects retrained weights at the same path."""
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    names = ("*.safetensors", "*.bin", "adapter_config.json")
+    for file in [path] if path.is_file() else sorted(x for name in names for x in path.rglob(name)):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256 {digest.hexdigest()[:12]}"

@@ -163,6 +163,7 @@ def test_every_command_of_the_personal_page_runs(
     assert (tmp_path / "for_me/manifest.jsonl").exists() and (tmp_path / "mine.csv").exists()
 
 
+READERS = ("readers", "tables", "rankings", "prompts", "image_folder")
 DATA_PAGE = (ROOT / "docs" / "data.md").read_text()
 EXAMPLES = re.findall(r"```jsonl? (\S+)\n(.*?)```", DATA_PAGE, re.DOTALL)
 
@@ -214,7 +215,7 @@ def test_the_parquet_file_of_the_page_is_read(tmp_path: Path, monkeypatch: pytes
 
 def test_the_page_names_every_field_that_a_reader_reads() -> None:
     folder = ROOT / "diffalign" / "data"
-    source = "".join((folder / f"{name}.py").read_text() for name in ("readers", "rankings", "prompts", "image_folder"))
+    source = "".join((folder / f"{name}.py").read_text() for name in READERS)
     fields = set(re.findall(r'(?:line|entry|item|x|row|\[0\])(?:\.get\(|\[)"(\w+)"', source))
     fields |= {"file_path", "image_path", "generations", "rank", *RATINGS}
     assert {"chosen", "prob", "images", "label_1", "path1", "confidence", "prompt_id", "image"} <= fields

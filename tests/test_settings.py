@@ -72,6 +72,23 @@ def test_every_setting_of_the_leaderboard_is_valid(sections: Callable, monkeypat
         assert problems(row.recipe, known[row.recipe], *row.changes, *settings) == [], (row, settings)
 
 
+def test_the_commands_in_the_table_of_the_readme_are_valid(
+    sections: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`your model, your card, your command`: the test of README commands runs only its blocks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # bitsandbytes may be missing
+    table = (ROOT / "README.md").read_text().split("| your model |")[1].split("\n\n")[0]
+    found = re.findall(r"`diffalign (?:train|plan) (\w+) --config (\w+) ([^`]*)`", table)
+    assert len(found) >= 6
+    known = {name: sections(name) for name, _, _ in found}
+    for name, config_name, words in found:
+        overrides = [word for word in words.split() if "=" in word]
+        content = config.read(config_name, ROOT / "configs" / name)
+        config.resolve(content, ["run.folder=runs/x", *overrides], known[name])
+
+
 def model_of(row: Any) -> str:
     """The model that a row trains, from its changes or its recipe's config."""
     said = [word.split("=")[1] for word in row.changes if word.startswith("backbone.path=")]

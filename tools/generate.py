@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffalign.commands import program
-from reward_models.files import read_json, replacing, write_lines, write_whole, writing
+from reward_models.files import read_json, replacing, weights_digest, write_lines, write_whole, writing
 
 if TYPE_CHECKING:
     import torch
@@ -212,31 +212,18 @@ def settings(args: argparse.Namespace, size: Size, prompts: dict[str, str]) -> d
     own = {k: getattr(args, k) for k in names}
     return {
         "pipeline": args.pipeline,
-        "pipeline_weights": _weights(Path(SHIPPED.get(args.pipeline, args.pipeline))),
+        "pipeline_weights": weights_digest(Path(SHIPPED.get(args.pipeline, args.pipeline))),
         "config": args.config,
         "lora": ", ".join(args.lora) or None,
-        "lora_weights": ", ".join(str(_weights(weighted(text).path)) for text in args.lora) or None,
-        "user_adapter": None if args.user_adapter is None else _weights(args.user_adapter),
-        "users": None if not args.user else [_weights(file) for file in args.user],
+        "lora_weights": ", ".join(str(weights_digest(weighted(text).path)) for text in args.lora) or None,
+        "user_adapter": None if args.user_adapter is None else weights_digest(args.user_adapter),
+        "users": None if not args.user else [weights_digest(file) for file in args.user],
         "user_weights": args.user_weights,
         "prompts": f"{len(prompts)} prompts, sha256 {hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:12]}",
         **own,
         "size": size[0] if size[0] == size[1] else f"{size[1]} x {size[0]}",
         "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, accelerate)},
     }
-
-
-def _weights(path: Path) -> str | None:
-    """Hash of the weights in a file or folder, None for a hub id. It detects retrained weights at the same path."""
-    if not path.exists():
-        return None
-    digest = hashlib.sha256()
-    names = ("*.safetensors", "*.bin", "adapter_config.json")
-    for file in [path] if path.is_file() else sorted(x for name in names for x in path.rglob(name)):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return f"sha256 {digest.hexdigest()[:12]}"
 
 
 def claim(out: Path, now: dict[str, Any]) -> None:

@@ -4,15 +4,14 @@
     diffalign user fit me/choices.jsonl --encoder runs/personal/export --out me.safetensors
     diffalign user embed people/choices.jsonl --encoder runs/personal/export --out users.safetensors
 
-`choose` shows two images of a prompt at a time on a page served to this machine only, and writes the preferred
-ones to OUT/choices.jsonl, in the usual preference format. PROMPTS is a file of prompts, whose images are generated
-first (unknown options are passed to `diffalign generate`), or a folder of `diffalign generate`. With --encoder the next
-pair is the one with the highest uncertainty under the fit to the choices so far.
+`choose` shows two images of a prompt at a time on a page served to this machine only, and writes the choices in the
+usual preference format. PROMPTS is a file of prompts, whose images are generated first (unknown options are passed to
+`diffalign generate`), a folder of `diffalign generate`, or photos, compared where their captions (.txt) are equal, or
+all for one --prompt. With --encoder the next pair is the one with the highest uncertainty under the choices so far.
 
 `fit` turns 4 to 50 choices into a small file: for `reward-score --user`, and for pipelines made by `train/ppd.py`.
-`embed` does so for every annotator of a data set, several times from random subsets of their choices. `train/ppd.py`
-trains on these embeddings. The encoder is a personal scorer (the export of `train/personal_reward.py`), or with --vlm a
-vision-language model, whose users `reward-score` does not support.
+`embed` does so for every annotator of a data set, several times from random choices, for `train/ppd.py`. The encoder is
+a personal scorer (the export of `train/personal_reward.py`), or with --vlm a vision-language model.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
     from reward_models.personal.scorers import PersonalScorer
     from reward_models.personal.tastes import Choice
 
-POOLINGS = ("last", "tokens", "description")
-"""Poolings of reward_models.personal.vlm_users."""
+POOLINGS = ("last", "tokens", "description")  # of reward_models.personal.vlm_users
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         return p
 
     p = command(choose, "show pairs of images on a local page, and record which one is preferred")
-    p.add_argument("prompts", type=Path, metavar="PROMPTS", help="file of prompts, or a folder of generated images")
+    p.add_argument("prompts", type=Path, metavar="PROMPTS", help="file of prompts, or folder of images or photos")
+    p.add_argument("--prompt", help="prompt of all photos; default: their captions")
     p.add_argument("--out", type=Path, required=True, help="folder of choices.jsonl and of generated images")
     p.add_argument("--encoder", help="personal scorer that selects the next pair; default: in order")
     p.add_argument("--wanted", type=int, default=20, help="number of choices to collect (20)")
@@ -146,11 +145,14 @@ def most_uncertain(
 
 
 def _pairs(args: argparse.Namespace) -> list[Pair]:
-    """First two images of every prompt; missing images are generated."""
-    from diffalign.people.choice_file import Pair
+    """First two images of every prompt, which are generated when missing; or pairs of photos."""
+    from diffalign.people.photos import Pair, photo_pairs
     from diffalign.report import read_manifest
 
     folder = args.prompts
+    photos = folder.is_dir() and not (folder / "manifest.jsonl").exists()
+    if args.prompt is not None and not photos:
+        raise ValueError(f"--prompt is for a folder of photos; '{folder}' has prompts of its own")
     if not folder.is_dir():
         folder = args.out / "generated"
         generate = runpy.run_path(str(launch.find("tools", "generate")))["main"]
@@ -158,6 +160,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
             raise ValueError("the images could not be generated; the message above says why")
     elif args.rest:
         raise ValueError(f"unknown arguments {' '.join(args.rest)}: '{folder}' is already generated")
+    elif photos:
+        return photo_pairs(folder, args.prompt)
     images: dict[tuple[str, str], list[Path]] = {}
     for row in read_manifest(folder):
         images.setdefault((str(row["prompt_id"]), row["prompt"]), []).append(folder / row["image"])

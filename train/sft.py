@@ -1,6 +1,7 @@
-"""Fine-tuning on the winners of preference pairs: the baseline.
+"""Fine-tuning on the winners of preference pairs, the baseline, or on a folder of captioned images.
 
     accelerate launch train/sft.py --config configs/sft/sd15.yaml data.path=/data/pickapic_v2
+    accelerate launch train/sft.py --config configs/sft/sd15.yaml data.path=photos
     diffalign train sft --config playground run.folder=runs/sft
 
 Writes <run.folder>/: config.yaml, metrics.jsonl, samples/, checkpoints/ and export/, which stock diffusers loads.
@@ -11,7 +12,7 @@ from __future__ import annotations
 from diffalign import config
 from diffalign.algorithms.sft import SFT
 from diffalign.commands import program
-from diffalign.data import PreferencePairs
+from diffalign.data import Winners
 from diffalign.diffusion.noising import Noising
 from diffalign.networks.loading import load_backbone
 from diffalign.training import recipe
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         __file__,
         run=Run,
         backbone=load_backbone,
-        data=PreferencePairs,
+        data=Winners,
         noising=Noising,
         algorithm=SFT,
         optimizer=make_player,
@@ -35,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         hooks=standard_hooks,
     )
     run, backbone = recipe.begin(cfg)
-    pairs = run.latents(PreferencePairs, backbone, **cfg.data)
-    parts = recipe.Parts(cfg, run, backbone, pairs, reference=None)
+    images = run.latents(Winners, backbone, **cfg.data)
+    parts = recipe.Parts(cfg, run, backbone, images, reference=None)
     algorithm = SFT(parts.policy, parts.noising)
     parts.fit(algorithm)
 

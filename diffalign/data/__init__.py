@@ -4,7 +4,7 @@ from diffalign.data.binary_feedback import Balanced, LikedImages
 from diffalign.data.cache import LatentCache
 from diffalign.data.choices import FeatureEncoder, PersonalChoices
 from diffalign.data.groups import PreferenceGroups
-from diffalign.data.image_folder import TargetImages
+from diffalign.data.image_folder import TargetImages, Winners
 from diffalign.data.latent_settings import check_latents
 from diffalign.data.latents import PreferenceLatents
 from diffalign.data.loader import KeyedLoader
@@ -32,6 +32,7 @@ __all__ = [
     "Record",
     "TargetImages",
     "UserPairs",
+    "Winners",
     "check_latents",
     "read_records",
 ]

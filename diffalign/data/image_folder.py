@@ -8,8 +8,11 @@ from typing import Any
 
 from diffalign.data.entry_checks import bad_path, bad_prompt, json_lines
 from diffalign.data.examples import Example
+from diffalign.data.filtering import read_some
 from diffalign.data.latent_settings import check_latents
 from diffalign.data.latents import PreferenceLatents
+from diffalign.data.pairs import PreferencePairs
+from diffalign.data.readers import layouts_in
 from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import read_text
 from reward_models.images import SUFFIXES, is_image
@@ -43,6 +46,37 @@ class TargetImages(PreferenceLatents):
         except (FileNotFoundError, ValueError) as error:
             problems.append(f"'data.path': {error}")
         return problems
+
+
+class Winners(PreferenceLatents):
+    """Winners of preference pairs, or the images of a folder with captions: what supervised fine-tuning trains on.
+
+    The images of a folder are read as by TargetImages.
+    """
+
+    @staticmethod
+    def read(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]]:
+        """The first `limit` records (None: all), and the dropped entries."""
+        return TargetImages.read(path, limit) if is_captioned(path) else read_some(path, limit)
+
+    @staticmethod
+    def examples(records: Sequence[Record]) -> Iterator[Example]:
+        for record in records:
+            one = len(record.images) == 1
+            yield from (TargetImages if one else PreferencePairs).examples([record])
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """Problems with a `data` section, one line each."""
+        return (TargetImages.check if is_captioned(cfg["path"]) else check_latents)(cfg)
+
+
+def is_captioned(path: str | Path) -> bool:
+    """Whether a path is a folder of images, with captions to be read by `read_targets`, and no preference data."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or not any(is_image(file.name) for file in folder.iterdir()):
+        return False
+    return (folder / "metadata.jsonl").exists() or not layouts_in(folder)
 
 
 def read_targets(folder: Path) -> list[Record | Dropped]:

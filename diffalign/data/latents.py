@@ -80,7 +80,8 @@ class PreferenceLatents(Dataset):
     gets the fingerprint of the data before any image is read.
 
     Args:
-        path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, or playground for the shipped pairs
+        path: .parquet file(s), .jsonl, a folder with w/ and l/, HPDv2 .json, a folder of `save_to_disk`, a hub id, or
+            playground for the shipped pairs
         resolution: width and height in pixels; the shorter side is resized, the longer one cropped
         buckets: crop images to aspect-ratio buckets instead; their sides are multiples of so many pixels (64 for
             resolution 1024, 32 for 512), and none has more pixels than the square. Off by default

@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from diffalign.data.cache import LatentCache, cache_folder, cond_of
 from diffalign.data.image_checks import Workers
+from diffalign.data.image_folder import read_targets
+from diffalign.data.records import Record
 from diffalign.playground.world import captions
 from diffalign.types import Cond, Encoder, Key, PromptBatch
 from reward_models.files import bad_name, parse_json, text_lines
@@ -23,7 +25,8 @@ class Prompts(Dataset):
     Positional: the encoder, the run's folder, rank, world size, and a barrier of all ranks.
 
     Args:
-        path: .txt, one prompt a line; .jsonl of {"prompt": ..., "prompt_id": ...}; or playground
+        path: .txt, one prompt a line; .jsonl of {"prompt": ..., "prompt_id": ...}; a folder of images with captions;
+            or playground
         batch_size: prompts per micro-batch on each rank
         resolution: width and height of the samples in pixels
         width: their width, if it is another
@@ -99,13 +102,17 @@ def find_prompts(path: str, *, held_out: bool = False) -> dict[str, str]:
 
 
 def read_prompts(path: Path) -> dict[str, str]:
-    """Prompts of a file by prompt_id, in file order. Blank lines are skipped.
+    """Prompts of a file by prompt_id, in file order, or the different captions of a folder of images. Blank lines are
+    skipped.
 
     A prompt without an id gets its number, from 00000. Raises FileNotFoundError when the file does not exist, and
     ValueError for other file types, rows without a prompt and repeated ids.
     """
+    if path.is_dir():
+        captions = (record.prompt for record in read_targets(path) if isinstance(record, Record))
+        return {f"{i:05d}": prompt for i, prompt in enumerate(dict.fromkeys(captions))}
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts must end in .txt (one a line) or .jsonl; got '{path}'")
+        raise ValueError(f"prompts must end in .txt (one a line) or .jsonl, or be a folder of images; got '{path}'")
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist")
     prompts: dict[str, str] = {}

@@ -1,6 +1,9 @@
 """Readers of preference data sets. The layout is detected from the path.
 
-    *.parquet, or a folder of them    Pick-a-Pic: caption, jpg_0, jpg_1, label_0 in {0, 0.5, 1}[, has_label, user_id]
+    *.parquet, or a folder of them    Pick-a-Pic: caption, jpg_0, jpg_1, label_0 in {0, 0.5, 1}[, has_label, user_id];
+                                      or prompt, chosen, rejected[, prob, annotator]
+    a folder of `save_to_disk`        the same columns in *.arrow
+    owner/name[@revision]             the parquet files of a data set of the Hugging Face hub
     *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, scores, annotator]; paths relative to the file;
                                       or prompt, images, scores {aspect: numbers}[, ranking]
     a folder with w/ and l/           winners and losers with equal names, and prompts.txt or prompts.jsonl
@@ -15,15 +18,10 @@ images may be anywhere. In the published layouts, paths must stay in the data se
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffalign.data.entry_checks import (
     Records,
@@ -36,6 +34,7 @@ from diffalign.data.entry_checks import (
     files,
     json_lines,
 )
+from diffalign.data.hub_sets import HUB_ID, from_hub
 from diffalign.data.rankings import (
     image_reward_db_shards,
     read_hpd_v3_lines,
@@ -44,16 +43,20 @@ from diffalign.data.rankings import (
     read_ratings,
 )
 from diffalign.data.records import Dropped, ImageRef, Record
+from diffalign.data.tables import read_tables, saved_tables, shards
 from diffalign.playground import SHIPPED_PAIRS
-from reward_models.files import one_line, text_lines
+from reward_models.files import text_lines
 from reward_models.images import is_image
 
 EXPECTED = (
-    "a .parquet file or a folder of them (Pick-a-Pic columns), a .jsonl file (prompt, chosen, rejected; or "
-    "prompt, images, scores), a folder with w/, l/ and prompts.txt or prompts.jsonl, an HPDv2 .json file, one of HPDv3 "
-    "or ImageReward, or the shards of ImageRewardDB"
+    "a .parquet file or a folder of them (Pick-a-Pic columns, or prompt, chosen, rejected), a folder of "
+    "`save_to_disk`, the hub id of such a data set, a .jsonl file (prompt, chosen, rejected; or prompt, images, "
+    "scores), a folder with w/, l/ and prompts.txt or prompts.jsonl, an HPDv2 .json file, one of HPDv3 or "
+    "ImageReward, or the shards of ImageRewardDB"
 )
-logger = logging.getLogger(__name__)
+
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".zip")
+"""Suffixes of the files that are read."""
 
 
 def read_records(path: str | Path, keep_ties: bool = False) -> Records:
@@ -72,8 +75,14 @@ def _drop_tie(record: Record | Dropped) -> Record | Dropped:
 
 
 def resolved(path: str | Path) -> Path:
-    """The path of a data set that is given by its path or the name of a shipped one."""
-    return SHIPPED_PAIRS.get(str(path)) or Path(path).expanduser()
+    """The path of a data set that is given by its path, by the name of a shipped one or by a hub id.
+
+    A data set of the hub is downloaded when missing. Raises FileNotFoundError if the hub has none, ValueError if its
+    training data are not parquet files in one folder.
+    """
+    found = SHIPPED_PAIRS.get(str(path)) or Path(path).expanduser()
+    named = HUB_ID.fullmatch(str(path)) and found.suffix not in SUFFIXES
+    return from_hub(str(path)) if named and not found.exists() else found
 
 
 def find_reader(path: str | Path) -> Callable[[], Records]:
@@ -81,7 +90,7 @@ def find_reader(path: str | Path) -> Callable[[], Records]:
     path = resolved(path)
     if not path.exists():
         raise FileNotFoundError(f"no data set at '{path}'; expected {EXPECTED}")
-    found = _in_folder(path) if path.is_dir() else _in_file(path)
+    found = layouts_in(path) if path.is_dir() else _in_file(path)
     if not found:
         raise ValueError(f"'{path}' is not a known data set; expected {EXPECTED}")
     if len(found) > 1:
@@ -91,7 +100,8 @@ def find_reader(path: str | Path) -> Callable[[], Records]:
 
 def _in_file(path: Path) -> dict[str, Callable[[], Records]]:
     readers: dict[str, Callable[[], Records]] = {
-        ".parquet": partial(read_parquet, [path]),
+        ".arrow": partial(read_tables, [path]),
+        ".parquet": partial(read_tables, [path]),
         ".jsonl": partial(_lines_reader, path),
         ".json": partial(read_json, path),
         ".zip": partial(read_image_reward_db, [path]),
@@ -99,12 +109,14 @@ def _in_file(path: Path) -> dict[str, Callable[[], Records]]:
     return {path.name: readers[path.suffix]} if path.suffix in readers else {}
 
 
-def _in_folder(path: Path) -> dict[str, Callable[[], Records]]:
+def layouts_in(path: Path) -> dict[str, Callable[[], Records]]:
     found: dict[str, Callable[[], Records]] = {}
     if (path / "w").is_dir() and (path / "l").is_dir():
         found["w/ and l/"] = partial(read_folders, path, _prompts_file(path))
-    if shards := _shards(path):
-        found["*.parquet"] = partial(read_parquet, shards)
+    if parquet := shards(path):
+        found["*.parquet"] = partial(read_tables, parquet)
+    if arrow := saved_tables(path):
+        found["*.arrow"] = partial(read_tables, arrow)
     for file in sorted(path.glob("*.jsonl")):
         if file.name != "prompts.jsonl":
             found[file.name] = partial(_lines_reader, file)
@@ -122,91 +134,6 @@ def _lines_reader(path: Path) -> Records:
     if "images" in first:
         return read_ratings(path)
     return read_hpd_v3_lines(path) if "path1" in first else read_jsonl(path)
-
-
-def _shards(folder: Path) -> list[Path]:
-    """Parquet files of a folder; only the train split when there are several splits."""
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    files = [f for f in files if not f.name.startswith("metadata-")]  # part of ImageRewardDB, without images and pairs
-    splits = {f: m[1] if (m := re.match(r"(.+)-\d{5}-of-\d{5}", f.name)) else "" for f in files}
-    if len(set(splits.values())) < 2:
-        return files
-    if "train" not in splits.values():
-        raise ValueError(
-            f"'{folder}' contains the splits {', '.join(sorted(set(splits.values())))}; give the path of one file"
-        )
-    logger.info("'%s' contains several splits; only train-*.parquet is read", folder)
-    return [f for f in files if splits[f] == "train"]
-
-
-def read_parquet(shards: list[Path]) -> Records:
-    """Pick-a-Pic v1 and v2: label_0 is 1 where jpg_0 wins, 0 where jpg_1 wins, 0.5 for a tie.
-
-    Streams row groups and reads no image column. Raises ValueError when a file is damaged, a column is missing, or an
-    image column does not hold encoded images.
-    """
-    needed, optional = ["caption", "jpg_0", "jpg_1", "label_0"], ["label_1", "has_label", "user_id"]
-    for path in shards:
-        try:
-            with pq.ParquetFile(path, pre_buffer=False) as file:
-                names = file.schema_arrow.names
-                if missing := [c for c in needed if c not in names]:
-                    raise ValueError(f"'{path}' has no column {', '.join(missing)}; it has {', '.join(names)}")
-                for column in ("jpg_0", "jpg_1"):
-                    _check_images(path, column, file.schema_arrow.field(column).type)
-                columns = ["caption", "label_0"] + [c for c in optional if c in names]
-                start = 0
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=columns, use_threads=False)
-                    for k, row in enumerate(_rows(table)):
-                        images = tuple(ImageRef(str(path), c, group, k) for c in ("jpg_0", "jpg_1"))
-                        yield _pickapic(f"{path.name}:{start + k}", row, images)
-                    start += len(table)
-        except (pa.ArrowException, OSError, UnicodeError) as error:
-            raise ValueError(f"'{path}' is not a readable parquet file: {one_line(error)}") from error
-
-
-def _check_images(path: Path, column: str, kind: pa.DataType) -> None:
-    """Raise ValueError unless the column type is binary or the struct of `datasets.Image`."""
-    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if pa.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
-        inner = inner.field("bytes").type
-    binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null)
-    if not (any(test(inner) for test in binary) or str(inner) == "binary_view"):
-        raise ValueError(
-            f"column '{column}' of '{path}' contains {kind} instead of encoded images; it must be binary, or a struct "
-            "with 'bytes' as `datasets.Image` writes it"
-        )
-
-
-def _rows(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows as dictionaries; None replaces text that is not UTF-8."""
-    try:
-        return table.to_pylist()
-    except UnicodeDecodeError:
-        return [
-            {name: _cell(column[k]) for name, column in zip(table.column_names, table.columns, strict=True)}
-            for k in range(len(table))
-        ]
-
-
-def _cell(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError:
-        return None
-
-
-def _pickapic(id: str, row: dict[str, Any], images: tuple[ImageRef, ...]) -> Record | Dropped:
-    if row.get("has_label") is False:
-        return Dropped(id, "not labelled")
-    label, other = row["label_0"], row.get("label_1")
-    if reason := bad_prompt(row["caption"]) or bad_label(label, lambda x: x in (0, 0.5, 1)):
-        return Dropped(id, reason)
-    if other is not None and label + other != 1:
-        return Dropped(id, f"contradicting labels: label_0 = {label:g} and label_1 = {other:g}")
-    annotator = None if row.get("user_id") is None else str(row["user_id"])
-    return Record(id, row["caption"], images, (1 - label, label), annotator=annotator)
 
 
 def read_jsonl(path: Path) -> Records:

@@ -10,18 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from reward_models.files import one_line, read_file
 
 
 class ImageRef(NamedTuple):
-    """Location of one image: a file, a cell of a parquet file, or a file in a zip. Hashable and cheap to pickle.
+    """Location of one image: a file, a cell of a table, or a file in a zip. Hashable and cheap to pickle.
 
-    path       the image file; the parquet file when `column` is set, the zip file when `member` is
-    column     the parquet column
-    row_group  the parquet row group
-    row        the row within that row group
+    path       the image file; the parquet or arrow file when `column` is set, the zip file when `member` is
+    column     the column
+    row_group  the row group of a parquet file, the record batch of an arrow file
+    row        the row within it
     member     the name within the zip file
 
     Parquet is read by row group: fast in order, slow in random order (`data.cache` = off).
@@ -75,8 +76,22 @@ _lock = threading.Lock()
 
 @functools.lru_cache(maxsize=4)
 def _cells(path: str, row_group: int, column: str) -> Any:
+    if path.endswith(".arrow"):
+        return arrow_batches(path)[row_group].column(column)
     with pq.ParquetFile(path, pre_buffer=False) as file:
         return file.read_row_group(row_group, columns=[column], use_threads=False).column(0)
+
+
+@functools.lru_cache(maxsize=64)
+def arrow_batches(path: str) -> list[pa.RecordBatch]:
+    """Record batches of an arrow file, in memory that is mapped to the file: reading one reads its pages only."""
+    try:
+        with pa.memory_map(path) as file:
+            return list(pa.ipc.open_stream(file))
+    except pa.ArrowInvalid:
+        with pa.memory_map(path) as file:
+            reader = pa.ipc.open_file(file)
+            return [reader.get_batch(k) for k in range(reader.num_record_batches)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -89,6 +104,7 @@ def clear_read_caches() -> None:
     """Clear the caches of `ImageRef.read`: parquet row groups can take hundreds of megabytes."""
     with _lock:
         _cells.cache_clear()
+        arrow_batches.cache_clear()
         _archive.cache_clear()
 
 

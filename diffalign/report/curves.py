@@ -96,20 +96,27 @@ def _belongs(key: str, panel: Panel) -> bool:
     return any(name.startswith(m) if m.endswith("@") else name == m for m in panel.metrics)
 
 
+def curves_png(metrics: Mapping[str, Series]) -> bytes:
+    """One PNG with every panel that has data, one below the other. Raises ValueError if there is none."""
+    panels = [(panel, {k: v for k, v in metrics.items() if _belongs(k, panel)}) for panel in PANELS]
+    panels = [(panel, chosen) for panel, chosen in panels if chosen]
+    if not panels:
+        raise ValueError("no panel shows any of these metrics")
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 2.6 * len(panels)), layout="constrained")
+        rows = figure.subplots(len(panels), squeeze=False)
+        for axes, (panel, chosen) in zip(rows[:, 0], panels, strict=True):
+            _draw(axes, chosen, panel.neutral)
+            axes.set_title(panel.title)
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
 def _plot(chosen: Mapping[str, Series], neutral: float | None) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        if neutral is not None:
-            axes.axhline(neutral, color=INK, alpha=0.4, linewidth=0.8, linestyle="--")
-        for i, (key, (steps, values)) in enumerate(sorted(chosen.items())):
-            colour = COLOURS[i % len(COLOURS)]
-            axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-            axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=key)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.12, color=INK)
-        if len(chosen) > 1:
-            axes.legend(frameon=False, fontsize=7.5)
+        _draw(figure.add_subplot(), chosen, neutral)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -118,6 +125,19 @@ def _plot(chosen: Mapping[str, Series], neutral: float | None) -> str:
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     # HTML does not need the namespaces; without them the page contains no URL.
     return re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+
+
+def _draw(axes: Any, chosen: Mapping[str, Series], neutral: float | None) -> None:
+    if neutral is not None:
+        axes.axhline(neutral, color=INK, alpha=0.4, linewidth=0.8, linestyle="--")
+    for i, (key, (steps, values)) in enumerate(sorted(chosen.items())):
+        colour = COLOURS[i % len(COLOURS)]
+        axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+        axes.plot(steps, _smooth(values), color=colour, linewidth=1.6, label=key)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.12, color=INK)
+    if len(chosen) > 1:
+        axes.legend(frameon=False, fontsize=7.5)
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

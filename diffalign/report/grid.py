@@ -15,6 +15,8 @@ from reward_models.images import read_rgb
 CELL, COLUMNS, ROWS = 192, 8, 2
 """Size of an image in pixels, prompts per row, and number of rows."""
 MARGIN, GAP, LINE = 72, 6, 26
+WIDE = 576
+"""Largest width and height of a sample grid of a run."""
 
 
 def shown(pairs: Sequence[Pair]) -> list[Pair]:
@@ -43,12 +45,12 @@ def write_grid(pairs: Sequence[Pair], path: Path) -> None:
         page.save(temporary, "PNG")
 
 
-def enlarged(image: Image.Image) -> Image.Image:
-    """Resize to at most CELL pixels: enlarged by an integer factor, or reduced."""
-    times = CELL // max(image.size)
+def enlarged(image: Image.Image, size: int = CELL) -> Image.Image:
+    """Resize to at most `size` pixels: enlarged by an integer factor, or reduced."""
+    times = size // max(image.size)
     if times:
         return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    image.thumbnail((CELL, CELL))
+    image.thumbnail((size, size))
     return image
 
 
@@ -58,3 +60,18 @@ def _fitting(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | I
     while draw.textlength(text, font) > CELL:
         text = text.removesuffix("...")[:-1] + "..."
     return text
+
+
+def write_before_after(before: Path, after: Path, path: Path) -> None:
+    """Write one PNG of two sample grids side by side: of the first and of the last step of a run."""
+    grids, font = [enlarged(read_rgb(file), WIDE) for file in (before, after)], ImageFont.load_default(size=15)
+    page = Image.new(
+        "RGB", (sum(grid.width for grid in grids) + GAP, LINE + max(grid.height for grid in grids)), "white"
+    )
+    x = 0
+    for name, grid in zip(("before", "after"), grids, strict=True):
+        ImageDraw.Draw(page).text((x, 5), name, fill="black", font=font)
+        page.paste(grid, (x, LINE))
+        x += grid.width + GAP
+    with replacing(path) as temporary:
+        page.save(temporary, "PNG")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffalign.types import RecentMetrics
@@ -21,6 +24,7 @@ class MetricsFile:
     def __init__(self, file: Path, accelerator: Any, every: int):
         self.file, self.accelerator, self.every = file, accelerator, every
         self._pending: list[tuple[int, list[str], Tensor | None, dict[str, float]]] = []
+        self._images: list[tuple[int, str, Callable[[], bytes]]] = []
 
     def rewind(self, step: int) -> None:
         """Delete the metrics after `step`: the resumed run writes them again."""
@@ -40,6 +44,14 @@ class MetricsFile:
         stacked = torch.stack([*tensors.values()]) if tensors else None
         self._pending.append((step, [*tensors], stacked, numbers))
 
+    def show(self, step: int, name: str, image: Callable[[], bytes]) -> None:
+        """Send an image to the trackers. image: makes the PNG or reads it, after the metrics of its step are written.
+
+        It waits for these metrics, because wandb drops what belongs to an earlier step than the last one it got.
+        """
+        if self.accelerator.is_main_process and self.accelerator.trackers:
+            self._images.append((step, name, image))
+
     def flush(self) -> None:
         """Write the pending metrics: one JSON object per step, without NaN values."""
         if not self.accelerator.is_main_process or not self._pending:
@@ -50,11 +62,22 @@ class MetricsFile:
             values = numbers | dict(zip(names, [] if stacked is None else stacked.tolist(), strict=True))
             rows.setdefault(step, {}).update({n: values[n] for n in sorted(values) if values[n] == values[n]})
         lines = [json.dumps({"step": step, **row}) for step, row in rows.items()]
-        for step, row in rows.items():
-            self.accelerator.log(row, step=step)
         with writing(self.file), self.file.open("a") as file:
             file.write("\n".join(lines) + "\n")
         self._pending.clear()
+        shown, self._images = self._images, []
+        for step in sorted({*rows, *(step for step, _, _ in shown)}):
+            if step in rows:
+                self.accelerator.log(rows[step], step=step)
+            for _, name, image in (one for one in shown if one[0] == step):
+                self._send(step, name, image())
+
+    def _send(self, step: int, name: str, png: bytes) -> None:
+        """Send one PNG to every tracker."""
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))[None]
+        for tracker in self.accelerator.trackers:
+            more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({name: pixels}, step=step, **more)
 
     def recent(self, n: int, samples: int) -> RecentMetrics:
         """Mean and standard error of every metric over the last n logged steps; samples: batch size of a step."""

@@ -238,7 +238,14 @@ def test_the_other_processes_do_not_wait_for_the_verification(tmp_path: Path) ->
     backbone = load_backbone(CPU, path="playground")
     package = UserPackage(run, backbone, {})
     hooks = standard_hooks(run, backbone, 32, own=[package])
-    assert [type(hook).__name__ for hook in hooks] == ["Restore", "Export", "UserPackage", "Checkpoint", "Verify"]
+    assert [type(hook).__name__ for hook in hooks] == [
+        "Restore",
+        "Export",
+        "UserPackage",
+        "Card",
+        "Checkpoint",
+        "Verify",
+    ]
     run.accelerator.reset_mock()
     hooks[-1].end(MagicMock())  # on a rank other than 0
     assert run.accelerator.mock_calls == []

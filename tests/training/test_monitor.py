@@ -82,6 +82,7 @@ def hacked(folder: Path) -> list[str]:
     settings += ["reward.scorers=['tests_saturation:Saturation']", "optimizer.lr=3e-3", "optimizer.lr_warmup_steps=0"]
     settings += ["hooks.sample_every=0", "hooks.checkpoint_every=100", "hooks.verify_export=false", "monitor.every=2"]
     settings += ["monitor.prompt_count=8", "monitor.stop=true", "trainer.steps=40", "run.log_every=1"]
+    settings += ["run.tracker=tensorboard"]
     return settings
 
 
@@ -103,6 +104,9 @@ def test_reward_hacking_stops_the_run_with_a_warning(alone: tuple[Path, str]) ->
     last = rows[-1]["step"]
     assert last < 40 and rows[-1]["monitor/trained_gain"] > 0
     assert (folder / "export").exists()
+    (events,) = folder.rglob("events.out.tfevents*")
+    curves = events.read_bytes().count(b"\x89PNG\r\n")
+    assert curves == sum("monitor/saturation" in row for row in rows), "the curves after each measurement"
     checkpoints = {p.name for p in (folder / "checkpoints").iterdir()}
     assert f"step-{last:06d}" in checkpoints  # a stopped run writes a checkpoint
 

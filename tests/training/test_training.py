@@ -157,7 +157,8 @@ def test_printed_lines_and_files_of_a_run(
         assert words in said
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step-000004", "step-000006"}
     assert {p.name for p in (folder / "samples").iterdir()} == {f"step-00000{k}.png" for k in (0, 4, 6)}
-    assert list(folder.rglob("events.out.tfevents*"))
+    (events,) = folder.rglob("events.out.tfevents*")
+    assert events.read_bytes().count(b"\x89PNG\r\n") == 3 and b"samples" in events.read_bytes(), "as images too"
     first, last = metrics(folder)[0], metrics(folder)[-1]
     assert first["policy/loss"] == pytest.approx(0.693147, abs=1e-6)
     assert first["policy/lr"] == pytest.approx(0.00025)

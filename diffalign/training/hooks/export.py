@@ -1,13 +1,17 @@
-"""Hooks that export the model at the end of a run and verify the export."""
+"""Hooks that export the model at the end of a run, verify the export and write its model card."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from diffalign.networks.export import export
+from diffalign.algorithms.base import Algorithm
+from diffalign.networks.export import LOADED_BY, export, kind_of
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.sharding import gathered
 from diffalign.networks.verify import verify
+from diffalign.playground import SHIPPED
+from diffalign.report.model_card import About, write_card
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 
@@ -23,6 +27,21 @@ class Export(Hook):
             if self.run.main:
                 self.run.print(export(self.backbone, self.run.folder / "export", self.trigger))
         self.run.accelerator.wait_for_everyone()
+
+
+class Card(Hook):
+    """Writes the model card `export/README.md` at the end of the run."""
+
+    def __init__(self, run: Run, backbone: Backbone, algorithm: Algorithm | None):
+        self.run, self.backbone, self.algorithm = run, backbone, type(algorithm or self)
+
+    def end(self, trainer: Trainer) -> None:
+        if self.run.main:
+            kind, said = kind_of(self.backbone), sys.modules[self.algorithm.__module__].__doc__
+            method = (said or self.algorithm.__name__).splitlines()[0]
+            shipped = next((name for name, folder in SHIPPED.items() if folder == self.backbone.path), "")
+            about = About(method, kind, LOADED_BY[kind].format("."), self.backbone.path, shipped)
+            write_card(self.run.folder, about)
 
 
 class Verify(Hook):

@@ -14,6 +14,7 @@ from diffalign.networks.families.base import Backbone
 from diffalign.networks.sampler import Sampler
 from diffalign.networks.sharding import is_sharded
 from diffalign.objectives.rewards import Rewards
+from diffalign.report.curves import curves_png, read_metrics
 from diffalign.training.hooks.samples import drawn
 from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
@@ -38,7 +39,7 @@ class Monitor(Hook):
 
     `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, clamped, diversity (distance between samples of
     one prompt) and warnings (their number). It also gets trained_gain and held_out_gain: the increase of the mean
-    score since the start, in standard deviations of the initial scores.
+    score since the start, in standard deviations of the initial scores. Trackers get the curves as the image "monitor".
 
     Args:
         prompts: .txt or .jsonl of held-out prompts, or playground; the monitor is off without it
@@ -154,6 +155,7 @@ class Monitor(Hook):
         warnings = hacking_signs(self.before, self.best, now)
         values["warnings"] = torch.tensor(float(len(warnings)))
         self.run.log(trainer.step, {f"monitor/{k}": v for k, v in values.items()})
+        self.run.metrics.show(trainer.step, "monitor", self._curves)
         if "held_out" in now and now["held_out"].mean() > self.best["held_out"].mean():
             self.best = now
         for line in warnings:
@@ -162,6 +164,11 @@ class Monitor(Hook):
             self.warned.append(trainer.step)
             if self.stop:
                 trainer.stop = f"the monitor warned: {warnings[0]}"
+
+    def _curves(self) -> bytes:
+        """PNG of the curves so far, for trackers."""
+        metrics = read_metrics(self.run.metrics.file)
+        return curves_png({key: series for key, series in metrics.items() if key.startswith("monitor/")})
 
 
 def image_statistics(pixels: Tensor) -> dict[str, Tensor]:

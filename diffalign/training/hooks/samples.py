@@ -37,6 +37,8 @@ def drawn(backbone: Backbone, sampler: Sampler, cond: Cond, keys: Sequence[Key])
 class SampleGrid(Hook):
     """Writes a grid of fixed prompts and noise at step 0 and every `every` steps: `samples/step-000500.png`.
 
+    Trackers get it as the image "samples".
+
     Raises FloatingPointError when a sample is not finite, which a PNG would show as black.
     """
 
@@ -69,8 +71,10 @@ class SampleGrid(Hook):
                 raise FloatingPointError(
                     f"the sample grid of step {step} is not finite: {cure}, or choose another 'run.mixed_precision'"
                 )
-            with replacing(self.run.folder / "samples" / f"step-{step:06d}.png") as temporary, writing(temporary):
+            file = self.run.folder / "samples" / f"step-{step:06d}.png"
+            with replacing(file) as temporary, writing(temporary):
                 save_image(images, temporary, format="png", nrow=self.columns, padding=1)
+            self.run.metrics.show(step, "samples", file.read_bytes)
         if parts:
             self.backbone.release()
         self.run.accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ from diffalign.networks.families.base import Backbone
 from diffalign.networks.sampler import Sampler
 from diffalign.training.hooks.averaging import Averaging
 from diffalign.training.hooks.checkpoint import Checkpoint, Stateful, check_checkpoints, in_order
-from diffalign.training.hooks.export import Export, Verify
+from diffalign.training.hooks.export import Card, Export, Verify
 from diffalign.training.hooks.monitor import Monitor
 from diffalign.training.hooks.samples import SampleGrid
 from diffalign.training.run import Run
@@ -80,7 +80,7 @@ def standard_hooks(
             backbone.latent_shape(size, "hooks.sample_width/sample_height")
             sampler = Sampler(backbone, run.draws, size, law="deterministic", **settings)
         hooks.append(SampleGrid(run, backbone, averaged, sample_every, sample_prompts, sampler))
-    hooks += [Export(run, backbone, averaged, trigger), *own]
+    hooks += [Export(run, backbone, averaged, trigger), *own, Card(run, backbone, algorithm)]
     hooks = in_order(Checkpoint(run, ema, checkpoint_every, keep_checkpoints, stateful), hooks)
     return [*hooks, Verify(run, backbone, averaged, resolution)] if verify_export else hooks
 

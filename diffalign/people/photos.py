@@ -1,0 +1,43 @@
+"""Pairs of loose photos to choose from: photos with the same caption, or all of a folder for one prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from diffalign.data.image_folder import read_targets
+from diffalign.data.records import Record
+from diffalign.people.choice_file import Pair
+from reward_models.images import is_image
+
+NEIGHBOURS = 3
+"""Every photo meets this many others at most, and as many meet it: n photos give up to 3 n pairs, not n squared."""
+
+
+def photo_pairs(folder: Path, prompt: str | None = None) -> list[Pair]:
+    """Pairs of the photos in a folder, in an order that depends on their names only, so that a later session continues.
+
+    prompt: of all photos; without it their captions are read, and photos with the same caption are compared.
+    Raises ValueError if there are no captions and no prompt, or no two photos to compare.
+    """
+    if prompt is None:
+        try:
+            found = [one for one in read_targets(folder) if isinstance(one, Record)]
+        except ValueError as error:
+            raise ValueError(f"{error}; or give one for all with --prompt") from error
+        named = [(Path(one.images[0].path), one.prompt) for one in found]
+    else:
+        named = [(file, prompt) for file in sorted(folder.iterdir()) if is_image(file.name)]
+    groups: dict[str, list[Path]] = {}
+    for file, text in named:
+        groups.setdefault(text, []).append(file)
+    pairs: dict[frozenset[Path], Pair] = {}
+    for text, files in groups.items():
+        mixed = sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest())
+        for step in range(1, NEIGHBOURS + 1):
+            for one, other in zip(mixed, mixed[step:] + mixed[:step], strict=True):
+                if one != other:
+                    pairs.setdefault(frozenset((one, other)), Pair(f"{one.name}|{other.name}", text, (one, other)))
+    if not pairs:
+        raise ValueError(f"'{folder}' has no two photos with the same caption; give one for all with --prompt")
+    return list(pairs.values())

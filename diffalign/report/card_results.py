@@ -1,0 +1,142 @@
+"""Measured part of a model card: people's preference, gain and direction with intervals, and the before/after grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from diffalign.report.grid import shown, write_grid
+from diffalign.report.manifest import read_pairs
+from diffalign.report.model_card import MARKS, escaped, public, table
+from diffalign.report.preference_rate import GAIN, headline, sentence, signed, verdict
+from reward_models.files import read_json, read_text, weights_digest, write_whole
+
+LEFT_OUT = ("base", "aligned", "pairs", "base_scores", "aligned_scores")
+"""Keys of a file of win rates that stay at home: paths, prompts, and a score for each image."""
+
+
+def refresh_card(base: Path, aligned: Path, win_rates: Mapping[str, Any], run: Path | None = None) -> str:
+    """Complete the model card of the run whose export made the aligned images; returns what was done, or "".
+
+    base, aligned  folders of `diffalign generate`; win_rates: content of the file of `eval win_rate` on them
+    run            the run, for exports that the images' settings do not name, such as user adapters
+
+    Writes README.md, win_rate.json and grid.png into the export. Nothing is written, and the reason returned, if the
+    images belong to other weights or to another base model than the run's. Images that no run's export made give "".
+    """
+    settings = [
+        read_json(folder / "settings.json") if (folder / "settings.json").exists() else {} for folder in (base, aligned)
+    ]
+    export = _export(settings[1], run)
+    if export is None:
+        return ""
+    card = export / "README.md"
+    if reason := _other(export, *settings):
+        return f"the model card '{card}' stays as it is: {reason}"
+    numbers = {key: value for key, value in win_rates.items() if key not in LEFT_OUT}
+    numbers["scorers"] = [
+        {k: v for k, v in one.items() if k not in LEFT_OUT} | {"name": public(one["name"])}
+        for one in numbers["scorers"]
+    ]
+    numbers["images"] = {k: settings[1].get(k) for k in ("steps", "timesteps", "guidance", "size", "seed", "prompts")}
+    pairs = read_pairs(base, aligned)
+    write_grid(pairs, export / "grid.png")
+    write_whole(export / "win_rate.json", json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    prompts = ", ".join(escaped(pair.prompt) for pair in shown(pairs))
+    before, rest = read_text(card).split(MARKS[0])
+    text = "\n\n".join([before + MARKS[0], *_measured(numbers), GRID.format(prompts=prompts), MARKS[1]])
+    full = ModelCard(text + rest.split(MARKS[1])[1])
+    data: Any = full.data
+    data.eval_results = [_result(one) for one in numbers["scorers"]]
+    write_whole(card, str(full))
+    return f"model card: '{card}'"
+
+
+GRID = """![images of the base model above those of the aligned model](grid.png)
+
+Base above aligned, from the same noise; prompts drawn at random: {prompts}."""
+
+
+def _export(aligned: Mapping[str, Any], run: Path | None) -> Path | None:
+    """Export folder with a card, of a run, whose weights made the aligned images."""
+    named = aligned.get("lora") or (None if aligned.get("user_adapter") else aligned.get("pipeline"))
+    folders = [run / "export"] if run else [Path(named), Path(named).parent] if named else []
+    for folder in folders:
+        card = folder / "README.md"
+        if card.is_file() and (folder.parent / "config.yaml").is_file() and all(m in read_text(card) for m in MARKS):
+            return folder
+    return None
+
+
+def _other(export: Path, base: Mapping[str, Any], aligned: Mapping[str, Any]) -> str:
+    """Why the images do not show the difference that the run made, or ""."""
+    keys = ("lora_weights", "user_adapter", "pipeline_weights")
+    if weights_digest(export) != next(filter(None, map(aligned.get, keys)), None):
+        where = Path(str(aligned.get("lora")))
+        if not (where.is_file() and where.parent == export and weights_digest(where) == aligned.get("lora_weights")):
+            return "the aligned images were made with other weights than the export's; generate them again"
+    began = yaml.safe_load(read_text(export.parent / "config.yaml")).get("backbone", {}).get("path")
+    used = base.get("pipeline")
+    if base.get("lora") or base.get("user_adapter") or used is None or _place(used) != _place(began):
+        return f"the base images are not those of '{began}' alone, with which the run began"
+    return ""
+
+
+def _place(path: str) -> str:
+    """A path made absolute if it exists; a hub id or a shipped model's name as it is."""
+    found = Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path
+
+
+def _measured(numbers: Mapping[str, Any]) -> Iterator[str]:
+    """Paragraphs: the sentence of the first scorer, a table of all, changes beside, and how it was measured."""
+    scorers = numbers["scorers"]
+    yield "## What people prefer"
+    yield escaped(sentence(scorers[0]))
+    yield table(("scorer", "measure", "share", "gain in sd", "direction", "verdict"), map(_row, scorers))
+    yield (
+        "In brackets: 95 % intervals. Share: pairs of images from independent noise in which the aligned image is "
+        "preferred. Gain: difference of the mean scores, in standard deviations of the base's scores; below 0.2 it is "
+        "too small to see. Direction: share of pairs from equal noise that score higher; the smallest change makes it "
+        "large."
+    )
+    for name, key in (("Prompt match", "match"), ("Diversity of a prompt's samples", "diversity")):
+        if one := numbers.get(key):
+            change, low, high = (f"{one[k]:+.1%}" for k in ("change", "change_low", "change_high"))
+            yield f"{name}: {one['base']:.3f} before, {one['aligned']:.3f} after, change {change} [{low}, {high}]."
+    made = ", ".join(f"{k} {escaped(v)}" for k, v in numbers["images"].items() if v is not None)
+    yield f"Images: {made}. All numbers are in [win_rate.json](win_rate.json)."
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    key, estimate = headline(one)
+    share, direction = (
+        "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * x for x in three))
+        for three in (estimate, [one[f"direction{end}"] for end in ("", "_low", "_high")])
+    )
+    gain = "not measurable" if one["gain_sd"] is None else "{} [{}, {}]".format(*(signed(one[k], ".2f") for k in GAIN))
+    return (
+        one["name"],
+        f"{key.replace('_', ' ')}, {one['n']} pairs of {one['prompts']} prompts",
+        share,
+        gain,
+        direction,
+        verdict(one),
+    )
+
+
+def _result(one: Mapping[str, Any]) -> EvalResult:
+    key, share = headline(one)
+    return EvalResult(
+        task_type="text-to-image",
+        dataset_type="prompts",
+        dataset_name=f"{one['prompts']} prompts, {one['n']} pairs of images",
+        metric_type=key,
+        metric_name=f"{key.replace('_', ' ')}, by {one['name']}",
+        metric_value=round(share.value, 4),
+    )
