@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
 from reward_models.files import read_lines
 
@@ -96,6 +95,16 @@ def _belongs(key: str, panel: Panel) -> bool:
     return any(name.startswith(m) if m.endswith("@") else name == m for m in panel.metrics)
 
 
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[Any]:
+    """An empty matplotlib figure, which is drawn in STYLE."""
+    import matplotlib  # here: training imports this module, and seldom draws
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
 def curves_png(metrics: Mapping[str, Series]) -> bytes:
     """One PNG with every panel that has data, one below the other. Raises ValueError if there is none."""
     panels = [(panel, {k: v for k, v in metrics.items() if _belongs(k, panel)}) for panel in PANELS]
@@ -103,8 +112,7 @@ def curves_png(metrics: Mapping[str, Series]) -> bytes:
     if not panels:
         raise ValueError("no panel shows any of these metrics")
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 2.6 * len(panels)), layout="constrained")
+    with _figure(4.6, 2.6 * len(panels)) as figure:
         rows = figure.subplots(len(panels), squeeze=False)
         for axes, (panel, chosen) in zip(rows[:, 0], panels, strict=True):
             _draw(axes, chosen, panel.neutral)
@@ -114,8 +122,7 @@ def curves_png(metrics: Mapping[str, Series]) -> bytes:
 
 
 def _plot(chosen: Mapping[str, Series], neutral: float | None) -> str:
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    with _figure(4.6, 2.5) as figure:
         _draw(figure.add_subplot(), chosen, neutral)
         buffer = io.StringIO()
         figure.savefig(
