@@ -10,6 +10,8 @@ With several updates the old density is that of the policy at the rollout, at th
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from diffalign.algorithms.forward_process import ForwardProcess, Renoised
@@ -57,6 +59,14 @@ class AWM(ForwardProcess):
         options = {"kl_weight": kl_weight, "reference_guidance": reference_guidance}
         super().__init__(policy, reference, rollouts, empty, levels=levels, span=span, **options)  # type: ignore[arg-type]
         self.clip, self.power, self.average_weight = clip, power, average_weight
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """Problems with an `algorithm` section, one line each."""
+        problems = ForwardProcess.check(cfg)
+        if not cfg["power"] > 0 or cfg["average_weight"] < 0:
+            problems.append("'algorithm.power' must be positive, and 'algorithm.average_weight' 0 or more")
+        return problems
 
     def decay(self, name: str, step: int) -> float:
         return min(0.3, 0.001 * step) if name == "average" else 0.0  # the policy at the rollout is a copy

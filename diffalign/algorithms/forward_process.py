@@ -83,6 +83,8 @@ class ForwardProcess(OnRollouts):
         problems = OnRollouts.check(cfg)
         if cfg["levels"] < 1:
             problems.append(f"'algorithm.levels' = {cfg['levels']} must be 1 or more")
+        if cfg["reference_guidance"] < 0:
+            problems.append(f"'algorithm.reference_guidance' = {cfg['reference_guidance']} must be 0 or more")
         if len(cfg["span"]) != 2 or not 0 <= cfg["span"][0] < cfg["span"][1] <= 1:
             problems.append(f"'algorithm.span' = {list(cfg['span'])} must be two shares, ascending in [0, 1]")
         return problems

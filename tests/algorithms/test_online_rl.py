@@ -141,7 +141,8 @@ def test_levels_lie_in_their_part_of_the_span(made: Callable) -> None:
         made("awm", span=(0.0, 0.1))
     with pytest.raises(ValueError, match=r"multiple of 'rollouts.group_size' = 4"):
         made("dgpo", chunk=2)
-    assert len(AWM.check({"kl_weight": -1, "clip": 0, "levels": 0, "span": (0.5, 0.2)})) == 4
+    wrong = {"kl_weight": -1, "clip": 0, "levels": 0, "span": (0.5, 0.2), "reference_guidance": -1}
+    assert len(AWM.check({**wrong, "power": 0, "average_weight": 1})) == 6
 
 
 @pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])

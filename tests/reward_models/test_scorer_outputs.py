@@ -204,5 +204,5 @@ def test_jpeg_sizes_are_kilobytes_of_the_file() -> None:
         [torch.full((3, 32, 32), 0.5), torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))]
     )
     small, large = load_scorer("incompressibility", "cpu").score(images, ["a", "b"]).tolist()
-    assert 0.3 < small < 0.9 < 2 < large < 3.1
+    assert 0.3 < small < 0.9 < 1.5 < large < 3.1  # 3.1 kB uncompressed
     assert load_scorer("jpeg,quality=95", "cpu").score(images, ["a", "b"]).tolist() == [-small, -large]
