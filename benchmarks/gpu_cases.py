@@ -282,7 +282,7 @@ def xformers(report: Report, place: Place, **settings: Any) -> None:
     pairs(report, place, more=["backbone.attention=xformers"], baseline=False, **settings)
 
 
-RUNS = {function.__name__: function for function in (prepare, matmul, pairs, algorithm, scoring, xformers)}
+RUNS = {function.__name__: function for function in (prepare, matmul, pairs, algorithm, online_rl, scoring, xformers)}
 
 
 def run(report: Report, case: str, place: dict[str, Any], **settings: Any) -> None:

@@ -63,7 +63,7 @@ ONE_STEP = (f"backbone.path={ONE}", "sampler.steps=1")
 ONLINE_RL = ("trainer.steps=150", "optimizer.lr_cosine_steps=150", "data.batch_size=4", "optimizer.lr_warmup_steps=5")
 IN_FOUR = (f"backbone.path={FOUR}", "sampler.steps=4", "sampler.law=scheduler", "algorithm.span=[0,1]")
 ANCESTRAL = (f"backbone.path={BASE}", "sampler.steps=10", "sampler.law=ancestral")
-RL = six(LR, ("3e-3", "1e-3", "3e-4"), "algorithm.kl_weight", ("0", "1e-2"))
+RL = six(LR, ("4e-3", "2e-3", "1e-3"), "algorithm.kl_weight", ("0", "1e-2"))
 ON_FLOW = (f"backbone.path={FLOW}", "backbone.max_sequence_length=8")
 
 
@@ -108,7 +108,7 @@ GROUPED: tuple[tuple[Row, ...], ...] = (
     ),
     offline(FLOW, changes=ON_FLOW),
     (
-        Row("ddpo", "ddpo", RL, FOUR, "scorer", ONLINE_RL),
+        Row("ddpo", "ddpo", RL, FOUR, "scorer", (*ONLINE_RL, "algorithm.clip=0.1")),
         Row("diffusion_nft", "diffusion_nft", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
         Row("dgpo", "dgpo", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
         Row("awm", "awm", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
