@@ -16,6 +16,7 @@ Results of cases that are not run again are kept.
   matmul_share       ours: operations per second, with recomputation, over the rate of an 8192^3 bf16 product
   compile_seconds    compiled cases: time to compile, which is over before the first timed step
   first_loss_over_ln2  Diffusion-DPO: first loss minus ln 2; 0 where reference and policy agree at the start
+  rollout, update    online RL: images per second, of rollouts with scores and of one training step's updates
   bare, decode       scoring: rates of the network alone on batches on the device, and of the decoder alone
   gpu_busy           ours: share of a step in which a kernel runs, under the profiler (a lower bound)
 """
@@ -39,7 +40,7 @@ from results_file import MEASURED, RESULTS, ROOT, TEXT, commit, cpu, read_rows, 
 KEYS = ("case", "device", "ours", "baseline", "ratio", "unit", "peak_gb_ours", "peak_gb_baseline")
 KEYS += ("matmul_share", "gpu_busy", "commit")
 UNFINISHED = "unfinished"
-SIZES = {"sd15": "SD1.5, 512 px", "sdxl": "SDXL, 1024 px"}
+SIZES = {"sd15": "SD1.5, 512 px", "sdxl": "SDXL, 1024 px", "sd3": "SD3.5-medium, 512 px"}
 Row = dict[str, Any]
 
 
@@ -69,10 +70,10 @@ def dpo(size: str, rank: int, batch: int, seconds: float, words: str = "", **set
 
 def other(name: str, size: str, batch: int, seconds: float, config: str, *more: str, **settings: Any) -> Case:
     """A few steps of another recipe; rewards use a scorer of ViT-H size."""
-    unit = "pairs" if name == "inpo" else "prompts"
+    unit, run = "pairs" if name == "inpo" else "prompts", settings.pop("run", "algorithm")
     title = f"{name}, {SIZES[size]}, batch {batch}"
     settings = {"name": name, "size": size, "batch": batch, "config": config, "more": more} | settings
-    return Case(title, f"{unit}/s", seconds, "algorithm", settings)
+    return Case(title, f"{unit}/s", seconds, run, settings)
 
 
 FRESH = {"more": ["data.draws_per_sample=null"], "baseline": False}
@@ -92,6 +93,7 @@ CASES = {
     "pso-sd15": other("pso", "sd15", 4, 15, "sdxl_dmd2"),
     "r0-sd15": other("r0", "sd15", 4, 15, "sd15"),
     "inpo-sd15": other("inpo", "sd15", 4, 15, "sd15"),
+    "flow-grpo-sd3": other("flow_grpo", "sd3", 1, 60, "sd3", "rollouts.group_size=8", run="online_rl", group=8),
     "scoring": Case("reward-score, ViT-H-14", "images/s", 25, "scoring", {"images": 2048}),
     "sd15-lora-8-compiled": dpo("sd15", 8, 8, 80, ", compiled blocks", **COMPILED, like=("sd15-lora-8", "baseline")),
     "sdxl-lora-2-compiled": dpo(

@@ -20,6 +20,7 @@ from measuring import fresh, matmul_rate, significant, watch
 from random_models import SIZES, pipeline_folder, playground_pairs
 from released_step import released_step
 
+from diffalign.algorithms.rollouts import Rollouts
 from diffalign.commands import launch
 from diffalign.networks.compilation import compile_seconds
 from diffalign.playground.world import captions
@@ -32,7 +33,7 @@ Report = Callable[..., None]
 QUIET = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "monitor.prompts=null"]
 ENDLESS = ["trainer.steps=1000000000", "trainer.grad_accum=1", "run.mixed_precision=bf16", "backbone.dtype=bf16"]
 FAST = ["backbone.cuda_graphs=true"]
-PAIRS = {"sd15": 32, "sdxl": 8, "deep": 8}
+PAIRS = {"sd15": 32, "sdxl": 8, "deep": 8, "sd3": 8}
 """Number of pairs on disk: enough for an epoch of several steps, and encoded within seconds."""
 WORKERS = 8
 PROMPTS = 16
@@ -138,6 +139,37 @@ def algorithm(
     """A few steps of another recipe, without a baseline."""
     settings = [value.format(pipeline=place.pipeline(size)) for value in more]
     recipe(place, place.ours(report, batch, warmup=warmup, steps=steps), name, config, size, batch, settings)
+
+
+def online_rl(report: Report, place: Place, *, name: str, group: int, batch: int, **settings: Any) -> None:
+    """A few steps of online RL; images per second of the rollouts with scores, and of the updates alone."""
+    spent: dict[str, list[float]] = {"draw": [], "take": []}
+
+    def timed(owner: Any, what: str) -> Callable[..., Any]:
+        function = getattr(owner, what)
+
+        def call(*given: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            found = function(*given, **named)
+            if not place.tiny:
+                torch.cuda.synchronize()
+            spent[what].append(time.perf_counter() - started)
+            return found
+
+        setattr(owner, what, call)
+        return function
+
+    owners = {"draw": Rollouts, "take": Trainer}
+    before = {what: timed(owner, what) for what, owner in owners.items()}
+    try:
+        algorithm(report, place, name=name, batch=batch, **settings)
+    finally:
+        for what, owner in owners.items():
+            setattr(owner, what, before[what])
+    drawn, steps = spent["draw"][1:], spent["take"][1:]  # the first of each warms up
+    report(rollout=significant(batch * group * len(drawn) / sum(drawn)))
+    rest = sum(steps) - sum(drawn[: len(steps)])
+    report(update=significant(batch * group * len(steps) / rest))
 
 
 def recipe(
@@ -250,7 +282,7 @@ def xformers(report: Report, place: Place, **settings: Any) -> None:
     pairs(report, place, more=["backbone.attention=xformers"], baseline=False, **settings)
 
 
-RUNS = {function.__name__: function for function in (prepare, matmul, pairs, algorithm, scoring, xformers)}
+RUNS = {function.__name__: function for function in (prepare, matmul, pairs, algorithm, online_rl, scoring, xformers)}
 
 
 def run(report: Report, case: str, place: dict[str, Any], **settings: Any) -> None:

@@ -60,6 +60,10 @@ ONLINE_PSO = ("trainer.steps=150", "optimizer.lr_cosine_steps=150")
 STAR = six("algorithm.reward_weight", ("100", "400"), LR, ("3e-4", "1e-3", "1e-4"))
 STAR_FOUR = (f"backbone.path={FOUR}", "sampler.steps=4")
 ONE_STEP = (f"backbone.path={ONE}", "sampler.steps=1")
+ONLINE_RL = ("trainer.steps=150", "optimizer.lr_cosine_steps=150", "data.batch_size=4", "optimizer.lr_warmup_steps=5")
+IN_FOUR = (f"backbone.path={FOUR}", "sampler.steps=4", "sampler.law=scheduler", "algorithm.span=[0,1]")
+ANCESTRAL = (f"backbone.path={BASE}", "sampler.steps=10", "sampler.law=ancestral")
+RL = six(LR, ("4e-3", "2e-3", "1e-3"), "algorithm.kl_weight", ("0", "1e-2"))
 ON_FLOW = (f"backbone.path={FLOW}", "backbone.max_sequence_length=8")
 
 
@@ -103,6 +107,15 @@ GROUPED: tuple[tuple[Row, ...], ...] = (
         Row("diff_instruct_star", "diff_instruct_star", STAR, ONE, "scorer"),
     ),
     offline(FLOW, changes=ON_FLOW),
+    (
+        Row("ddpo", "ddpo", RL, FOUR, "scorer", (*ONLINE_RL, "algorithm.clip=0.1")),
+        Row("diffusion_nft", "diffusion_nft", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
+        Row("dgpo", "dgpo", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
+        Row("awm", "awm", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
+        Row("crd", "crd", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR)),
+        Row("flow_grpo", "flow_grpo", RL, FLOW, "scorer", (*ONLINE_RL, *ON_FLOW)),
+        Row("ddpo", "ddpo", RL, BASE, "scorer", (*ONLINE_RL, *ANCESTRAL)),
+    ),
 )
 """Rows in the order of work: a group with all its seeds before the next one."""
 

@@ -15,7 +15,10 @@ import torch
 from diffusers import (
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -71,12 +74,41 @@ DEEP = SDXL | {  # SDXL's layers with few channels
     "norm_num_groups": 4,
     "attention_head_dim": (1, 1, 2),
 }
+SD3 = {  # 3.5 medium
+    "sample_size": 128,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "attention_head_dim": 64,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 768 + 1280,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+SMALL_SD3 = SD3 | {
+    "sample_size": 8,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "joint_attention_dim": 48,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 16 + 24,
+    "pos_embed_max_size": 8,
+    "dual_attention_layers": (0,),
+}
 VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 SMALL_VAE = {"block_out_channels": (4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
 SDXL_VAE = {"scaling_factor": 0.13025}
+SD3_VAE = {"scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False, "use_post_quant_conv": False}
 SIZES = {
     "sd15": Size({"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE, ((768, 12, 12),), 512),
     "sdxl": Size(SDXL | ADDED, VAE | SDXL_VAE, ((768, 12, 12), (1280, 32, 20)), 1024),
+    "sd3": Size(SD3, VAE | SD3_VAE, ((768, 12, 12), (1280, 32, 20)), 512),
+    "sd3, tiny": Size(SMALL_SD3, SMALL_VAE | SD3_VAE, ((16, 1, 2), (24, 1, 2)), 32),
     "sd15, tiny": Size(SMALL | {"cross_attention_dim": 16}, SMALL_VAE, ((16, 1, 2),), 32),
     "deep, tiny": Size(DEEP | SMALL_SDXL | ADDED, SMALL_VAE | SDXL_VAE, ((16, 1, 2), (24, 1, 2)), 64),
     "sdxl, tiny": Size(SMALL | SMALL_SDXL | ADDED, SMALL_VAE | SDXL_VAE, ((16, 1, 2), (24, 1, 2)), 64),
@@ -106,11 +138,18 @@ def make_pipeline(size: Size, device: torch.device) -> Any:
     count = len(size.vae["block_out_channels"])
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * count, "up_block_types": ("UpDecoderBlock2D",) * count}
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    sd3 = "joint_attention_dim" in size.unet
+    name, network = ("transformer", SD3Transformer2DModel) if sd3 else ("unet", UNet2DConditionModel)
+    kinds |= {"text_encoder": CLIPTextModelWithProjection} if sd3 else {}
     with torch.device(device):  # created in float32; each is converted to bfloat16 before the next is created
-        parts: dict[str, Any] = {"unet": UNet2DConditionModel(**size.unet).to(torch.bfloat16)}
-        parts["vae"] = AutoencoderKL(**size.vae, **blocks, latent_channels=4).to(torch.bfloat16)
+        parts: dict[str, Any] = {name: network(**size.unet).to(torch.bfloat16)}
+        parts["vae"] = AutoencoderKL(**size.vae, **blocks, latent_channels=16 if sd3 else 4).to(torch.bfloat16)
         parts |= {name: _text(shape, kinds[name], words) for name, shape in zip(kinds, size.texts, strict=False)}
     parts["tokenizer"] = words
+    if sd3:  # without T5, whose 4.8 B weights only encode the prompts before training
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+        none = {"text_encoder_3": None, "tokenizer_3": None}
+        return StableDiffusion3Pipeline(**parts, tokenizer_2=words, scheduler=scheduler, **none)
     if len(size.texts) == 1:
         none: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return StableDiffusionPipeline(**parts, scheduler=PNDMScheduler(**LEVELS, skip_prk_steps=True), **none)

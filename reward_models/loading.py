@@ -25,6 +25,8 @@ SCORERS = {
     "social_reward": "reward_models.clip.published:social_reward",
     "image_reward": "reward_models.blip.scorers:image_reward",
     "vp_score": "reward_models.blip.scorers:vp_score",
+    "jpeg": "reward_models.playground.jpeg:jpeg",
+    "incompressibility": "reward_models.playground.jpeg:incompressibility",
     "playground_hps": "reward_models.playground:hps",
     "playground_vp_score": "reward_models.playground:vp_score",
 }

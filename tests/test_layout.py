@@ -204,6 +204,7 @@ ALGORITHM_OF = {
 
 TESTED_TOGETHER = dict.fromkeys(("refl", "draft", "r0"), "reward_gradient")
 TESTED_TOGETHER |= dict.fromkeys(("ddpo", "flow_grpo"), "policy_gradients")
+TESTED_TOGETHER |= dict.fromkeys(("diffusion_nft", "dgpo", "awm", "crd"), "online_rl")
 
 
 def test_recipe_has_config_and_test_of_the_same_name() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from diffalign import config
 from diffalign.algorithms.flow_grpo import FlowGRPO
+from diffalign.algorithms.rollouts import Rollouts
 from diffalign.commands import program
 from diffalign.data import Prompts
 from diffalign.networks.loading import load_backbone
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
         data=Prompts,
         sampler=Sampler,
         reward=load_mixture,
+        rollouts=Rollouts,
         algorithm=FlowGRPO,
         optimizer=make_player,
         trainer=Trainer,
@@ -41,8 +43,8 @@ def main(argv: list[str] | None = None) -> None:
     run, backbone = recipe.begin(cfg)
     prompts = run.prompts(backbone, **cfg.data)
     parts = recipe.Parts(cfg, run, backbone, prompts)
-    micro_batches = cfg.trainer["grad_accum"]
-    algorithm = FlowGRPO(parts.policy, parts.reference, parts.sampler, parts.rewards, micro_batches, **cfg.algorithm)
+    rollouts = cfg.make("rollouts", parts.sampler, parts.rewards, cfg.trainer["grad_accum"])
+    algorithm = FlowGRPO(parts.policy, parts.reference, rollouts, **cfg.algorithm)
     parts.fit(algorithm)
 
 

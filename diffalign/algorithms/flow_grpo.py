@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from diffalign.algorithms.policy_gradient import Moves, PolicyGradient
+from diffalign.algorithms.policy_gradient import Move, PolicyGradient
+from diffalign.algorithms.rollouts import Rollouts
 from diffalign.diffusion.schedule import FlowSchedule
 from diffalign.diffusion.steps import Network
-from diffalign.networks.sampler import Sampler
 from diffalign.networks.schedulers import FLOW_KINDS
 from diffalign.objectives.policy_gradient import (
     clipped_policy_loss,
@@ -27,7 +27,6 @@ from diffalign.objectives.policy_gradient import (
     guarded_policy_loss,
     window_start,
 )
-from diffalign.objectives.rewards import Rewards
 from diffalign.types import Key
 
 
@@ -35,38 +34,29 @@ class FlowGRPO(PolicyGradient):
     """Flow-GRPO: DDPO's objective on flow models, with noise in a window of steps.
 
     Args:
-        group_size: images per prompt and rollout
         clip: half width of the range of ratios around 1; for divergence the largest KL of a sample's step
         objective: clip, guard or divergence; the last two need sde steps
         window: number of stochastic, trained steps; 0 for all but the last
         window_place: random, drawn for each rollout in the first half of the steps; or moving, one step further every
             `window_every` training steps
         window_every: training steps at a place of a moving window
-        spread: standard deviation that divides advantages: of the group, or of all samples of the micro-batch
         kl_weight: weight of the KL to the initial model, per transition
-        updates: optimizer steps per rollout
-        chunk: samples in a forward pass with gradients; all of a micro-batch when left out
     """
 
     def __init__(
         self,
         policy: nn.Module,
         reference: Network,
-        sampler: Sampler,
-        rewards: Rewards,
-        micro_batches: int,
+        rollouts: Rollouts,
         *,
-        group_size: int = 8,
         clip: float = 1e-5,
         objective: Literal["clip", "guard", "divergence"] = "clip",
         window: int = 3,
         window_place: Literal["random", "moving"] = "random",
         window_every: int = 25,
-        spread: Literal["group", "batch"] = "batch",
         kl_weight: float = 0.0,
-        updates: int = 1,
-        chunk: int | None = None,
     ):
+        sampler = rollouts.sampler
         if not isinstance(sampler.schedule, FlowSchedule) or sampler.law not in FLOW_KINDS:
             raise ValueError(
                 f"Flow-GRPO needs a flow model and 'sampler.law' = sde or cps, got '{sampler.law}'; use "
@@ -74,9 +64,8 @@ class FlowGRPO(PolicyGradient):
             )
         if objective != "clip" and sampler.law != "sde":
             raise ValueError(f"'algorithm.objective' = {objective} needs 'sampler.law' = sde, got {sampler.law}")
-        options: Any = {"group_size": group_size, "spread": spread, "kl_weight": kl_weight}
-        super().__init__(policy, reference, sampler, rewards, micro_batches, updates=updates, chunk=chunk, **options)
-        self.clip, self.objective = clip, objective
+        super().__init__(policy, reference, rollouts, clip=clip, kl_weight=kl_weight)
+        self.objective = objective
         self.window, self.window_place, self.window_every = window, window_place, window_every
         self._iteration = 0
         self.trained((0, ""))  # raises if the window does not fit
@@ -84,10 +73,10 @@ class FlowGRPO(PolicyGradient):
     @staticmethod
     def check(cfg: dict[str, Any]) -> list[str]:
         """Problems with an `algorithm` section, one line each."""
-        problems = [] if 0 < cfg["clip"] < 1 else [f"'algorithm.clip' = {cfg['clip']} must lie between 0 and 1"]
+        problems = PolicyGradient.check(cfg)
         if cfg["window"] < 0 or cfg["window_every"] < 1:
             problems.append("'algorithm.window' must be 0 or more, and 'algorithm.window_every' 1 or more")
-        return problems + PolicyGradient.check(cfg)
+        return problems
 
     def turns(self, step: int) -> Any:
         self._iteration = step
@@ -104,8 +93,8 @@ class FlowGRPO(PolicyGradient):
             first = int(self.sampler.draws.integers([key], 0, last + 1, stream="window"))
         return range(first, first + width)
 
-    def policy_loss(self, moves: Moves, log_p: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        ratio, p = (log_p, moves.log_p, moves.advantage), moves.transition
+    def policy_loss(self, move: Move, log_p: Tensor, log_p_old: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        ratio, p = (log_p, log_p_old, move.images.advantage), move.transition
         gaussians = {"mean": mean, "mean_old": p.mean, "std": std.flatten()}
         if self.objective == "clip":
             return clipped_policy_loss(*ratio, self.clip)

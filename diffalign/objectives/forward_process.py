@@ -1,14 +1,15 @@
 """Objectives of online RL on the forward process: noised samples instead of trajectories, no log densities.
 
-DiffusionNFT (arXiv 2509.16117), DGPO (2510.08425), AWM (2509.25050), CRD (2603.14128). All are flow objectives: the
-network predicts the velocity v at x_t = (1 - t) x0 + t eps, with target eps - x0. Errors are means over C, h, w.
+DiffusionNFT (arXiv 2509.16117), DGPO (2510.08425), AWM (2509.25050), CRD (2603.14128). Published for flow models; here
+outputs and targets may also be those of noise or v predictions. Errors are means over C, h, w.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from diffalign.diffusion.schedule import per_sample, upcast
+from diffalign.diffusion.schedule import upcast
 from diffalign.objectives.policy_gradient import group_mean
 
 LEAST_WEIGHT = 1e-5
@@ -20,20 +21,20 @@ def optimality(advantage: Tensor, scale: float = 10.0, limit: float = 5.0) -> Te
     return (advantage.clamp(-limit, limit) / scale + 0.5).clamp(0, 1)
 
 
-def nft_loss(v: Tensor, v_old: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, good: Tensor, beta: float) -> Tensor:
-    """DiffusionNFT's loss [B]: v learns from good samples directly and from bad ones through its mirror image.
+def nft_loss(x0_now: Tensor, x0_old: Tensor, x0: Tensor, good: Tensor, beta: float) -> Tensor:
+    """DiffusionNFT's loss [B]: the policy learns from good samples directly, and from bad ones through a mirror image.
 
-    v, v_old     velocity of the policy, and of the policy that drew x0; [B, C, h, w]
-    x_t, t       noised samples [B, C, h, w] and their levels [B]
-    good         probability that a sample is good [B]: `optimality`
+    x0_now, x0_old  x0 predictions of the policy, and of the policy that drew x0, at one noised sample [B, C, h, w]
+    good            probability that a sample is good [B]: `optimality`
 
-    v+ = beta v + (1 - beta) v_old and v- = (1 + beta) v_old - beta v predict x0 as x_t - t v. The loss is
-    (r e+ + (1 - r) e-) / beta, each squared error divided by its own mean absolute error. Without that division the
-    optimum is v_old + (2 r - 1)(target - v_old) / beta.
+    x+ = beta x0_now + (1 - beta) x0_old and x- = (1 + beta) x0_old - beta x0_now. The loss is (r e+ + (1 - r) e-) /
+    beta, each squared error divided by its own mean absolute error. Without that division the optimum is
+    x0_old + (2 r - 1)(x0 - x0_old) / beta. An x0 prediction is linear in a velocity or noise prediction, so it is the
+    same loss for any network.
     """
-    positive = beta * v + (1 - beta) * v_old
-    negative = (1 + beta) * v_old - beta * v
-    errors = [_scaled_error(upcast(x_t) - per_sample(t) * upcast(x), x0) for x in (positive, negative)]
+    positive = beta * x0_now + (1 - beta) * x0_old
+    negative = (1 + beta) * x0_old - beta * x0_now
+    errors = [_scaled_error(upcast(x), x0) for x in (positive, negative)]
     return (good * errors[0] + (1 - good) * errors[1]) / beta
 
 
@@ -55,6 +56,14 @@ def dgpo_loss(error: Tensor, error_ref: Tensor, advantage: Tensor, group: Tensor
     """
     weight = (beta * group_mean(advantage * (error - error_ref).detach(), group)).sigmoid()
     return (weight * advantage * error).mean()
+
+
+def clipped_error(error: Tensor, error_old: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """DGPO's clipping, [B] and bool [B]: errors without gradient where rho = exp(error_old - error) has left
+    [1 - clip, 1 + clip] in the direction that the advantage favours, and where that is."""
+    ratio = (error_old - error).exp()
+    far = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
+    return torch.where(far, error.detach(), error), far
 
 
 def awm_log_prob(error: Tensor, t: Tensor, power: float = 0.25, tiny: float = 1e-10) -> Tensor:
@@ -79,15 +88,6 @@ def crd_loss(gain: Tensor, good: Tensor, group: Tensor, beta: float) -> Tensor:
     return (beta * (gain - centres[0]) - (good - centres[1])).square().mean() * 5 / beta
 
 
-def crd_gain(v: Tensor, v_old: Tensor, target: Tensor) -> Tensor:
-    """CRD's implicit reward [B] of velocities [B, C, h, w]: how much better the policy predicts than the old one."""
-    return _scaled_error(v_old, target) - _scaled_error(v, target)
-
-
-def old_policy_decay(step: int, kind: str) -> float:
-    """Decay of the moving average that draws NFT's samples. 0 copies the policy.
-
-    fast   min(.5, .001 step)
-    slow   0 until step 75, then min(.999, .0075 (step - 75)); for small beta
-    """
-    return min(0.5, 0.001 * step) if kind == "fast" else max(0.0, min(0.999, 0.0075 * (step - 75)))
+def crd_gain(out: Tensor, out_old: Tensor, target: Tensor) -> Tensor:
+    """CRD's implicit reward [B] of outputs [B, C, h, w]: how much better the policy predicts than the old one."""
+    return _scaled_error(upcast(out_old), target) - _scaled_error(upcast(out), target)

@@ -33,7 +33,7 @@ def group_advantages(
     index = _index(groups, rewards.device)
     centred = rewards - group_mean(rewards, index)
     std = rewards.std(correction=0) if global_std else group_mean(centred.square(), index).sqrt()
-    return (centred / (std + eps)).clamp(-LIMIT, LIMIT)
+    return torch.where(zero_spread(rewards, index), 0, centred / (std + eps)).clamp(-LIMIT, LIMIT)
 
 
 def zero_spread(rewards: Tensor, groups: Sequence[Hashable] | Tensor) -> Tensor:
@@ -54,6 +54,31 @@ def gdpo_advantages(
     ]
     total = torch.stack(parts).sum(0)
     return ((total - total.mean()) / (total.std(correction=0) + eps)).clamp(-LIMIT, LIMIT)
+
+
+class PromptHistory:
+    """DDPO's advantages: a reward against the last `size` rewards of its prompt, population statistics.
+
+    A prompt with fewer than `least` rewards, those of this call included, is compared with all rewards of the call.
+
+    last  the last rewards of each prompt, float64 [at most size]
+    """
+
+    def __init__(self, size: int = 32, least: int = 16):
+        self.size, self.least = size, least
+        self.last: dict[str, Tensor] = {}
+
+    def advantages(self, rewards: Tensor, prompts: Sequence[str], eps: float = 1e-6) -> Tensor:
+        """Add rewards [N] of N prompts, and return (reward - mean) / (std + eps), clamped, float32 [N]."""
+        rewards = rewards.double()
+        index = _index(prompts, rewards.device)
+        found = torch.empty_like(rewards)
+        for k, prompt in enumerate(dict.fromkeys(prompts)):
+            own = rewards[index == k]
+            self.last[prompt] = torch.cat([self.last.get(prompt, own[:0]), own])[-self.size :]
+            known = self.last[prompt] if len(self.last[prompt]) >= self.least else rewards
+            found[index == k] = (own - known.mean()) / (known.std(correction=0) + eps)
+        return found.clamp(-LIMIT, LIMIT).float()
 
 
 def clipped_policy_loss(log_p: Tensor, log_p_old: Tensor, advantage: Tensor, clip: float) -> Tensor:

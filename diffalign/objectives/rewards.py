@@ -76,9 +76,14 @@ class Rewards:
     @torch.no_grad()
     def score(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
         """Weighted sum of scores, float32 [B], of latents x0 [B, C, h, w] and B prompts."""
+        return self.score_each(x0, prompts)[0]
+
+    @torch.no_grad()
+    def score_each(self, x0: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Weighted sum of scores [B], and the scores of the K scorers [B, K], float32; arguments as `score`."""
         parts = self.mixture.parts(self.decode(x0), prompts)
         self._update(parts)
-        return self.mixture.combine(parts)
+        return self.mixture.combine(parts), torch.stack([*parts.values()], dim=1)
 
     def ascend(
         self, x0: Tensor, prompts: Sequence[str], *, unit: bool = False, ceiling: float | None = None

@@ -34,6 +34,22 @@ def constant() -> type[Constant]:
     return Constant
 
 
+class Affine(torch.nn.Module):
+    """Predicts a multiple of x_t plus a number: two weights, so many updates cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(torch.tensor([0.5, 0.0]))
+
+    def forward(self, x_t, t, cond):
+        return self.weights[0] * x_t + self.weights[1]
+
+
+@pytest.fixture(scope="session")
+def affine() -> type[Affine]:
+    return Affine
+
+
 @pytest.fixture(scope="session")
 def schedule_of() -> Callable[[Prediction], Schedule]:
     def make(prediction: Prediction = Prediction.EPSILON) -> Schedule:

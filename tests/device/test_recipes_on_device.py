@@ -28,8 +28,12 @@ SHORT = {
     "inpo": ["inversion.steps=2"],
     "pso_offline": ["sampler.steps=2", "sampler.law=renoise"],
     "pso": ["sampler.steps=2", "sampler.law=renoise"],
-    "ddpo": ["sampler.steps=2", "sampler.law=renoise", "algorithm.group_size=2"],
-    "flow_grpo": ["sampler.steps=3", "algorithm.window=1", "algorithm.group_size=2", "backbone.max_sequence_length=8"],
+    "ddpo": ["sampler.steps=2", "sampler.law=renoise", "rollouts.group_size=2"],
+    "flow_grpo": ["sampler.steps=3", "algorithm.window=1", "rollouts.group_size=2", "backbone.max_sequence_length=8"],
+    "diffusion_nft": ["sampler.steps=2", "sampler.law=renoise", "rollouts.group_size=2"],
+    "dgpo": ["sampler.steps=2", "sampler.law=renoise", "rollouts.group_size=2"],
+    "awm": ["sampler.steps=2", "sampler.law=renoise", "rollouts.group_size=2"],
+    "crd": ["sampler.steps=2", "sampler.law=renoise", "rollouts.group_size=2"],
     "pso_customize": ["sampler.steps=2", "sampler.law=renoise"],
     "r0": ["sampler.steps=2", "sampler.law=renoise"],
     "refl": ["sampler.steps=2", "sampler.law=deterministic", "algorithm.first_step=1"],
@@ -37,7 +41,8 @@ SHORT = {
     "diff_instruct_star": ["sampler.law=renoise", "algorithm.aux_rounds=1"],
     "distill": ["sampler.steps=1", "sampler.law=renoise", "algorithm.aux_rounds=1"],
 }
-WAITS = {"ddpo": 2, "flow_grpo": 2, "pso": 2, "r0": 3, "refl": 3, "draft": 3, "diff_instruct_star": 3, "distill": 0}
+WAITS = dict.fromkeys(("ddpo", "flow_grpo", "diffusion_nft", "dgpo", "awm", "crd"), 2)
+WAITS |= {"pso": 2, "r0": 3, "refl": 3, "draft": 3, "diff_instruct_star": 3, "distill": 0}
 """Maximum number of device synchronisations per step of each recipe that samples. Never raise these numbers."""
 DARK = """
 import torch

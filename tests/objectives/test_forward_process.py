@@ -9,11 +9,11 @@ from torch import Tensor
 from diffalign.objectives import forward_process
 from diffalign.objectives.forward_process import (
     awm_log_prob,
+    clipped_error,
     crd_gain,
     crd_loss,
     dgpo_loss,
     nft_loss,
-    old_policy_decay,
     optimality,
 )
 from diffalign.objectives.policy_gradient import clipped_policy_loss
@@ -44,18 +44,19 @@ def test_the_optimum_of_nft(good: float, monkeypatch: pytest.MonkeyPatch) -> Non
         forward_process, "_scaled_error", lambda prediction, x0: (prediction - x0).square().flatten(1).mean(1)
     )
     given, beta = flow(), 0.7
-    target = (given["x_t"] - given["x0"]) / given["t"][:, None, None, None]
+    level = given["t"][:, None, None, None]
+    target = (given["x_t"] - given["x0"]) / level
     optimum = given["v_old"] + (2 * good - 1) * (target - given["v_old"]) / beta
     v = optimum.clone().requires_grad_()
-    nft_loss(v, good=torch.full((2,), good, dtype=torch.float64), beta=beta, **given).sum().backward()
+    now, old = (given["x_t"] - level * x for x in (v, given["v_old"]))
+    nft_loss(now, old, given["x0"], torch.full((2,), good, dtype=torch.float64), beta).sum().backward()
     assert v.grad is not None and v.grad.abs().max() < 1e-12
 
 
 def test_a_sample_that_is_neither_good_nor_bad_teaches_nft_nothing() -> None:
-    given = flow()
-    v = given["v_old"].clone().requires_grad_()
-    nft_loss(v, good=torch.full((2,), 0.5), beta=0.1, **given).sum().backward()
-    assert v.grad is not None and v.grad.abs().max() < 1e-12
+    now, old, x0 = normal(2, 4, 4, 4, seed=2).requires_grad_(), normal(2, 4, 4, 4, seed=2), normal(2, 4, 4, 4)
+    nft_loss(now, old, x0, torch.full((2,), 0.5), 0.1).sum().backward()
+    assert now.grad is not None and now.grad.abs().max() < 1e-12
 
 
 def test_dgpo_ignores_a_constant_added_to_the_errors_of_a_group() -> None:
@@ -106,6 +107,10 @@ def test_crds_gain_is_positive_where_the_policy_predicts_better() -> None:
     torch.testing.assert_close(crd_gain(v_old, v_old, target), torch.zeros(2).double())
 
 
-def test_the_old_policy_of_nft_follows_fast_or_slowly() -> None:
-    assert [old_policy_decay(k, "fast") for k in (0, 100, 1000)] == [0, 0.1, 0.5]
-    assert [old_policy_decay(k, "slow") for k in (0, 75, 115, 1000)] == pytest.approx([0, 0, 0.3, 0.999])
+def test_dgpo_clips_only_in_the_favoured_direction() -> None:
+    """The ratio is exp(old - error) = 1.1, 1.1, .9, .9: the good image that gained and the bad one that lost stop."""
+    error = -torch.tensor([1.1, 1.1, 0.9, 0.9]).log()
+    error, advantage = error.requires_grad_(), torch.tensor([1.0, -1, 1, -1])
+    clipped, far = clipped_error(error, torch.zeros(4), advantage, 0.05)
+    assert far.tolist() == [True, False, False, True] and torch.equal(clipped, error)
+    assert torch.autograd.grad(clipped.sum(), error)[0].tolist() == [0, 1, 1, 0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffalign.diffusion.schedule import FlowSchedule
 from diffalign.diffusion.steps import cps_step, flow_sde_step, gaussian_step, log_prob, squared_log_prob
 from diffalign.objectives.policy_gradient import (
+    PromptHistory,
     clipped_policy_loss,
     divergence_policy_loss,
     gaussian_kl,
@@ -51,6 +52,28 @@ def test_advantages_are_clamped() -> None:
     one = torch.zeros(101)
     one[0] = 1
     assert group_advantages(one, [0] * 101).max() == 5
+
+
+def test_a_group_of_equal_rewards_has_advantage_0_exactly() -> None:
+    """Rounding of the mean would give .3 / (std + eps) a small advantage."""
+    rewards = torch.tensor([0.3, 0.3, 0.3, 1.0, 2.0])
+    groups = ["a", "a", "a", "b", "b"]
+    for settings in ({}, {"global_std": True}):
+        found = group_advantages(rewards, groups, **settings)
+        assert found[:3].tolist() == [0, 0, 0] and found[3] < 0 < found[4]
+    assert zero_spread(rewards, groups).tolist() == [True, True, True, False, False]
+
+
+def test_ddpo_compares_a_reward_with_the_last_ones_of_its_prompt() -> None:
+    """Fewer than `least` rewards of a prompt: those of the call. Per-prompt mean 0 when they are just the group."""
+    history = PromptHistory(size=4, least=3)
+    first = history.advantages(torch.tensor([1.0, 2, 3, 6]), ["a", "a", "a", "b"])
+    whole = torch.tensor([1.0, 2, 3, 6])
+    assert first[3].item() == pytest.approx(((6 - whole.mean()) / whole.std(correction=0)).item(), rel=1e-4)
+    assert first[:3].mean().abs() < 1e-6 and first[2].item() == pytest.approx(1.5**0.5, rel=1e-4)
+    second = history.advantages(torch.tensor([5.0, 7.0]), ["a", "a"])  # the last four: 2, 3, 5, 7
+    assert history.last["a"].tolist() == [2, 3, 5, 7] and history.last["b"].tolist() == [6]
+    assert second[0].item() == pytest.approx(0.75 / 1.9203, rel=1e-3)
 
 
 def test_gdpo_weighs_rewards_of_different_scales_alike() -> None:

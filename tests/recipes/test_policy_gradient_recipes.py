@@ -1,4 +1,4 @@
-"""Recipes of policy gradients: killed in a rollout, in scoring and between two updates; two processes; exports."""
+"""Recipes of online RL: killed in a rollout, in scoring and between two updates; two processes; exports."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ ROOT = Path(__file__).parents[2]
 RECIPES = {
     "ddpo": ["sampler.steps=3", "sampler.law=renoise"],
     "flow_grpo": ["sampler.steps=4", "algorithm.window=1", "algorithm.window_place=moving"],
+    "diffusion_nft": ["sampler.steps=2", "algorithm.levels=2", "algorithm.kl_weight=0.01", "rollouts.spread=prompt"],
 }
 KILLED = """
 import os, runpy, signal, sys
+from diffalign.algorithms.forward_process import ForwardProcess
 from diffalign.algorithms.policy_gradient import PolicyGradient
 from diffalign.networks.sampler import Sampler
 from diffalign.objectives.rewards import Rewards
 recipe, name, count, *arguments = sys.argv[1:]
-owner = {"walk": Sampler, "score": Rewards, "loss": PolicyGradient}[name]
+losses = ForwardProcess if "nft" in recipe else PolicyGradient
+owner = {"walk": Sampler, "score_each": Rewards, "loss": losses}[name]
 function, calls = getattr(owner, name), 0
 
 def killing(self, *given, **named):
@@ -50,7 +53,7 @@ def one_thread() -> Any:
 def settings(name: str, model: Path, folder: Path, *more: str) -> list[str]:
     given = ["--config=playground", f"run.folder={folder}", f"backbone.path={model}", "backbone.lora_rank=2"]
     given += ["backbone.max_sequence_length=8", "reward.scorers=['diffalign.playground:Judge']", "monitor.prompts=null"]
-    given += ["data.limit=8", "data.batch_size=2", "algorithm.group_size=2", "algorithm.updates=2"]
+    given += ["data.limit=8", "data.batch_size=2", "rollouts.group_size=2", "rollouts.updates=2"]
     given += ["hooks.sample_every=0", "hooks.verify_export=false", "run.log_every=1", "optimizer.lr_warmup_steps=0"]
     return [*given, *RECIPES[name], *more]
 
@@ -64,25 +67,25 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(next((folder / "export").glob("pytorch*.safetensors")))
 
 
-# Calls before the kill, which falls into the third step: with its two micro-batches and two updates, DDPO calls `loss`
-# for two transitions, Flow-GRPO for one.
-PLACES = {"walk": (5, 5), "score": (5, 5), "loss": (20, 10)}
+# Calls before the kill, which falls into the second step of its process: between its two micro-batches, and between its
+# two updates. A step calls `loss` for two micro-batches, two updates, and two transitions or levels (Flow-GRPO: one).
+PLACES = {"walk": (3, 3), "score_each": (3, 3), "loss": (12, 6)}
 
 
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_anywhere_a_run_goes_on_bit_for_bit(
-    tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, forks: Any, name: str, place: str
+    tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, forks: Any, name: str
 ) -> None:
-    model = request.getfixturevalue("tiny_sd" if name == "ddpo" else "tiny_sd3")
+    """In a rollout of step 2, in scoring of step 3, and between the updates of step 4."""
+    model = request.getfixturevalue("tiny_sd3" if name == "flow_grpo" else "tiny_sd")
     more = ["trainer.steps=4", "trainer.grad_accum=2", "hooks.checkpoint_every=1"]
     recipe(name, *settings(name, model, tmp_path / "whole", *more))
-    broken = settings(name, model, tmp_path / "broken", *more)
-    count = PLACES[place][name == "flow_grpo"]
-    killed = forks.run(KILLED, str(ROOT / "train" / f"{name}.py"), place, str(count), *broken)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    assert len(rows(tmp_path / "broken")) == 2
-    recipe(name, *broken, "run.resume=true")
+    broken = [*settings(name, model, tmp_path / "broken", *more), "run.resume=true"]
+    for done, (place, counts) in enumerate(PLACES.items(), start=1):
+        killed = forks.run(KILLED, str(ROOT / "train" / f"{name}.py"), place, str(counts[name == "flow_grpo"]), *broken)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        assert len(rows(tmp_path / "broken")) == done
+    recipe(name, *broken)
     assert rows(tmp_path / "whole") == rows(tmp_path / "broken")
     assert all(torch.equal(x, weights(tmp_path / "broken")[key]) for key, x in weights(tmp_path / "whole").items())
 
@@ -91,7 +94,7 @@ def test_killed_anywhere_a_run_goes_on_bit_for_bit(
 def test_two_processes_equal_one_that_accumulates(
     tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, two_processes: Callable, name: str
 ) -> None:
-    model = request.getfixturevalue("tiny_sd" if name == "ddpo" else "tiny_sd3")
+    model = request.getfixturevalue("tiny_sd3" if name == "flow_grpo" else "tiny_sd")
     more = ["trainer.steps=2", "hooks.checkpoint_every=0"]
     recipe(name, *settings(name, model, tmp_path / "one", *more, "trainer.grad_accum=2"))
     done = two_processes(name, *settings(name, model, tmp_path / "two", *more))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffalign.objectives.rewards import Rewards
-from reward_models import WeightedSum, load_mixture, score_files
+from reward_models import WeightedSum, load_mixture, load_scorer, score_files
 from reward_models.folder import cli as reward_score
 from reward_models.protocol import check_images, scores_of
 
@@ -196,3 +196,13 @@ def test_wrong_scorer_outputs_stop_a_recipe_at_its_first_step(
     with pytest.raises((ValueError, FloatingPointError), match=f"scorer '{spec(kind)}'"):
         recipe(name, "--config=playground", *settings, "hooks.verify_export=false")
     assert not (tmp_path / "run" / "export").exists()
+
+
+def test_jpeg_sizes_are_kilobytes_of_the_file() -> None:
+    """A flat image is small, noise is large, and the two names differ by the sign."""
+    images = torch.stack(
+        [torch.full((3, 32, 32), 0.5), torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))]
+    )
+    small, large = load_scorer("incompressibility", "cpu").score(images, ["a", "b"]).tolist()
+    assert 0.3 < small < 0.9 < 1.5 < large < 3.1  # 3.1 kB uncompressed
+    assert load_scorer("jpeg,quality=95", "cpu").score(images, ["a", "b"]).tolist() == [-small, -large]

@@ -1,0 +1,227 @@
+"""What online RL shares: groups of images per prompt, their rewards and advantages, several updates on a rollout.
+
+    rollout    G images of each prompt, drawn without gradients and scored
+    advantage  reward minus the mean of the prompt's group, divided by a standard deviation
+    update     `updates` optimizer steps on all images of the rollout
+
+A training step is one rollout of all its micro-batches and the updates on it, so a checkpoint never falls between a
+rollout and its updates. The images of a prompt are drawn in one micro-batch: no group is spread over processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffalign.algorithms.base import Algorithm, Turn
+from diffalign.diffusion.steps import Network
+from diffalign.networks.sampler import Sampler, Transition
+from diffalign.objectives.policy_gradient import PromptHistory, gdpo_advantages, group_advantages, zero_spread
+from diffalign.objectives.rewards import Rewards
+from diffalign.types import Cond, Key, Metrics, PromptBatch, RecentMetrics
+
+HISTORY = "rewards of "
+"""Prefix of the names of a prompt's last rewards in a checkpoint."""
+
+
+class Images(NamedTuple):
+    """N = B G images of B prompts. The images of a prompt stand side by side on the batch axis.
+
+    x0           final latents [N, C, h, w]
+    transitions  trained transitions with the index of their step; none for methods that need final latents only
+    cond         batch of N
+    keys         N keys (key of the prompt, k)
+    prompts      N prompts
+    group        int64 [N], the index of the prompt
+    rewards      float32 [N, K], the scores of K scorers
+    scores       float32 [N], their weighted sum
+    idle         whether all scores of the group are equal, bool [N]
+    advantage    float32 [N]; zero until `Rollouts.weighed`
+    update       which of the updates on this rollout
+    """
+
+    x0: Tensor
+    transitions: list[tuple[int, Transition]]
+    cond: Cond
+    keys: Sequence[Key]
+    prompts: Sequence[str]
+    group: Tensor
+    rewards: Tensor
+    scores: Tensor
+    idle: Tensor
+    advantage: Tensor
+    update: int = 0
+
+    def at(self, rows: slice) -> Images:
+        """Some of the images, without transitions."""
+        tensors = ("x0", "group", "rewards", "scores", "idle", "advantage")
+        found: dict[str, Any] = {name: getattr(self, name)[rows] for name in (*tensors, "keys", "prompts")}
+        cond = Cond._make(None if x is None else x[rows] for x in self.cond)
+        return self._replace(cond=cond, transitions=[], **found)
+
+    def chunks(self, size: int | None) -> list[slice]:
+        """The batch axis in slices of `size` images; one slice when left out."""
+        count = len(self.keys)
+        return [slice(k, k + (size or count)) for k in range(0, count, size or count)]
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Rewards to log: their mean, the spread in a group, the share of images that taught nothing."""
+        found = {"reward": self.scores, "idle": self.idle.float(), "advantage_size": self.advantage.abs()}
+        if self.rewards.shape[1] > 1:
+            found |= {f"reward@{k}": x for k, x in enumerate(self.rewards.unbind(1))}
+        return found
+
+
+class Rollouts:
+    """Draws groups of images, scores them and computes advantages.
+
+    Positional: the sampler, the rewards (gradients not needed), and the number of micro-batches in a rollout, which is
+    `trainer.grad_accum`.
+
+    Args:
+        group_size: images per prompt and rollout
+        spread: advantages are divided by the standard deviation of the group; batch: of all samples of the training
+            step; prompt: mean and deviation of the last 32 rewards of the same prompt, as DDPO (those of the training
+            step while it has fewer than 16)
+        several: sum: advantages of the weighted sum of the scorers; each: every scorer is normalised in its group, then
+            their weighted sum over the training step (GDPO)
+        updates: optimizer steps per rollout
+        chunk: samples in a forward pass with gradients; all of a micro-batch when left out
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        rewards: Rewards,
+        micro_batches: int,
+        *,
+        group_size: int = 8,
+        spread: Literal["group", "batch", "prompt"] = "group",
+        several: Literal["sum", "each"] = "sum",
+        updates: int = 1,
+        chunk: int | None = None,
+    ):
+        self.sampler, self.rewards, self.micro_batches = sampler, rewards, micro_batches
+        self.group_size, self.spread, self.several = group_size, spread, several
+        self.updates, self.chunk, self.history = updates, chunk, PromptHistory()
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """Problems with a `rollouts` section, one line each."""
+        problems, size, chunk = [], cfg["group_size"], cfg["chunk"]
+        if size < 2:
+            problems.append(f"'rollouts.group_size' = {size} must be 2 or more: advantages compare images")
+        if cfg["updates"] < 1:
+            problems.append(f"'rollouts.updates' = {cfg['updates']} must be 1 or more")
+        if chunk is not None and (chunk < 1 or (size % chunk and chunk % size)):
+            problems.append(f"'rollouts.chunk' = {chunk} must divide 'rollouts.group_size' or be a multiple of it")
+        if cfg["several"] == "each" and cfg["spread"] == "prompt":
+            problems.append("'rollouts.several' = each normalises in groups; 'rollouts.spread' = prompt cannot be used")
+        return problems
+
+    @torch.no_grad()
+    def draw(self, network: Network, batch: PromptBatch, trained: Sequence[int] = ()) -> Images:
+        """G scored images of each of B prompts. `trained` are the steps that add noise and are kept; if there are none,
+        the sampler adds noise as its law says."""
+        count, each = len(batch.keys), self.group_size
+        keys: list[Key] = [(key, k) for key in batch.keys for k in range(each)]
+        prompts = [prompt for prompt in batch.prompts for _ in range(each)]
+        group = torch.arange(count, device=self.sampler.device).repeat_interleave(each)
+        cond = batch.cond.at(group)
+        walk = self.sampler.walk(network, cond, keys, stochastic=trained or None)
+        x0 = walk[-1].x_next
+        scores, parts = self.rewards.score_each(x0, prompts)
+        group, kept = group.to(scores.device), [(k, walk[k]) for k in trained]
+        idle = zero_spread(scores, group)
+        return Images(x0, kept, cond, keys, prompts, group, parts, scores, idle, torch.zeros_like(scores))
+
+    def weighed(self, rollouts: Sequence[Images]) -> list[Images]:
+        """The micro-batches of a training step, with advantages."""
+        if self.spread == "group" and self.several == "sum":  # the only kind that needs no other micro-batch
+            return [x._replace(advantage=group_advantages(x.scores, x.group)) for x in rollouts]
+        own = [
+            (key, prompt, row)
+            for x in rollouts
+            for key, prompt, row in zip(
+                x.keys, x.prompts, torch.cat([x.scores[:, None], x.rewards], 1).tolist(), strict=True
+            )
+        ]
+        found = sorted(self.rewards.gather(own), key=lambda row: repr(row[0]))  # equal on any number of processes
+        keys, prompts, values = zip(*found, strict=True)
+        numbers = torch.tensor(values)
+        groups = [key[0] for key in keys]
+        if self.several == "each":
+            weights = list(self.rewards.mixture.present_weights().values())
+            advantage = gdpo_advantages(numbers[:, 1:], groups, weights)
+        elif self.spread == "prompt":
+            advantage = self.history.advantages(numbers[:, 0], prompts)
+        else:
+            advantage = group_advantages(numbers[:, 0], groups, global_std=True)
+        place = {key: k for k, key in enumerate(keys)}
+        return [x._replace(advantage=advantage[[place[k] for k in x.keys]].to(x.scores.device)) for x in rollouts]
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.rewards.state(), **{HISTORY + prompt: x for prompt, x in self.history.last.items()}}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.history.last = {k.removeprefix(HISTORY): x for k, x in state.items() if k.startswith(HISTORY)}
+        self.rewards.load({k: x for k, x in state.items() if not k.startswith(HISTORY)})
+
+
+class OnRollouts(Algorithm):
+    """Base class of online RL on groups of images. Positional: the policy, the frozen reference, the rollouts."""
+
+    shown = ("policy/loss", "policy/reward")
+
+    def __init__(self, policy: nn.Module, reference: Network, rollouts: Rollouts, kl_weight: float):
+        self.players = {"policy": policy}
+        self.policy, self.reference, self.rollouts, self.kl_weight = policy, reference, rollouts, kl_weight
+        self.sampler, self.repeats = rollouts.sampler, rollouts.updates
+
+    @staticmethod
+    def check(cfg: dict[str, Any]) -> list[str]:
+        """Problems with an `algorithm` section, one line each."""
+        problems = [] if cfg["kl_weight"] >= 0 else [f"'algorithm.kl_weight' = {cfg['kl_weight']} must be 0 or more"]
+        if cfg.get("clip") is not None and not 0 < cfg["clip"] < 1:
+            problems.append(f"'algorithm.clip' = {cfg['clip']} must lie between 0 and 1")
+        if not cfg.get("beta", 1) > 0:
+            problems.append(f"'algorithm.beta' = {cfg['beta']} must be positive")
+        return problems
+
+    @abstractmethod
+    def roll_out(self, batch: PromptBatch) -> Images:
+        """Groups of images of a micro-batch of prompts, scored, without advantages."""
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        """One optimizer step for each update on the same rollout."""
+        return (Turn("policy", self.loss),) * self.repeats
+
+    def batches(self, loader: Iterator[PromptBatch]) -> Iterator[Images]:
+        """Roll out the micro-batches of a training step, then yield them once for each update."""
+        while True:
+            rolled = [self.roll_out(batch) for batch in itertools.islice(loader, self.rollouts.micro_batches)]
+            weighed = self.rollouts.weighed(rolled)
+            for update in range(self.repeats):
+                yield from (images._replace(update=update) for images in weighed)
+
+    @abstractmethod
+    def loss(self, batch: Any) -> tuple[Tensor, Metrics]:
+        """A part of a rollout -> loss, and metrics."""
+
+    def state(self) -> dict[str, Tensor]:
+        return self.rollouts.state()
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.rollouts.load(state)
+
+    def verdict(self, recent: RecentMetrics) -> str:
+        return (
+            f"verdict: reward {recent.formatted('policy/reward')}; {recent.formatted('policy/idle', '.0%')} of the "
+            "samples taught nothing because all rewards of their group were equal; judge the images with another "
+            "scorer: eval/win_rate.py"
+        )

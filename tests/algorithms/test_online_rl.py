@@ -1,0 +1,267 @@
+"""DiffusionNFT, DGPO, AWM and CRD: their gradients at the start, averages, noise, and a reward that they raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffalign.algorithms.awm import AWM
+from diffalign.algorithms.crd import CRD
+from diffalign.algorithms.dgpo import DGPO
+from diffalign.algorithms.diffusion_nft import DiffusionNFT
+from diffalign.algorithms.forward_process import ForwardProcess
+from diffalign.algorithms.rollouts import Images, Rollouts
+from diffalign.diffusion.noising import denoising_error
+from diffalign.draws import Draws
+from diffalign.networks.follower import Follower
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.placement import trained_parameters
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
+from diffalign.objectives.forward_process import awm_log_prob
+from diffalign.objectives.policy_gradient import PromptHistory, gdpo_advantages, group_advantages
+from diffalign.objectives.rewards import Rewards
+from reward_models import WeightedSum
+
+CPU = torch.device("cpu")
+METHODS: dict[str, type[ForwardProcess]] = {"diffusion_nft": DiffusionNFT, "dgpo": DGPO, "awm": AWM, "crd": CRD}
+ROLLOUTS = {"group_size", "spread", "several", "updates", "chunk"}
+
+
+@pytest.fixture
+def made(rewards_of: Callable, tiny_sd: Path, tiny_sd3: Path) -> Callable[..., tuple[Any, Any]]:
+    """made("awm", flow=True, group_size=2): the backbone, and a method on SD3 or, by default, on SD with 3 steps."""
+
+    def make(
+        name: str, *, flow: bool = False, rank: int = 2, rewards: Any = None, network: Any = None, **settings: Any
+    ) -> tuple[Any, Any]:
+        backbone = load_backbone(CPU, path=str(tiny_sd3 if flow else tiny_sd), lora_rank=rank, max_sequence_length=8)
+        sampler = Sampler(backbone, Draws(0), 32, steps=3, law="deterministic")
+        shared = {"group_size": 4} | {k: settings.pop(k) for k in ROLLOUTS & settings.keys()}
+        rollouts = Rollouts(sampler, rewards or rewards_of(backbone.decode), 1, **shared)
+        policy = network or backbone.denoiser
+        settings = {k: v for k, v in settings.items() if k != "clip" or name in ("dgpo", "awm")}
+        given = (policy, reference_for(policy), rollouts, backbone.encode_text([""]))
+        return backbone, METHODS[name](*given, **{"span": (0.0, 1.0), **settings})  # type: ignore[arg-type]
+
+    return make
+
+
+def rolled(algorithm: ForwardProcess, batch: Any) -> Images:
+    return algorithm.rollouts.weighed([algorithm.roll_out(batch)])[0]
+
+
+def gradient(algorithm: ForwardProcess, images: Images) -> Tensor:
+    """Mean over the parts; each has its backward pass before the next one's forward pass, as in the trainer."""
+    return torch.stack([slope(algorithm, algorithm.loss(part)[0]) for part in algorithm.split(images)]).mean(0)
+
+
+def slope(algorithm: ForwardProcess, loss: Tensor) -> Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained_parameters(algorithm.policy))])
+
+
+def moved(algorithm: ForwardProcess, by: float = 1e-2) -> None:
+    """Move the policy away from its reference and averages."""
+    with torch.no_grad():
+        for p in trained_parameters(algorithm.policy):
+            p.add_(by * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["noise", "flow"])
+@pytest.mark.parametrize("name", METHODS)
+def test_at_the_start_a_method_is_the_advantage_weighted_regression(
+    made: Callable, prompts_of: Callable, name: str, flow: bool
+) -> None:
+    """With the policy at its reference and averages, each loss has the gradient of mean c A e with a known c."""
+    backbone, algorithm = made(name, flow=flow, kl_weight=0.1)
+    images = rolled(algorithm, prompts_of(backbone))
+    found = algorithm.renoised(0, images)
+    for other in found.frozen.values():
+        torch.testing.assert_close(other, algorithm.policy(found.x_t, found.t, images.cond).detach(), atol=1e-6, rtol=0)
+    ours = gradient(algorithm, images)
+    slopes = []
+    for k in range(algorithm.levels):
+        found = algorithm.renoised(k, images)
+        out = algorithm.policy(found.x_t, found.t, images.cond)
+        error, a = denoising_error(out, found.target), images.advantage
+        size = (out - found.target).detach().abs().flatten(1).mean(1)
+        if name == "diffusion_nft":  # (r - (1 - r)) beta / beta times the error of x0 over its size
+            x0 = algorithm.sampler.schedule.split(out, found.x_t, found.t)[0]
+            size = (x0 - images.x0).detach().abs().flatten(1).mean(1)
+            loss = (5 * (2 * a / 10) * denoising_error(x0, images.x0) / size).mean()
+        elif name == "dgpo":  # sigmoid(0) = 1/2
+            loss = (0.5 * a * error).mean()
+        elif name == "awm":
+            level = algorithm.sampler.schedule.fraction(found.t)
+            loss = -(a / 5 * awm_log_prob(error, level)).mean()
+        else:  # 2 (R - mean R) e / w, times 5
+            loss = (10 * (a / 10) * error / size).mean()
+        slopes.append(slope(algorithm, loss))
+    wanted = torch.stack(slopes).mean(0)
+    torch.testing.assert_close(ours, wanted, atol=1e-6 * float(wanted.abs().max()) + 1e-7, rtol=1e-3)
+    assert wanted.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_chunks_change_no_gradient_and_updates_draw_new_noise(made: Callable, prompts_of: Callable, name: str) -> None:
+    found = []
+    for chunk in (None, 4):
+        backbone, algorithm = made(name, chunk=chunk)
+        images = rolled(algorithm, prompts_of(backbone))
+        moved(algorithm)
+        assert len(algorithm.split(images)) == algorithm.levels * (1 if chunk is None else 2)
+        found.append(gradient(algorithm, images))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
+    again = algorithm.renoised(0, images._replace(update=1)).x_t
+    assert (again - algorithm.renoised(0, images).x_t).abs().flatten(1).amax(1).min() > 0.1
+
+
+@pytest.mark.parametrize(("name", "shared"), [("dgpo", True), ("crd", True), ("awm", False), ("diffusion_nft", False)])
+def test_methods_that_compare_errors_share_the_noise_of_a_group(
+    made: Callable, prompts_of: Callable, name: str, shared: bool
+) -> None:
+    """Every level of the sampler occurs once; a noise prediction's target is the noise."""
+    backbone, algorithm = made(name, levels=3)
+    images = rolled(algorithm, prompts_of(backbone))
+    found = [algorithm.renoised(k, images) for k in range(3)]
+    assert torch.stack([x.t[0] for x in found]).tolist() == algorithm.sampler.timesteps.tolist()
+    eps = found[0].target.unflatten(0, (2, 4))
+    assert torch.equal(eps, eps[:, :1].expand_as(eps)) == shared and not torch.equal(eps[0], eps[1])
+
+
+def test_levels_lie_in_their_part_of_the_span(made: Callable) -> None:
+    _, algorithm = made("awm", span=(0.1, 0.9), levels=2)
+    assert [*algorithm.steps] == [0, 1, 2] and algorithm.levels == 2
+    with pytest.raises(ValueError, match=r"'algorithm.span' = .* holds none"):
+        made("awm", span=(0.0, 0.1))
+    with pytest.raises(ValueError, match=r"multiple of 'rollouts.group_size' = 4"):
+        made("dgpo", chunk=2)
+    wrong = {"kl_weight": -1, "clip": 0, "levels": 0, "span": (0.5, 0.2), "reference_guidance": -1}
+    assert len(AWM.check({**wrong, "power": 0, "average_weight": 1})) == 6
+
+
+@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "full"])
+def test_an_average_follows_and_leaves_the_policy_alone(made: Callable, prompts_of: Callable, rank: int) -> None:
+    backbone, algorithm = made("awm", rank=rank)
+    follower, trained = Follower(algorithm.policy), trained_parameters(algorithm.policy)
+    batch = prompts_of(backbone)
+    x, t = torch.zeros(2, 4, 8, 8), torch.tensor([3, 5])
+    start = follower(x, t, batch.cond)
+    moved(algorithm)
+    before = [p.detach().clone() for p in trained]
+    assert torch.equal(follower(x, t, batch.cond), start)
+    assert all(map(torch.equal, trained, before))
+    follower.follow(0.5)
+    assert not torch.equal(follower(x, t, batch.cond), start)
+    follower.follow(0.0)  # an exact copy
+    assert all(map(torch.equal, follower.average, before))
+    with torch.no_grad():
+        assert torch.equal(follower(x, t, batch.cond), algorithm.policy(x, t, batch.cond))
+
+
+def test_the_averages_follow_as_published(made: Callable) -> None:
+    """And a checkpoint holds them."""
+    _, nft = made("diffusion_nft")
+    assert [nft.decay("old", k) for k in (100, 1000)] == [0.1, 0.5]
+    nft.old = "slow"
+    assert [nft.decay("old", k) for k in (1, 75, 115, 1000)] == pytest.approx([0, 0, 0.3, 0.999])
+    _, crd = made("crd")
+    assert [crd.decay("old", k) for k in (10, 1000)] == pytest.approx([0.3, 0.999])
+    assert [crd.decay("sampling", k) for k in (75, 115, 1000)] == pytest.approx([0, 0.3, 0.999])
+    moved(crd)
+    crd.turns(10)
+    state = {k: x.clone() for k, x in crd.state().items()}
+    crd.turns(20)
+    assert any(not torch.equal(x, state[k]) for k, x in crd.state().items())
+    crd.load(state)
+    assert all(torch.equal(x, state[k]) for k, x in crd.state().items())
+
+
+def test_the_old_policy_draws_the_images_of_nft(made: Callable, prompts_of: Callable) -> None:
+    backbone, algorithm = made("diffusion_nft")
+    batch = prompts_of(backbone)
+    before = algorithm.roll_out(batch).x0
+    moved(algorithm, 0.1)
+    assert torch.equal(algorithm.roll_out(batch).x0, before)
+    assert not torch.equal(algorithm.sampler.sample(algorithm.policy, batch.cond, batch.keys), before[::4])
+
+
+def test_awm_with_several_updates_compares_with_the_policy_at_the_rollout(made: Callable, prompts_of: Callable) -> None:
+    backbone, algorithm = made("awm", updates=2, average_weight=0.0)
+    algorithm.turns(1)
+    images = rolled(algorithm, prompts_of(backbone))
+    assert algorithm.loss((0, images))[1]["ratio_error"].max() < 1e-6
+    moved(algorithm)
+    assert algorithm.loss((0, images))[1]["ratio_error"].max() > 1e-4
+
+
+@pytest.mark.parametrize("flow", [False, True], ids=["noise", "flow"])
+@pytest.mark.parametrize("name", METHODS)
+def test_twenty_updates_raise_a_reward(
+    made: Callable, prompts_of: Callable, rewards_of: Callable, affine: Callable, name: str, flow: bool
+) -> None:
+    """By a fifth of a standard deviation in twenty updates of a network with two weights."""
+    rewards = rewards_of(lambda x: (0.5 + x[:, :3] / 8).clamp(0, 1))
+    backbone, algorithm = made(name, flow=flow, group_size=16, rewards=rewards, network=affine(), clip=0.5)
+    optimizer = torch.optim.Adam(algorithm.policy.parameters(), lr=0.02)
+    before = rolled(algorithm, prompts_of(backbone, epoch=99)).scores
+    for k in range(20):
+        algorithm.turns(k)
+        for part in algorithm.split(rolled(algorithm, prompts_of(backbone, epoch=k))):
+            algorithm.loss(part)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    algorithm.turns(20)
+    algorithm.drawn_by = "policy"
+    after = rolled(algorithm, prompts_of(backbone, epoch=99)).scores
+    assert (after - before).mean() > 0.2 * before.std()
+
+
+class Mean:
+    """A scorer of the mean of a colour."""
+
+    differentiable, unit = False, "raw"
+
+    def __init__(self, colour: int, scale: float):
+        self.colour, self.scale = colour, scale
+
+    def score(self, images: Tensor, prompts: Any) -> Tensor:
+        return self.scale * images[:, self.colour].mean((1, 2))
+
+
+@pytest.mark.parametrize("kind", ["batch", "prompt", "each"])
+def test_advantages_cover_all_micro_batches_and_ranks(made: Callable, prompts_of: Callable, kind: str) -> None:
+    """Two micro-batches on one rank equal one on each of two, for statistics over the training step."""
+    backbone, algorithm = made("awm")
+    mixture = WeightedSum({"red": (Mean(0, 1.0), 1.0), "blue": (Mean(2, 100.0), 0.5)})
+    settings = {"several": "each"} if kind == "each" else {"spread": kind}
+
+    def fresh(gather: Any) -> Rollouts:
+        rewards = Rewards(mixture, backbone.decode, gather)
+        return Rollouts(algorithm.sampler, rewards, 2, group_size=4, **settings)
+
+    one = fresh(lambda values: values)
+    drawn = [one.draw(backbone.denoiser, prompts_of(backbone, epoch=k)) for k in (0, 1)]
+    found = one.weighed(drawn)
+    sent: list[Any] = []
+    fresh(lambda values: sent.extend(values) or values).weighed(drawn[1:])  # what the other rank sends
+    there = fresh(lambda values: [*sent, *values]).weighed(drawn[:1])
+    assert torch.equal(there[0].advantage, found[0].advantage)
+    scores = torch.cat([x.scores for x in drawn])
+    groups = [key[0] for x in drawn for key in x.keys]
+    wanted = {
+        "batch": group_advantages(scores, groups, global_std=True),
+        "each": gdpo_advantages(torch.cat([x.rewards for x in drawn]), groups, [1.0, 0.5]),
+        "prompt": PromptHistory().advantages(scores, [p for x in drawn for p in x.prompts]),
+    }
+    torch.testing.assert_close(torch.cat([x.advantage for x in found]), wanted[kind], atol=1e-4, rtol=1e-3)
+    state = one.state()
+    again = fresh(lambda values: values)
+    again.load(state)
+    assert again.history.last.keys() == one.history.last.keys() and bool(state) == (kind == "prompt")
+    assert {"reward@0", "reward@1", "idle"} <= drawn[0].metrics().keys()
