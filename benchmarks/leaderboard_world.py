@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 import shutil
@@ -133,7 +134,8 @@ class World:
         backbone = load_backbone(torch.device("cpu"), path=model, max_sequence_length=8)
         cond, x0 = backbone.encode_text([row["prompt"] for row in rows[some]]), backbone.encode_pixels(images[some])
         eps = Draws(0).normal(range(len(x0)), x0.shape[1:], stream="drift")
-        aligned = runpy.run_path(str(launch.find("tools", "generate")))["load"](model, lora, "fp32")
+        asked = argparse.Namespace(pipeline=model, config=None, lora=[str(lora)], dtype="fp32")
+        aligned = runpy.run_path(str(launch.find("tools", "generate")))["load"](asked)
         networks = backbone.denoiser.network, aligned.unet if hasattr(aligned, "unet") else aligned.transformer
         found = []
         with torch.no_grad():
