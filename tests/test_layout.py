@@ -37,7 +37,7 @@ SCORER_LAYERS = (
     ("preprocess", "weights"),
     ("base", "loading"),
     ("clip", "mixture"),
-    ("blip", "folder"),
+    ("blip", "folder", "vlm"),
     ("playground", "personal"),
     ("training",),
     ("__main__",),

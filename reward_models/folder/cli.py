@@ -184,6 +184,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     remove_journals(args.out)
     print(f"{meta['scored']} images scored, {meta['failed']} failed: '{args.out}'")
     print("\n".join(summary_lines(meta["scorers"])))
+    for spent in (getattr(scorer, "spent", None) for scorer in scorers.values()):
+        if spent:
+            print(f"reward-score: {spent}")
     for name, scorer in meta["scorers"].items():
         if scorer["longer_prompts"]:
             print(f"reward-score: {longer_line(name, scorer['longer_prompts'])}", file=sys.stderr)
@@ -206,6 +209,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
             "unit": scorer.unit,
             "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
+            **({"depends_on": scorer.record} if hasattr(scorer, "record") else {}),
             "longer_prompts": longer_prompts(scorer, (item.prompt for item in items)),
             **summarise(outcomes.scores[:, k]),
         }
