@@ -31,6 +31,7 @@ SCORERS = {
     "unified_reward": "reward_models.vlm.rows:unified_reward",
     "rubric": "reward_models.vlm.rows:rubric",
     "quality_levels": "reward_models.vlm.rows:quality_levels",
+    "judge": "reward_models.judges.judge:Judge",
     "playground_hps": "reward_models.playground:hps",
     "playground_vp_score": "reward_models.playground:vp_score",
 }

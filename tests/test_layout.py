@@ -38,7 +38,7 @@ SCORER_LAYERS = (
     ("base", "loading"),
     ("clip", "mixture"),
     ("blip", "folder", "vlm"),
-    ("playground", "personal"),
+    ("playground", "personal", "judges"),
     ("training",),
     ("__main__",),
 )

@@ -80,6 +80,23 @@ VLM_CARDS = {
         (),
         (_OTHER_MODEL, "untested against people: measure it with reward_accuracy before you train with it"),
     ),
+    "judge": Card(
+        "A model behind a server in the OpenAI chat schema, as a judge",
+        "url=http://127.0.0.1:8000/v1,model=NAME of vLLM, SGLang or a hosted model; images leave this machine",
+        "that of the model, and the terms of its server",
+        "the model writes the numbers that the template asks for, at temperature 0",
+        "as PNG, or JPEG of quality 95 (encoding=jpeg), at their own size; no gradient",
+        "where the template has {prompt}",
+        "points in the ranges of the template, mean over its lines NAME (LOW-HIGH): X",
+        "as the template says",
+        (),
+        (
+            _OTHER_MODEL,
+            "hosted models change without notice, and servers are not deterministic at temperature 0: the cache keeps "
+            "the first answer",
+            "pairs: judges prefer a position; both orders are asked, and a judge that decides by position gives 1/2",
+        ),
+    ),
     "quality_levels": Card(
         "Quality by level words, the formula of Q-Align (Wu et al., 2023, arXiv 2312.17090)",
         _CHAT,

@@ -16,7 +16,9 @@ from torch import Tensor
 from reward_models.files import read_text
 
 PROMPT = "{prompt}"
-_SCORE = re.compile(r"^\W*(\w[^\n:(]*?)\W*\((-?[\d.]+)\s*-\s*(-?[\d.]+)\)\W*:\W*[A-Z]\W*$", re.MULTILINE)
+_SCORE = re.compile(
+    r"(?:^|[.?!,;:]\s)\W*(\w[^\n:(.?!,;{}]*?)\W*\((-?[\d.]+)\s*-\s*(-?[\d.]+)\)\W*:\W*[A-Z](?=\W*$|[.,;])", re.MULTILINE
+)
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _ANSWER = re.compile(r"^\W*answer\W*:\W*(a|b|tie)\W*$", re.IGNORECASE | re.MULTILINE)
 _SHOWN = 300
@@ -43,7 +45,7 @@ class Aspect:
 class Template:
     """The question to a judge. `{prompt}` stands for the prompt; with_prompt=False asks about the image alone.
 
-    A line `NAME (LOW-HIGH): X` says that a reply must have a line `NAME: number` with a number in that range.
+    `NAME (LOW-HIGH): X`, in a line or at its end, says that a reply must have a line `NAME: number` in that range.
     """
 
     text: str

@@ -17,6 +17,7 @@ from reward_models import load_scorer
 from reward_models.protocol import Unscored
 from reward_models.vlm import rows
 from reward_models.vlm.readouts import Levels, Probability, first_tokens
+from reward_models.vlm.replies import ReplyError, Template
 from reward_models.vlm.scorer import VLMScorer
 from reward_models.vlm.sizing import Patches
 
@@ -135,6 +136,44 @@ def test_replies_are_scores_or_errors_with_their_text(qwen3: Path, monkeypatch: 
     replies[1] = "**Match Score**: 2\n- **Beauty (0-10):** 3/10"
     assert scorer.score(LEVELS / 255, PROMPTS).tolist() == [5.75, 2.5]
     assert scorer.score_aspects(LEVELS / 255, PROMPTS).tolist() == [[4, 7.5], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Rate {prompt}, please. Score (1-5): X", [("Score", 1, 5)]),
+        ("{prompt}: Match (1-10): X, Style Score (0-1): Y.", [("Match", 1, 10), ("Style Score", 0, 1)]),
+        ("{prompt} (each rated 1-5):\n- **Hue** (-1 - 1.5): X\nHue (1-5): how nice", [("Hue", -1, 1.5)]),
+        ("{prompt}\nScore (1-5): A number from 1 to 5", []),
+    ],
+)
+def test_what_a_template_asks_for(text: str, expected: list[tuple[str, float, float]]) -> None:
+    assert [(x.name, x.low, x.high) for x in Template(text).aspects] == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Score: 4", 4),
+        ("score (1-5): 4.5", 4.5),
+        ('{\n"Score": 3\n}', 3),
+        ("Score: 2\nOn reflection:\nScore: 3/5", 3),
+        ("Score: X", "no number"),
+        ("The Score is high", "no number"),
+        ("Score: 4.5.1", "no number"),
+        ("Score: -3", "outside 1 to 5"),
+        ("Score: 45", "outside 1 to 5"),
+        ("", "no number"),
+    ],
+)
+def test_a_reply_is_its_number_or_an_error(reply: str, score: float | str) -> None:
+    template = Template("{prompt} Please: Score (1-5): X")
+    if isinstance(score, str):
+        with pytest.raises(ReplyError, match=score) as caught:
+            template.read(reply)
+        assert caught.value.text == reply
+    else:
+        assert template.read(reply) == [score]
 
 
 def test_unified_reward_has_three_aspects(qwen3: Path) -> None:
