@@ -37,7 +37,7 @@ SCORER_LAYERS = (
     ("preprocess", "weights"),
     ("base", "loading"),
     ("clip", "mixture"),
-    ("blip", "folder", "vlm"),
+    ("blip", "folder", "vision", "vlm"),
     ("playground", "personal", "judges"),
     ("training",),
     ("__main__",),

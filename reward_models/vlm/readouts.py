@@ -63,9 +63,13 @@ class NextToken:
 
     def __call__(self, network: Any, inputs: Inputs) -> Tensor:
         """Float32 [B]."""
-        logits = network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        logits = self.logits(network, inputs)
         with full_precision(logits.device):
-            return self.read(logits.float())
+            return self.read(logits)
+
+    def logits(self, network: Any, inputs: Inputs) -> Tensor:
+        """Of the next token, float32 [B, vocabulary]."""
+        return network(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     def read(self, logits: Tensor) -> Tensor:
         """Float32 [B, vocabulary] -> [B]."""
@@ -75,7 +79,7 @@ class NextToken:
 class Probability(NextToken):
     """The probability of an answer: the softmax over the whole vocabulary, summed over the answer's first tokens.
 
-    yes  first tokens of the answer, all rows the same, or for each row
+    yes  first tokens of the answer
     no   first tokens of the other answer; with them, the score is log p(yes) - log p(no): the same order, no saturation
     """
 

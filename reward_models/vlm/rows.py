@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2VLModel
 
 from reward_models.files import one_line, reachable, read_text
+from reward_models.vlm.questions import QuestionScorer, read_questions
 from reward_models.vlm.readouts import Head, Levels, Probability, Text, first_tokens
 from reward_models.vlm.replies import PROMPT, Template, read_template
 from reward_models.vlm.scorer import VLMScorer
@@ -20,6 +21,7 @@ from reward_models.weights import find_file, load_strict, read_state
 HPS_V3, HPS_V3_FILE, HPS_V3_BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 REWARD = "<|Reward|>"
 CHAT = "Qwen/Qwen3-VL-4B-Instruct"
+GENEVAL2 = "Qwen/Qwen3-VL-8B-Instruct"
 UNIFIED = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """The model types of transformers that are tested."""
@@ -122,6 +124,22 @@ def quality_levels(*, model: str = CHAT, what: Literal["quality", "aesthetics"] 
     how: dict[str, Any] = {"rule": Patches.of(processor.image_processor), "template": question}
     how |= {"readout": Levels(tokens), "answer": f"The {what} of the image is"}
     return VLMScorer(network, processor, unit="points 1 to 5", name=model, **how).eval().requires_grad_(False)
+
+
+def geneval2(
+    *, questions: str, model: str = GENEVAL2, mean: Literal["geometric", "arithmetic"] = "geometric"
+) -> QuestionScorer:
+    """GenEval2's Soft-TIFA (Kamath et al., 2025): the mean probability of the right answers to a prompt's questions.
+
+    questions  file with lines {"prompt": ..., "vqa_list": [[question, answer], ...]}
+    model      hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL
+    mean       geometric or arithmetic, over the questions
+    """
+    asked = read_questions(questions)
+    network, processor = _load(model)
+    how: dict[str, Any] = {"rule": Patches.of(processor.image_processor), "questions": asked, "mean": mean}
+    scorer = QuestionScorer(network, processor, template=Template(f"{PROMPT} Answer in one word."), name=model, **how)
+    return scorer.eval().requires_grad_(False)
 
 
 def _load(model: str) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 from reward_models import load_scorer
 from reward_models.protocol import Unscored
 from reward_models.vlm import rows
+from reward_models.vlm.questions import forms
 from reward_models.vlm.readouts import Levels, Probability, first_tokens
 from reward_models.vlm.replies import ReplyError, Template
 from reward_models.vlm.scorer import VLMScorer
@@ -200,3 +202,36 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         load_scorer("rubric,template=nothing.txt", "cpu")
     with pytest.raises(ValueError, match=r"needs a line such as 'Score \(1-5\): X'"):
         load_scorer('rubric,template="Rate {prompt}, please: now."', "cpu")
+
+
+@torch.no_grad()
+def test_geneval2_is_the_mean_probability_of_the_right_answers(qwen3: Path, tmp_path: Path) -> None:
+    asked = [["Is there <|image_pad|> a fox?", "Yes"], ["How many foxes?", "2"], ["Any snow?", "No"]]
+    rows = [{"prompt": PROMPTS[0], "vqa_list": asked}, {"prompt": PROMPTS[1], "vqa_list": asked[:1]}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = f"geneval2,model={qwen3},questions={tmp_path}/q.jsonl"
+    scorer: Any = load_scorer(spec, "cpu")
+    # First tokens of the forms: `No` is one token, ` no` starts with a space alone.
+    forms = [["Yes", "y", "Ġ"], ["t", "T", "2", "Ġ"], ["No", "n", "Ġ"]]
+    p = []
+    for (question, _), tokens in zip(asked, forms, strict=True):
+        inputs = _stock(scorer, LEVELS[0], f"{question.replace('<|', '< |')} Answer in one word.")
+        ids = scorer.processor.tokenizer.convert_tokens_to_ids(tokens)
+        p.append(scorer.network(**inputs).logits[0, -1].softmax(-1)[ids].sum().item())
+    assert scorer.score(LEVELS / 255, PROMPTS).tolist()[0] == pytest.approx(math.prod(p) ** (1 / 3), rel=1e-4)
+    plain = load_scorer(f"{spec},mean=arithmetic", "cpu")
+    assert plain.score(LEVELS / 255, PROMPTS)[0].item() == pytest.approx(sum(p) / 3, rel=1e-4)
+    with pytest.raises(Unscored, match="image 1: no questions for the prompt 'a dog'"):
+        scorer.score(LEVELS / 255, [PROMPTS[0], "a dog"])
+    with torch.enable_grad():
+        images = (LEVELS / 255).requires_grad_()
+        scorer.score(images, PROMPTS).sum().backward()
+    assert images.grad is not None and (images.grad.flatten(1).abs().sum(1) > 0).all()
+    (tmp_path / "q.jsonl").write_text('{"prompt": "x", "vqa_list": []}\n')
+    with pytest.raises(ValueError, match="line 1: expected 'prompt' and 'vqa_list'"):
+        load_scorer(spec, "cpu")
+
+
+def test_the_forms_of_an_answer() -> None:
+    assert forms("Yes") == ["yes", "Yes", " yes", " Yes"]
+    assert forms("3") == forms("Three") == ["three", "Three", "3", " three", " Three", " 3"]
