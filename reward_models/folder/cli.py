@@ -31,6 +31,7 @@ DESCRIPTION = """Score images against their prompts with one or more scorers.
   reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # one user's preferences
   reward-score info hps_v2.1                                  # source, units, accuracies
   reward-score convert HPS_v2.1_compressed.pt hps.safetensors
+  reward-score serve --scorer hps_v2.1                        # over HTTP, see `reward-score serve --help`
   reward-score ray shards --scorer clip --out scores          # on a Ray cluster, see `reward-score ray --help`
 
 IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`. Or it is a
@@ -74,6 +75,10 @@ def main(
             from reward_models.folder import on_ray
 
             return on_ray.main(words[1:])
+        if words[:1] == ["serve"]:
+            from reward_models.folder import serve
+
+            return serve.main(words[1:])
         return _score(_parser().parse_args(words), Processes(rank, world, wait))
     except (ValueError, OSError) as error:
         print(f"reward-score: {error}", file=sys.stderr)

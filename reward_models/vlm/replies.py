@@ -46,6 +46,7 @@ class Template:
     """The question to a judge. `{prompt}` stands for the prompt; with_prompt=False asks about the image alone.
 
     `NAME (LOW-HIGH): X`, in a line or at its end, says that a reply must have a line `NAME: number` in that range.
+    The template `{prompt}` alone is for `reward-score serve`, whose reply is a number.
     """
 
     text: str
@@ -58,6 +59,8 @@ class Template:
     @cached_property
     def aspects(self) -> tuple[Aspect, ...]:
         """The scores that the template asks for, in its order."""
+        if self.text == PROMPT:
+            return (Aspect("", -math.inf, math.inf),)
         return tuple(Aspect(name, float(low), float(high)) for name, low, high in _SCORE.findall(self.text))
 
     @property
@@ -68,6 +71,8 @@ class Template:
     @property
     def unit(self) -> str:
         """The unit of the mean over the aspects."""
+        if self.text == PROMPT:
+            return "as served"
         ranges = dict.fromkeys(f"{a.low:g} to {a.high:g}" for a in self.aspects)
         return f"points {' and '.join(ranges)}, mean of {', '.join(a.name for a in self.aspects)}"
 
@@ -87,6 +92,10 @@ class Template:
     def read(self, reply: str) -> list[float]:
         """The number of each aspect; the last one, if a reply repeats it. Raises ReplyError for a missing number, and
         for one outside its range."""
+        if self.text == PROMPT:
+            if not re.fullmatch(r"-?\d+(\.\d+)?(e[-+]?\d+)?", reply.strip()):
+                raise ReplyError("the reply is not a number", reply)
+            return [float(reply)]
         found = []
         for aspect in self.aspects:
             name = rf"^\W*{re.escape(aspect.name)}\W*(?:\([^)\n]*\))?\W*?:\W*?({_NUMBER})(?![\d.]*\d)"
