@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal
@@ -44,8 +46,9 @@ class QuestionScorer(VLMScorer):
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the scores depend on besides image sizing, dtype and the questions."""
-        return {**super().record, "mean": self.mean}
+        """What the scores depend on besides image sizing and dtype."""
+        asked = hashlib.sha256(json.dumps(self.questions, sort_keys=True).encode()).hexdigest()
+        return {**super().record, "mean": self.mean, "questions": asked}
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises Unscored for prompts without questions."""

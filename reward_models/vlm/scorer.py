@@ -116,8 +116,9 @@ class VLMScorer(nn.Module):
         return self.processor.tokenizer.apply_chat_template(turn, enable_thinking=False, **how) + self.answer
 
     def cast(self, dtype: torch.dtype) -> VLMScorer:
-        """Convert the network to another dtype. A head stays float32."""
-        self.network.to(dtype)
+        """Convert the weights of the network to another dtype. A head and the frequencies of positions stay float32."""
+        for parameter in self.network.parameters():
+            parameter.data = parameter.data.to(dtype)
         return self
 
     def compile(self, *args: Any, **settings: Any) -> None:

@@ -245,4 +245,6 @@ def test_half_precision_is_that_of_training_and_full_precision_is_full(folder: P
         scorer: Any = load_scorer(spec, "cpu", dtype=dtype)  # type: ignore[arg-type]
         assert {p.dtype for p in scorer.network.parameters()} == {wanted}
         assert {p.dtype for p in scorer.readout.parameters()} == {torch.float32}
+        # Frequencies of rotary embeddings: in bfloat16, distant positions would be off by whole turns.
+        assert {b.dtype for b in scorer.network.buffers() if b.is_floating_point()} == {torch.float32}
     assert REWARD in scorer.processor.tokenizer.get_added_vocab()

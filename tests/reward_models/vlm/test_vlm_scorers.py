@@ -219,7 +219,8 @@ def test_geneval2_is_the_mean_probability_of_the_right_answers(qwen3: Path, tmp_
         ids = scorer.processor.tokenizer.convert_tokens_to_ids(tokens)
         p.append(scorer.network(**inputs).logits[0, -1].softmax(-1)[ids].sum().item())
     assert scorer.score(LEVELS / 255, PROMPTS).tolist()[0] == pytest.approx(math.prod(p) ** (1 / 3), rel=1e-4)
-    plain = load_scorer(f"{spec},mean=arithmetic", "cpu")
+    plain: Any = load_scorer(f"{spec},mean=arithmetic", "cpu")
+    assert plain.record["mean"] == "arithmetic" and len(plain.record["questions"]) == 64
     assert plain.score(LEVELS / 255, PROMPTS)[0].item() == pytest.approx(sum(p) / 3, rel=1e-4)
     with pytest.raises(Unscored, match="image 1: no questions for the prompt 'a dog'"):
         scorer.score(LEVELS / 255, [PROMPTS[0], "a dog"])
