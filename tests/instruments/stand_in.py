@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "dropped":
             return self.connection.close()
         if fault == "slow":
-            time.sleep(0.4)
+            time.sleep(1)
         if fault == "html":
             return self._send(200, b"<html>a proxy's page</html>")
         if fault == "key":
