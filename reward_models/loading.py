@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 from functools import partial
 from importlib import import_module
@@ -27,6 +28,16 @@ SCORERS = {
     "vp_score": "reward_models.blip.scorers:vp_score",
     "jpeg": "reward_models.playground.jpeg:jpeg",
     "incompressibility": "reward_models.playground.jpeg:incompressibility",
+    "hps_v3": "reward_models.vlm.rows:hps_v3",
+    "vqascore": "reward_models.vlm.rows:vqascore",
+    "unified_reward": "reward_models.vlm.rows:unified_reward",
+    "rubric": "reward_models.vlm.rows:rubric",
+    "quality_levels": "reward_models.vlm.rows:quality_levels",
+    "geneval2": "reward_models.vlm.rows:geneval2",
+    "clip_iqa": "reward_models.clip.iqa:CLIPIQA",
+    "aesthetic_v2.5": "reward_models.vision.towers:AestheticV25",
+    "dino_similarity": "reward_models.vision.towers:DinoSimilarity",
+    "judge": "reward_models.judges.judge:Judge",
     "playground_hps": "reward_models.playground:hps",
     "playground_vp_score": "reward_models.playground:vp_score",
 }
@@ -49,7 +60,7 @@ def load_scorer(
     """A scorer, frozen, in eval mode and on the device.
 
     spec     a name of SCORERS or `package.module:Class` with settings, such as `clip,model=ViT-L-14,pretrained=openai`;
-             or a scorer folder, as training and `save` write it
+             or a scorer folder, as training and `save` write it. A value in quotes may contain commas
     device   `auto` is a GPU if there is one, else the CPU
     dtype    dtype of the network; scores are always float32. `auto` is fp16 on a GPU for scorers that define `cast`,
              else fp32. Ignored for scorers that are not an `nn.Module`
@@ -122,6 +133,12 @@ def _find(name: str) -> Any:
     return getattr(module, attribute)
 
 
+def split_settings(text: str) -> list[str]:
+    """`a=1,b="x, y"` -> `a=1` and `b=x, y`. Commas in a value in quotes, single or double, are part of it."""
+    parts = re.findall(r"""(?:^|,)([^,=]*=)(?:"([^"]*)"|'([^']*)')(?=,|$)|(?:^|,)([^,]*)""", text)
+    return [key + (double or single) if key else plain for key, double, single, plain in parts]
+
+
 def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     """Keyword arguments from the text `key=value,...`, converted to the types of the constructor."""
     parameters = list(inspect.signature(build).parameters.values())
@@ -129,7 +146,7 @@ def _settings(spec: str, settings: str, build: Any) -> dict[str, Any]:
     typed = build.func if isinstance(build, partial) else build
     hints = get_type_hints(typed.__init__ if inspect.isclass(typed) else typed)
     values: dict[str, Any] = {}
-    for part in filter(None, settings.split(",")):
+    for part in filter(None, split_settings(settings)):
         key, equals, text = part.partition("=")
         if not equals or key not in known:
             raise ValueError(

@@ -45,11 +45,11 @@ def place(scorer: nn.Module, device: torch.device, dtype: str, *, compile: bool 
     """Freeze a scorer on the device, with its network in a dtype of DTYPES.
 
     A scorer can define `cast(dtype)` to convert its network, and `compile()` to compile its slow parts. The dtype
-    `auto` is HALF on a GPU for scorers that define `cast`, and float32 otherwise.
+    `auto` is HALF, or the attribute `half_dtype` of the scorer, on a GPU for scorers that define `cast`; else float32.
     """
     if dtype == "auto":
-        dtype = HALF if device.type != "cpu" and hasattr(scorer, "cast") else "fp32"
-    if dtype != "fp32":
+        dtype = getattr(scorer, "half_dtype", HALF) if device.type != "cpu" and hasattr(scorer, "cast") else "fp32"
+    if dtype != "fp32" or hasattr(scorer, "half_dtype"):  # it comes in the dtype of its file
         cast: Any = getattr(scorer, "cast", scorer.to)
         cast(DTYPES[dtype])
     scorer.to(device).eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,6 +52,19 @@ class Resizing(Protocol):
 
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """Preprocessed images and B prompts -> float32 [B]."""
+
+
+class Unscored(ValueError):
+    """Raised by `score` if some images of a batch have no score, such as those whose reply cannot be read.
+
+    scores   float32 [B], nan without a score
+    reasons  position -> reason, of those images. `reward-score` lists them and continues
+    """
+
+    def __init__(self, scores: Tensor, reasons: Mapping[int, str]):
+        first, why = next(iter(reasons.items()))
+        super().__init__(f"{len(reasons)} of {len(scores)} images have no score; image {first}: {why}")
+        self.scores, self.reasons = scores, dict(reasons)
 
 
 def check_images(images: Tensor, prompts: Sequence[str]) -> None:

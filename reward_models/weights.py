@@ -86,12 +86,18 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_strict(
-    module: nn.Module, state: Mapping[str, Tensor], *, where: str | os.PathLike[str], ignore: Sequence[str] = ()
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    where: str | os.PathLike[str],
+    ignore: Sequence[str] = (),
+    assign: bool = False,
 ) -> None:
     """Copy a state dict into a module, in the module's dtype. Names and shapes must match exactly.
 
     where   the file, for the error
     ignore  patterns of names in the file to skip, such as `blip.vision_proj.*`
+    assign  use the tensors themselves, in their dtype, for a module on the meta device
 
     Raises ValueError with the first missing, unexpected and mis-shaped tensors.
     """
@@ -106,7 +112,7 @@ def load_strict(
     wrong = [_listed("missing", missing), _listed("unexpected", extra), _listed("of another shape", shapes)]
     if any(wrong):
         raise ValueError(f"the tensors in '{where}' do not match the model: {'; '.join(filter(None, wrong))}")
-    module.load_state_dict({x: state[x] for x in wanted}, strict=True)
+    module.load_state_dict({x: state[x] for x in wanted}, strict=True, assign=assign)
 
 
 def save_state(

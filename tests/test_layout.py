@@ -37,8 +37,8 @@ SCORER_LAYERS = (
     ("preprocess", "weights"),
     ("base", "loading"),
     ("clip", "mixture"),
-    ("blip", "folder"),
-    ("playground", "personal"),
+    ("blip", "folder", "vision", "vlm"),
+    ("playground", "personal", "judges"),
     ("training",),
     ("__main__",),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from textwrap import wrap
 
+from reward_models.folder.card import UNKNOWN, Accuracy
+from reward_models.folder.card import Card as Card
+from reward_models.folder.vlm_cards import VLM_CARDS
 from reward_models.loading import SCORERS
 from reward_models.settings import nearest
 
@@ -13,33 +15,6 @@ HPSV3 = "HPSv3 README (split and tie rule of Pick-a-Pic not stated)"
 HPSV2 = "HPSv2 README"
 MPS = "MPS README"
 IMSCORE = "imscore 0.0.11, pairs without ties, tensors antialiased"
-UNKNOWN = "unverified"
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A published accuracy on human choices: data set, percent, and source."""
-
-    data: str
-    percent: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """Content of `reward-score info NAME`."""
-
-    title: str
-    source: str
-    licence: str
-    architecture: str
-    images: str
-    prompts: str
-    unit: str
-    typical: str
-    accuracies: tuple[Accuracy, ...]
-    failures: tuple[str, ...]
-
 
 _CROP = (
     "Pillow's bicubic resize of the shorter side to 224, centre crop, {} rounding of its offset; exact, differentiable"
@@ -263,6 +238,7 @@ CARDS = {
         (Accuracy("held-out playground captions, true preference", 75.4, "benchmarks/results/scorers.json, seed 0"),),
         ("means nothing outside the playground", "weak on composition (57 % of pairs)", _RELATIVE),
     ),
+    **VLM_CARDS,
 }
 """Name -> card. Accuracies are the published values with their conditions. Others could not be verified."""
 

@@ -31,6 +31,7 @@ DESCRIPTION = """Score images against their prompts with one or more scorers.
   reward-score images --scorer runs/personal/export --user me.safetensors --out mine.csv    # one user's preferences
   reward-score info hps_v2.1                                  # source, units, accuracies
   reward-score convert HPS_v2.1_compressed.pt hps.safetensors
+  reward-score serve --scorer hps_v2.1                        # over HTTP, see `reward-score serve --help`
   reward-score ray shards --scorer clip --out scores          # on a Ray cluster, see `reward-score ray --help`
 
 IMAGES is a folder (with its subfolders), one image, or a list: .jsonl or .csv with `image` and `prompt`. Or it is a
@@ -74,6 +75,10 @@ def main(
             from reward_models.folder import on_ray
 
             return on_ray.main(words[1:])
+        if words[:1] == ["serve"]:
+            from reward_models.folder import serve
+
+            return serve.main(words[1:])
         return _score(_parser().parse_args(words), Processes(rank, world, wait))
     except (ValueError, OSError) as error:
         print(f"reward-score: {error}", file=sys.stderr)
@@ -184,6 +189,9 @@ def _finish(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], 
     remove_journals(args.out)
     print(f"{meta['scored']} images scored, {meta['failed']} failed: '{args.out}'")
     print("\n".join(summary_lines(meta["scorers"])))
+    for spent in (getattr(scorer, "spent", None) for scorer in scorers.values()):
+        if spent:
+            print(f"reward-score: {spent}")
     for name, scorer in meta["scorers"].items():
         if scorer["longer_prompts"]:
             print(f"reward-score: {longer_line(name, scorer['longer_prompts'])}", file=sys.stderr)
@@ -206,6 +214,7 @@ def _meta(args: argparse.Namespace, items: Items, scorers: dict[str, Scorer], ou
             "unit": scorer.unit,
             "dtype": None if weight is None else str(weight.dtype).removeprefix("torch."),
             "rule": asdict(rule) if is_dataclass(rule) and not isinstance(rule, type) else None,
+            **({"depends_on": scorer.record} if hasattr(scorer, "record") else {}),
             "longer_prompts": longer_prompts(scorer, (item.prompt for item in items)),
             **summarise(outcomes.scores[:, k]),
         }

@@ -18,7 +18,7 @@ from reward_models.folder.decoding import Batch, Decoder
 from reward_models.folder.item import Item
 from reward_models.placement import download, upload
 from reward_models.preprocess import ImageRule
-from reward_models.protocol import Resizing, Scorer, checked, device_of
+from reward_models.protocol import Resizing, Scorer, Unscored, checked, device_of
 
 LATE = 2
 """Number of batches whose scores have not returned from a GPU when the next batch is started."""
@@ -120,11 +120,12 @@ def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
 
 class _Started(NamedTuple):
     """A batch whose scores are being computed: its items, the reasons of bad images by position, and the scores of the
-    others by scorer, once they are waited for."""
+    others by scorer, once they are waited for. `unscored` are the reasons of a scorer, by row of its scores."""
 
     items: Sequence[Item]
     reasons: dict[int, str]
     columns: dict[str, Callable[[], Tensor]]
+    unscored: dict[str, dict[int, str]]
 
 
 @torch.no_grad()
@@ -133,7 +134,7 @@ def _start(batch: Batch, scorers: Mapping[str, Scorer]) -> _Started:
     reasons = {i: image for i, image in enumerate(batch.images) if isinstance(image, str)}
     images = [image for image in batch.images if not isinstance(image, str)]
     if not images:
-        return _Started(batch.items, reasons, {})
+        return _Started(batch.items, reasons, {}, {})
     prompts = [item.prompt for i, item in enumerate(batch.items) if i not in reasons]
     sizes: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
@@ -142,31 +143,43 @@ def _start(batch: Batch, scorers: Mapping[str, Scorer]) -> _Started:
     groups = [*sizes.values()]
     copies: dict[torch.device, list[Tensor]] = {}
     columns = {}
+    unscored: dict[str, dict[int, str]] = {}
     for name, scorer in scorers.items():
         device = device_of(scorer)
         if device not in copies:
             copies[device] = [upload(stack, device).permute(0, 3, 1, 2) for stack in stacks]
         if isinstance(scorer, NetworkScorer):
             scorer.foresee(prompts, [item.prompt for item in batch.coming])
-        columns[name] = download(_score(name, scorer, copies[device], groups, prompts))
-    return _Started(batch.items, reasons, columns)
+        unscored[name] = {}
+        columns[name] = download(_score(name, scorer, copies[device], groups, prompts, unscored[name]))
+    return _Started(batch.items, reasons, columns, unscored)
 
 
 def _score(
-    name: str, scorer: Scorer, stacks: Sequence[Tensor], groups: Sequence[Sequence[int]], prompts: Sequence[str]
+    name: str,
+    scorer: Scorer,
+    stacks: Sequence[Tensor],
+    groups: Sequence[Sequence[int]],
+    prompts: Sequence[str],
+    unscored: dict[int, str],
 ) -> Tensor:
     """Scores of B prompts' images by one scorer, [B], on its device.
 
-    stacks  images of one size, uint8 [N, 3, H, W], on the device
-    groups  positions of the images of every stack in the batch
+    stacks    images of one size, uint8 [N, 3, H, W], on the device
+    groups    positions of the images of every stack in the batch
+    unscored  gets the reasons of images that the scorer raises Unscored for; their scores are nan
     """
     if isinstance(scorer, Resizing):
         parts = [scorer.preprocess(stack.float() / 255) for stack in stacks]
         return checked(name, scorer.score_pixels(_in_order(parts, groups), prompts), len(prompts))
-    parts = [
-        checked(name, scorer.score(stack.float() / 255, [prompts[i] for i in group]), len(group))
-        for stack, group in zip(stacks, groups, strict=True)
-    ]
+    parts = []
+    for stack, group in zip(stacks, groups, strict=True):
+        try:
+            scores = scorer.score(stack.float() / 255, [prompts[i] for i in group])
+        except Unscored as error:
+            scores = error.scores
+            unscored.update({group[i]: why for i, why in error.reasons.items()})
+        parts.append(checked(name, scores, len(group)))
     return _in_order(parts, groups)
 
 
@@ -182,13 +195,17 @@ def _results(started: _Started) -> list[Result]:
     """The results of a batch, as soon as they are there."""
     # The shortest decimal of the float32 number: tables stay readable, and all formats contain the same number.
     columns = {name: [float(str(x)) for x in scores().numpy()] for name, scores in started.columns.items()}
-    rows = iter(zip(*columns.values(), strict=True))
+    rows = iter(enumerate(zip(*columns.values(), strict=True)))
     results: list[Result] = []
     for i, item in enumerate(started.items):
         if i in started.reasons:
             results.append(Failed(item, started.reasons[i]))
             continue
-        scores = next(rows, ())
-        bad = [f"scorer '{name}' returned {x}" for name, x in zip(columns, scores, strict=True) if not math.isfinite(x)]
+        row, scores = next(rows, (0, ()))
+        bad = [
+            f"scorer '{name}': {why}" if (why := started.unscored[name].get(row)) else f"scorer '{name}' returned {x}"
+            for name, x in zip(columns, scores, strict=True)
+            if not math.isfinite(x)
+        ]
         results.append(Failed(item, "; ".join(bad)) if bad else Scored(item, scores))
     return results

@@ -55,6 +55,9 @@ def test_settings_get_the_types_of_the_constructor() -> None:
     assert scorer.given == (1, 0.5, False, "a", "")
     scorer = load_scorer("loading_scorers:Plain,n=3,x=2,on=true,how=b,name=a=b", "cpu")
     assert scorer.given == (3, 2.0, True, "b", "a=b")
+    for quoted in ("\"a, b='c': d\"", "'a, b=\"c\": d'"):
+        scorer = load_scorer(f"loading_scorers:Plain,n=3,name={quoted},how=b", "cpu")
+        assert scorer.given == (3, 0.5, False, "b", quoted[1:-1])
     scorer = load_scorer("loading_scorers:Plain,x=none,name=")
     assert scorer.given == (1, None, False, "a", "")
 

@@ -261,7 +261,7 @@ def test_two_processes_write_the_table_of_one(images: Path, clip: str, tmp_path:
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--best", "b.txt"], "--best must end in .csv, .jsonl"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--best", "s.csv"], "--out and --best are the same file"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["info", "hps"], "no card of 'hps', did you mean 'hps_v2'?"),
+        (["info", "hps"], "no card of 'hps', did you mean 'hps_v"),
         (["convert", "nowhere.pt", "x.safetensors"], "'nowhere.pt' does not exist"),
         (["IMAGES", "--scorer", "clip"], "the following arguments are required: --out; see --help"),
         (["IMAGES", "--scorer", "clip", "--out", "s.csv", "--batch-size", "0"], "must be an integer of 1 or more"),

@@ -1,0 +1,212 @@
+"""The scorer `judge`: a model behind an HTTP server rates images, or compares two, in both orders."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from reward_models.judges.chat import ChatClient
+from reward_models.protocol import Unscored, check_images
+from reward_models.vlm.replies import read_all, read_answer, read_template
+
+RATE = """You see an image that was generated for this prompt: {prompt}
+
+Rate how well the image shows the prompt, and how good the image is. Answer with these two lines only:
+Match (1-10): X
+Quality (1-10): Y"""
+COMPARE = """Image A and Image B were generated for this prompt: {prompt}
+
+Which of the two shows the prompt better and is the better image? If neither is better, say tie. Do not prefer an image
+because it is shown first. Answer with one line only: Answer: A, Answer: B or Answer: tie"""
+JPEG_QUALITY = 95
+
+
+class Judge:
+    """A model behind a server in the OpenAI chat schema (vLLM, SGLang, hosted models) as a scorer, greedily decoded.
+
+    Replies are kept in a cache with address, model, text and image bytes as the key, so no answer is paid twice, also
+    not after a kill. A reply that cannot be read is a failure of that image, with its text.
+
+    Args:
+        url: address of the API, such as http://127.0.0.1:8000/v1
+        model: name of the model on the server
+        template: question for one image, in quotes, or a file with it. {prompt} stands for the prompt; each line
+            `NAME (LOW-HIGH): X` asks for a number. Default: match and quality, 1 to 10
+        pair_template: question for two images; it asks for the line `Answer: A`, `Answer: B` or `Answer: tie`
+        encoding: how images are sent. Scores differ, so it is stored with results
+        key_env: environment variable with the key; default: JUDGE_API_KEY, if it is set
+        concurrency: requests at once
+        timeout: seconds for a whole answer
+        retries: further tries of a request
+        backoff: seconds before the first further try, then doubled
+        max_tokens: length after which a reply is cut off
+        price_in: price of a million tokens of requests, for the cost that is printed
+        price_out: price of a million tokens of replies
+        cache: folder of the cache; off for none. Default: $DIFFALIGN_CACHE/judge or ~/.cache/diffalign/judge
+    """
+
+    differentiable = False
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        model: str,
+        template: str = RATE,
+        pair_template: str = COMPARE,
+        encoding: Literal["png", "jpeg"] = "png",
+        key_env: str = "",
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 4,
+        backoff: float = 1.0,
+        max_tokens: int = 512,
+        price_in: float = 0.0,
+        price_out: float = 0.0,
+        cache: str = "",
+    ):
+        self.template, self.pair_template = read_template(template).need_aspects(), read_template(pair_template)
+        self.model, self.encoding, self.max_tokens, self.prices = model, encoding, max_tokens, (price_in, price_out)
+        folder = Path(cache or Path(os.environ.get("DIFFALIGN_CACHE") or "~/.cache/diffalign") / "judge").expanduser()
+        how: dict[str, Any] = {"key_env": key_env, "concurrency": concurrency, "timeout": timeout, "retries": retries}
+        self.client = ChatClient(url, backoff=backoff, cache=None if cache == "off" else folder, **how)
+        self.unit = self.template.unit
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the scores depend on; stored with results."""
+        return {
+            "url": self.client.url,
+            "model": self.model,
+            "template": self.template.sha256,
+            "readout": "text",
+            "encoding": self.encoding,
+            "max_tokens": self.max_tokens,
+        }
+
+    @property
+    def spent(self) -> str:
+        """Requests, tokens, cost and rate so far, in one line."""
+        x = self.client.spent
+        cost = (x.tokens_in * self.prices[0] + x.tokens_out * self.prices[1]) / 1e6
+        line = (
+            f"judge {self.model}: {x.answered} answers, {x.cached} from the cache, {x.failed} failed, {x.tries} tries"
+        )
+        line += f", {x.tokens_in} + {x.tokens_out} tokens"
+        line += f", cost {cost:.4g}" if any(self.prices) else ""
+        return line + (f", {x.answered / x.seconds:.1f} answers/s" if x.answered and x.seconds else "")
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B], the mean over the aspects of each reply.
+
+        Raises Unscored for replies that cannot be read, and JudgeError if the server cannot be used.
+        """
+        return self._rated(images, prompts, mean=True)
+
+    def score_aspects(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B, A], each number of a reply. Raises as `score`."""
+        return self._rated(images, prompts, mean=False)
+
+    def _rated(self, images: Tensor, prompts: Sequence[str], *, mean: bool) -> Tensor:
+        check_images(images, prompts)
+        asked = [
+            self._request([_picture(url), _text(self.template.fill(prompt))])
+            for url, prompt in zip(self._urls(images), prompts, strict=True)
+        ]
+        scores, reasons = read_all(self.client.ask(asked), self.template)
+        scores = scores.mean(1) if mean else scores
+        if reasons:
+            raise Unscored(scores, reasons)
+        return scores
+
+    def votes(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Both orders of B pairs -> float32 [B, 2] in {0, 1/2, 1}: whether `first` is better when shown first, and
+        when shown second; 1/2 is a tie.
+
+        first, second  [B, 3, H, W] float in [0, 1]
+
+        Raises Unscored, with scores [B, 2], for replies that cannot be read, and JudgeError.
+        """
+        check_images(first, prompts)
+        check_images(second, prompts)
+        asked = []
+        for a, b, prompt in zip(self._urls(first), self._urls(second), prompts, strict=True):
+            for one, other in ((a, b), (b, a)):
+                shown = [_text("Image A:"), _picture(one), _text("Image B:"), _picture(other)]
+                asked.append(self._request([*shown, _text(self.pair_template.fill(prompt))]))
+        found, reasons = torch.full((len(prompts), 2), torch.nan), {}
+        for i, reply in enumerate(self.client.ask(asked)):
+            try:
+                if isinstance(reply, Exception):
+                    raise reply
+                answer = read_answer(reply)
+                found[i // 2, i % 2] = 1 - answer if i % 2 else answer
+            except (ValueError, OSError) as error:
+                reasons[i // 2] = str(error)
+        if reasons:
+            raise Unscored(found, reasons)
+        return found
+
+    def prefer(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The share of both orders in which `first` is better, float32 [B]: a judge that decides by position gives 1/2.
+
+        Raises as `votes`. `label_probabilities` makes calibrated probabilities of the votes on many pairs.
+        """
+        return self.votes(first, second, prompts).mean(1)
+
+    def _request(self, content: list[dict[str, Any]]) -> dict[str, Any]:
+        turn = {"role": "user", "content": content}
+        return {"model": self.model, "messages": [turn], "temperature": 0, "max_tokens": self.max_tokens}
+
+    def _urls(self, images: Tensor) -> list[str]:
+        levels = (images.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8)
+        return [_data_url(image, self.encoding) for image in levels]
+
+
+def label_probabilities(votes: Tensor) -> Tensor:
+    """Votes of a judge on N pairs in both orders, [N, 2] as `Judge.votes` -> the probability that the first image of
+    each pair is better, float32 [N].
+
+    If a judge is right with probability p when the better image is shown first and q when it is shown second,
+    independently, it votes twice for the first position with p (1 - q), twice for the second with (1 - p) q. They
+    give p and q without any label: with d the difference of the shares and D their sum, p - q = d and p + q = 1 +
+    sqrt(1 - 2 D + d^2). Agreement is right with p q / (p q + (1 - p)(1 - q)). Votes for one position say nothing: 1/2,
+    whatever the bias. With a tie in one order the other vote is right with (p + q) / 2; two ties are 1/2. Errors that
+    both orders share (hard pairs) are not seen, so the probabilities are upper bounds. nan stays nan.
+    """
+    decided = votes[((votes == 0) | (votes == 1)).all(1)]
+    if not len(decided):  # nothing to estimate from
+        return votes.float().mean(1)
+    pairs = decided.double() @ torch.tensor([1.0, 2.0], dtype=torch.float64)  # 1: (first, first), 2: (second, second)
+    difference, both = (pairs == 1).double().mean() - (pairs == 2).double().mean(), ((pairs % 3) > 0).double().mean()
+    total = 1 + (1 - 2 * both + difference**2).clamp(min=0).sqrt()
+    p, q = (((total + sign * difference) / 2).clamp(0, 1) for sign in (1, -1))
+    agreed, single = p * q / (p * q + (1 - p) * (1 - q)), (p + q) / 2
+    mean = votes.double().mean(1)
+    strength = {0.0: 1 - agreed, 0.25: 1 - single, 0.5: torch.tensor(0.5), 0.75: single, 1.0: agreed}
+    found = torch.full_like(mean, torch.nan)
+    for value, probability in strength.items():
+        found[mean == value] = probability.double()
+    return found.float()
+
+
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _picture(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _data_url(image: Tensor, encoding: str) -> str:
+    data = io.BytesIO()
+    to_pil_image(image).save(data, encoding.upper(), **({"quality": JPEG_QUALITY} if encoding == "jpeg" else {}))
+    return f"data:image/{encoding};base64,{base64.b64encode(data.getvalue()).decode()}"

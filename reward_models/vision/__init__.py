@@ -1,0 +1,1 @@
+"""Scorers on image towers without text: SigLIP's and DINO's."""
