@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         benchmark(args)
     except (ValueError, OSError) as error:
-        print(f"hps_benchmark: {error}", file=sys.stderr)
+        print(f"hps_benchmark: {program.error_text(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rank(args)
     except (ValueError, OSError) as error:
-        print(f"rank_images: {error}", file=sys.stderr)
+        print(f"rank_images: {program.error_text(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         said = refresh_card(args.base, args.aligned, win_rates, args.run)
     except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"report: {program.error_text(error)}", file=sys.stderr)
         return 2
     print(f"report: {index.resolve()}", *([said] if said else []), sep="\n")
     return 0

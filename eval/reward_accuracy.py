@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         measure(args)
     except (ValueError, OSError) as error:
-        print(f"reward_accuracy: {error}", file=sys.stderr)
+        print(f"reward_accuracy: {program.error_text(error)}", file=sys.stderr)
         return 2
     return 0
 

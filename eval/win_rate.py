@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         compare(args)
     except (ValueError, OSError) as error:
-        print(f"win_rate: {error}", file=sys.stderr)
+        print(f"win_rate: {program.error_text(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -70,6 +70,7 @@ def compare(args: argparse.Namespace) -> None:
 
     pairs = read_pairs(args.base, args.aligned)
     _check_samples(pairs)
+    _check_sizes(pairs)
     equal = sum(pair.base.read_bytes() == pair.aligned.read_bytes() for pair in pairs)
     if equal and args.base.resolve() != args.aligned.resolve():
         print(f"win_rate: {equal_line(equal, len(pairs))}", file=sys.stderr)
@@ -103,6 +104,26 @@ def _check_samples(pairs: Sequence[Pair]) -> None:
     counts = Counter(pair.prompt_id for pair in pairs)
     if alone := [prompt_id for prompt_id, count in counts.items() if count < 2]:
         raise ValueError(one_sample(alone[0]))
+
+
+def _check_sizes(pairs: Sequence[Pair]) -> None:
+    """Raise ValueError for a prompt with images of several sizes: these would be compared, and not the models."""
+    from PIL import Image
+
+    found: dict[str, tuple[tuple[int, int], Path]] = {}
+    for pair in pairs:
+        for file in (pair.base, pair.aligned):
+            try:
+                with Image.open(file) as image:
+                    width, height = image.size
+            except (OSError, ValueError, SyntaxError):  # what Pillow raises; scoring says why
+                continue
+            (w, h), first = found.setdefault(str(pair.prompt_id), ((width, height), file))
+            if (w, h) != (width, height):
+                raise ValueError(
+                    f"'{first}' has {w} x {h} pixels and '{file}' {width} x {height}; generate both folders with the "
+                    "same --size, --width and --height"
+                )
 
 
 def _result(spec: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Namespace) -> dict[str, Any]:

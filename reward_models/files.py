@@ -37,7 +37,7 @@ def open_file(path: PathLike) -> BinaryIO:
         raise OSError(errno.EINVAL, f"invalid file name: {bad_name(str(path)) or error}", str(path)) from error
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
-        raise OSError(errno.EINVAL, "a folder, a pipe or a device instead of a file", str(path))
+        raise OSError(f"a folder, a pipe or a device instead of a file: '{path}'")
     return os.fdopen(file, "rb")
 
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         generate(args)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"generate: {error}", file=sys.stderr)
+        print(f"generate: {program.error_text(error)}", file=sys.stderr)
         return 2
     return 0
 

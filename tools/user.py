@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.rest = rest
         return args.run(args)
     except (ValueError, OSError) as error:
-        print(f"user: {error}", file=sys.stderr)
+        print(f"user: {program.error_text(error)}", file=sys.stderr)
         return 2
 
 

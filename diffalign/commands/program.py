@@ -56,6 +56,7 @@ def quiet() -> None:
             for handler in logging.getLogger(name).handlers:
                 handler.addFilter(_is_relevant)
     warnings.filterwarnings("ignore", message="This DataLoader will create")
+    warnings.filterwarnings("ignore", message="`torch_dtype` is deprecated")
     warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")
 
 

@@ -123,7 +123,7 @@ class DropReport:
         share = damaged / (usable + damaged)
         if share > self.max_dropped:
             raise ValueError(
-                f"{damaged} of {usable + damaged} records of '{self.path}' ({share:.1%}) are damaged, more than "
+                f"{damaged} of {usable + damaged} records of '{self.path}' ({share:.1%}) cannot be used, more than "
                 f"'data.max_dropped' = {self.max_dropped} ({_counts(dropped)}); see '{self.file}'"
             )
 

@@ -46,17 +46,29 @@ def shards(folder: Path) -> list[Path]:
 def saved_tables(folder: Path) -> list[Path]:
     """Arrow files of a folder of `save_to_disk`, in order; of several splits those of `train`.
 
-    Raises ValueError if there are several splits and none is named train.
+    Raises ValueError if there are several splits and none is named train, or files are incomplete.
     """
-    if (folder / "dataset_dict.json").exists():
-        splits = [str(name) for name in read_json(folder / "dataset_dict.json")["splits"]]
+    if saved := (folder / "dataset_dict.json").exists():
+        splits = _listed(folder / "dataset_dict.json", "splits", str)
         if len(splits) > 1 and "train" not in splits:
             raise ValueError(f"'{folder}' contains the splits {', '.join(splits)}; give the path of one of them")
         folder = folder / ("train" if "train" in splits else splits[0])
     state = folder / "state.json"
     if not state.exists():
+        if saved or ((folder / "dataset_info.json").exists() and [*folder.glob("*.arrow")]):
+            raise ValueError(f"'{folder}' was not saved to its end: there is no state.json; save it again")
         return []
-    return [folder / Path(one["filename"]).name for one in read_json(state)["_data_files"]]
+    files = _listed(state, "_data_files", dict)
+    return [folder / Path(str(one.get("filename"))).name for one in files]
+
+
+def _listed(file: Path, name: str, kind: type) -> list[Any]:
+    """The list of this name in a JSON file. Raises ValueError if it is missing or empty."""
+    content = read_json(file)
+    found = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(found, list) or not found or not all(isinstance(one, kind) for one in found):
+        raise ValueError(f"'{file}' has no {name}: the data set is empty, or was not saved to its end; save it again")
+    return found
 
 
 def read_tables(files: list[Path]) -> Records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import warnings
@@ -22,7 +23,7 @@ from torch import nn
 from diffalign.networks.families.base import Backbone
 from diffalign.networks.lora import GENERATOR, lora_layers
 from diffalign.networks.pipeline_files import left_out, made_once, stamps
-from reward_models.files import first_line, read_json
+from reward_models.files import one_line, read_json
 
 USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Default file names of LoRAs written by diffusers and peft."""
@@ -53,12 +54,7 @@ def load_lora(pipe: Any, path: Path, name: str = GENERATOR) -> None:
     name: of the new adapter. Raises FileNotFoundError if there are no weights, ValueError if they fit no layer or have
     other shapes. Warns on stderr if the LoRA is 0 in all layers.
     """
-    file = lora_file(path)
-    try:
-        with safe_open(file, "pt") as opened:
-            keys = list(opened.keys())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"LoRA '{path}' is not a readable safetensors file: {error}") from error
+    file, keys = lora_file(path), _keys(path)
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below cover its warnings
     try:
@@ -69,7 +65,7 @@ def load_lora(pipe: Any, path: Path, name: str = GENERATOR) -> None:
             else:
                 pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
     except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"LoRA '{path}' does not fit this model: {first_line(error)}") from error
+        raise ValueError(f"LoRA '{path}' does not fit this model: {one_line(error)}") from error
     finally:
         diffusers.utils.logging.set_verbosity(before)
     _check(pipe, path, keys, name)
@@ -125,11 +121,10 @@ def read_start(backbone: Backbone, path: Path) -> dict[str, Start]:
 
     Raises ValueError for a LoRA that also changes text encoders, since those do not train, and for a DoRA.
     """
-    with safe_open(lora_file(path), "pt") as opened:
-        if any(key.startswith(OF_TEXT) for key in opened.keys()):  # noqa: SIM118
-            raise ValueError(
-                f"LoRA '{path}' also changes text encoders, which do not train; 'backbone.lora' merges it instead"
-            )
+    if any(key.startswith(OF_TEXT) for key in _keys(path)):
+        raise ValueError(
+            f"LoRA '{path}' also changes text encoders, which do not train; 'backbone.lora' merges it instead"
+        )
     network = backbone.denoiser.network
     absent = dict.fromkeys([*backbone.text_parts, "vae"]) | backbone.left_out
     pipe = backbone.pipeline_class.from_pretrained(backbone.path, **absent, **{backbone.network_name: network})
@@ -181,6 +176,15 @@ def lora_file(path: Path) -> Path:
     return found[0]
 
 
+def _keys(path: Path) -> list[str]:
+    """Names of the tensors of a LoRA. Raises ValueError if it cannot be read, and the errors of `lora_file`."""
+    try:
+        with safe_open(lora_file(path), "pt") as opened:
+            return list(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"LoRA '{path}' is not a readable safetensors file: {error}") from error
+
+
 def _parts(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
@@ -209,14 +213,17 @@ def _load_peft(pipe: Any, file: Path, adapter: str) -> None:
 
 
 def _check(pipe: Any, path: Path, keys: list[str], name: str) -> None:
-    """Raise ValueError if no layer got weights. Warn on stderr if some did not, or if all of them are 0.
+    """Raise ValueError if no layer got weights or some are not finite. Warn on stderr if some got none, or all are 0.
 
     A run with learning rate 0 exports a LoRA of zeros.
     """
     layers = [layer for part in _parts(pipe).values() for layer in lora_layers(part) if name in layer.scaling]
     if not layers:
         raise ValueError(f"LoRA '{path}' has no weights for any layer of this model")
-    if not any(bool(layer.get_delta_weight(name).any()) for layer in layers):  # type: ignore[operator]
+    largest = [float(layer.get_delta_weight(name).detach().abs().max()) for layer in layers]  # type: ignore[operator]
+    if not math.isfinite(sum(largest)):
+        raise ValueError(f"LoRA '{path}' has weights that are not finite (nan or inf)")
+    if not any(largest):
         print(
             f"LoRA '{path}' has no effect: in all {len(layers)} layers its weight change is 0",
             file=sys.stderr,

@@ -48,7 +48,12 @@ def _write(new: Path, file: Path, base: Path | None, families: Mapping[str, type
     try:
         checkpoint = layouts.load_single_file_checkpoint(str(file))  # a pickle only with weights_only
     except Exception as error:  # UnpicklingError, SafetensorError, EOFError, ...
-        raise ValueError(f"'{file}' cannot be read as weights: {first_line(error)}") from error
+        cause: BaseException = error
+        while deeper := cause.__cause__ or cause.__context__:  # the message of diffusers does not say why
+            cause = deeper
+        raise ValueError(
+            f"'{file}' cannot be read as weights: {first_line(cause)}; it may be cut off, get it again"
+        ) from error
     base = base or _inferred(file, checkpoint)
     kind = family_of(base)
     if kind not in families:

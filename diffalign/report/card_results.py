@@ -64,26 +64,38 @@ Base above aligned, from the same noise; prompts drawn at random: {prompts}."""
 
 def _export(aligned: Mapping[str, Any], run: Path | None) -> Path | None:
     """Export folder with a card, of a run, whose weights made the aligned images."""
-    named = aligned.get("lora") or (None if aligned.get("user_adapter") else aligned.get("pipeline"))
-    folders = [run / "export"] if run else [Path(named), Path(named).parent] if named else []
+    named = _loras(aligned)[-1:] or ([] if aligned.get("user_adapter") else [aligned.get("pipeline")])
+    folders = [run / "export"] if run else [f for name in named if name for f in (Path(name), Path(name).parent)]
     for folder in folders:
-        card = folder / "README.md"
-        if card.is_file() and (folder.parent / "config.yaml").is_file() and all(m in read_text(card) for m in MARKS):
+        if (folder / "README.md").is_file() and (folder.parent / "config.yaml").is_file():
             return folder
     return None
 
 
+def _loras(settings: Mapping[str, Any]) -> list[str]:
+    """The LoRAs of a folder of images, each with its weight; the last one is the run's export."""
+    return (settings.get("lora") or "").split(", ") if settings.get("lora") else []
+
+
 def _other(export: Path, base: Mapping[str, Any], aligned: Mapping[str, Any]) -> str:
     """Why the images do not show the difference that the run made, or ""."""
+    first, _, rest = read_text(export / "README.md").partition(MARKS[0])
+    if MARKS[1] not in rest or MARKS[1] in first:
+        return f"the marks '{MARKS[0]}' and '{MARKS[1]}', between which the numbers belong, are not in it"
     keys = ("lora_weights", "user_adapter", "pipeline_weights")
-    if weights_digest(export) != next(filter(None, map(aligned.get, keys)), None):
-        where = Path(str(aligned.get("lora")))
-        if not (where.is_file() and where.parent == export and weights_digest(where) == aligned.get("lora_weights")):
-            return "the aligned images were made with other weights than the export's; generate them again"
-    began = yaml.safe_load(read_text(export.parent / "config.yaml")).get("backbone", {}).get("path")
-    used = base.get("pipeline")
-    if base.get("lora") or base.get("user_adapter") or used is None or _place(used) != _place(began):
-        return f"the base images are not those of '{began}' alone, with which the run began"
+    used = (next(filter(None, map(aligned.get, keys)), None) or "").split(", ")[-1]
+    where = Path((_loras(aligned) or [""])[-1])
+    its_file = where.is_file() and where.parent == export and weights_digest(where) == used
+    if used != weights_digest(export) and not its_file:
+        return "the aligned images were made with other weights than the export's; generate them again"
+    backbone = yaml.safe_load(read_text(export.parent / "config.yaml")).get("backbone", {})
+    began, merged = backbone.get("path"), backbone.get("lora") or []
+    alone = f"'{began}'" + (f" with the LoRAs {', '.join(merged)}" if merged else " alone")
+    model = base.get("pipeline")
+    if _loras(base) != merged or base.get("user_adapter") or model is None or _place(model) != _place(began):
+        return f"the base images are not those of {alone}, with which the run began"
+    if aligned.get("lora") and _loras(aligned)[:-1] != merged:
+        return f"the aligned images are not those of {alone} and the export"
     return ""
 
 

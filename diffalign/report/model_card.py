@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +83,7 @@ def write_card(run: Path, about: About) -> None:
     path, readme = config.get("backbone", {}).get("path", ""), export / "README.md"
     base = public(path)
     place = f'SHIPPED["{base}"]' if about.shipped else f'"{base}"'  # in Python
-    usage = _usage(about, place)
+    usage = _usage(about, place, config.get("backbone", {}))
     if readme.exists():
         usage = re.sub(r"^# .*\n+", "", read_text(readme)).replace(f'"{about.folder}"', place)
         usage = usage.replace(str(about.folder), base).strip()
@@ -97,7 +97,7 @@ def write_card(run: Path, about: About) -> None:
         title=escaped(run.resolve().name),
         method=_method(about.method),
         kind={"LoRA": "LoRA", "user adapter": "User adapter"}.get(about.kind, "Fine-tuning"),
-        base=f"[{escaped(base)}](https://huggingface.co/{base})" if is_hub_id(path) else escaped(base),
+        base=_base(path, base, config.get("backbone", {}).get("lora") or ()),
         measured="\n\n".join([MARKS[0], *_unmeasured(sample if len(grids) > 1 else ""), MARKS[1]]),
         usage=usage,
         data="\n".join(_data(run)),
@@ -126,7 +126,7 @@ def public(value: Any) -> str:
 
 def is_hub_id(path: str) -> bool:
     """Whether a path, of a model or a data set, is a hub id rather than a file or folder."""
-    return bool(re.fullmatch(HUB_ID, path)) and not Path(path).exists()
+    return bool(re.fullmatch(f"{HUB_ID}(@.+)?", path)) and not Path(path).exists()
 
 
 def table(head: tuple[str, ...], rows: Any) -> str:
@@ -141,14 +141,46 @@ def _method(line: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", name) + ":"
 
 
-def _usage(about: About, place: str) -> str:
-    lines = ["from diffusers import DiffusionPipeline", ""]
+def _base(path: str, base: str, merged: Sequence[str]) -> str:
+    """The base model with the LoRAs that were merged into it."""
+    name, _, revision = path.partition("@")
+    at = f"/tree/{revision}" if revision else ""
+    found = f"[{escaped(base)}](https://huggingface.co/{name}{at})" if is_hub_id(path) else escaped(base)
+    return found + (f" with the LoRAs {', '.join(escaped(public(lora)) for lora in merged)}" if merged else "")
+
+
+def _usage(about: About, place: str, base: Mapping[str, Any]) -> str:
     if about.kind == "whole pipeline":
-        lines.append(f"pipe = {about.loading}")
+        kinds, lines = ["DiffusionPipeline"], [f"pipe = {about.loading}"]
     else:
-        lines += [f"pipe = DiffusionPipeline.from_pretrained({place})", about.loading]
+        kinds, lines = _base_model(about.folder, place, base)
+        for lora in map(public, base.get("lora") or ()):  # merged into the base before the training
+            path, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", lora).groups("1.0")  # type: ignore[union-attr]
+            lines += [f'pipe.load_lora_weights("{path}")', f"pipe.fuse_lora(lora_scale={weight})"]
+            lines += ["pipe.unload_lora_weights()"]
+        lines.append(about.loading)
+    lines = [f"from diffusers import {', '.join(kinds)}", "", *lines]
     lines.append('image = pipe("a red fox in the snow").images[0]')
     return "\n".join(["Stock diffusers loads it:", "", "```python", *lines, "```"])
+
+
+def _base_model(folder: Path, place: str, base: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Classes of diffusers and lines of Python that load the base model: a folder, a hub id or a single file."""
+    path, config = str(base.get("path", "")), base.get("config")
+    settings = f', config="{public(config)}"' if config else ""
+    name, _, revision = path.partition("@")
+    if not path.endswith((".safetensors", ".ckpt", ".pt", ".bin")):
+        place = f'"{name}", revision="{revision}"' if revision and is_hub_id(path) else place
+        return ["DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({place})"]
+    index = read_json(folder / "model_index.json")
+    if "unet" in index:
+        return [index["_class_name"]], [f"pipe = {index['_class_name']}.from_single_file({place}{settings})"]
+    kind, whole = index["transformer"][1], f'"{public(config)}"' if config else "BASE"
+    lines = [
+        f'transformer = {kind}.from_single_file({place}{settings}, subfolder="transformer")',
+        f"pipe = DiffusionPipeline.from_pretrained({whole}, transformer=transformer)",
+    ]
+    return ["DiffusionPipeline", kind], lines
 
 
 def _unmeasured(prompts: str) -> list[str]:
@@ -180,14 +212,14 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _settings(value, f"{name}.")
-        elif value is not None and not name.startswith(HIDDEN):
+        elif value not in (None, [], "") and not name.startswith(HIDDEN):
             yield name, value
     if not prefix:
         yield "run.seed", config.get("run", {}).get("seed", 0)
 
 
 def _metadata(config: Mapping[str, Any], about: About, run: Path) -> dict[str, Any]:
-    """Front matter for the hub. The trigger is the caption that all images of a subject or style share."""
+    """Front matter for the hub. The trigger is `hooks.trigger`, or the caption that all images of a subject share."""
     path, data = config.get("backbone", {}).get("path", ""), str(config.get("data", {}).get("path", ""))
     found: dict[str, Any] = {
         "library_name": "diffusers",
@@ -198,14 +230,16 @@ def _metadata(config: Mapping[str, Any], about: About, run: Path) -> dict[str, A
     tags = ["text-to-image", "diffusers", "diffalign", "preference-alignment", name]
     found["tags"] = [*tags, *(["lora", "template:sd-lora"] if about.kind == "LoRA" else [])]
     if is_hub_id(path):
-        found["base_model"] = path
+        found["base_model"] = path.partition("@")[0]
         found["base_model_relation"] = "finetune" if about.kind == "whole pipeline" else "adapter"
     if is_hub_id(data):
-        found["datasets"] = [data]
-    found |= LICENSES.get(path, {}) or _license(about.folder)
+        found["datasets"] = [data.partition("@")[0]]
+    found |= LICENSES.get(path.partition("@")[0], {}) or _license(about.folder)
     prompt = Path(data).expanduser() / "prompt.txt"
     if prompt.is_file():
         found["instance_prompt"] = " ".join(read_text(prompt).split())
+    if config.get("hooks", {}).get("trigger"):
+        found["instance_prompt"] = config["hooks"]["trigger"]
     return found
 
 

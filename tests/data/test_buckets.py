@@ -208,7 +208,7 @@ def test_a_pair_of_two_shapes_goes_to_the_bucket_of_their_mean_or_is_listed(tmp_
     said = describe_buckets(pairs.sizes, pairs.buckets)
     assert said == "examples by width and height: 64 x 64: 2, 72 x 56: 1, 56 x 72: 3"
     assert len(pairs.images) == 9 and sum(ref.path.endswith("/e.png") for ref in pairs.images) == 1
-    with pytest.raises(ValueError, match=r"2 of 8 records of .* are damaged, more than .* \(2 no bucket\)"):
+    with pytest.raises(ValueError, match=r"2 of 8 records of .* cannot be used, more than .* \(2 no bucket\)"):
         pairs_of(tmp_path, path)
 
 

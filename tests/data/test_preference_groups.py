@@ -86,7 +86,7 @@ def test_damaged_images_drop_their_group_with_a_reason(file: Path) -> None:
     assert {r.prompt for r in groups.records} == {f"prompt {k}" for k in range(20) if k not in (4, 7)}
     dropped = [json.loads(x) for x in (file.parent / "run" / "dropped-train.jsonl").read_text().splitlines()]
     assert sorted(d["reason"].split(":")[0] for d in dropped) == ["corrupt image", "missing image"]
-    with pytest.raises(ValueError, match=r"2 of 20 records .* are damaged"):
+    with pytest.raises(ValueError, match=r"2 of 20 records .* cannot be used"):
         _groups(file, validation_share=1e-9)
 
 

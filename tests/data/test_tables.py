@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,20 @@ def test_a_hub_id_is_downloaded_once_and_only_its_training_data(
         with pytest.raises(FileNotFoundError, match="no file or folder 'owner/nothing', and as a data set of the hub"):
             read_records("owner/nothing")
     from_hub.cache_clear()
+
+
+@pytest.mark.parametrize("case", ["no state", "no split", "no files", "no splits", "cut state"])
+def test_a_folder_that_was_not_saved_to_its_end_is_one_clear_error(tmp_path: Path, case: str) -> None:
+    both = tmp_path / "both"
+    train = as_saved(both / "train", rows())
+    (both / "dataset_dict.json").write_text("{}" if case == "no splits" else '{"splits": ["train"]}')
+    if case == "no state":
+        (train / "state.json").unlink()
+    elif case == "no split":
+        shutil.rmtree(train)
+    elif case in ("no files", "cut state"):
+        (train / "state.json").write_text('{"_data_files": []}' if case == "no files" else '{"_data')
+    said = "is not JSON" if case == "cut state" else "save it again"
+    for folder in (both, train) if train.exists() and case != "no splits" else (both,):
+        with pytest.raises(ValueError, match=said):
+            [*read_records(folder)]

@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save, save_file
 from stock import images, stock
 
 from diffalign.networks.export import export
@@ -141,6 +141,21 @@ def test_loras_that_do_not_fit(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -
     for use in ({"lora": (str(other),)}, {"lora_start": str(other), "lora_rank": 2}):
         with pytest.raises(ValueError, match=r"other\.safetensors' does not fit this model"):
             load_backbone(CPU, path=str(tiny_sd), **use)
+    state = load_file(saved["kohya"])
+    wrong = {
+        "text": (b"no tensors", "is not a readable safetensors file"),
+        "nan": ({k: v.fill_(torch.nan) if "lora_up" in k else v for k, v in state.items()}, "not finite"),
+        "wide": (
+            {k: v[:, :1].contiguous() if v.ndim == 2 and "lora_down" in k else v for k, v in state.items()},
+            "size mismatch",
+        ),
+    }
+    for name, (content, said) in wrong.items():
+        bad = tmp_path / f"{name}.safetensors"
+        bad.write_bytes(content if isinstance(content, bytes) else save(content))
+        for use in ({"lora": (str(bad),)}, {"lora_start": str(bad), "lora_rank": 2, "lora_targets": TARGETS}):
+            with pytest.raises(ValueError, match=rf"LoRA '.*{name}\.safetensors' .*{said}"):
+                load_backbone(CPU, path=str(tiny_sd), **use)
     with pytest.raises(FileNotFoundError, match="LoRA 'nowhere' does not exist"):
         load_backbone(CPU, path=str(tiny_sd), lora=("nowhere:0.5",))
     start = {"path": str(tiny_sd), "lora_start": str(saved["kohya"])}

@@ -156,6 +156,10 @@ def test_files_that_are_no_checkpoint(plain: Path, tiny_sdxl: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="cannot be read as weights"):
         find_pipeline(str(tmp_path / "evil.ckpt"), str(plain))
     assert not Path("pickled").exists()
+    for size in (0, 9, 2000, file.stat().st_size - 1):
+        (tmp_path / "short.safetensors").write_bytes(file.read_bytes()[:size])
+        with pytest.raises(ValueError, match=r"short\.safetensors' cannot be read as weights: .*header.*cut off"):
+            find_pipeline(str(tmp_path / "short.safetensors"), str(plain))
     bare = shutil.copytree(plain, tmp_path / "bare")
     next(bare.glob("text_encoder/*.safetensors")).unlink()
     alone = written({k: v for k, v in state.items() if "cond_stage" not in k}, tmp_path / "alone.safetensors")

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffalign.report.card_results import refresh_card
-from diffalign.report.model_card import About, escaped, public, write_card
+from diffalign.report.model_card import MARKS, About, escaped, public, write_card
 from reward_models.files import weights_digest
 
 ROOT = Path(__file__).parents[2]
@@ -254,3 +254,86 @@ def test_the_front_matter_for_the_hub(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     write_card(run, about(base))
     assert re.search("instance_prompt: a photo of sks dog", (run / "export" / "README.md").read_text())
+
+
+def test_a_card_of_a_run_on_merged_loras(run: Path, drawn: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """The LoRAs beneath the one that trained are named, used, and needed in the images of both models."""
+    file, export = run / "config.yaml", run / "export"
+    config = yaml.safe_load(file.read_text())
+    config["backbone"] |= {"lora": ["style.safetensors:0.8", "other.safetensors"], "lora_targets": []}
+    config["hooks"]["trigger"] = "sks"
+    file.write_text(yaml.safe_dump(config))
+    (export / "README.md").unlink()
+    write_card(run, about(Path(config["backbone"]["path"])))
+    text = (export / "README.md").read_text()
+    assert "my-sd with the LoRAs style.safetensors:0.8, other.safetensors, trained" in text
+    assert "instance_prompt: sks" in text and "lora_targets" not in text
+    used = ["from_pretrained", "style.safetensors", "scale=0.8", "unload", "other.safetensors", "scale=1.0", "unload"]
+    assert re.search(".*".join(map(re.escape, [*used, LOADING])), text, re.DOTALL)
+    base, aligned = drawn()
+    found, said = win_rates(run, base, aligned, capsys)
+    assert "the base images are not those of" in said and "with the LoRAs style.safetensors:0.8" in said
+    merged = "style.safetensors:0.8, other.safetensors"
+    for folder, lora in ((base, merged), (aligned, f"{merged}, {export}")):
+        settings = json.loads((folder / "settings.json").read_text())
+        weights = f"sha256 1, sha256 2, {weights_digest(export)}"
+        (folder / "settings.json").write_text(json.dumps(settings | {"lora": lora, "lora_weights": weights}))
+    assert refresh_card(base, aligned, found) == f"model card: '{export / 'README.md'}'"
+    settings = json.loads((aligned / "settings.json").read_text()) | {"lora": str(export)}
+    (aligned / "settings.json").write_text(json.dumps(settings))
+    assert "the aligned images are not those of" in refresh_card(base, aligned, found)
+
+
+@pytest.mark.parametrize("marks", [lambda t: "", lambda t: t.replace(MARKS[0], ""), lambda t: t.replace(MARKS[1], "")])
+def test_a_card_whose_marks_were_deleted_stays_and_is_named(
+    run: Path, drawn: Callable, marks: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, aligned = drawn()
+    card = run / "export" / "README.md"
+    card.write_text(marks(card.read_text()))
+    before = card.read_text()
+    _, said = win_rates(run, base, aligned, capsys)
+    assert f"the model card '{card}' stays as it is: the marks" in said and card.read_text() == before
+    assert not (run / "export" / "win_rate.json").exists()
+
+
+def test_swapped_marks_are_no_card(run: Path, drawn: Callable) -> None:
+    base, aligned = drawn()
+    card = run / "export" / "README.md"
+    one, two = MARKS
+    card.write_text(card.read_text().replace(one, "?").replace(two, one).replace("?", two))
+    assert "the marks" in refresh_card(base, aligned, {"scorers": []})
+
+
+@pytest.mark.parametrize(
+    ("path", "index", "said"),
+    [
+        (
+            "a.safetensors",
+            {"unet": 1, "_class_name": "SDP"},
+            'pipe = SDP.from_single_file("a.safetensors", config="c")',
+        ),
+        ("a.ckpt", {"transformer": ["diffusers", "T"]}, 'from_pretrained("c", transformer=transformer)'),
+        ("owner/name@fp16", {}, 'DiffusionPipeline.from_pretrained("owner/name", revision="fp16")'),
+    ],
+)
+def test_how_a_card_loads_the_base_model(run: Path, tmp_path: Path, path: str, index: Any, said: str) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["backbone"] |= {"path": path, "config": None if "@" in path else "/home/anna/c"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (run / "export" / "README.md").unlink()
+    write_card(run, about(tmp_path))
+    card = ModelCard.load(run / "export" / "README.md")
+    assert said in card.text
+    assert card.data.to_dict().get("base_model") == ("owner/name" if "@" in path else None)
+
+
+def test_images_of_several_sizes_are_not_compared(
+    drawn: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, aligned = drawn()
+    Image.new("RGB", (16, 8)).save(aligned / "images/1_1.png")
+    with pytest.raises(AssertionError):
+        win_rates(tmp_path, base, aligned, capsys)
+    assert re.search(r"has 8 x 8 pixels and .*1_1\.png' 16 x 8; generate both", capsys.readouterr().err)
