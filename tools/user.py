@@ -151,7 +151,7 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
 
     folder = args.prompts
     if not folder.exists():
-        raise FileNotFoundError(f"'{folder}' does not exist; expected a file of prompts, or a folder of images or photos")
+        raise FileNotFoundError(f"'{folder}' does not exist; expected a file of prompts or a folder of images")
     photos = folder.is_dir() and not (folder / "manifest.jsonl").exists()
     if args.prompt is not None and not photos:
         raise ValueError(f"--prompt is for a folder of photos; '{folder}' has prompts of its own")
