@@ -150,6 +150,8 @@ def _pairs(args: argparse.Namespace) -> list[Pair]:
     from diffalign.report import read_manifest
 
     folder = args.prompts
+    if not folder.exists():
+        raise FileNotFoundError(f"'{folder}' does not exist; expected a file of prompts or a folder of images")
     photos = folder.is_dir() and not (folder / "manifest.jsonl").exists()
     if args.prompt is not None and not photos:
         raise ValueError(f"--prompt is for a folder of photos; '{folder}' has prompts of its own")

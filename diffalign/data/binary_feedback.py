@@ -17,6 +17,8 @@ class LikedImages(PreferenceLatents):
     Each image of a prompt is one example, however many pairs contain it.
     """
 
+    unit = "images"
+
     @staticmethod
     def examples(records: Sequence[Record]) -> Iterator[Example]:
         liked: dict[tuple[str, ImageRef], tuple[str, float]] = {}

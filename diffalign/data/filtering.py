@@ -127,12 +127,12 @@ class DropReport:
                 f"'data.max_dropped' = {self.max_dropped} ({_counts(dropped)}); see '{self.file}'"
             )
 
-    def summary(self, usable: int, pairs: int, dropped: Sequence[Dropped]) -> None:
+    def summary(self, usable: int, examples: int, dropped: Sequence[Dropped], unit: str = "pairs") -> None:
         """Log the counts in one line, as a warning if any record was dropped."""
         if self.main:
             level = logging.WARNING if dropped else logging.INFO
             what = f"; dropped {len(dropped)} ({_counts(dropped)}), listed in '{self.file}'" if dropped else ""
-            logger.log(level, "%d pairs from %d records of '%s'%s", pairs, usable, self.path, what)
+            logger.log(level, "%d %s from %d records of '%s'%s", examples, unit, usable, self.path, what)
 
     def notice(self, notices: Callable[[], Iterable[Notice]]) -> None:
         """Write the notices to the notices file and log their counts in one line. Without any, the file is removed."""

@@ -25,6 +25,8 @@ class TargetImages(PreferenceLatents):
     .txt file beside each image, or in prompt.txt with one caption for all images, as in DreamBooth.
     """
 
+    unit = "images"
+
     @staticmethod
     def read(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]]:
         """The first `limit` records of the folder (None: all), and the dropped entries."""
@@ -53,6 +55,8 @@ class Winners(PreferenceLatents):
 
     The images of a folder are read as by TargetImages.
     """
+
+    unit = "images"
 
     @staticmethod
     def read(path: str, limit: int | None) -> tuple[list[Record], list[Dropped]]:

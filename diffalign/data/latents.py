@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache as cache_of
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -102,6 +102,9 @@ class PreferenceLatents(Dataset):
     Raises ValueError when settings are invalid, too many records are damaged, or no usable record is left.
     """
 
+    unit: ClassVar[str] = "pairs"
+    """What an example is, in the line that counts them."""
+
     def __init__(
         self,
         encoder: Encoder,
@@ -158,7 +161,7 @@ class PreferenceLatents(Dataset):
         self.images, self.prompts = self._examples.images, self._examples.prompts
         self._latents: list[RowsOfBuckets] = []
         self._texts: Any = None
-        report.summary(start.usable, len(self), start.dropped)
+        report.summary(start.usable, len(self), start.dropped, self.unit)
         report.notice(lambda: start.notices)
         if stores is not None:
             firsts, images = self._examples.firsts, self.images

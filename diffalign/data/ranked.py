@@ -17,6 +17,8 @@ class RankedImages(PreferenceLatents):
     the share of the other images that are ranked worse. Raises ValueError when phi is outside [0, 1].
     """
 
+    unit = "groups"
+
     @staticmethod
     def examples(records: Sequence[Record]) -> Iterator[Example]:
         for record in records:

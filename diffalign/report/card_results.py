@@ -64,7 +64,7 @@ Base above aligned, from the same noise; prompts drawn at random: {prompts}."""
 
 def _export(aligned: Mapping[str, Any], run: Path | None) -> Path | None:
     """Export folder with a card, of a run, whose weights made the aligned images."""
-    named = _loras(aligned)[-1:] or ([] if aligned.get("user_adapter") else [aligned.get("pipeline")])
+    named: list[Any] = _loras(aligned)[-1:] or ([] if aligned.get("user_adapter") else [aligned.get("pipeline")])
     folders = [run / "export"] if run else [f for name in named if name for f in (Path(name), Path(name).parent)]
     for folder in folders:
         if (folder / "README.md").is_file() and (folder.parent / "config.yaml").is_file():

@@ -13,7 +13,7 @@ from reward_models.files import replacing
 from reward_models.images import read_rgb
 
 CELL, COLUMNS, ROWS = 192, 8, 2
-"""Size of an image in pixels, prompts per row, and number of rows."""
+"""Largest side of an image in pixels, prompts per row, and number of rows."""
 MARGIN, GAP, LINE = 72, 6, 26
 WIDE = 576
 """Largest width and height of a sample grid of a run."""
@@ -30,17 +30,19 @@ def write_grid(pairs: Sequence[Pair], path: Path) -> None:
     """Write the PNG of the `shown` pairs. Small images are enlarged with hard edges: 32 pixels six times."""
     chosen, font = shown(pairs), ImageFont.load_default(size=15)
     columns = min(COLUMNS, len(chosen))
-    rows, height = -(-len(chosen) // columns), LINE + 2 * (CELL + GAP)
+    images = [[enlarged(read_rgb(file)) for file in (pair.base, pair.aligned)] for pair in chosen]
+    cell = max(image.height for both in images for image in both)
+    rows, height = -(-len(chosen) // columns), LINE + 2 * (cell + GAP)
     page = Image.new("RGB", (MARGIN + columns * (CELL + GAP), rows * (height + GAP)), "white")
     draw = ImageDraw.Draw(page)
     for k, pair in enumerate(chosen):
         x, y = MARGIN + k % columns * (CELL + GAP), k // columns * (height + GAP)
         draw.text((x, y + 5), _fitting(pair.prompt, draw, font), fill="black", font=font)
-        for i, (side, file) in enumerate((("base", pair.base), ("aligned", pair.aligned))):
-            top = y + LINE + i * (CELL + GAP)
-            page.paste(enlarged(read_rgb(file)), (x, top))
+        for i, side in enumerate(("base", "aligned")):
+            top = y + LINE + i * (cell + GAP)
+            page.paste(images[k][i], (x, top))
             if k % columns == 0:
-                draw.text((8, top + CELL // 2), side, fill="black", font=font)
+                draw.text((8, top + cell // 2 - 8), side, fill="black", font=font)
     with replacing(path) as temporary:
         page.save(temporary, "PNG")
 

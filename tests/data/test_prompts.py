@@ -53,7 +53,9 @@ def picture(file: Path, colour: str) -> None:
     Image.new("RGB", (40, 32), colour).save(file)
 
 
-def test_image_folder_captions_in_three_layouts(tmp_path: Path, tiny_sd: Path) -> None:
+def test_image_folder_captions_in_three_layouts(
+    tmp_path: Path, tiny_sd: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     style, subject, beside = tmp_path / "style", tmp_path / "subject", tmp_path / "beside"
     for folder in (style, subject, beside):
         picture(folder / "a.png", "red"), picture(folder / "b.jpg", "blue")
@@ -67,10 +69,12 @@ def test_image_folder_captions_in_three_layouts(tmp_path: Path, tiny_sd: Path) -
     assert found[0].prompt == "red thing" and found[1].kind == "empty caption"  # type: ignore[union-attr]
     backbone = load_backbone(CPU, path=str(tiny_sd))
     settings: dict[str, Any] = {"resolution": 32, "cache": str(tmp_path / "cache"), "batch_size": 2}
+    caplog.set_level("INFO")
     targets = TargetImages(backbone, Draws(0), tmp_path / "run", path=str(style), **settings)
+    assert f"{len(targets)} images from" in caplog.text
     batch = targets.collate([targets[0, 0], targets[0, 1]])
     assert batch.x0.shape == (2, 4, 8, 8) and batch.group.tolist() == [0, 1]
-    with pytest.raises(ValueError, match=r"1 of 2 records .*damaged"):
+    with pytest.raises(ValueError, match=r"1 of 2 records .*cannot be used"):
         TargetImages(backbone, Draws(0), tmp_path / "run", path=str(beside), **settings)
 
 

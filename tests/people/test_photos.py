@@ -58,6 +58,9 @@ def test_photos_without_captions_need_a_prompt(photos: Path, tmp_path: Path) -> 
     (photos / "manifest.jsonl").write_text("")
     with pytest.raises(ValueError, match="--prompt is for a folder of photos"):
         USER["_pairs"](args)
+    args.prompts = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        USER["_pairs"](args)
 
 
 def test_captioned_images_are_prompts_and_winners(photos: Path, pairs_file: Path) -> None:

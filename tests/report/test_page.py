@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffalign.report import compare, read_manifest, read_pairs, write_report
+from diffalign.report import Pair, compare, read_manifest, read_pairs, write_report
 from diffalign.report.curves import POINTS, draw_curves, read_metrics
-from diffalign.report.grid import CELL, shown
+from diffalign.report.grid import CELL, shown, write_grid
 from diffalign.report.page import choose
 from diffalign.report.preference_rate import GAIN
 
@@ -287,3 +287,12 @@ def test_a_manifest_leads_nowhere_else_and_its_bad_lines_are_named(tmp_path: Pat
     (tmp_path / "manifest.jsonl").write_text("\ufeff" + json.dumps(fine) + "\n" + bad + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(message)):
         read_manifest(tmp_path)
+
+
+def test_a_grid_of_wide_images_has_no_empty_half(tmp_path: Path) -> None:
+    """Rows are as high as the images: 48 x 24 pixels are enlarged four times to 192 x 96."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (48, 24)).save(file)
+    write_grid([Pair(str(i), 0, "fox", 0, file, file) for i in range(2)], tmp_path / "grid.png")
+    width, height = Image.open(tmp_path / "grid.png").size
+    assert (width, height) == (72 + 2 * (192 + 6), 26 + 2 * (96 + 6) + 6)
