@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=int, metavar="PX", help="width, if the images are not square")
     add("--height", type=int, metavar="PX", help="height, if the images are not square")
     add("--max-sequence-length", type=int, metavar="N", help="tokens of a prompt, not CLIP's; default: the pipeline's")
+    add(
+        "--prompt-chunks", type=int, default=1, metavar="N", help="as `backbone.prompt_chunks`: for more than 77 tokens"
+    )
     add("--batch-size", type=int, default=8, metavar="B", help="images at once (8); lower it when memory runs out")
     add("--seed", type=int, default=0, help="seed of the noise (0); compare models at the same seed")
     add("--device", default="auto", help="auto (one GPU per process, else the CPU), cpu, cuda:1, ...")
@@ -112,7 +115,7 @@ def generate(args: argparse.Namespace) -> None:
     from diffalign.networks.loading import call_of
     from diffalign.networks.user_adapter import adapter_arguments
 
-    for name in ("samples_per_prompt", "steps", "batch_size"):
+    for name in ("samples_per_prompt", "steps", "batch_size", "prompt_chunks"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(args, name)}")
     prompts = read_prompts(args.prompts)
@@ -129,6 +132,7 @@ def generate(args: argparse.Namespace) -> None:
         user_embeddings(args)  # fails on invalid files before anything is written
         pipe.load_ip_adapter(**adapter_arguments(args.user_adapter))
     call_of(pipe).negative_call(pipe, args.negative_prompt, args.guidance)  # fails before anything is written
+    call_of(pipe).check_chunks("--prompt-chunks", args.prompt_chunks, type(pipe).__name__)
     size = image_size(pipe, args)
     if state.is_main_process:
         claim(args.out, settings(args, size, prompts))
@@ -208,7 +212,7 @@ def settings(args: argparse.Namespace, size: Size, prompts: dict[str, str]) -> d
     from diffalign.playground import SHIPPED
 
     names = ("samples_per_prompt", "steps", "timesteps", "guidance", "seed", "dtype", "max_sequence_length")
-    names += ("negative_prompt",)
+    names += ("negative_prompt", "prompt_chunks")
     own = {k: getattr(args, k) for k in names}
     return {
         "pipeline": args.pipeline,
@@ -257,14 +261,14 @@ def _make(pipe: Any, batch: list[Task], args: argparse.Namespace, size: Size) ->
     shape = (channels, size[0] // pixels, size[1] // pixels)
     latents = draws.normal(keys, shape, stream="latents").to(pipe.device, pipe.dtype)
     user = user_embeddings(args)
-    negative = call.negative_call(pipe, args.negative_prompt, args.guidance, len(batch))
+    texts, more = [task.prompt for task in batch], (args.prompt_chunks, args.max_sequence_length)
+    prompt = call.prompt_call(pipe, texts, args.negative_prompt, args.guidance, *more)
     images = pipe(
-        prompt=[task.prompt for task in batch],
         latents=call.pipeline_latents(latents),
         **({} if user is None else {"ip_adapter_image_embeds": [x.to(pipe.device, pipe.dtype) for x in user]}),
         generator=[draws.generator(key, "sampler") for key in keys],  # for samplers that add noise between steps
         **({"timesteps": args.timesteps} if args.timesteps else {"num_inference_steps": args.steps}),
-        **(call.guidance_call(args.guidance, len(batch)) | negative),
+        **(call.guidance_call(args.guidance, len(batch)) | prompt),
         height=size[0],
         width=size[1],
         output_type="pt",

@@ -98,11 +98,7 @@ def load_backbone(
     where = where._replace(frozen_dtype=DTYPES[dtype], trained_dtype=DTYPES[trained_dtype], lora=lora_rank > 0)
     where = where._replace(attention=attention, gradient_checkpointing=gradient_checkpointing)
     where = where._replace(compile=compile, cuda_graphs=cuda_graphs)
-    if prompt_chunks > 1 and not any("CLIP" in kind.__name__ for kind, _ in supported[family].text_classes.values()):
-        raise ValueError(
-            f"'backbone.prompt_chunks' = {prompt_chunks} is for CLIP, which a {family} has not; set "
-            "'backbone.max_sequence_length' for long prompts"
-        )
+    supported[family].check_chunks("'backbone.prompt_chunks'", prompt_chunks, family)
     settings = (max_sequence_length, guidance_embedding, " + ".join([path, *lora]), prompt_chunks)
     backbone = supported[family](Source(folder, fingerprint, where, *settings))
     start = None if lora_start is None else read_start(backbone, Path(lora_start))

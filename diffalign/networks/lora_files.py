@@ -29,6 +29,8 @@ USUAL = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Default file names of LoRAs written by diffusers and peft."""
 PEFT = "base_model.model."
 """Prefix of the layer names in files of peft's `save_pretrained`."""
+ONE_NAME = "lora_transformer_"
+"""Prefix of a transformer's layers in kohya's names of diffusers' layers: all dots are underscores."""
 OF_TEXT = ("lora_te", "text_encoder")
 """How the names of a text encoder's layers begin."""
 
@@ -63,9 +65,10 @@ def load_lora(pipe: Any, path: Path, name: str = GENERATOR) -> None:
             if all(key.startswith(PEFT) for key in keys):
                 _load_peft(pipe, file, name)
             else:
-                pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
-    except (OSError, ValueError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"LoRA '{path}' does not fit this model: {one_line(error)}") from error
+                pipe.load_lora_weights(_for_diffusers(pipe, file, keys), adapter_name=name)
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AssertionError) as error:
+        why = one_line(error) if str(error) else "it has weights of other shapes"
+        raise ValueError(f"LoRA '{path}' does not fit this model: {why}") from error
     finally:
         diffusers.utils.logging.set_verbosity(before)
     _check(pipe, path, keys, name)
@@ -187,6 +190,31 @@ def _keys(path: Path) -> list[str]:
 
 def _parts(pipe: Any) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _for_diffusers(pipe: Any, file: Path, keys: list[str]) -> Any:
+    """A LoRA as diffusers reads it: mostly the file itself.
+
+    diffusers reads `.alpha` for some families alone, so the weights of a transformer's layers in its own names, with
+    dots or underscores, are multiplied by alpha / rank here. Raises ValueError for the layer names of SD3's authors.
+    """
+    if any(key.startswith("lora_unet_joint_blocks") for key in keys):
+        raise ValueError("it has the layers of SD3's original code (sd-scripts); save it with the layers of diffusers")
+    own = any(key.startswith(ONE_NAME) or (key.startswith("transformer.") and key.endswith(".alpha")) for key in keys)
+    if not own or getattr(pipe, "transformer", None) is None:
+        return str(file)
+    names = {ONE_NAME + name.replace(".", "_"): f"transformer.{name}" for name, _ in pipe.transformer.named_modules()}
+    state, folded = load_file(file), {}
+    for key, value in state.items():
+        layer, _, kind = key.partition(".lora_")
+        if kind in ("A.weight", "down.weight"):
+            scale = state[f"{layer}.alpha"].item() / len(value) if f"{layer}.alpha" in state else 1.0
+            folded[f"{names.get(layer, layer)}.lora_A.weight"] = value * scale
+        elif kind in ("B.weight", "up.weight"):
+            folded[f"{names.get(layer, layer)}.lora_B.weight"] = value
+        elif not key.endswith(".alpha"):
+            folded[key] = value
+    return folded
 
 
 def _load_peft(pipe: Any, file: Path, adapter: str) -> None:

@@ -95,6 +95,8 @@ def test_chunks_of_a_long_prompt_are_encoded_one_by_one(request, family):
         assert (short.token_counts([" ".join(words)]), long.token_counts([])[0]) == ((12, [15]), 22)
 
 
-def test_chunks_need_clip(tiny_z_image):
-    with pytest.raises(ValueError, match=r"'backbone\.prompt_chunks' = 2 is for CLIP.*max_sequence_length"):
-        load_backbone(torch.device("cpu"), path=str(tiny_z_image), prompt_chunks=2)
+def test_chunks_need_a_network_that_reads_clip(tiny_z_image, tiny_flux):
+    """FLUX.1 reads the pooled embedding of CLIP alone, which is that of the first chunk."""
+    for path in (tiny_z_image, tiny_flux):
+        with pytest.raises(ValueError, match=r"'backbone\.prompt_chunks' = 2 is for CLIP.*max_sequence_length"):
+            load_backbone(torch.device("cpu"), path=str(path), prompt_chunks=2)

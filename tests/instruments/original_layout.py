@@ -1,15 +1,18 @@
 """Single-file checkpoints in the key layouts in which models are published, made from a diffusers folder.
 
-The layouts are those of CompVis' latent-diffusion (SD), Stability's generative-models (SDXL), SD3 and Z-Image.
+The layouts are those of CompVis' latent-diffusion (SD), Stability's generative-models (SDXL), SD3, Z-Image and FLUX.1.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -31,6 +34,21 @@ SD3_BLOCK = {"attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_b
 SD3_BLOCK |= {"norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1"}
 SD3_BLOCK |= {"ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2"}
 SD3_BLOCK |= {"ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2"}
+FLUX = {
+    f"time_text_embed.{ours}_embedder.linear_{i}.": f"{theirs}_in.{x}_layer."
+    for ours, theirs in (("timestep", "time"), ("text", "vector"), ("guidance", "guidance"))
+    for i, x in ((1, "in"), (2, "out"))
+}
+FLUX |= {"context_embedder.": "txt_in.", "x_embedder.": "img_in.", "proj_out.": "final_layer.linear."}
+FLUX |= {"norm_out.linear.": "final_layer.adaLN_modulation.1."}
+FLUX_DOUBLE = {f"attn.norm_{x}.weight": f"img_attn.norm.{y}_norm.scale" for x, y in (("q", "query"), ("k", "key"))}
+FLUX_DOUBLE |= {k.replace("norm_", "norm_added_"): v.replace("img", "txt") for k, v in FLUX_DOUBLE.items()}
+FLUX_DOUBLE |= {"norm1.linear": "img_mod.lin", "norm1_context.linear": "txt_mod.lin", "ff.net.0.proj": "img_mlp.0"}
+FLUX_DOUBLE |= {"ff.net.2": "img_mlp.2", "ff_context.net.0.proj": "txt_mlp.0", "ff_context.net.2": "txt_mlp.2"}
+FLUX_DOUBLE |= {"attn.to_out.0": "img_attn.proj", "attn.to_add_out": "txt_attn.proj"}
+FLUX_DOUBLE |= {"attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv"}
+FLUX_SINGLE = {"attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}
+FLUX_SINGLE |= {"norm.linear": "modulation.lin", "proj_out": "linear2", "attn.to_q": "linear1"}
 
 
 def renamed(name: str, names: dict[str, str]) -> str:
@@ -48,6 +66,8 @@ def original(folder: Path) -> State:
     kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
     if kind == "ZImagePipeline":
         return {f"model.diffusion_model.{k}": v for k, v in z_image(part(folder, "transformer")).items()}
+    if kind == "FluxPipeline":
+        return flux(part(folder, "transformer"))
     state = {f"first_stage_model.{k}": v for k, v in vae(part(folder, "vae")).items()}
     if kind == "StableDiffusion3Pipeline":
         return state | {f"model.diffusion_model.{k}": v for k, v in sd3(part(folder, "transformer")).items()}
@@ -144,3 +164,32 @@ def z_image(state: State) -> State:
         found[name.replace("to_q", "qkv")] = torch.cat(three)
         del found[name]
     return found
+
+
+def flux(state: State) -> State:
+    found = {}
+    for name, value in state.items():
+        kind, _, rest = name.partition("transformer_blocks.")
+        number, _, leaf = rest.partition(".")
+        if re.search("to_[kv]|add_[kv]_proj|proj_mlp", name):  # beside to_q
+            continue
+        if "to_q" in name or "add_q_proj" in name:
+            parts = [state[name.replace("_q", f"_{x}")] for x in "qkv"]
+            value = torch.cat([*parts, *([state[name.replace("attn.to_q", "proj_mlp")]] if kind else [])])
+        if not rest:
+            found[renamed(name, FLUX)] = swapped(value) if "norm_out" in name else value
+        elif kind:
+            found[f"single_blocks.{number}.{renamed(leaf, FLUX_SINGLE)}"] = value
+        else:
+            found[f"double_blocks.{number}.{renamed(leaf, FLUX_DOUBLE)}"] = value
+    return found
+
+
+def flux_converter(width: int) -> Callable[..., State]:
+    """The converter of diffusers for the original layout of FLUX.1, with another width than its 3072."""
+    own = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers
+    source = inspect.getsource(own)
+    assert source.count("inner_dim = 3072") == 1
+    made: dict[str, Callable[..., State]] = {}
+    exec(source.replace("inner_dim = 3072", f"inner_dim = {width}"), vars(single_file_utils) | {}, made)
+    return made[own.__name__]

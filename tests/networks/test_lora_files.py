@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_kohya
+from original_layout import flux, flux_converter, part
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 from stock import images, stock
 
 from diffalign.networks.export import export
-from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.loading import Backbone, base_folder, load_backbone
 from diffalign.networks.lora import lora_layers
-from diffalign.networks.lora_files import load_loras, weighted
+from diffalign.networks.lora_files import load_loras, read_start, weighted
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.score_networks import score_networks
 from diffalign.networks.verify import verify
@@ -66,8 +68,12 @@ def output(backbone: Backbone) -> torch.Tensor:
         return backbone.denoiser(x_t, t, cond)
 
 
-def with_loras(model: Path, *texts: str) -> Any:
-    pipe = stock(model)
+@pytest.fixture(scope="module")
+def style(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return files(tiny_sd, tmp_path_factory.mktemp("style"))
+
+
+def with_loras(pipe: Any, *texts: str) -> Any:
     load_loras(pipe, [weighted(text) for text in texts])
     return pipe
 
@@ -80,45 +86,52 @@ def drawn(pipe: Any) -> torch.Tensor:
 def test_three_layouts_are_the_same_lora_in_every_use(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """In generate, merged before training, and as the start of a LoRA of another rank and alpha."""
+    """In generate, merged before training, and as the start of a LoRA of another rank and alpha.
+
+    SDXL differs in the names of kohya's file.
+    """
     model = request.getfixturevalue(family)
-    saved = files(model, tmp_path / family)
-    expected, base = drawn(with_loras(model, str(saved["peft"]))), drawn(stock(model))
-    assert (expected - base).abs().max() > 0.01
-    for path in saved.values():
-        torch.testing.assert_close(drawn(with_loras(model, str(path))), expected, atol=1e-5, rtol=0)
-    network = {k: output(load_backbone(CPU, path=str(model), lora=(str(path),))) for k, path in saved.items()}
+    saved = request.getfixturevalue("style") if family == "tiny_sd" else files(model, tmp_path / family)
+    pipe, plain, network = stock(model), load_backbone(CPU, path=str(model)), {}
+    plain.denoiser.network = pipe.unet
+    found = {"base": drawn(pipe)}
+    for name, path in saved.items():
+        with_loras(pipe, str(path))
+        found[name], network[name] = drawn(pipe), output(plain)
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(found[name], found["peft"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(network[name], network["peft"], atol=1e-5, rtol=0)
+    assert (found["peft"] - found["base"]).abs().max() > 0.01
     settings: dict[str, Any] = {"lora_rank": 3, "lora_alpha": 1.0, "lora_targets": (*TARGETS, "to_k")}
-    started = {k: load_backbone(CPU, path=str(model), lora_start=str(path), **settings) for k, path in saved.items()}
-    for name, found in network.items():
-        torch.testing.assert_close(found, network["peft"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(output(started[name]), network["peft"], atol=1e-5, rtol=0)
-        trained = [*trained_parameters(started[name].denoiser)]
-        assert len(trained) == 2 * len(lora_layers(started[name].denoiser)) and {p.dtype for p in trained} == {
-            torch.float32
-        }
+    for path in saved.values() if family == "tiny_sd" else [saved["kohya"]]:
+        pipe.unet.load_state_dict(part(base_folder(str(model), None, [str(path)], torch.float32), "unet"))
+        torch.testing.assert_close(output(plain), network["peft"], atol=1e-5, rtol=0)
+        started = load_backbone(CPU, path=str(model), lora_start=str(path), **settings)
+        torch.testing.assert_close(output(started), network["peft"], atol=1e-5, rtol=0)
+        trained = [*trained_parameters(started.denoiser)]
+        assert len(trained) == 2 * len(lora_layers(started.denoiser)) and {p.dtype for p in trained} == {torch.float32}
 
 
-def test_several_loras_act_at_once_with_weights(tiny_sd: Path, tmp_path: Path) -> None:
+def test_several_loras_act_at_once_with_weights(tiny_sd: Path, style: dict[str, Path], tmp_path: Path) -> None:
     """0.5 of one and -2 of the other: in the sum of the weight changes, in generate and merged."""
-    one, two = files(tiny_sd, tmp_path / "1")["peft"], files(tiny_sd, tmp_path / "2", seed=1, target_modules=["to_k"])
-    texts = (f"{one}:0.5", f"{two['kohya']}:-2")
-    unet = stock(tiny_sd).unet
+    two = files(tiny_sd, tmp_path / "2", seed=1, target_modules=["to_k"])["kohya"]
+    texts, pipe = (f"{style['peft']}:0.5", f"{two}:-2"), stock(tiny_sd)
+    expected = part(tiny_sd, "unet")
     for text in texts:
-        for name, layer in with_loras(tiny_sd, text.rpartition(":")[0]).unet.named_modules():
+        path, _, weight = text.rpartition(":")
+        for name, layer in with_loras(pipe, path).unet.named_modules():
             if hasattr(layer, "get_delta_weight"):
-                unet.get_submodule(name).weight.data += float(text.rpartition(":")[2]) * layer.get_delta_weight(
-                    "lora_0"
-                )
-    expected = stock(tiny_sd)
-    expected.unet = unet
-    torch.testing.assert_close(drawn(with_loras(tiny_sd, *texts)), drawn(expected), atol=1e-5, rtol=0)
+                expected[f"{name}.weight"] += float(weight) * layer.get_delta_weight("lora_0").detach()
+        pipe.unload_lora_weights()
+    acting = drawn(with_loras(pipe, *texts))
+    pipe.unload_lora_weights()
+    pipe.unet.load_state_dict(expected)
+    torch.testing.assert_close(acting, drawn(pipe), atol=1e-5, rtol=0)
     backbone = load_backbone(CPU, path=str(tiny_sd), lora=texts, lora_rank=2)
-    torch.testing.assert_close(backbone.denoiser.network.conv_in.weight, unet.conv_in.weight)
-    torch.testing.assert_close(drawn(stock(backbone.path)), drawn(expected), atol=1e-5, rtol=0)
+    for name, value in part(backbone.path, "unet").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
     assert (backbone.path / "vae").is_symlink() and not (backbone.path / "unet").is_symlink()
-    again = load_backbone(CPU, path=str(tiny_sd), lora=(texts[0], f"{two['kohya']}:-1"), lora_rank=2)
-    assert again.path != backbone.path
+    assert base_folder(str(tiny_sd), None, (texts[0], f"{two}:-1"), torch.float32) != backbone.path
 
 
 def test_a_lora_of_a_text_encoder_is_merged_and_changes_the_fingerprint(tiny_sd: Path, tmp_path: Path) -> None:
@@ -134,14 +147,16 @@ def test_a_lora_of_a_text_encoder_is_merged_and_changes_the_fingerprint(tiny_sd:
         load_backbone(CPU, path=str(tiny_sd), lora_start=str(tmp_path / "lora"), lora_rank=2)
 
 
-def test_loras_that_do_not_fit(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -> None:
-    saved = files(tiny_sd, tmp_path / "lora")
-    other = tmp_path / "other.safetensors"
+def test_loras_that_do_not_fit(tiny_sd: Path, style: dict[str, Path], tmp_path: Path) -> None:
+    other, backbone = tmp_path / "other.safetensors", load_backbone(CPU, path=str(tiny_sd))
     save_file({"unet.nowhere.lora_A.weight": torch.ones(1, 8), "unet.nowhere.lora_B.weight": torch.ones(8, 1)}, other)
-    for use in ({"lora": (str(other),)}, {"lora_start": str(other), "lora_rank": 2}):
+    for use in (
+        lambda: read_start(backbone, other),
+        lambda: base_folder(str(tiny_sd), None, [str(other)], torch.float32),
+    ):
         with pytest.raises(ValueError, match=r"other\.safetensors' does not fit this model"):
-            load_backbone(CPU, path=str(tiny_sd), **use)
-    state = load_file(saved["kohya"])
+            use()
+    state = load_file(style["kohya"])
     wrong = {
         "text": (b"no tensors", "is not a readable safetensors file"),
         "nan": ({k: v.fill_(torch.nan) if "lora_up" in k else v for k, v in state.items()}, "not finite"),
@@ -158,29 +173,35 @@ def test_loras_that_do_not_fit(tiny_sd: Path, tiny_sdxl: Path, tmp_path: Path) -
                 load_backbone(CPU, path=str(tiny_sd), **use)
     with pytest.raises(FileNotFoundError, match="LoRA 'nowhere' does not exist"):
         load_backbone(CPU, path=str(tiny_sd), lora=("nowhere:0.5",))
-    start = {"path": str(tiny_sd), "lora_start": str(saved["kohya"])}
+    start = {"path": str(tiny_sd), "lora_start": str(style["kohya"])}
     with pytest.raises(ValueError, match=r"'backbone\.lora_start' has rank 2; set 'backbone\.lora_rank' to 2 or more"):
         load_backbone(CPU, **start, lora_rank=1, lora_targets=TARGETS)
     with pytest.raises(ValueError, match=r"changes 4 layers that are not in 'backbone\.lora_targets': .*proj_in"):
         load_backbone(CPU, **start, lora_rank=2)
     dora = files(tiny_sd, tmp_path / "dora", use_dora=True)["peft"]
     with pytest.raises(ValueError, match="is a DoRA, which cannot start a LoRA"):
-        load_backbone(CPU, path=str(tiny_sd), lora_start=str(dora), lora_rank=2, lora_targets=TARGETS)
+        read_start(backbone, dora)
 
 
-def test_a_run_on_merged_loras_is_verified_against_the_merged_model(tiny_sd: Path, tmp_path: Path) -> None:
+def perturb(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained_parameters(backbone.denoiser):
+            parameter += 0.1 * torch.randn(parameter.shape)
+
+
+def test_a_run_on_merged_loras_is_verified_against_the_merged_model(
+    tiny_sd: Path, style: dict[str, Path], tmp_path: Path
+) -> None:
     """Its LoRA and the merged ones together draw the run's images; a whole pipeline contains them."""
-    style = f"{files(tiny_sd, tmp_path / 'style')['kohya']}:0.5"
+    text, folder = f"{style['kohya']}:0.5", tmp_path / "run/export"
     for settings in ({"lora_rank": 2}, {}):
-        backbone = load_backbone(CPU, path=str(tiny_sd), lora=(style,), **settings)
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in trained_parameters(backbone.denoiser):
-                parameter += 0.1 * torch.randn(parameter.shape)
-        export(backbone, tmp_path / "run/export")
-        assert "verified in a fresh process" in verify(backbone, tmp_path / "run/export", 32)
-        folder = tmp_path / "run/export"
-        with_run = with_loras(tiny_sd, style, str(folder)) if settings else stock(folder)
+        backbone = load_backbone(CPU, path=str(tiny_sd), lora=(text,), **settings)
+        perturb(backbone)
+        export(backbone, folder)
+        if settings:
+            assert "verified in a fresh process" in verify(backbone, folder, 32)
+        with_run = with_loras(stock(tiny_sd), text, str(folder)) if settings else stock(folder)
         own = backbone.pipeline(backbone.denoiser.network)
         torch.testing.assert_close(drawn(with_run), drawn(own), atol=1e-5, rtol=0)
 
@@ -189,26 +210,73 @@ def test_a_run_on_merged_loras_is_verified_against_the_merged_model(tiny_sd: Pat
 def test_an_export_of_every_family_is_merged_and_started_from(
     family: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """Both files of the export; also a pipeline that omits T5."""
+    """Each file of the export in one use; also a pipeline that omits T5."""
     model = str(request.getfixturevalue(family))
     run = load_backbone(CPU, path=model, lora_rank=2, lora_alpha=6.0)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in trained_parameters(run.denoiser):
-            parameter += 0.1 * torch.randn(parameter.shape)
+    perturb(run)
     export(run, tmp_path / "export")
-    expected = output(run)
-    for name in ("pytorch_lora_weights.safetensors", "comfyui.safetensors"):
-        file = str(tmp_path / "export" / name)
-        for use in ({"lora": (file,)}, {"lora_start": file, "lora_rank": 4}):
-            torch.testing.assert_close(output(load_backbone(CPU, path=model, **use)), expected, atol=1e-5, rtol=0)
+    merged = base_folder(model, None, [str(tmp_path / "export/comfyui.safetensors")], torch.float32)
+    started = load_backbone(CPU, path=model, lora_start=str(tmp_path / "export"), lora_rank=4)
+    expected, own = output(run), run.denoiser.network
+    torch.testing.assert_close(output(started), expected, atol=1e-5, rtol=0)
+    own.unload_lora()
+    own.load_state_dict(part(merged, run.network_name))
+    torch.testing.assert_close(output(run), expected, atol=1e-5, rtol=0)
 
 
-def test_two_players_share_weights_only_with_the_same_loras_beneath(tiny_sd: Path, tmp_path: Path) -> None:
-    style, model = str(files(tiny_sd, tmp_path / "style")["peft"]), str(tiny_sd)
+def test_two_players_share_weights_only_with_the_same_loras_beneath(tiny_sd: Path, style: dict[str, Path]) -> None:
+    under, model = str(style["peft"]), str(tiny_sd)
     teacher: dict[str, Any] = {"path": model, "lora_rank": 2, "lora_alpha": None, "seed": 1, "lora_targets": ("to_q",)}
-    for lora, shared in (((style,), True), ((), False)):
-        backbone = load_backbone(CPU, path=model, lora=(style,), lora_rank=2)
+    for lora, shared in (((under,), True), ((), False)):
+        backbone = load_backbone(CPU, path=model, lora=(under,), lora_rank=2)
         network = backbone.denoiser.network
         scores = score_networks(backbone, CPU, model, **teacher, lora=lora)
         assert (scores.aux.network is network) == shared  # type: ignore[comparison-overlap]
+
+
+def kohya(layers: dict[str, torch.Tensor], names: Callable[[str], str]) -> tuple[dict[str, torch.Tensor], Any]:
+    """A LoRA of rank 2 with alpha 6 of these weights in kohya's names, and the weights with its change."""
+    torch.manual_seed(0)
+    saved, changed = {}, {}
+    for name, weight in layers.items():
+        down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+        layer = names(name.removesuffix(".weight"))
+        saved |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up, f"{layer}.alpha": torch.tensor(6.0)}
+        changed[name] = weight + 3 * up @ down
+    return saved, changed
+
+
+def test_a_flux_lora_in_the_names_of_kohya(tiny_flux: Path, tmp_path: Path) -> None:
+    """In the layers of FLUX.1's original code. linear1 is split at FLUX.1's width, so other widths are one error."""
+    state = flux(part(tiny_flux, "transformer"))
+    kinds = ("qkv", "attn.proj", "mlp.0", "mlp.2", "mod.lin", "linear2", "modulation.lin")
+    layers = {k: v for k, v in state.items() if k.removesuffix(".weight").endswith(kinds) and v.ndim == 2}
+    assert len(layers) == 12
+    saved, changed = kohya(layers, lambda name: "lora_unet_" + name.replace(".", "_"))
+    save_file(saved, tmp_path / "lora.safetensors")
+    made = base_folder(str(tiny_flux), None, [f"{tmp_path / 'lora.safetensors'}:0.5"], torch.float32)
+    halves = {k: (state[k] + value) / 2 for k, value in changed.items()}
+    expected, found = flux_converter(32)(state | halves), part(made, "transformer")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+    saved, _ = kohya({"": torch.ones(32 * 7, 32)}, lambda _: "lora_unet_single_blocks_0_linear1")
+    save_file(saved, tmp_path / "wide.safetensors")
+    with pytest.raises(ValueError, match=r"wide\.safetensors' does not fit this model: it has weights of other sh"):
+        base_folder(str(tiny_flux), None, [str(tmp_path / "wide.safetensors")], torch.float32)
+
+
+@pytest.mark.parametrize("dots", [True, False])
+def test_an_sd3_lora_with_alpha(dots: bool, tiny_sd3: Path, tmp_path: Path) -> None:
+    """diffusers reads no .alpha for SD3. In its layer names, with dots or, as kohya's, with underscores."""
+    state = part(tiny_sd3, "transformer")
+    layers = {k: v for k, v in state.items() if k.endswith(("attn.to_q.weight", "attn.to_out.0.weight"))}
+    named = (lambda name: f"transformer.{name}") if dots else lambda name: "lora_transformer_" + name.replace(".", "_")
+    saved, changed = kohya(layers, named)
+    save_file(saved, tmp_path / "lora.safetensors")
+    found = part(base_folder(str(tiny_sd3), None, [str(tmp_path / "lora.safetensors")], torch.float32), "transformer")
+    for name, value in (state | changed).items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+    saved, _ = kohya({"": torch.ones(32, 32)}, lambda _: "lora_unet_joint_blocks_0_x_block_attn_proj")
+    save_file(saved, tmp_path / "original.safetensors")
+    with pytest.raises(ValueError, match=r"original\.safetensors' does not fit this model: it has the layers of SD3's"):
+        load_backbone(CPU, path=str(tiny_sd3), lora_start=str(tmp_path / "original.safetensors"), lora_rank=2)

@@ -35,6 +35,7 @@ class SDBackbone(UNetBackbone):
     pipeline_class = StableDiffusionPipeline
     network_class = UNet2DConditionModel
     published_names = ("sd_v1", "stable-diffusion-v1")
+    reads_chunks = True
     text_classes: ClassVar = {"text_encoder": (CLIPTextModel, CLIPTokenizer)}
     left_out: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
 

@@ -52,6 +52,7 @@ class SD3Backbone(FlowBackbone):
     pipeline_class = StableDiffusion3Pipeline
     network_class = SD3Transformer2DModel
     published_names = ("sd3", "stable-diffusion-3")
+    reads_chunks = True
     text_classes: ClassVar = {
         "text_encoder": (CLIPTextModelWithProjection, CLIPTokenizer),
         "text_encoder_2": (CLIPTextModelWithProjection, CLIPTokenizer),

@@ -64,6 +64,7 @@ class SDXLBackbone(UNetBackbone):
     pipeline_class = StableDiffusionXLPipeline
     network_class = UNet2DConditionModel
     published_names = ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base")
+    reads_chunks = True
     text_classes: ClassVar = {
         "text_encoder": (CLIPTextModel, CLIPTokenizer),
         "text_encoder_2": (CLIPTextModelWithProjection, CLIPTokenizer),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,10 +17,12 @@ class StockCall:
 
     packed  number of latents along the side of a square that the pipeline packs into one token, 1 if it packs none
     merged  number of the autoencoder's latents along the side of one latent, 1 for all but FLUX.2
+    reads_chunks  whether the network reads CLIP's tokens, so that prompts may have several chunks of them
     """
 
     packed: ClassVar[int] = 1
     merged: ClassVar[int] = 1
+    reads_chunks: ClassVar[bool] = False
 
     @staticmethod
     def guidance_call(scale: float, prompts: int = 1) -> dict[str, Any]:
@@ -37,6 +41,42 @@ class StockCall:
         if scale <= 1:
             raise ValueError(f"a negative prompt needs guidance above 1; got {scale:g}")
         return {"negative_prompt": [text] * prompts}
+
+    @classmethod
+    def prompt_call(
+        cls, pipeline: Any, prompts: Sequence[str], negative: str | None, scale: float, chunks: int, length: int | None
+    ) -> dict[str, Any]:
+        """Arguments for prompts and a negative prompt: the texts, or as embeddings if they may have several chunks.
+
+        The embeddings are those of training with `backbone.prompt_chunks` = chunks. length: tokens of T5, 256 for None.
+        """
+        texts = {"prompt": [*prompts], **cls.negative_call(pipeline, negative, scale, len(prompts))}
+        if chunks == 1:
+            return texts
+        encoders: Any = cls.__new__(cls)  # a backbone's text encoding alone, with the pipeline's own encoders
+        encoders.source = SimpleNamespace(prompt_chunks=chunks, max_sequence_length=length or 256)
+        encoders.device, encoders.denoiser = pipeline.device, SimpleNamespace(network=_network(pipeline))
+        encoders._parts = {name: getattr(pipeline, name) for name in encoders.text_classes}
+        tokenizers = {name: getattr(pipeline, name.replace("text_encoder", "tokenizer")) for name in encoders._parts}
+        encoders._tokenizers = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+        call = cls.pipeline_text(encoders.encode_text(prompts))
+        zeros = negative is None and pipeline.config.get("force_zeros_for_empty_prompt")  # which SDXL makes itself
+        if scale > 1 and not zeros:
+            other = cls.pipeline_text(encoders.encode_text([negative or ""] * len(prompts)))
+            call |= {f"negative_{name}": value for name, value in other.items()}
+        return {name: value.to(pipeline.dtype) for name, value in call.items()}
+
+    @classmethod
+    def check_chunks(cls, name: str, chunks: int, pipeline: str) -> None:
+        """Raise ValueError for several chunks of a prompt if the pipeline's network reads no tokens of CLIP.
+
+        name: of the setting
+        """
+        if chunks > 1 and not cls.reads_chunks:
+            raise ValueError(
+                f"{name} = {chunks} is for CLIP's tokens, which a {pipeline} does not read; set "
+                "max_sequence_length for long prompts"
+            )
 
     @staticmethod
     def rescaled(guided: Tensor, conditional: Tensor) -> Tensor:
@@ -58,14 +98,14 @@ class StockCall:
     def latent_units(cls, pipeline: Any) -> tuple[int, int, int]:
         """Channels of a pipeline's latents, pixels along the side of one, and the step of image sizes in pixels."""
         pixels = cls.merged * pipeline.vae_scale_factor
-        return _config(pipeline).in_channels // cls.packed**2, pixels, max(8, cls.packed * pixels)
+        return _network(pipeline).config.in_channels // cls.packed**2, pixels, max(8, cls.packed * pixels)
 
     @staticmethod
     def training_size(pipeline: Any) -> int:
         """Width of the images that a pipeline was trained on, in pixels; 128 latents of the autoencoder if unknown."""
-        side = _config(pipeline).get("sample_size") or getattr(pipeline, "default_sample_size", 128)
+        side = _network(pipeline).config.get("sample_size") or getattr(pipeline, "default_sample_size", 128)
         return side * pipeline.vae_scale_factor
 
 
-def _config(pipeline: Any) -> Any:
-    return (getattr(pipeline, "unet", None) or pipeline.transformer).config
+def _network(pipeline: Any) -> Any:
+    return getattr(pipeline, "unet", None) or pipeline.transformer
