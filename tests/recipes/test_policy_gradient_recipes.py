@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[2]
 RECIPES = {
     "ddpo": ["sampler.steps=2", "sampler.law=renoise"],
     "flow_grpo": ["sampler.steps=2", "algorithm.window=1", "algorithm.window_place=moving"],
-    "diffusion_nft": ["sampler.steps=1", "algorithm.levels=1", "algorithm.kl_weight=0.01", "rollouts.spread=prompt"],
+    "diffusion_nft": [
+        *("sampler.steps=1", "sampler.law=deterministic", "rollouts.spread=prompt"),
+        *("algorithm.levels=1", "algorithm.old=fast", "algorithm.kl_weight=0.01"),
+    ],
 }
 KILLED = """
 import os, runpy, signal, sys
