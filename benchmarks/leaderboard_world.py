@@ -19,7 +19,6 @@ from scorers import train as train_scorer
 from torch import Tensor
 
 from diffalign.commands import launch
-from diffalign.diffusion.schedule import VPSchedule
 from diffalign.draws import Draws
 from diffalign.networks.loading import Denoiser, load_backbone
 from diffalign.playground import SHIPPED_PAIRS, Judge
@@ -35,8 +34,8 @@ HELD_OUT = {"validation": slice(0, 60), "test": slice(60, 180)}
 """Held-out captions, of which there are 180: settings are chosen on some and measured on the others."""
 SAMPLES = 4
 TEMPERATURE = Judge.choice_temperature
-LEVELS = (100, 300, 500, 700, 900)
-"""Timesteps at which the drift is measured."""
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Fractions of the noise range at which the drift is measured; timesteps 100 to 900 of a model with 1,000."""
 
 Numbers = dict[str, Any]
 
@@ -138,16 +137,7 @@ class World:
         asked = argparse.Namespace(pipeline=model, config=None, lora=[str(lora)], dtype="fp32")
         aligned = runpy.run_path(str(launch.find("tools", "generate")))["load"](asked)
         networks = backbone.denoiser.network, aligned.unet if hasattr(aligned, "unet") else aligned.transformer
-        found = []
-        with torch.no_grad():
-            for level in LEVELS:
-                timesteps = isinstance(backbone.schedule, VPSchedule)
-                t = torch.full((len(x0),), level if timesteps else level / 1000)
-                x_t, out = backbone.schedule.add_noise(x0, eps, t), []
-                for backbone.denoiser.network in networks:
-                    out.append(backbone.denoiser(x_t, t, cond))
-                found.append((out[1] - out[0]).square().mean().item())
-        return float(np.mean(found))
+        return distance(backbone, networks, x0, eps, cond)
 
     def run(self, row: Row, settings: Settings, labels: str, seed: int, prompts: str) -> tuple[Numbers, Numbers]:
         """Train, draw and compare: numbers of one run, and those of `compared` for each prompt."""
@@ -157,6 +147,19 @@ class World:
         images = self.images(row.model, prompts, f"--lora={out / 'export'}", out="aligned")
         found, by_prompt = against(self.images(row.model, prompts), images)
         return {**found, "drift": round(self.drift(row.model, out / "export"), 5), **costs}, by_prompt
+
+
+@torch.no_grad()
+def distance(backbone: Any, networks: Sequence[Any], x0: Tensor, eps: Tensor, cond: Any) -> float:
+    """Mean square distance of two networks' predictions at x0 with noise eps, [B, C, h, w], over LEVELS."""
+    found = []
+    for level in LEVELS:
+        t = backbone.schedule.at(torch.full((len(x0),), level))
+        x_t, out = backbone.schedule.add_noise(x0, eps, t), []
+        for backbone.denoiser.network in networks:
+            out.append(backbone.denoiser(x_t, t, cond))
+        found.append((out[1] - out[0]).square().mean().item())
+    return float(np.mean(found))
 
 
 @contextmanager

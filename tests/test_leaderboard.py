@@ -7,12 +7,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from diffalign.commands import program
+from diffalign.diffusion.schedule import FlowSchedule, VPSchedule
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RUN = {"people_prefer": 0.7, "people_prefer_low": 0.6, "people_prefer_high": 0.8, "gain_sd": 0.5, "gain_sd_low": 0.4}
@@ -79,6 +82,29 @@ def test_rows_that_lose_diversity_stand_last_beside_what_choosing_loses(modules:
     lines = page.table(board.rows).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["sft", "inpo", "diffusion_dpo **loses diversity**"]
     assert "-16.7% | beyond -5.0%" in lines[-1] and page.choosing_loses(board.rows, 0.25) == "-2.5%"
+
+
+class Denoiser:
+    """Predicts the number that stands for its network, everywhere, and notes the timesteps."""
+
+    network: float
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        self.seen += t.tolist()
+        return torch.full_like(x_t, self.network)
+
+
+def test_the_drift_is_measured_at_equal_noise_on_every_schedule(modules: Any) -> None:
+    """Timesteps 100 to 900 of a thousand, and 0.1 to 0.9 of a flow model."""
+    world, x = importlib.import_module("leaderboard_world"), torch.zeros(1, 4, 2, 2)
+    noise = VPSchedule.from_config({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})
+    for schedule, size in ((noise, 1000), (FlowSchedule(), 1)):
+        denoiser = Denoiser()
+        assert world.distance(SimpleNamespace(schedule=schedule, denoiser=denoiser), (1.0, 3.0), x, x, None) == 4
+        assert denoiser.seen == pytest.approx([k * size for k in (0.1, 0.3, 0.5, 0.7, 0.9) for _ in range(2)])
 
 
 VALUES = (None, True, "x", -1, 1.5, [], {}, [1], ["x"], [[1, 2, 3]], float("nan"))

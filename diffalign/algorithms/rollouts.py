@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.diffusion.steps import Network
 from diffalign.networks.sampler import Sampler, Transition
-from diffalign.objectives.policy_gradient import PromptHistory, gdpo_advantages, group_advantages, zero_spread
+from diffalign.objectives.policy_gradient import PromptHistory, gdpo_advantages, group_advantages, group_range
 from diffalign.objectives.rewards import Rewards
 from diffalign.types import Cond, Key, Metrics, PromptBatch, RecentMetrics
 
@@ -40,7 +40,8 @@ class Images(NamedTuple):
     group        int64 [N], the index of the prompt
     rewards      float32 [N, K], the scores of K scorers
     scores       float32 [N], their weighted sum
-    idle         whether all scores of the group are equal, bool [N]
+    lowest       float32 [N], the lowest score of the group
+    highest      float32 [N], the highest score of the group
     advantage    float32 [N]; zero until `Rollouts.weighed`
     update       which of the updates on this rollout
     """
@@ -53,13 +54,14 @@ class Images(NamedTuple):
     group: Tensor
     rewards: Tensor
     scores: Tensor
-    idle: Tensor
+    lowest: Tensor
+    highest: Tensor
     advantage: Tensor
     update: int = 0
 
     def at(self, rows: slice) -> Images:
         """Some of the images, without transitions."""
-        tensors = ("x0", "group", "rewards", "scores", "idle", "advantage")
+        tensors = ("x0", "group", "rewards", "scores", "lowest", "highest", "advantage")
         found: dict[str, Any] = {name: getattr(self, name)[rows] for name in (*tensors, "keys", "prompts")}
         cond = Cond._make(None if x is None else x[rows] for x in self.cond)
         return self._replace(cond=cond, transitions=[], **found)
@@ -70,8 +72,9 @@ class Images(NamedTuple):
         return [slice(k, k + (size or count)) for k in range(0, count, size or count)]
 
     def metrics(self) -> dict[str, Tensor]:
-        """Rewards to log: their mean, the spread in a group, the share of images that taught nothing."""
-        found = {"reward": self.scores, "idle": self.idle.float(), "advantage_size": self.advantage.abs()}
+        """Rewards to log: mean, lowest and highest of a group, and the share of images whose group taught nothing."""
+        found = {"reward": self.scores, "reward_lowest": self.lowest, "reward_highest": self.highest}
+        found |= {"idle": (self.lowest == self.highest).float(), "advantage_size": self.advantage.abs()}
         if self.rewards.shape[1] > 1:
             found |= {f"reward@{k}": x for k, x in enumerate(self.rewards.unbind(1))}
         return found
@@ -137,8 +140,8 @@ class Rollouts:
         x0 = walk[-1].x_next
         scores, parts = self.rewards.score_each(x0, prompts)
         group, kept = group.to(scores.device), [(k, walk[k]) for k in trained]
-        idle = zero_spread(scores, group)
-        return Images(x0, kept, cond, keys, prompts, group, parts, scores, idle, torch.zeros_like(scores))
+        extremes = group_range(scores, group)
+        return Images(x0, kept, cond, keys, prompts, group, parts, scores, *extremes, torch.zeros_like(scores))
 
     def weighed(self, rollouts: Sequence[Images]) -> list[Images]:
         """The micro-batches of a training step, with advantages."""

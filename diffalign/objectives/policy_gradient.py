@@ -38,8 +38,14 @@ def group_advantages(
 
 def zero_spread(rewards: Tensor, groups: Sequence[Hashable] | Tensor) -> Tensor:
     """Whether all rewards of a sample's group are equal, bool [N]: such groups teach nothing."""
+    lowest, highest = group_range(rewards, groups)
+    return lowest == highest
+
+
+def group_range(rewards: Tensor, groups: Sequence[Hashable] | Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest reward of each sample's group, both [N]."""
     same = _same(_index(groups, rewards.device))
-    return torch.where(same, rewards, -torch.inf).amax(1) == torch.where(same, rewards, torch.inf).amin(1)
+    return torch.where(same, rewards, torch.inf).amin(1), torch.where(same, rewards, -torch.inf).amax(1)
 
 
 def gdpo_advantages(

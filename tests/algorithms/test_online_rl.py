@@ -26,6 +26,7 @@ from diffalign.networks.sampler import Sampler
 from diffalign.objectives.forward_process import awm_log_prob
 from diffalign.objectives.policy_gradient import PromptHistory, gdpo_advantages, group_advantages
 from diffalign.objectives.rewards import Rewards
+from diffalign.report.curves import PANELS
 from reward_models import WeightedSum
 
 CPU = torch.device("cpu")
@@ -109,12 +110,11 @@ def test_at_the_start_a_method_is_the_advantage_weighted_regression(
 
 @pytest.mark.parametrize("name", METHODS)
 def test_chunks_change_no_gradient_and_updates_draw_new_noise(made: Callable, prompts_of: Callable, name: str) -> None:
-    found = []
-    for chunk in (None, 4):
-        backbone, algorithm = made(name, chunk=chunk)
-        images = rolled(algorithm, prompts_of(backbone))
-        moved(algorithm)
-        assert len(algorithm.split(images)) == algorithm.levels * (1 if chunk is None else 2)
+    backbone, algorithm = made(name, levels=2)
+    images, found = rolled(algorithm, prompts_of(backbone)), []
+    moved(algorithm)
+    for algorithm.rollouts.chunk in (None, 4):
+        assert len(algorithm.split(images)) == 2 * (1 + bool(algorithm.rollouts.chunk))
         found.append(gradient(algorithm, images))
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-3)
     again = algorithm.renoised(0, images._replace(update=1)).x_t
@@ -220,6 +220,19 @@ def test_twenty_updates_raise_a_reward(
     algorithm.drawn_by = "policy"
     after = rolled(algorithm, prompts_of(backbone, epoch=99)).scores
     assert (after - before).mean() > 0.2 * before.std()
+
+
+def test_the_report_draws_what_a_method_logs(made: Callable, prompts_of: Callable) -> None:
+    """Rewards of a prompt's images are between its lowest and highest one; chunks smaller than a group know both."""
+    backbone, algorithm = made("dgpo", group_size=2)
+    images = rolled(algorithm, prompts_of(backbone))
+    _, found = algorithm.loss((0, images))
+    drawn = {name for panel in PANELS for name in panel.metrics}
+    assert {"reward", "reward_lowest", "reward_highest", "idle", "kl", "ratio_error", "clipped"} <= found.keys() & drawn
+    each = images.scores.view(2, 2)
+    assert torch.equal(found["reward_lowest"].view(2, 2), each.amin(1, keepdim=True).expand(2, 2))
+    assert torch.equal(found["reward_highest"].view(2, 2), each.amax(1, keepdim=True).expand(2, 2))
+    assert images.at(slice(0, 1)).metrics()["reward_highest"] == each[0].max()
 
 
 class Mean:

@@ -18,6 +18,7 @@ from diffalign.objectives.policy_gradient import (
     gaussian_kl,
     gdpo_advantages,
     group_advantages,
+    group_range,
     guarded_policy_loss,
     hard_clipped_policy_loss,
     window_start,
@@ -39,6 +40,7 @@ def test_advantages_of_six_samples_in_three_groups() -> None:
     numbers = torch.tensor([7, 2, 7, 5, 2, 7])
     assert torch.equal(group_advantages(REWARDS, numbers), group_advantages(REWARDS, GROUPS))
     assert zero_spread(REWARDS, GROUPS).tolist() == [False, False, False, True, False, False]
+    assert [x.tolist() for x in group_range(REWARDS, GROUPS)] == [[1, 2, 1, 4, 2, 1], [6, 5, 6, 4, 5, 6]]
 
 
 def test_a_global_standard_deviation_is_that_of_all_samples() -> None:
