@@ -147,26 +147,22 @@ class Rollouts:
         """The micro-batches of a training step, with advantages."""
         if self.spread == "group" and self.several == "sum":  # the only kind that needs no other micro-batch
             return [x._replace(advantage=group_advantages(x.scores, x.group)) for x in rollouts]
-        own = [
-            (key, prompt, row)
-            for x in rollouts
-            for key, prompt, row in zip(
-                x.keys, x.prompts, torch.cat([x.scores[:, None], x.rewards], 1).tolist(), strict=True
-            )
-        ]
-        found = sorted(self.rewards.gather(own), key=lambda row: repr(row[0]))  # equal on any number of processes
-        keys, prompts, values = zip(*found, strict=True)
-        numbers = torch.tensor(values)
+        own = [(x.keys, x.prompts, torch.cat([x.scores[:, None], x.rewards], 1)) for x in rollouts]
+        found, device = self.rewards.gather(own), rollouts[0].scores.device
+        all_keys, all_prompts = ([one for part in found for one in part[k]] for k in (0, 1))
+        order = sorted(range(len(all_keys)), key=lambda k: repr(all_keys[k]))  # equal on any number of processes
+        keys, prompts = [all_keys[k] for k in order], [all_prompts[k] for k in order]
+        numbers = torch.cat([part[2].to(device) for part in found])[order]  # on the device: the host does not wait
         groups = [key[0] for key in keys]
         if self.several == "each":
             weights = list(self.rewards.mixture.present_weights().values())
             advantage = gdpo_advantages(numbers[:, 1:], groups, weights)
         elif self.spread == "prompt":
-            advantage = self.history.advantages(numbers[:, 0], prompts)
+            advantage = self.history.advantages(numbers[:, 0].cpu(), prompts).to(device)
         else:
             advantage = group_advantages(numbers[:, 0], groups, global_std=True)
         place = {key: k for k, key in enumerate(keys)}
-        return [x._replace(advantage=advantage[[place[k] for k in x.keys]].to(x.scores.device)) for x in rollouts]
+        return [x._replace(advantage=advantage[[place[k] for k in x.keys]]) for x in rollouts]
 
     def state(self) -> dict[str, Tensor]:
         return {**self.rewards.state(), **{HISTORY + prompt: x for prompt, x in self.history.last.items()}}

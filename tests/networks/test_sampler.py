@@ -311,6 +311,7 @@ PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"_class_name": "PNDMScheduler", **SD, **SD15},
     "stabilityai/sdxl-turbo": {"_class_name": "EulerAncestralDiscreteScheduler", **SD, **SDXL, **TRAILING},
     "stabilityai/stable-diffusion-3.5-medium": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    "Tongyi-MAI/Z-Image-Turbo": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
     "???": {"_class_name": "EulerDiscreteScheduler", **SD, **SDXL},  # a DMD2 student in the folder of SDXL
     **{name: json.loads((path / "scheduler/scheduler_config.json").read_text()) for name, path in SHIPPED.items()},
 }

@@ -98,7 +98,7 @@ def test_a_custom_recipe_uses_its_own_algorithm_optimizer_and_hooks(tmp_path: Pa
     own["main"]([*words, "trainer.steps=9"])
     done = own["CALLS"]
     assert done[0] == "own optimizer" and done[1][:2] == ("start", 0)
-    assert done[2] == ("end", 2, ["pytorch_lora_weights.safetensors"])
+    assert done[2] == ("end", 2, ["comfyui.safetensors", "pytorch_lora_weights.safetensors"])
     checkpoint = tmp_path / "run/checkpoints/step-000002"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 2
     assert any((weight == 7).all() for weight in load_file(checkpoint / "trained_0.safetensors").values())

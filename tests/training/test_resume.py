@@ -69,7 +69,7 @@ def test_hook_order_is_the_same_in_every_recipe(
     found: list[str] = []
     monkeypatch.setattr(Trainer, "fit", lambda self, loader: found.extend(type(hook).__name__ for hook in self.hooks))
     recipe(name, "--config=playground", f"run.folder={tmp_path / 'run'}", "data.limit=4", "hooks.ema_decay=0.9")
-    assert found == ["Restore", "Averaging", "Monitor", "SampleGrid", "Export", "Checkpoint", "Verify"]
+    assert found == ["Restore", "Averaging", "Monitor", "SampleGrid", "Export", "Card", "Checkpoint", "Verify"]
 
 
 def test_the_monitor_state_is_restored_on_resume(

@@ -37,11 +37,14 @@ class Card(Hook):
 
     def end(self, trainer: Trainer) -> None:
         if self.run.main:
-            kind, said = kind_of(self.backbone), sys.modules[self.algorithm.__module__].__doc__
-            method = (said or self.algorithm.__name__).splitlines()[0]
+            kind, module = kind_of(self.backbone), sys.modules.get(self.algorithm.__module__)  # a recipe's own has none
+            method = (getattr(module, "__doc__", None) or self.algorithm.__name__).splitlines()[0]
             shipped = next((name for name, folder in SHIPPED.items() if folder == self.backbone.path), "")
             about = About(method, kind, LOADED_BY[kind].format("."), self.backbone.path, shipped)
-            write_card(self.run.folder, about)
+            try:
+                write_card(self.run.folder, about)
+            except (OSError, ValueError, LookupError) as error:  # a finished run stays one
+                self.run.print(f"WARNING: the model card was not written: {error}")
 
 
 class Verify(Hook):
