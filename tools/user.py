@@ -6,12 +6,12 @@
 
 `choose` shows two images of a prompt at a time on a page served to this machine only, and writes the choices in the
 usual preference format. PROMPTS is a file of prompts, whose images are generated first (unknown options are passed to
-`diffalign generate`), a folder of `diffalign generate`, or photos, compared where their captions (.txt) are equal, or
-all for one --prompt. With --encoder the next pair is the one with the highest uncertainty under the choices so far.
+`diffalign generate`), a folder of `diffalign generate`, or photos, compared where captions (.txt) are equal, or all
+for one --prompt. With --encoder the next pair is the most uncertain one under the choices so far.
 
-`fit` turns 4 to 50 choices into a small file: for `reward-score --user`, and for pipelines made by `train/ppd.py`.
-`embed` does so for every annotator of a data set, several times from random choices, for `train/ppd.py`. The encoder is
-a personal scorer (the export of `train/personal_reward.py`), or with --vlm a vision-language model.
+`fit` turns 4 to 50 choices into a small file, for `reward-score --user` and for pipelines of `train/ppd.py`. `embed`
+does so for every annotator of a data set, several times from random choices. The encoder is a personal scorer (export
+of `train/personal_reward.py`), or with --vlm a vision-language model.
 """
 
 from __future__ import annotations
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from diffalign.people.choice_file import Pair
     from reward_models.personal.scorers import PersonalScorer
     from reward_models.personal.tastes import Choice
-
-POOLINGS = ("last", "tokens", "description")  # of reward_models.personal.vlm_users
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,7 +93,10 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--vlm", metavar="MODEL", help="vision-language model: folder or hub id (LLaVA-OneVision)")
     parser.add_argument("--layer", type=int, help="layer of the vision-language model's hidden states (the middle one)")
     parser.add_argument(
-        "--pooling", choices=POOLINGS, default="last", help="how the user embedding is pooled from tokens"
+        "--pooling",
+        choices=("last", "tokens", "description"),
+        default="last",
+        help="how the user embedding is pooled from tokens",
     )
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
 

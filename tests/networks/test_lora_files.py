@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_kohya
+from diffusers import StableDiffusionPipeline
+from lora_layouts import TARGETS, files
 from original_layout import flux, flux_converter, part
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
@@ -25,37 +25,11 @@ from diffalign.networks.verify import verify
 from diffalign.types import Cond
 
 CPU = torch.device("cpu")
-TARGETS = ("to_q", "to_v", "proj_in")
-"""proj_in is a convolution in Stable Diffusion 1.5."""
 
 
 @pytest.fixture(autouse=True)
 def own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
-
-
-def files(model: Path, folder: Path, seed: int = 0, **config: Any) -> dict[str, Path]:
-    """The same LoRA of rank 2 and alpha 6 as three programs save it, with the module that it changes."""
-    unet: Any = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
-    torch.manual_seed(seed)
-    settings = {"r": 2, "lora_alpha": 6, "target_modules": list(TARGETS), "init_lora_weights": "gaussian", **config}
-    adapted = get_peft_model(unet, LoraConfig(**settings))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(folder / "peft")
-    state = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(adapted).items()}
-    alpha = {"unet.r": 2, "unet.lora_alpha": 6, "unet.target_modules": list(TARGETS)}
-    pipeline = StableDiffusionXLPipeline if "xl" in str(model) else StableDiffusionPipeline
-    pipeline.save_lora_weights(folder / "diffusers", state, unet_lora_adapter_metadata=alpha_of(alpha))
-    kohya = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in state.items()})
-    kohya = {k: torch.tensor(6.0) if k.endswith(".alpha") else v.contiguous() for k, v in kohya.items()}
-    save_file(kohya, folder / "kohya.safetensors")
-    return {"peft": folder / "peft", "diffusers": folder / "diffusers", "kohya": folder / "kohya.safetensors"}
-
-
-def alpha_of(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {name.removeprefix("unet."): value for name, value in metadata.items()}
 
 
 def output(backbone: Backbone) -> torch.Tensor:
