@@ -92,12 +92,8 @@ def _encoders(parser: argparse.ArgumentParser) -> None:
     either.add_argument("--encoder", help="personal scorer: the export of train/personal_reward.py")
     either.add_argument("--vlm", metavar="MODEL", help="vision-language model: folder or hub id (LLaVA-OneVision)")
     parser.add_argument("--layer", type=int, help="layer of the vision-language model's hidden states (the middle one)")
-    parser.add_argument(
-        "--pooling",
-        choices=("last", "tokens", "description"),
-        default="last",
-        help="how the user embedding is pooled from tokens",
-    )
+    ways = ("last", "tokens", "description")
+    parser.add_argument("--pooling", choices=ways, default="last", help="how the user embedding is pooled from tokens")
     parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
 
 
