@@ -118,9 +118,9 @@ def _info(words: Sequence[str]) -> int:
     from reward_models.folder.cards import CARDS, card_text
 
     parser = _Parser(prog="reward-score info", description="Card of a scorer: source, input, unit, known failures.")
-    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(CARDS)}; without it, all names")
+    parser.add_argument("name", nargs="?", metavar="NAME", help=f"one of {', '.join(SCORERS)}; without it, all names")
     name = parser.parse_args(words).name
-    print(card_text(name) if name else "\n".join(f"{name:<22}{card.title}" for name, card in CARDS.items()))
+    print(card_text(name) if name else "\n".join(f"{name:<22}{CARDS[name].title}" for name in SCORERS))
     return 0
 
 

@@ -24,7 +24,7 @@ def test_a_judge_is_a_reward_and_its_key_is_in_no_file_of_the_run(
     monkeypatch.setenv("JUDGE_API_KEY", KEY)
     settings = [
         "trainer.steps=1",
-        "algorithm.group_size=2",
+        "rollouts.group_size=2",
         "data.batch_size=1",
         "data.limit=2",
         "monitor.prompts=null",
