@@ -18,6 +18,7 @@ from scorers import train as train_scorer
 from torch import Tensor
 
 from diffalign.commands import launch
+from diffalign.diffusion.schedule import VPSchedule
 from diffalign.draws import Draws
 from diffalign.networks.loading import Denoiser, load_backbone
 from diffalign.playground import SHIPPED_PAIRS, Judge
@@ -138,7 +139,8 @@ class World:
         found = []
         with torch.no_grad():
             for level in LEVELS:
-                t = torch.full((len(x0),), level)
+                timesteps = isinstance(backbone.schedule, VPSchedule)
+                t = torch.full((len(x0),), level if timesteps else level / 1000)
                 x_t, out = backbone.schedule.add_noise(x0, eps, t), []
                 for backbone.denoiser.network in networks:
                     out.append(backbone.denoiser(x_t, t, cond))
