@@ -46,6 +46,10 @@ class NoAnswer(OSError):
     """One request got no answer, after all tries."""
 
 
+class Refused(NoAnswer):
+    """The server refuses this request and may answer others."""
+
+
 class _Again(Exception):
     """A try failed in a way that may pass.
 
@@ -141,8 +145,8 @@ class ChatClient:
             stop.set()
             pool.shutdown(cancel_futures=True)
             self.spent.seconds += time.monotonic() - start
-        errors = [x for x in found.values() if isinstance(x, Exception)]
-        if errors and len(errors) == len(found):
+        errors = [x for x in found.values() if isinstance(x, Exception) and not isinstance(x, Refused)]
+        if errors and not any(isinstance(x, str) for x in found.values()):
             raise JudgeError(f"{self.url} answers nothing: {errors[0]}; run again when it answers") from errors[0]
         return [found[body] for body in bodies]
 
@@ -210,7 +214,7 @@ class ChatClient:
             return _Again(why, float(after) if after.isdecimal() else 0.0, gone=error.code in _GONE)
         if error.code in _THIS_ONE:
             self._count(failed=1)
-            return NoAnswer(why)
+            return Refused(why)
         return JudgeError(f"{self.url} refuses the request: {why}")
 
     def _key(self) -> str:

@@ -98,6 +98,14 @@ def test_garbage_is_a_failure_with_its_text_and_is_not_paid_again() -> None:
         assert caught.value.scores[2] == 12
 
 
+def test_a_call_whose_only_image_is_refused_does_not_end_the_run() -> None:
+    with stand_in.judge(_grey, [422]) as server:
+        judge = load_scorer(_spec(server.url, concurrency=1), "cpu")
+        with pytest.raises(Unscored, match="HTTP 422"):
+            judge.score(LEVELS[:1] / 255, PROMPTS[:1])
+        assert judge.score(LEVELS[:1] / 255, PROMPTS[:1]).tolist() == [0]
+
+
 def test_an_answer_outside_its_range_is_a_failure() -> None:
     with (
         stand_in.judge(lambda *_: "Score: 256") as server,
