@@ -59,6 +59,7 @@ class WeightedSum(nn.Module):
         self.scorers, self.normalise = {name: scorer for name, (scorer, _) in scorers.items()}, normalise
         self.weights = {name: float(weight) for name, (_, weight) in scorers.items()}
         self.differentiable = all(scorer.differentiable for scorer in self.scorers.values())
+        self.remote = any(getattr(scorer, "remote", False) for scorer in self.scorers.values())
         terms = (f"{weight:g}*{name} ({self.scorers[name].unit})" for name, weight in self.weights.items())
         self.unit = " + ".join(terms) + ("" if normalise == "none" else f", each normalised ({normalise})")
         self._networks = nn.ModuleList(x for x in self.scorers.values() if isinstance(x, nn.Module))

@@ -20,9 +20,10 @@ class Scorer(Protocol):
     differentiable  whether gradients flow from the scores to the pixels
     unit            the scale of the scores; stored with every result
 
-    Optional: the attribute `choice_temperature` (see `choice_temperature_of`), and the methods of Matching and
-    Resizing. A scorer that is an `nn.Module` is moved to the device it is loaded on, and gets images there. Other
-    scorers get images on the device of their attribute `device`, or on the CPU without it.
+    Optional: the attributes `choice_temperature` (see `choice_temperature_of`) and `remote` (true if it computes on
+    another machine: online RL draws the next images meanwhile), and the methods of Matching and Resizing. A scorer
+    that is an `nn.Module` is moved to the device it is loaded on, and gets images there. Other scorers get images on
+    the device of their attribute `device`, or on the CPU without it.
     """
 
     differentiable: bool

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor, nn
 
 from diffalign.algorithms.base import Turn
-from diffalign.algorithms.rollouts import Images, OnRollouts, Rollouts
+from diffalign.algorithms.rollouts import Drawn, Images, OnRollouts, Rollouts
 from diffalign.diffusion.noising import denoising_error
 from diffalign.diffusion.steps import Network, guided
 from diffalign.networks.follower import Follower
@@ -103,7 +103,7 @@ class ForwardProcess(OnRollouts):
                 follower.follow(self.decay(name, step))
         return super().turns(step)
 
-    def roll_out(self, batch: PromptBatch) -> Images:
+    def roll_out(self, batch: PromptBatch) -> Drawn:
         return self.rollouts.draw(self.followers.get(self.drawn_by, self.policy), batch)
 
     def split(self, batch: Images) -> Sequence[tuple[int, Images]]:

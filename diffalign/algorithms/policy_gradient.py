@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffalign.algorithms.rollouts import Images, OnRollouts, Rollouts
+from diffalign.algorithms.rollouts import Drawn, Images, OnRollouts, Rollouts
 from diffalign.diffusion.steps import Network, log_prob, squared_log_prob
 from diffalign.networks.sampler import Transition
 from diffalign.objectives.policy_gradient import gaussian_kl
@@ -57,7 +57,7 @@ class PolicyGradient(OnRollouts):
         """Indices of the stochastic, trained transitions of the rollout whose first prompt has this key."""
         return range(len(self.sampler) - 1)
 
-    def roll_out(self, batch: PromptBatch) -> Images:
+    def roll_out(self, batch: PromptBatch) -> Drawn:
         return self.rollouts.draw(self.policy, batch, self.trained(batch.keys[0]))
 
     def log_density(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,7 +29,7 @@ HISTORY = "rewards of "
 """Prefix of the names of a prompt's last rewards in a checkpoint."""
 
 
-class Images(NamedTuple):
+class Drawn(NamedTuple):
     """N = B G images of B prompts. The images of a prompt stand side by side on the batch axis.
 
     x0           final latents [N, C, h, w]
@@ -38,11 +38,32 @@ class Images(NamedTuple):
     keys         N keys (key of the prompt, k)
     prompts      N prompts
     group        int64 [N], the index of the prompt
+    wait         waits for the scores: what `Rewards.start` returned
+    """
+
+    x0: Tensor
+    transitions: list[tuple[int, Transition]]
+    cond: Cond
+    keys: Sequence[Key]
+    prompts: Sequence[str]
+    group: Tensor
+    wait: Callable[[], tuple[Tensor, Tensor]]
+
+    def scored(self) -> Images:
+        """The images with their scores, without advantages."""
+        scores, rewards = self.wait()
+        group = self.group.to(scores.device)
+        return Images(*self[:5], group, rewards, scores, *group_range(scores, group), torch.zeros_like(scores))
+
+
+class Images(NamedTuple):
+    """N images as in Drawn, scored.
+
     rewards      float32 [N, K], the scores of K scorers
     scores       float32 [N], their weighted sum
     lowest       float32 [N], the lowest score of the group
     highest      float32 [N], the highest score of the group
-    advantage    float32 [N]; zero until `Rollouts.weighed`
+    advantage    float32 [N]
     update       which of the updates on this rollout
     """
 
@@ -128,9 +149,9 @@ class Rollouts:
         return problems
 
     @torch.no_grad()
-    def draw(self, network: Network, batch: PromptBatch, trained: Sequence[int] = ()) -> Images:
-        """G scored images of each of B prompts. `trained` are the steps that add noise and are kept; if there are none,
-        the sampler adds noise as its law says."""
+    def draw(self, network: Network, batch: PromptBatch, trained: Sequence[int] = ()) -> Drawn:
+        """G images of each of B prompts, whose scoring has begun. `trained` are the steps that add noise and are kept;
+        if there are none, the sampler adds noise as its law says."""
         count, each = len(batch.keys), self.group_size
         keys: list[Key] = [(key, k) for key in batch.keys for k in range(each)]
         prompts = [prompt for prompt in batch.prompts for _ in range(each)]
@@ -138,13 +159,13 @@ class Rollouts:
         cond = batch.cond.at(group)
         walk = self.sampler.walk(network, cond, keys, stochastic=trained or None)
         x0 = walk[-1].x_next
-        scores, parts = self.rewards.score_each(x0, prompts)
-        group, kept = group.to(scores.device), [(k, walk[k]) for k in trained]
-        extremes = group_range(scores, group)
-        return Images(x0, kept, cond, keys, prompts, group, parts, scores, *extremes, torch.zeros_like(scores))
+        kept = [(k, walk[k]) for k in trained]
+        return Drawn(x0, kept, cond, keys, prompts, group, self.rewards.start(x0, prompts))
 
-    def weighed(self, rollouts: Sequence[Images]) -> list[Images]:
-        """The micro-batches of a training step, with advantages."""
+    @torch.no_grad()
+    def weighed(self, drawn: Sequence[Drawn]) -> list[Images]:
+        """The micro-batches of a training step, with scores and advantages."""
+        rollouts = [one.scored() for one in drawn]
         if self.spread == "group" and self.several == "sum":  # the only kind that needs no other micro-batch
             return [x._replace(advantage=group_advantages(x.scores, x.group)) for x in rollouts]
         own = [(x.keys, x.prompts, torch.cat([x.scores[:, None], x.rewards], 1)) for x in rollouts]
@@ -193,8 +214,8 @@ class OnRollouts(Algorithm):
         return problems
 
     @abstractmethod
-    def roll_out(self, batch: PromptBatch) -> Images:
-        """Groups of images of a micro-batch of prompts, scored, without advantages."""
+    def roll_out(self, batch: PromptBatch) -> Drawn:
+        """Groups of images of a micro-batch of prompts, whose scoring has begun."""
 
     def turns(self, step: int) -> Sequence[Turn]:
         """One optimizer step for each update on the same rollout."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,7 @@ class Mixture(Protocol):
     """A weighted sum of scorers; implemented by reward_models.WeightedSum."""
 
     differentiable: bool
+    remote: bool
     normalise: str
     scorers: Mapping[str, Any]
     weights: Mapping[str, float]
@@ -47,6 +49,7 @@ class Rewards:
 
     def __init__(self, mixture: Mixture, decode: Callable[[Tensor], Tensor], gather: Callable[[list[Any]], list[Any]]):
         self.mixture, self.decode, self.gather = mixture, decode, gather
+        self._thread = ThreadPoolExecutor(1)  # one thread, so remote scorers get their requests in order
 
     def state(self) -> dict[str, Tensor]:
         """Running statistics of the scores for a checkpoint; empty if scores are not normalised."""
@@ -76,14 +79,27 @@ class Rewards:
     @torch.no_grad()
     def score(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
         """Weighted sum of scores, float32 [B], of latents x0 [B, C, h, w] and B prompts."""
-        return self.score_each(x0, prompts)[0]
+        return self.start(x0, prompts)()[0]
 
     @torch.no_grad()
-    def score_each(self, x0: Tensor, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Weighted sum of scores [B], and the scores of the K scorers [B, K], float32; arguments as `score`."""
-        parts = self.mixture.parts(self.decode(x0), prompts)
-        self._update(parts)
-        return self.mixture.combine(parts), torch.stack([*parts.values()], dim=1)
+    def start(self, x0: Tensor, prompts: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Start scoring; arguments as `score`. The function returned waits for the scores.
+
+        It returns their weighted sum [B] and the scores of the K scorers [B, K], float32. A mixture with a remote scorer
+        runs in a thread, so that the next images are drawn meanwhile. Running statistics change when the function is
+        called: keep the order of `start`.
+        """
+        images = self.decode(x0)
+        parts = self.mixture.parts
+        wait = self._thread.submit(torch.no_grad()(parts), images, prompts).result if self.mixture.remote else None
+        found = {} if wait else parts(images, prompts)
+
+        def scores() -> tuple[Tensor, Tensor]:
+            each = wait() if wait else found
+            self._update(each)
+            return self.mixture.combine(each), torch.stack([*each.values()], dim=1)
+
+        return scores
 
     def ascend(
         self, x0: Tensor, prompts: Sequence[str], *, unit: bool = False, ceiling: float | None = None

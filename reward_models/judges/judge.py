@@ -54,6 +54,7 @@ class Judge:
     """
 
     differentiable = False
+    remote = True
 
     def __init__(
         self,

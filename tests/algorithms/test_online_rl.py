@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,11 +266,11 @@ def test_advantages_cover_all_micro_batches_and_ranks(made: Callable, prompts_of
     fresh(lambda values: sent.extend(values) or values).weighed(drawn[1:])  # what the other rank sends
     there = fresh(lambda values: [*sent, *values]).weighed(drawn[:1])
     assert torch.equal(there[0].advantage, found[0].advantage)
-    scores = torch.cat([x.scores for x in drawn])
+    scores = torch.cat([x.scores for x in found])
     groups = [key[0] for x in drawn for key in x.keys]
     wanted = {
         "batch": group_advantages(scores, groups, global_std=True),
-        "each": gdpo_advantages(torch.cat([x.rewards for x in drawn]), groups, [1.0, 0.5]),
+        "each": gdpo_advantages(torch.cat([x.rewards for x in found]), groups, [1.0, 0.5]),
         "prompt": PromptHistory().advantages(scores, [p for x in drawn for p in x.prompts]),
     }
     torch.testing.assert_close(torch.cat([x.advantage for x in found]), wanted[kind], atol=1e-4, rtol=1e-3)
@@ -277,4 +278,34 @@ def test_advantages_cover_all_micro_batches_and_ranks(made: Callable, prompts_of
     again = fresh(lambda values: values)
     again.load(state)
     assert again.history.last.keys() == one.history.last.keys() and bool(state) == (kind == "prompt")
-    assert {"reward@0", "reward@1", "idle"} <= drawn[0].metrics().keys()
+    assert {"reward@0", "reward@1", "idle"} <= found[0].metrics().keys()
+
+
+class Remote(Mean):
+    """Answers when the next images are drawn."""
+
+    remote = True
+
+    def __init__(self) -> None:
+        super().__init__(0, 1.0)
+        self.asked, self.drawn, self.threads = 0, threading.Semaphore(0), set[str]()
+
+    def score(self, images: Tensor, prompts: Any) -> Tensor:
+        self.asked += 1
+        self.threads.add(threading.current_thread().name)
+        assert not torch.is_grad_enabled() and self.drawn.acquire(timeout=20)
+        return super().score(images, prompts)
+
+
+def test_the_next_images_are_drawn_while_a_remote_scorer_is_asked(made: Callable, prompts_of: Callable) -> None:
+    backbone, algorithm = made("awm")
+    remote, batches = Remote(), [prompts_of(backbone, epoch=k) for k in (0, 1)]
+
+    def begun(scorer: Mean) -> list[Any]:
+        algorithm.rollouts.rewards = Rewards(WeightedSum({"": (scorer, 1.0)}), backbone.decode, lambda values: values)
+        return [algorithm.roll_out(batch) for batch in batches]
+
+    wanted, drawn = begun(Mean(0, 1.0)), begun(remote)
+    remote.drawn.release(2)  # never reached if the first scores were waited for
+    assert all(torch.equal(x.scored().scores, y.scored().scores) for x, y in zip(drawn, wanted, strict=True))
+    assert remote.asked == 2 and threading.current_thread().name not in remote.threads

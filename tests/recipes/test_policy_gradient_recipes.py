@@ -29,7 +29,7 @@ from diffalign.networks.sampler import Sampler
 from diffalign.objectives.rewards import Rewards
 recipe, name, count, *arguments = sys.argv[1:]
 losses = ForwardProcess if "nft" in recipe else PolicyGradient
-owner = {"walk": Sampler, "score_each": Rewards, "loss": losses}[name]
+owner = {"walk": Sampler, "start": Rewards, "loss": losses}[name]
 function, calls = getattr(owner, name), 0
 
 def killing(self, *given, **named):
@@ -72,7 +72,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 # Calls before the kill, and the steps that are done then. A step calls each once for two micro-batches, and `loss` for
 # two updates as well: the kill falls between the micro-batches of a rollout, or between the updates.
-PLACES = {"walk": (3, 1), "score_each": (3, 2), "loss": (2, 2)}
+PLACES = {"walk": (3, 1), "start": (3, 2), "loss": (2, 2)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
