@@ -85,8 +85,8 @@ class Rewards:
     def start(self, x0: Tensor, prompts: Sequence[str]) -> Callable[[], tuple[Tensor, Tensor]]:
         """Start scoring; arguments as `score`. The function returned waits for the scores.
 
-        It returns their weighted sum [B] and the scores of the K scorers [B, K], float32. With a remote scorer the mixture
-        runs in a thread, so that the next images are drawn meanwhile. Running statistics change when the function is
+        It returns their weighted sum [B] and the scores of the K scorers [B, K], float32. If a scorer is remote, all
+        run in a thread, so that the next images are drawn meanwhile. Running statistics change when the function is
         called: keep the order of `start`.
         """
         images = self.decode(x0)

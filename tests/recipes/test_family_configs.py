@@ -53,7 +53,7 @@ def test_a_step_with_the_config_trains_its_layers(
     assert {n.split(".")[-1] if n[-2:] != ".0" else "to_out.0" for n in names} == layers
 
 
-@pytest.mark.parametrize("name", ["pso", "draft"])
+@pytest.mark.parametrize("name", ["pso", "draft", "diffusion_nft"])
 def test_a_step_with_the_configs_of_z_image_turbo(
     tmp_path: Path, tiny_z_image: Path, recipe: Callable, name: str
 ) -> None:
