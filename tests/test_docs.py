@@ -17,6 +17,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import tiny_vlm
 import torch
 from original_layout import original, part
 from PIL import Image
@@ -66,6 +67,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     torch.save({"state_dict": network.half().state_dict()}, tmp_path / "HPS_v2.1_compressed.pt")
     (tmp_path / "tiny.json").write_text(json.dumps(ARCHITECTURE))
     (tmp_path / "shards").mkdir()
+    captions = ("large red circle on white", "small blue square on black")
+    rows = [f"{k},{text},1,0,entity - whole (x),Is it there?" for k, text in enumerate(captions)]
+    head = "item_id,text,proposition_id,dependency,tuple,question_natural_language"
+    (tmp_path / "dpg_bench.csv").write_text("\n".join([head, *rows]) + "\n")
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\n" + "".join(f"{text},Colors\n" for text in captions))
+    (tmp_path / "published.md").write_text("| model | colors |\n|---|---|\n| theirs | 0.5 |\n")
+    tiny_vlm.save("qwen3_vl", tmp_path / "my-model")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("red circle on white")
     for k in range(2):
@@ -107,6 +115,8 @@ def test_every_command_and_the_code_run(here: Path, recipe: Callable) -> None:
         "runs/vp_score/export/model.safetensors",
         "mine.csv",
         "shards.parquet",
+        "drawbench.json",
+        "dpg.json",
     ):
         assert (here / made).stat().st_size > 0, made
     made_here: dict = {}

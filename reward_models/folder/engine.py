@@ -31,13 +31,13 @@ class Processes(NamedTuple):
     wait: Callable[[], None] = lambda: None
 
 
-def add_options(parser: argparse.ArgumentParser, *, resume: str) -> None:
-    """Add the options of the engine to a command. `resume` describes the unfinished run."""
+def add_options(parser: argparse.ArgumentParser, *, resume: str, required: bool = True) -> None:
+    """Add the options of the engine to a command. `resume` describes the unfinished run; `required`: --scorer is."""
     add = parser.add_argument
     add(
         "--scorer",
         action="append",
-        required=True,
+        required=required,
         metavar="NAME[,KEY=VALUE...]",
         help="name, folder or package.module:Class; may be repeated",
     )

@@ -99,7 +99,8 @@ VLM_CARDS = {
     ),
     "geneval2": Card(
         "Soft-TIFA of GenEval2 (Kamath et al., 2025)",
-        "hub Qwen/Qwen3-VL-8B-Instruct; prompts with questions are not shipped: questions=FILE, such as GenEval2's",
+        "hub Qwen/Qwen3-VL-8B-Instruct; prompts with questions are not shipped: questions=FILE, such as GenEval2's; "
+        "without it, a prompt is a question and its answer",
         "weights Apache-2.0; GenEval2's prompts and code CC BY-NC 4.0 (non-commercial), not part of this package",
         "the probability of each right answer as the next token, summed over its spellings, geometric mean",
         _CHAT_IMAGES,

@@ -27,7 +27,8 @@ class QuestionScorer(VLMScorer):
     A prompt without questions has no score. Each image is read once for each question.
 
     Args:
-        questions: prompt -> (question, answer), ...
+        questions: prompt -> (question, answer), ...; None: a prompt is a question, and its second line the right
+            answer, by default Yes
         mean: geometric: one wrong answer makes the score small; or arithmetic
     """
 
@@ -36,7 +37,7 @@ class QuestionScorer(VLMScorer):
         network: Any,
         processor: Any,
         *,
-        questions: Questions,
+        questions: Questions | None,
         mean: Literal["geometric", "arithmetic"] = "geometric",
         **settings: Any,
     ):
@@ -53,6 +54,8 @@ class QuestionScorer(VLMScorer):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B]. Raises Unscored for prompts without questions."""
         check_images(images, prompts)
+        if self.questions is None:
+            return self._right(images, [_question(prompt) for prompt in prompts]).exp()
         scores, reasons = [], {}
         for i, prompt in enumerate(prompts):
             if prompt in self.questions:
@@ -70,12 +73,21 @@ class QuestionScorer(VLMScorer):
         return self.score(images, prompts)[:, None]
 
     def _one(self, image: Tensor, questions: Sequence[tuple[str, str]]) -> Tensor:
-        asked = [self.template.fill(self.plain(question)) for question, _ in questions]
-        inputs = self.inputs(image.expand(len(asked), -1, -1, -1), asked)
+        right = self._right(image.expand(len(questions), -1, -1, -1), questions)
+        return right.mean().exp() if self.mean == "geometric" else right.exp().mean()
+
+    def _right(self, images: Tensor, questions: Sequence[tuple[str, str]]) -> Tensor:
+        """Images [B, 3, H, W], each with a question and its answer -> log probability of the answer [B]."""
+        inputs = self.inputs(images, [self.template.fill(self.plain(question)) for question, _ in questions])
         answers = [first_tokens(self.processor.tokenizer, forms(answer)) for _, answer in questions]
         log_p = self.next_token.logits(self.network, inputs).log_softmax(-1)
-        right = torch.stack([row[tokens].logsumexp(0) for row, tokens in zip(log_p, answers, strict=True)])
-        return right.mean().exp() if self.mean == "geometric" else right.exp().mean()
+        return torch.stack([row[tokens].logsumexp(0) for row, tokens in zip(log_p, answers, strict=True)])
+
+
+def _question(prompt: str) -> tuple[str, str]:
+    """A prompt that is a question -> the question, and the right answer, its last line; Yes if it has one line."""
+    question, _, answer = prompt.rpartition("\n")
+    return (question, answer) if question else (answer, "Yes")
 
 
 def forms(answer: str) -> list[str]:

@@ -127,15 +127,16 @@ def quality_levels(*, model: str = CHAT, what: Literal["quality", "aesthetics"] 
 
 
 def geneval2(
-    *, questions: str, model: str = GENEVAL2, mean: Literal["geometric", "arithmetic"] = "geometric"
+    *, questions: str | None = None, model: str = GENEVAL2, mean: Literal["geometric", "arithmetic"] = "geometric"
 ) -> QuestionScorer:
     """GenEval2's Soft-TIFA (Kamath et al., 2025): the mean probability of the right answers to a prompt's questions.
 
-    questions  file with lines {"prompt": ..., "vqa_list": [[question, answer], ...]}
+    questions  file with lines {"prompt": ..., "vqa_list": [[question, answer], ...]}; without it a prompt is a
+               question, and its second line the right answer, by default Yes
     model      hub id or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL
     mean       geometric or arithmetic, over the questions
     """
-    asked = read_questions(questions)
+    asked = None if questions is None else read_questions(questions)
     network, processor = _load(model)
     how: dict[str, Any] = {"rule": Patches.of(processor.image_processor), "questions": asked, "mean": mean}
     scorer = QuestionScorer(network, processor, template=Template(f"{PROMPT} Answer in one word."), name=model, **how)

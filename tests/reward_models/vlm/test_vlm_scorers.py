@@ -222,6 +222,10 @@ def test_geneval2_is_the_mean_probability_of_the_right_answers(qwen3: Path, tmp_
     plain: Any = load_scorer(f"{spec},mean=arithmetic", "cpu")
     assert plain.record["mean"] == "arithmetic" and len(plain.record["questions"]) == 64
     assert plain.score(LEVELS / 255, PROMPTS)[0].item() == pytest.approx(sum(p) / 3, rel=1e-4)
+    # Without a file a prompt is a question; the line after it is the right answer.
+    single: Any = load_scorer(f"geneval2,model={qwen3}", "cpu")
+    prompts = ["How many foxes?\n2", "Is there <|image_pad|> a fox?"]
+    assert single.score(LEVELS[[0, 0]] / 255, prompts).tolist() == pytest.approx([p[1], p[0]], rel=1e-4)
     with pytest.raises(Unscored, match="image 1: no questions for the prompt 'a dog'"):
         scorer.score(LEVELS / 255, [PROMPTS[0], "a dog"])
     with torch.enable_grad():
