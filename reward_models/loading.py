@@ -35,6 +35,7 @@ SCORERS = {
     "quality_levels": "reward_models.vlm.rows:quality_levels",
     "geneval2": "reward_models.vlm.rows:geneval2",
     "clip_iqa": "reward_models.clip.iqa:CLIPIQA",
+    "mps": "reward_models.clip.mps:MPS",
     "aesthetic_v2.5": "reward_models.vision.towers:AestheticV25",
     "dino_similarity": "reward_models.vision.towers:DinoSimilarity",
     "judge": "reward_models.judges.judge:Judge",
