@@ -34,6 +34,7 @@ SCORERS = {
     "unified_reward": "reward_models.vlm.rows:unified_reward",
     "rubric": "reward_models.vlm.rows:rubric",
     "quality_levels": "reward_models.vlm.rows:quality_levels",
+    "q_sit": "reward_models.vlm.q_sit:QSiT",
     "geneval2": "reward_models.vlm.rows:geneval2",
     "ocr": "reward_models.vlm.ocr:OCR",
     "clip_iqa": "reward_models.clip.iqa:CLIPIQA",

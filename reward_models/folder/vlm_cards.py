@@ -191,6 +191,23 @@ VLM_CARDS = {
             "untested on the released weights here",
         ),
     ),
+    "q_sit": Card(
+        "Q-SiT (Zhang et al., 2025, arXiv 2503.09197)",
+        "hub zhangzicheng/q-sit-mini (0.5 billion parameters; model=zhangzicheng/q-sit has 7)",
+        "MIT",
+        "LLaVA-OneVision trained on KonIQ and SPAQ to rate in words; softmax over the first tokens of five level words",
+        "384 x 384 whatever the aspect, and crops of it at larger size, padded with black, by Pillow's bicubic resize; "
+        "exact, differentiable",
+        "not read",
+        "quality: Excellent 1, Good 0.75, Fair 0.5, Poor 0.25, Bad 0",
+        "0 to 1",
+        (),
+        (
+            "ignores the prompt: as the only reward it drives images away from the prompt",
+            "trained on photographs",
+            "the number on the model card (0.0455 for its photograph) is untested here",
+        ),
+    ),
     "quality_levels": Card(
         "Quality by level words, the formula of Q-Align (Wu et al., 2023, arXiv 2312.17090)",
         _CHAT,
