@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reward_models.files import first_line, reachable, read_json, replacing, write_whole, writing
+from reward_models.files import first_line, one_line, reachable, read_json, replacing, write_whole, writing
 
 CONFIG = "reward_config.json"
 """The config file of a scorer folder. The folder also holds WEIGHTS and, unless it is the default, a tokenizer."""
@@ -59,6 +59,17 @@ def find_file(source: str | os.PathLike[str], filename: str | None) -> Path:
             f"'{source}' is not a local file or folder, and '{filename}' of that hub id cannot be downloaded: {why}. "
             f"Download {url} and give the path of the file or of its folder"
         ) from error
+
+
+def pretrained(kind: Any, name: str, *, what: str, **settings: Any) -> Any:
+    """`kind.from_pretrained` of transformers for a hub id or a folder. Raises ValueError if nothing can be loaded."""
+    if not Path(name).is_dir():
+        reachable()
+    try:
+        return kind.from_pretrained(name, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        need = "give a hub id, or a folder with config and processor or weights"
+        raise ValueError(f"no {what} can be loaded from '{name}': {one_line(error)}; {need}") from error
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

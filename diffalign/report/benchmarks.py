@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,13 +92,22 @@ def read_prompts(name: str, path: Path) -> list[Prompt]:
             f"'{path}' does not exist; the prompts of {name} are not shipped: get {benchmark.file} from "
             f"{benchmark.source}"
         )
-    try:
+    with _expecting(path, f"{benchmark.file} of {name}"):
         found = benchmark.read(path)
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"'{path}' is not {benchmark.file} of {name}: {type(error).__name__} {error}") from error
     if not found:
         raise ValueError(f"'{path}' has no prompts; expected {benchmark.file} of {name}")
     return found
+
+
+@contextmanager
+def _expecting(path: Path, what: str) -> Iterator[None]:
+    """Turn errors of another layout into ValueError with the file."""
+    try:
+        yield
+    except (csv.Error, KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        raise ValueError(f"'{path}' is not {what}: {type(error).__name__} {error}") from error
 
 
 def _geneval(path: Path) -> list[Prompt]:
@@ -116,7 +126,7 @@ def _geneval2(path: Path) -> list[Prompt]:
 
 
 def _dpg(path: Path) -> list[Prompt]:
-    """Parents that the file does not have are no condition."""
+    """With the first question of the file, which the released code skips. Unknown parents are no condition."""
     items: dict[str, list[dict[str, str]]] = {}
     for row in csv.DictReader(text_lines(path)):
         items.setdefault(row["item_id"], []).append(row)
@@ -223,12 +233,11 @@ def read_others(path: Path, dimensions: Sequence[str]) -> dict[str, dict[str, fl
     .csv; .json of {model: {dimension: number}} or a list of rows whose first value is the model, or results of this
     command; else the first Markdown table. Raises ValueError if no column is one of the dimensions.
     """
-    if path.suffix == ".json":
-        rows = _json_rows(read_json(path))
-    elif path.suffix == ".csv":
-        rows = [*csv.reader(text_lines(path))]
-    else:
-        rows = _markdown_rows(read_text(path))
+    with _expecting(path, "a table of models and dimensions"):
+        if path.suffix == ".json":
+            rows = _json_rows(read_json(path))
+        else:
+            rows = [*csv.reader(text_lines(path))] if path.suffix == ".csv" else _markdown_rows(read_text(path))
     header, *lines = rows or [[]]
     columns = [_dimension(_plain(cell), dimensions) for cell in header[1:]]
     if not any(columns):

@@ -238,6 +238,29 @@ CARDS = {
         (Accuracy("held-out playground captions, true preference", 75.4, "benchmarks/results/scorers.json, seed 0"),),
         ("means nothing outside the playground", "weak on composition (57 % of pairs)", _RELATIVE),
     ),
+    "mps": Card(
+        "MPS (Zhang et al., CVPR 2024), by default the overall preference",
+        "hub RE-N-Y/mpsv1, model.safetensors: the authors' pickled checkpoint, re-hosted by the author of imscore; "
+        "config and tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "MIT",
+        "CLIP ViT-H/14 and four layers in which image tokens attend to those tokens of the prompt that resemble the "
+        "condition",
+        _CROP.format("transformers'"),
+        "77 BPE tokens of the authors' tokenizer, padding included, the rest is cut off",
+        "logit: exp(logit_scale) * cosine, about 100 * cosine",
+        "differences within a prompt of a few units",
+        (
+            Accuracy("ImageReward test", 67.5, MPS),
+            Accuracy("HPDv2 test, inversion rule", 83.5, MPS),
+            Accuracy("MHP test, overall", 74.2, MPS),
+        ),
+        (
+            _RELATIVE,
+            "condition= sets what is judged; threshold=0.3 is that of the authors' evaluations, 0.01 of their example",
+            "the authors' code normalises the mask over a batch, so its scores depend on batch mates; here they do not",
+            "the numbers of the released weights are untested here",
+        ),
+    ),
     **VLM_CARDS,
 }
 """Name -> card. Accuracies are the published values with their conditions. Others could not be verified."""

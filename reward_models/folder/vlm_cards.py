@@ -52,6 +52,23 @@ VLM_CARDS = {
             "the published CLIP-FlanT5 is another model, and gives other numbers",
         ),
     ),
+    "vqascore_t5": Card(
+        "VQAScore by CLIP-FlanT5, the published one (Lin et al., 2024, arXiv 2404.01291)",
+        "hub zhiqiulin/clip-flant5-xxl (11 billion parameters; model=zhiqiulin/clip-flant5-xl has 3), CLIP of "
+        "openai/clip-vit-large-patch14-336, tokenizer of google/flan-t5-xxl",
+        "Apache-2.0; OpenAI's CLIP: MIT",
+        "T5 reads the question with the 576 patch features of CLIP ViT-L/14; the probability of its answer Yes",
+        "padded to a square in CLIP's mean colour, then Pillow's bicubic resize to 336 x 336; exact, differentiable",
+        f'Does this figure show "..."? Please answer yes or no. In a chat, in two texts around the image. {_PLAIN}',
+        "probability: geometric mean over the tokens Yes and end",
+        "0 to 1",
+        (),
+        (
+            "the image tower is OpenAI's; the copy in the checkpoint, said to be frozen, is not read",
+            "imscore's port keeps the class token and takes one mean over a batch: other numbers",
+            "the numbers of the released weights are untested here",
+        ),
+    ),
     "unified_reward": Card(
         "UnifiedReward 2.0 (Wang et al., 2025, arXiv 2503.05236)",
         "hub CodeGoat24/UnifiedReward-2.0-qwen3vl-8b",
@@ -157,6 +174,39 @@ VLM_CARDS = {
         "-1 to 1",
         (),
         ("measures the subject, not the prompt or the quality: copies of a reference score best",),
+    ),
+    "ocr": Card(
+        "Text accuracy (the measure of Flow-GRPO, arXiv 2505.05470) of what GOT-OCR2 reads (Wei et al., 2024)",
+        "hub stepfun-ai/GOT-OCR-2.0-hf, 0.6 billion parameters",
+        "Apache-2.0",
+        "GOT-OCR2 of transformers, greedily decoded; 1 - Levenshtein distance / length, without case and spaces",
+        "by the model's own processor, to 1024 x 1024; no gradient",
+        "the text in the first double quotes; a prompt without is a failure",
+        "share of the text; 1 if it is part of what is read",
+        "0 to 1",
+        (),
+        (
+            "published numbers use PaddleOCR, a detector with a recogniser of lines: others than these",
+            "looks at the text only: as the only reward it drives images away from the rest of the prompt",
+            "untested on the released weights here",
+        ),
+    ),
+    "q_sit": Card(
+        "Q-SiT (Zhang et al., 2025, arXiv 2503.09197)",
+        "hub zhangzicheng/q-sit-mini (0.5 billion parameters; model=zhangzicheng/q-sit has 7)",
+        "MIT",
+        "LLaVA-OneVision trained on KonIQ and SPAQ to rate in words; softmax over the first tokens of five level words",
+        "384 x 384 whatever the aspect, and crops of it at larger size, padded with black, by Pillow's bicubic resize; "
+        "exact, differentiable",
+        "not read",
+        "quality: Excellent 1, Good 0.75, Fair 0.5, Poor 0.25, Bad 0",
+        "0 to 1",
+        (),
+        (
+            "ignores the prompt: as the only reward it drives images away from the prompt",
+            "trained on photographs",
+            "the number on the model card (0.0455 for its photograph) is untested here",
+        ),
     ),
     "quality_levels": Card(
         "Quality by level words, the formula of Q-Align (Wu et al., 2023, arXiv 2312.17090)",

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2VLModel
 
-from reward_models.files import one_line, reachable, read_text
+from reward_models.files import read_text
 from reward_models.vlm.questions import QuestionScorer, read_questions
 from reward_models.vlm.readouts import Head, Levels, Probability, Text, first_tokens
 from reward_models.vlm.replies import PROMPT, Template, read_template
 from reward_models.vlm.scorer import VLMScorer
 from reward_models.vlm.sizing import Patches
-from reward_models.weights import find_file, load_strict, read_state
+from reward_models.weights import find_file, load_strict, pretrained, read_state
 
 HPS_V3, HPS_V3_FILE, HPS_V3_BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 REWARD = "<|Reward|>"
+VLM = "vision-language model"
 CHAT = "Qwen/Qwen3-VL-4B-Instruct"
 GENEVAL2 = "Qwen/Qwen3-VL-8B-Instruct"
 UNIFIED = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
@@ -40,7 +40,7 @@ def hps_v3(*, weights: str = HPS_V3, base: str = HPS_V3_BASE) -> VLMScorer:
     base     folder or hub id with config, tokenizer and processor of Qwen2-VL-7B-Instruct; its weights are not read
     """
     file = find_file(weights, HPS_V3_FILE)
-    config, processor = (_pretrained(kind, base) for kind in (AutoConfig, AutoProcessor))
+    config, processor = (pretrained(kind, base, what=VLM) for kind in (AutoConfig, AutoProcessor))
     if config.model_type != "qwen2_vl":
         raise ValueError(f"the base of HPSv3 must be a qwen2_vl; '{base}' is a {config.model_type}")
     processor.tokenizer.add_tokens([REWARD], special_tokens=True)
@@ -145,17 +145,7 @@ def geneval2(
 
 def _load(model: str) -> tuple[Any, Any]:
     """A chat model in the dtype of its file, and its processor. Raises ValueError for other models."""
-    if (kind := _pretrained(AutoConfig, model).model_type) not in KINDS:
+    if (kind := pretrained(AutoConfig, model, what=VLM).model_type) not in KINDS:
         raise ValueError(f"'{model}' is a {kind}; the scorer needs one of {', '.join(KINDS)}")
-    network = _pretrained(AutoModelForImageTextToText, model, torch_dtype="auto", use_safetensors=True)
-    return network, _pretrained(AutoProcessor, model)
-
-
-def _pretrained(kind: Any, name: str, **settings: Any) -> Any:
-    if not Path(name).is_dir():
-        reachable()
-    try:
-        return kind.from_pretrained(name, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
-        need = "give a hub id, or a folder with config, processor and weights in safetensors"
-        raise ValueError(f"no vision-language model can be loaded from '{name}': {one_line(error)}; {need}") from error
+    network = pretrained(AutoModelForImageTextToText, model, what=VLM, torch_dtype="auto", use_safetensors=True)
+    return network, pretrained(AutoProcessor, model, what=VLM)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffalign.commands import cli, launch
 from diffalign.report.benchmarks import (
     BENCHMARKS,
     Question,
@@ -242,6 +243,12 @@ def test_errors_say_where_prompts_are_published_and_what_is_missing(
     assert "give --images and --scorer" in said("geneval", "--prompts", tmp_path / "geneval.jsonl")
     where = ("--prompts", tmp_path / "geneval.jsonl", "--images", tmp_path / "empty", "--scorer", SCORER)
     assert "is not geneval2_data.jsonl of geneval2: KeyError 'vqa_list'" in said("geneval2", *where)
+    (tmp_path / "dpg.csv").write_text(DPG.replace(",2,1,attribute", ",2,one,attribute"))
+    assert "dpg.csv' is not dpg_bench.csv of dpg: ValueError" in said("dpg", "--prompts", tmp_path / "dpg.csv")
+    (tmp_path / "dpg.csv").write_text(DPG + "x" * 200_000)
+    assert "is not dpg_bench.csv of dpg: Error field larger" in said("dpg", "--prompts", tmp_path / "dpg.csv")
+    (tmp_path / "dpg.csv").write_bytes(b"\xff\xfea")
+    assert "line 1 is not UTF-8 but UTF-16" in said("dpg", "--prompts", tmp_path / "dpg.csv")
     assert "geneval has no questions" in said("geneval", *where, "--questions")
     missing = said("geneval", *where)
     assert "no image of 1 of 1 prompts, such as 'a red car'" in missing and "00000/samples/0000.png" in missing
@@ -262,6 +269,17 @@ def test_tables_of_others(tmp_path: Path, name: str, text: str) -> None:
     assert read_others(tmp_path / name, dimensions) == {"SDXL": {"color_attr": 0.1, "overall": 55.5}}
     with pytest.raises(ValueError, match="has no column of counting; got "):
         read_others(tmp_path / name, ["counting"])
+    (tmp_path / "bad.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match=r"bad\.json' is not a table of models and dimensions: TypeError"):
+        read_others(tmp_path / "bad.json", dimensions)
+
+
+def test_dimensions_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    monkeypatch.setattr(launch, "start", lambda *given, **how: started.append((*given, how)) or 0)
+    assert cli.main(["dimensions", "dpg", "--hard"]) == 0
+    assert started == [(launch.ROOT / "eval/dimensions.py", ["dpg", "--hard"], {"processes": 1, "config": None})]
+    assert tuple(BENCHMARKS) == recipe.NAMES
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
