@@ -46,10 +46,10 @@ from reward_models.accuracy import interval
 
 FILE = RESULTS / "constrained.json"
 CASES = ("plain sum", "xi", "mu")
-STEPS, EVERY = 240, 12
+STEPS, EVERY = 120, 12
 PROMPTS = captions(128, held_out=True)
 SAMPLES = 2
-RATED, SCORER_STEPS = 48, 100
+RATED, SCORER_STEPS = 96, 200
 SETTINGS = ["backbone.path=playground_one_step", "sampler.steps=1", "algorithm.last_steps=1", "reward.normalise=start"]
 SETTINGS += ["optimizer.lr_cosine_steps=null", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
 SETTINGS += ["monitor.prompts=null", "hooks.verify_export=false", f"trainer.steps={STEPS}"]
@@ -79,15 +79,20 @@ class Curve(Hook):
 
 
 def scorers(folder: Path, seed: int) -> list[str]:
-    """Two scorers of other initial weights, each trained on the ratings of its own few prompts."""
-    found = []
+    """Two scorers with different initial weights, trained on the same few ratings."""
+    found, ratings = [], folder / f"ratings-{seed}" / "ratings.jsonl"
+    if not ratings.exists():
+        write_ratings(ratings.parent, RATED, seed=seed)
     for k in range(2):
         run = folder / f"scorer-{seed}-{k}"
         if not (run / "export").exists():
-            ratings = write_ratings(folder / f"ratings-{seed}-{k}", RATED, seed=10 * seed + k)
             words = [f"data.path={ratings}", f"run.folder={run}", f"scorer.seed={10 * seed + k}", "data.batch_size=8"]
             words += [f"trainer.steps={SCORER_STEPS}", f"optimizer.lr_cosine_steps={SCORER_STEPS}"]
-            words += ["hooks.checkpoint_every=0", f"hooks.validate_every={SCORER_STEPS}", "optimizer.lr_warmup_steps=10"]
+            words += [
+                "hooks.checkpoint_every=0",
+                f"hooks.validate_every={SCORER_STEPS}",
+                "optimizer.lr_warmup_steps=10",
+            ]
             runpy.run_path(str(launch.find("train", "hps")))["main"](["--config=playground", *words])
         found.append(str(run / "export"))
     return found
@@ -118,6 +123,11 @@ def estimate(values: Tensor) -> list[float]:
     return [round(x, 4) for x in (float(each.mean()), *interval(each))]
 
 
+def gains(now: Any, before: Any, half: int = 1) -> list[Tensor]:
+    """Gains of each scorer on one half of the prompts, in standard deviations."""
+    return [x[half] - x0[half] for x, x0 in zip(now, before, strict=True)]
+
+
 def run_case(folder: Path, case: str, seed: int, limits: Sequence[float]) -> tuple[dict[str, Any], list[float]]:
     """The row of a run, and the gains of both scorers where the judge was best on the first half of the prompts."""
     started = time.process_time()
@@ -139,11 +149,11 @@ def run_case(folder: Path, case: str, seed: int, limits: Sequence[float]) -> tup
     both = torch.stack([torch.cat([table.flatten() for table in x]) for x in units[0]])
     row["correlation of the scorers"] = round(torch.corrcoef(both)[0, 1].item(), 3)
     row["curve"] = [
-        [step, *(round(x.mean().item(), 3) for x in (judged[k] - judged[0], *(later for _, later in units[k])))]
+        [step, *(round(x.mean().item(), 3) for x in (judged[k] - judged[0], *gains(units[k], units[0])))]
         for k, (step, _, _) in enumerate(rows)
     ]
     row |= {"seconds": round(time.process_time() - started, 1), "device": cpu(), "commit": commit()}
-    return row, [round(first.mean().item(), 2) for first, _ in units[best]]
+    return row, [round(x.mean().item(), 2) for x in gains(units[best], units[0], 0)]
 
 
 def main() -> None:

@@ -115,9 +115,12 @@ class Monitor(Hook):
         if self.warned:
             self.run.print(f"{len(self.warned)} warnings of the monitor, the first one at step {self.warned[0]}")
         mixture = self.rewards.mixture
-        best = {k: self.best[f"{SCORE}{k}"].to(mixture.mean) for k in mixture.scorers if f"{SCORE}{k}" in self.best}
-        if best and float(mixture.count):
-            gains = ",".join(f"{x.mean():.2f}" for x in mixture.normalised(best).values())
+        names = [name for name in mixture.scorers if SCORE + name in self.best]
+        if names and float(mixture.count):
+            first, best = (
+                mixture.normalised({k: x[SCORE + k].to(mixture.mean) for k in names}) for x in (self.before, self.best)
+            )
+            gains = ",".join(f"{(best[k] - first[k]).mean():.2f}" for k in names)
             self.run.print(f"to hold the scorers where the held-out score was highest: reward.limits=[{gains}]")
 
     def _measure(self) -> dict[str, Tensor]:
