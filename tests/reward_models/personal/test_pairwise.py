@@ -56,8 +56,8 @@ def test_micro_by_hand() -> None:
     assert weight == pytest.approx(0.75 * s1**3 / (0.75 * s1**3 + 0.25 * s2**3), abs=1e-6)
 
 
-def learn(head: Head, z_w: Tensor, z_l: Tensor, steps: int = 150) -> Head:
-    optimizer = torch.optim.Adam(head.parameters(), 1e-2)
+def learn(head: Head, z_w: Tensor, z_l: Tensor, steps: int = 60) -> Head:
+    optimizer = torch.optim.Adam(head.parameters(), 2e-2)
     nobody = torch.zeros(len(z_w), dtype=torch.long)
     support = z_w[:, None], z_l[:, None], torch.ones(len(z_w), 1, dtype=torch.bool)
     for _ in range(steps):
@@ -108,7 +108,7 @@ def test_micro_learns_a_mixture_without_names_and_adapts_to_a_person() -> None:
         images = torch.where(first, a, b), torch.where(first, b, a)
         return tuple(torch.cat([x, text, x * text], 1) for x in images)  # type: ignore
 
-    seen, new = choices(2000), choices(4000)
+    seen, new = choices(4000), choices(4000)
     torch.manual_seed(0)
     mixed = learn(MiCRo(WIDTH, hidden=16), *seen)
     one = learn(Groups(WIDTH, groups=1, hidden=16), *seen)
