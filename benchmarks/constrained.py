@@ -43,13 +43,14 @@ from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from reward_models import load_mixture
 from reward_models.accuracy import interval
+from reward_models.playground import PLAYGROUND
 
 FILE = RESULTS / "constrained.json"
 CASES = ("plain sum", "xi", "mu")
 STEPS, EVERY = 120, 12
 PROMPTS = captions(128, held_out=True)
 SAMPLES = 2
-RATED, SCORER_STEPS = 96, 200
+RATED, SCORER_STEPS = 48, 100
 SETTINGS = ["backbone.path=playground_one_step", "sampler.steps=1", "algorithm.last_steps=1", "reward.normalise=start"]
 SETTINGS += ["optimizer.lr_cosine_steps=null", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
 SETTINGS += ["monitor.prompts=null", "hooks.verify_export=false", f"trainer.steps={STEPS}"]
@@ -79,20 +80,16 @@ class Curve(Hook):
 
 
 def scorers(folder: Path, seed: int) -> list[str]:
-    """Two scorers with different initial weights, trained on the same few ratings."""
-    found, ratings = [], folder / f"ratings-{seed}" / "ratings.jsonl"
-    if not ratings.exists():
-        write_ratings(ratings.parent, RATED, seed=seed)
+    """Two scorers, the shipped HPS-style one fine-tuned at a high learning rate on few ratings of its own."""
+    found = []
     for k in range(2):
         run = folder / f"scorer-{seed}-{k}"
         if not (run / "export").exists():
-            words = [f"data.path={ratings}", f"run.folder={run}", f"scorer.seed={10 * seed + k}", "data.batch_size=8"]
+            ratings = write_ratings(folder / f"ratings-{seed}-{k}", RATED, seed=1 + 10 * seed + k)
+            words = [f"data.path={ratings}", f"run.folder={run}", f"run.seed={seed}", "data.batch_size=8"]
+            words += [f"scorer.weights={PLAYGROUND / 'hps'}", "optimizer.lr_warmup_steps=10"]
             words += [f"trainer.steps={SCORER_STEPS}", f"optimizer.lr_cosine_steps={SCORER_STEPS}"]
-            words += [
-                "hooks.checkpoint_every=0",
-                f"hooks.validate_every={SCORER_STEPS}",
-                "optimizer.lr_warmup_steps=10",
-            ]
+            words += ["hooks.checkpoint_every=0", f"hooks.validate_every={SCORER_STEPS}"]
             runpy.run_path(str(launch.find("train", "hps")))["main"](["--config=playground", *words])
         found.append(str(run / "export"))
     return found

@@ -135,7 +135,7 @@ class WeightedSum(nn.Module):
         scores = parts if self.normalise == "none" else self.normalised(parts)
         return torch.stack([weights[name] * scores[name] for name in weights]).sum(0)
 
-    def present_weights(self) -> dict[str, float] | dict[str, Tensor]:
+    def present_weights(self) -> Mapping[str, float | Tensor]:
         """The current weights: as given, or scalar tensors if MaxMin or limits change them."""
         if self.limited:
             factors = SQUASH[self.constraint](self._drive())
@@ -150,7 +150,7 @@ class WeightedSum(nn.Module):
         if not self.limited:
             return 1.0
         given = sum(map(abs, self.weights.values()))
-        return torch.stack([w.abs() for w in self.present_weights().values()]).sum() / given  # type: ignore[union-attr]
+        return sum(abs(w) for w in self.present_weights().values()) / given
 
     def _drive(self) -> Tensor:
         """l_k + 2 e_k of the limits, [K]."""
@@ -224,7 +224,7 @@ def load_mixture(
         normalise: running divides each score by the standard deviation of all scores so far, so that units do not
             matter; start uses that of the first 256 scores
         maxmin: above 0, how strongly the weights favour the scorer with the smallest gain (2); needs normalise start
-        limits: one number per scorer, its gain since the start in standard deviations beyond which it is over-optimised;
+        limits: a number per scorer, its gain since the start in standard deviations beyond which it is over-optimised;
             Lagrange multipliers then hold it there (a large number for no limit). Needs normalise start
         constraint: xi, a weight may become negative to hold a scorer that others raise; mu, weights stay positive
         limit_rate: step size of the multipliers

@@ -35,7 +35,7 @@ def head_to_train(
 
     Args:
         features_from: scorer on CLIP that provides the frozen features (clip, hps_v2.1, pickscore, playground_hps, ...)
-        head: pal, ideal points among prototypes; vpl, variational; groups, one reward per group; logistic, the baseline;
+        head: pal, ideal points among prototypes; vpl, variational; groups, one reward per group; logistic, baseline;
             gpm, cyclic preferences between two images; micro, several rewards routed by the prompt
         size: width of a user vector: PAL's prototypes, VPL's latent, number of groups, of GPM's blocks, of MiCRo's
             rewards; not for the logistic head

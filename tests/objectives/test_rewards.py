@@ -98,8 +98,8 @@ def test_limits_are_equal_on_all_ranks_and_change_direction_and_metrics(monkeypa
     more = X0 + 0.1 * torch.randn(X0.shape, generator=torch.Generator().manual_seed(1))
     ranks = [rewards(normalise="start", limits=(0.2, -9.0)) for _ in range(3)]
     for _ in range(4):
-        sent = [torch.stack([*each.mixture.parts(decode(x), PROMPTS).values()]) for each, x in zip(ranks, (X0, more))]
-        for each, x in zip(ranks, (X0, more)):
+        sent = [torch.stack([*ranks[0].mixture.parts(decode(x), PROMPTS).values()]) for x in (X0, more)]
+        for each, x in zip(ranks[:2], (X0, more), strict=True):
             each.gather = lambda _, sent=sent: sent
             found = each.ascend(x, PROMPTS)
         ranks[2].ascend(torch.cat([X0, more]), PROMPTS * 2)

@@ -243,7 +243,7 @@ def test_multipliers_survive_a_checkpoint() -> None:
 
 
 def test_inconsistent_limits_are_refused() -> None:
-    with pytest.raises(ValueError, match="limits need one number for each of 2 scorers.*got 1 numbers"):
+    with pytest.raises(ValueError, match=r"limits need one number for each of 2 scorers.*got 1 numbers"):
         _two(limits=(1.0,))
     with pytest.raises(ValueError, match="normalise='running' and maxmin=0"):
         WeightedSum({"a": (Mean(), 1.0)}, normalise="running", limits=(1.0,))
