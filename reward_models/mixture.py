@@ -150,7 +150,7 @@ class WeightedSum(nn.Module):
         if not self.limited:
             return 1.0
         given = sum(map(abs, self.weights.values()))
-        return sum(abs(w) for w in self.present_weights().values()) / given
+        return torch.stack([torch.as_tensor(w).abs() for w in self.present_weights().values()]).sum() / given
 
     def _drive(self) -> Tensor:
         """l_k + 2 e_k of the limits, [K]."""
