@@ -18,8 +18,9 @@ from diffalign.training.hooks.strangers import stranger_hooks
 from diffalign.training.optim import make_player
 from diffalign.training.run import Run
 from diffalign.training.trainer import Trainer
-from reward_models.personal.scorers import head_to_train, load_features
+from reward_models.personal.scorers import load_features
 from reward_models.personal.tastes import pair_features
+from reward_models.personal.training import head_to_train
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffalign.algorithms.base import Algorithm, Turn
 from diffalign.draws import Draws, seeded
-from diffalign.objectives.preference import ranking
+from diffalign.objectives.preference import plackett_luce, ranking
 from diffalign.types import GroupBatch, Metrics, RecentMetrics
 
 
@@ -33,6 +33,8 @@ class RewardTraining(Algorithm):
 
     Args:
         reduction: mean over the prompts of a batch, or sum as in HPSv2's released code
+        loss: pairs, the mean over the pairs of a group; list, Plackett-Luce: the best image is chosen among all, the
+            second best among the others, and so on. Equal for two images
         label_smoothing: probability in [0, 0.5) that a label is wrong, for records without a value of their own
         dropout: whether dropout layers are active; masks are seeded by key, so that a resumed run repeats them
     """
@@ -44,11 +46,13 @@ class RewardTraining(Algorithm):
         aspects: tuple[str, ...] = ("overall",),
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        loss: Literal["pairs", "list"] = "pairs",
         label_smoothing: float = 0.0,
         dropout: bool = False,
     ):
         self.players = {"scorer": scorer}
         self.scorer, self.draws, self.aspects = scorer, draws, aspects
+        self.objective = ranking if loss == "pairs" else plackett_luce
         self.reduction, self.label_smoothing, self.dropout = reduction, label_smoothing, dropout
         self.shown = ("scorer/loss", *(f"scorer/accuracy/{name}" for name in aspects))
 
@@ -59,7 +63,7 @@ class RewardTraining(Algorithm):
         """Groups -> mean or summed loss, and the accuracy [G] of each aspect."""
         logits = self._logits(batch)
         flip = torch.where(batch.flip > 0, batch.flip, self.label_smoothing)
-        losses, right, pairs = ranking(logits, batch.ranks, batch.group, flip)
+        losses, right, pairs = self.objective(logits, batch.ranks, batch.group, flip)
         rated = pairs > 0
         each = losses.sum(1) / rated.sum(1).clamp(min=1)
         accuracy = torch.where(rated, right.detach(), torch.nan)

@@ -166,8 +166,9 @@ class Rollouts:
     def weighed(self, drawn: Sequence[Drawn]) -> list[Images]:
         """The micro-batches of a training step, with scores and advantages."""
         rollouts = [one.scored() for one in drawn]
+        strength = self.rewards.mixture.strength()  # normalised advantages lose the size of the weights
         if self.spread == "group" and self.several == "sum":  # the only kind that needs no other micro-batch
-            return [x._replace(advantage=group_advantages(x.scores, x.group)) for x in rollouts]
+            return [x._replace(advantage=strength * group_advantages(x.scores, x.group)) for x in rollouts]
         own = [(x.keys, x.prompts, torch.cat([x.scores[:, None], x.rewards], 1)) for x in rollouts]
         found, device = self.rewards.gather(own), rollouts[0].scores.device
         all_keys, all_prompts = ([one for part in found for one in part[k]] for k in (0, 1))
@@ -183,7 +184,7 @@ class Rollouts:
         else:
             advantage = group_advantages(numbers[:, 0], groups, global_std=True)
         place = {key: k for k, key in enumerate(keys)}
-        return [x._replace(advantage=advantage[[place[k] for k in x.keys]]) for x in rollouts]
+        return [x._replace(advantage=strength * advantage[[place[k] for k in x.keys]]) for x in rollouts]
 
     def state(self) -> dict[str, Tensor]:
         return {**self.rewards.state(), **{HISTORY + prompt: x for prompt, x in self.history.last.items()}}

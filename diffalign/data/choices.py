@@ -62,6 +62,8 @@ class PersonalChoices(Dataset):
         batch_size: choices per micro-batch on each rank
         strangers: share of the persons held out for validation, chosen by a hash of their name
         least: persons with fewer choices are left out
+        anonymous: the pairs have no annotators, or none that matter: 50 groups of prompts take the place of persons, so
+            that validation is on held-out prompts; for heads that learn without names (gpm, micro)
 
     Raises ValueError when the pairs have no annotators, or when too few persons remain.
     """
@@ -79,11 +81,13 @@ class PersonalChoices(Dataset):
         batch_size: int = 256,
         strangers: float = 0.1,
         least: int = 12,
+        anonymous: bool = False,
     ):
         self.draws, self.pair_features, self.support, self.batch_size = draws, pair_features, support, batch_size
         self.images, self.texts, self.rows = pairs.features()  # [N, E], [P, E], int64 [n, 3]: text, winner, loser
         by_person: dict[str, list[int]] = {}
-        for i, name in enumerate(pairs.annotators):
+        names = [f"prompts-{text % 50}" for text in self.rows[:, 0].tolist()] if anonymous else pairs.annotators
+        for i, name in enumerate(names):
             if name is not None:
                 by_person.setdefault(name, []).append(i)
         by_person = {name: rows for name, rows in sorted(by_person.items()) if len(rows) >= least}
@@ -94,7 +98,8 @@ class PersonalChoices(Dataset):
             raise ValueError(
                 f"the pairs have {len(by_person)} annotators with 'choices.least' = {least} choices or more; "
                 f"{len(held_out)} of these are held out for validation. Training needs at least 2 annotators and "
-                "validation 1. Each pair needs an `annotator` (JSONL) or a `user_id` (parquet)"
+                "validation 1. Each pair needs an `annotator` (JSONL) or a `user_id` (parquet), or set "
+                "choices.anonymous=true"
             )
         self.by_person = by_person
         self.ids = [pairs.ids[i] for name in self.people for i in by_person[name]]

@@ -49,7 +49,7 @@ def group_range(rewards: Tensor, groups: Sequence[Hashable] | Tensor) -> tuple[T
 
 
 def gdpo_advantages(
-    rewards: Tensor, groups: Sequence[Hashable] | Tensor, weights: Sequence[float], *, eps: float = 1e-4
+    rewards: Tensor, groups: Sequence[Hashable] | Tensor, weights: Sequence[float | Tensor], *, eps: float = 1e-4
 ) -> Tensor:
     """Advantages of several rewards (GDPO): each is normalised in its group, then their sum over all samples.
 

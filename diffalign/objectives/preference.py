@@ -246,6 +246,30 @@ def ranking(scores: Tensor, ranks: Tensor, group: Tensor, flip: Tensor) -> tuple
     return sums[0] / sums[2].clamp(min=1), sums[1] / sums[2].clamp(min=1), sums[2]
 
 
+def plackett_luce(scores: Tensor, ranks: Tensor, group: Tensor, flip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Plackett-Luce loss of each group: -log of the probability that its images are chosen in the order of their ranks.
+
+    Mean over the images i that have images of a worse rank of log(e^s_i + sum over those j of e^s_j) - s_i. Images of
+    an equal rank are not compared. A wrong label, with probability e, is the reverse order. Two images give the loss of
+    `ranking`. It is the list term of PRO (Song et al., 2023, arXiv 2306.17492) without its temperatures, which need
+    scores of the labels, and of ListMLE (Xia et al., 2008). Arguments and results as `ranking`.
+    """
+    _, right, pairs = ranking(scores, ranks, group, flip)
+    same = (group[:, None] == group)[..., None]
+    itself = torch.eye(len(group), dtype=torch.bool, device=group.device)[..., None]
+
+    def chosen(worse: Tensor) -> Tensor:
+        """The mean over the stages of each group, [G, A]; worse [N, N, A] are the images left after each one."""
+        left = torch.where(worse | itself, scores.float(), -torch.inf).logsumexp(1) - scores
+        terms = torch.stack([left * worse.any(1), worse.any(1).float()])
+        total, stages = torch.zeros(2, *pairs.shape, device=scores.device).index_add(1, group, terms)
+        return total / stages.clamp(min=1)
+
+    e = flip[:, None]
+    forwards, backwards = (chosen(same & x) for x in (ranks[:, None] < ranks, ranks[:, None] > ranks))
+    return (1 - e) * forwards + e * backwards, right, pairs
+
+
 USE_LABEL_SMOOTHING = ("conservative", "robust", "exo", "aot")
 
 

@@ -21,13 +21,19 @@ class Mixture(Protocol):
     normalise: str
     scorers: Mapping[str, Any]
     weights: Mapping[str, float]
+    count: Tensor
+    mean: Tensor
 
     @property
-    def learns(self) -> bool: ...
-    def present_weights(self) -> Mapping[str, float]: ...
+    def learned(self) -> tuple[str, ...]: ...
+    @property
+    def limited(self) -> bool: ...
+    def present_weights(self) -> Mapping[str, float | Tensor]: ...
+    def strength(self) -> float | Tensor: ...
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]: ...
     def part(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
     def combine(self, parts: Mapping[str, Tensor]) -> Tensor: ...
+    def normalised(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
     def update(self, parts: Mapping[str, Tensor]) -> None: ...
 
 
@@ -52,9 +58,8 @@ class Rewards:
         self._thread = ThreadPoolExecutor(1)  # one thread, so remote scorers get their requests in order
 
     def state(self) -> dict[str, Tensor]:
-        """Running statistics of the scores for a checkpoint; empty if scores are not normalised."""
-        names = ("count", "mean", "squares", "gains") if self.mixture.learns else ()
-        return {name: getattr(self.mixture, name).clone() for name in names}
+        """Running statistics and multipliers for a checkpoint; empty if scores are not normalised."""
+        return {name: getattr(self.mixture, name).clone() for name in self.mixture.learned}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restore the running statistics from `state()`."""
@@ -71,10 +76,10 @@ class Rewards:
             )
 
     @torch.no_grad()
-    def raw_scores(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Weighted sum of unnormalised scores [B] of images [B, 3, H, W] in [0, 1] and B prompts."""
+    def raw_scores(self, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted sum [B] of unnormalised scores, and each, of images [B, 3, H, W] in [0, 1] and B prompts."""
         parts = self.mixture.parts(images, prompts)
-        return sum_of(self.mixture.weights[k] * v for k, v in parts.items())
+        return sum_of(self.mixture.weights[k] * v for k, v in parts.items()), parts
 
     @torch.no_grad()
     def score(self, x0: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -140,7 +145,8 @@ class Rewards:
         metrics = {"reward": total.detach(), "clamped": clamped.detach(), "reward_gradient": norm(direction)}
         if len(parts) > 1:
             metrics |= {f"reward@{k}": v.detach() for k, v in parts.items()}
-            metrics |= {f"weight@{k}": torch.full_like(total, w) for k, w in self.mixture.present_weights().items()}
+        if len(parts) > 1 or self.mixture.limited:
+            metrics |= {f"weight@{k}": torch.zeros_like(total) + w for k, w in self.mixture.present_weights().items()}
         metrics |= {f"reward_gradient@{k}": norm(g) for k, g in gradients.items()}
         metrics |= {
             f"cosine@{j}, {k}": cosine(gradients[j], gradients[k]) for j, k in itertools.combinations(gradients, 2)
@@ -148,9 +154,9 @@ class Rewards:
         return RewardDirection(total.detach(), direction, metrics)
 
     def _update(self, parts: Mapping[str, Tensor]) -> None:
-        if self.mixture.learns:
-            device = next(iter(parts.values())).device
-            self.mixture.update({k: torch.tensor(self.gather(v.tolist()), device=device) for k, v in parts.items()})
+        if self.mixture.learned:  # as one tensor, which `gather` leaves on the device
+            every = torch.cat(self.gather([torch.stack([*parts.values()])]), dim=1)
+            self.mixture.update(dict(zip(parts, every, strict=True)))
 
 
 def norm(x: Tensor) -> Tensor:

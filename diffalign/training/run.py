@@ -205,7 +205,9 @@ class Run:
         return self.accelerator.reduce(value, reduction="mean")
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Concatenate the lists of all ranks."""
+        """Concatenate the lists of all ranks. Tensors must have one shape on all ranks, and stay on the device."""
+        if values and all(isinstance(x, Tensor) for x in values):
+            return list(self.accelerator.gather(torch.stack(values)))
         return gather_object(values)
 
     def print(self, *lines: str) -> None:

@@ -1,4 +1,4 @@
-"""Reward heads conditioned on a user vector. Four kinds:
+"""Reward heads conditioned on a user vector. Four kinds, and two of pairwise.py that learn without names:
 
     pal       ideal points among shared prototypes (PAL: Chen et al., 2024, arXiv 2406.08469)
     vpl       a variational encoder of choices (VPL: Poddar et al., 2024, arXiv 2408.10075)
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reward_models.personal.pairwise import GPM, MiCRo
 from reward_models.personal.tastes import SAMPLES, Head, Taste, gaussian_of, laplace, mlp, standard_normal
 
 
@@ -235,4 +236,4 @@ class Logistic(Head):
         return margin, torch.zeros_like(margin)
 
 
-HEADS: dict[str, type[Head]] = {head.kind: head for head in (PAL, VPL, Groups, Logistic)}
+HEADS: dict[str, type[Head]] = {head.kind: head for head in (PAL, VPL, Groups, Logistic, GPM, MiCRo)}

@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,10 +26,10 @@ from reward_models.base import NetworkScorer
 from reward_models.clip.scorers import CLIPFeatures
 from reward_models.images import ImageError
 from reward_models.loading import load_scorer
-from reward_models.personal.heads import HEADS, PAL, VPL, Groups, Logistic
+from reward_models.personal.heads import HEADS
 from reward_models.personal.tastes import Choice, Head, Taste, pair_features
 from reward_models.protocol import check_images
-from reward_models.weights import WEIGHTS, load_strict, read_state, save_state, write_config
+from reward_models.weights import WEIGHTS, load_strict, read_config, read_state, save_state, write_config
 
 
 class PersonalScorer(NetworkScorer):
@@ -145,14 +145,34 @@ class PersonalScorer(NetworkScorer):
     def from_folder(
         cls, folder: str | PathLike[str], config: Mapping[str, Any], *, user: str | None = None
     ) -> PersonalScorer | ForUser:
-        """Load a folder of `save`; with a user file, the scorer of that person."""
+        """Load a folder of `save`; with a user file, the scorer of that person.
+
+        Raises ValueError for a head that has no score of one image; `read` reads it, for `preference`.
+        """
+        if config["head"] == "gpm":
+            raise ValueError(
+                f"'{folder}' has a head of kind gpm, which compares two images and gives no score of one; use "
+                f"PersonalScorer.read('{folder}').preference(images, others, prompts)"
+            )
+        scorer = cls.read(folder, config)
+        return scorer if user is None else ForUser(scorer, load_user(user, scorer).mean)
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str], config: Mapping[str, Any] | None = None) -> PersonalScorer:
+        """Load a folder of `save` with any head."""
+        config = config or read_config(folder)
         head = HEADS[config["head"]](config["width"], **config["settings"])
         scorer = cls(load_features(config["features"], "cpu"), head, config["features"])
         file = Path(folder) / WEIGHTS
         state = read_state(file)
         scorer.centre, scorer.scale = state.pop("centre"), state.pop("scale")
         load_strict(head, {name.removeprefix("head."): value for name, value in state.items()}, where=file)
-        return scorer if user is None else ForUser(scorer, load_user(user, scorer).mean)
+        return scorer
+
+    def preference(self, images: Tensor, others: Tensor, prompts: Sequence[str], users: Tensor | None = None) -> Tensor:
+        """Probability [B] that images [B, 3, H, W] are chosen over others of the same B prompts. Differentiable."""
+        z, other = (self.encode(self.preprocess(x), prompts) for x in (images, others))
+        return torch.sigmoid(self.head.margin(z, other, self.head.anybody() if users is None else users.to(z)))
 
 
 class ForUser(NetworkScorer):
@@ -223,72 +243,3 @@ def load_user(path: str | PathLike[str], scorer: PersonalScorer) -> Taste:
             "fit the user again with `diffalign user fit`"
         )
     return Taste(state["mean"], state["samples"])
-
-
-def head_to_train(
-    features: CLIPFeatures,
-    people: int,
-    statistics: tuple[Tensor, Tensor],
-    *,
-    features_from: str = "pickscore",
-    head: Literal["pal", "vpl", "groups", "logistic"] = "pal",
-    size: int = 3,
-    latent: int = 16,
-    hidden: int = 64,
-    variant: Literal["A", "B"] = "A",
-    distance: Literal["euclid", "angle"] = "euclid",
-    spread: float = 0.1,
-    seed: int = 0,
-) -> PersonalScorer:
-    """A personal scorer with a new head.
-
-    features    the CLIP scorer of `features_from`
-    people      number of persons in the training data
-    statistics  mean and standard deviation [3E] of the features
-
-    Args:
-        features_from: scorer on CLIP that provides the frozen features (clip, hps_v2.1, pickscore, playground_hps, ...)
-        head: pal, ideal points among prototypes; vpl, variational; groups, one reward per group; logistic, the baseline
-        size: width of a user vector: PAL's prototypes, VPL's latent, number of groups; not for the logistic head
-        latent: PAL: dimension of the ideal points
-        hidden: width of hidden layers; 0 for a linear map in PAL
-        variant: PAL-A, or PAL-B with prototypes that depend on the prompt
-        distance: PAL: euclid or angle
-        spread: standard deviation of the logistic head's Gaussian prior around the population vector
-        seed: seed of the initial weights
-    """
-    width = statistics[0].numel() // 3
-    with torch.random.fork_rng(devices=[]):  # drawn on the CPU; torch.manual_seed would touch every device
-        torch.default_generator.manual_seed(seed)
-        made: Head
-        if head == "pal":
-            settings: Any = {"variant": variant, "distance": distance}
-            made = PAL(width, people=people, prototypes=size, latent=latent, hidden=hidden, **settings)
-        elif head == "vpl":
-            made = VPL(width, latent=size, hidden=hidden)
-        elif head == "groups":
-            made = Groups(width, groups=size, hidden=hidden)
-        else:
-            made = Logistic(width, spread=spread)
-    made.mean.copy_(statistics[0])
-    made.std.copy_(statistics[1])
-    scorer = PersonalScorer(features, made, features_from)
-    scorer.features.requires_grad_(False)
-    return scorer
-
-
-def check_head(cfg: dict[str, Any]) -> list[str]:
-    """The errors of a `scorer` section of a config, one line each."""
-    problems = [f"'scorer.{k}' = {cfg[k]} must be 1 or more" for k in ("size", "latent") if cfg[k] < 1]
-    if cfg["hidden"] < (0 if cfg["head"] == "pal" else 1):
-        problems.append(
-            f"'scorer.hidden' = {cfg['hidden']} must be positive; 0 (a linear map) is for 'scorer.head' = pal only"
-        )
-    if cfg["head"] != "pal" and (cfg["variant"], cfg["distance"]) != ("A", "euclid"):
-        problems.append("'scorer.variant' and 'scorer.distance' are used only with 'scorer.head' = pal; leave them out")
-    if not cfg["spread"] > 0:
-        problems.append(f"'scorer.spread' = {cfg['spread']} must be positive")
-    return problems
-
-
-head_to_train.check = check_head  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -309,3 +310,21 @@ def test_the_next_images_are_drawn_while_a_remote_scorer_is_asked(made: Callable
     remote.drawn.release(2)  # never reached if the first scores were waited for
     assert all(torch.equal(x.scored().scores, y.scored().scores) for x, y in zip(drawn, wanted, strict=True))
     assert remote.asked == 2 and threading.current_thread().name not in remote.threads
+
+
+@pytest.mark.parametrize("settings", [{}, {"several": "each"}, {"spread": "batch"}])
+def test_advantages_shrink_with_the_weights_of_limited_rewards(
+    made: Callable, prompts_of: Callable, settings: dict[str, Any]
+) -> None:
+    """Normalised advantages would be as large for weights of 0.01 as for 1."""
+    backbone, algorithm = made("awm")
+    mixture = WeightedSum({"red": (Mean(0, 1.0), 2.0)}, normalise="start", limits=(0.05,))
+    rewards = Rewards(mixture, backbone.decode, lambda values: values)
+    rollouts = Rollouts(algorithm.sampler, rewards, 1, group_size=4, **settings)
+    drawn = [rollouts.draw(backbone.denoiser, prompts_of(backbone))]
+    limited = rollouts.weighed(drawn)[0].advantage
+    mixture.limits = mixture.limits[:0]
+    whole = rollouts.weighed(drawn)[0].advantage
+    # 1e-3: what keeps the quotients finite is 1e-4 of a deviation of 0.2 instead of 2
+    torch.testing.assert_close(limited, math.tanh(0.1) * whole, rtol=1e-3, atol=0)
+    assert limited.abs().max() > 0

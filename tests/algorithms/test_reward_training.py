@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from diffalign.algorithms.reward_training import RewardTraining
 from diffalign.draws import Draws
-from diffalign.objectives.preference import ranking
+from diffalign.objectives.preference import plackett_luce, ranking
 from diffalign.types import GroupBatch
 
 
@@ -67,6 +67,39 @@ def test_groups_are_never_compared_and_have_equal_weight() -> None:
         assert torch.equal(alone[0], both[k])
     shifted, _, _ = ranking(scores + group[:, None] * 100, ranks, group, torch.zeros(2))
     torch.testing.assert_close(shifted, both, atol=1e-4, rtol=0)
+
+
+def test_plackett_luce_by_hand() -> None:
+    """Strengths 3, 2, 1 in this order: 3/6 times 2/3, loss (log 2 + log 1.5) / 2 stages. In the reverse order 1/6 times
+    2/5. With the last two tied, only the first choice counts: log 2. A missing rank leaves 3 against 2: log 5/3."""
+    scores, one = torch.tensor([3.0, 2.0, 1.0]).log()[:, None], torch.zeros(3, dtype=torch.long)
+
+    def loss(ranks: list[float], flip: float = 0.0) -> float:
+        return plackett_luce(scores, torch.tensor(ranks)[:, None], one, torch.tensor([flip]))[0].item()
+
+    forwards, backwards = math.log(2 * 1.5) / 2, math.log(6 * 2.5) / 2
+    assert loss([1, 2, 3]) == pytest.approx(forwards, abs=1e-6)
+    assert loss([3, 2, 1]) == pytest.approx(backwards, abs=1e-6)
+    assert loss([1, 2, 3], 0.25) == pytest.approx(0.75 * forwards + 0.25 * backwards, abs=1e-6)
+    assert loss([1, 2, 2]) == pytest.approx(math.log(2), abs=1e-6)
+    assert loss([1, 2, math.nan]) == pytest.approx(math.log(5 / 3), abs=1e-6)
+    assert loss([2, 2, 2]) == 0
+
+
+def test_lists_of_two_are_pairs_and_groups_are_not_compared() -> None:
+    """Also with label noise and aspects; and the gradient raises the best image and lowers the worst."""
+    torch.manual_seed(0)
+    scores, ranks = torch.randn(4, 2), torch.tensor([[1.0, 2.0], [2.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+    group, flip = torch.tensor([0, 0, 1, 1]), torch.tensor([0.2, 0.0])
+    for a, b in zip(plackett_luce(scores, ranks, group, flip), ranking(scores, ranks, group, flip), strict=True):
+        torch.testing.assert_close(a, b)
+    scorer = LogitTable(torch.zeros(7, 1))
+    ranks = torch.tensor([[1.0], [2.0], [3.0], [4.0], [3.0], [2.0], [1.0]])
+    loss, metrics = RewardTraining(scorer, Draws(0), loss="list").loss(_batch(ranks, [4, 3]))
+    loss.backward()
+    assert scorer.logits.grad[0] < 0 < scorer.logits.grad[3] and scorer.logits.grad[6] < 0 < scorer.logits.grad[4]
+    assert scorer.logits.grad[:4].sum().abs() < 1e-6 and metrics["accuracy/overall"].tolist() == [0, 0]
+    assert loss.item() == pytest.approx((math.log(24) / 3 + math.log(6) / 2) / 2, abs=1e-6)  # K! orders are equal
 
 
 def test_swapping_labels_and_the_minimum_with_label_smoothing() -> None:

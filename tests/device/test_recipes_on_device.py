@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.playground.ratings import write_ratings
+from reward_models import mixture
 
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false", "trainer.steps=3"]
 CUDA = torch.cuda.is_available()
@@ -136,6 +137,22 @@ def test_a_step_on_own_samples(
         assert step.waits.total() <= WAITS[name], step.waits
 
 
+@pytest.mark.parametrize("name", ["refl", "ddpo"])
+def test_limits_of_the_reward_do_not_wait(
+    tmp_path: Path, tiny: Callable, steps_seen: Callable, dark: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second step on the statistics are fixed and the multiplier moves, on the device."""
+    monkeypatch.setattr(mixture, "START", 4)
+    settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", "backbone.lora_rank=2", *BARE, dark]
+    settings += ["monitor.prompts=null", "reward.normalise=start", "reward.limits=[0.5]"]
+    tiny(name, *settings)
+    for step in steps_seen():
+        assert step.waits.total() <= WAITS[name], step.waits
+    if name == "refl":
+        weights = [row["policy/weight@device_dark:Dark"] for row in rows(tmp_path)]
+        assert weights[0] == pytest.approx(math.tanh(1)) and len({*weights}) == 3
+
+
 @pytest.mark.parametrize(("rank", "precision"), WAYS)
 def test_a_step_on_target_images(
     tmp_path: Path, pairs_file: Path, tiny: Callable, steps_seen: Callable, rank: int, precision: str
@@ -232,5 +249,5 @@ def test_a_device_without_float64(tmp_path: Path, tiny: Callable, monkeypatch: p
     """As Apple's mps."""
     monkeypatch.setattr(pretend, "refuse_float64", True)
     settings = [f"run.folder={tmp_path}", "data.limit=8", "data.batch_size=4", *BARE, "trainer.steps=1"]
-    settings += ["monitor.prompts=null", "reward.normalise=running"] if name == "r0" else []
+    settings += ["monitor.prompts=null", "reward.normalise=start", "reward.limits=[1]"] if name == "r0" else []
     tiny(name, *settings)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diffalign.objectives.rewards import Rewards, norm, reward_loss
-from reward_models import WeightedSum, load_mixture
+from reward_models import WeightedSum, load_mixture, mixture
 
 
 class Brightness(torch.nn.Module):
@@ -89,6 +89,34 @@ def test_running_statistics_cover_all_ranks_and_are_restored() -> None:
     assert other.mixture.count.item() == 6
     torch.testing.assert_close(other.score(X0, PROMPTS), one.score(X0, PROMPTS), atol=0.2, rtol=0)
     assert rewards().state() == {}
+
+
+def test_limits_are_equal_on_all_ranks_and_change_direction_and_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks that gather each other's scores have the state of one rank with all of them; far above its limit, a
+    scorer is pulled down."""
+    monkeypatch.setattr(mixture, "START", 6)
+    more = X0 + 0.1 * torch.randn(X0.shape, generator=torch.Generator().manual_seed(1))
+    ranks = [rewards(normalise="start", limits=(0.2, -9.0)) for _ in range(3)]
+    for _ in range(4):
+        sent = [torch.stack([*ranks[0].mixture.parts(decode(x), PROMPTS).values()]) for x in (X0, more)]
+        for each, x in zip(ranks[:2], (X0, more), strict=True):
+            each.gather = lambda _, sent=sent: sent
+            found = each.ascend(x, PROMPTS)
+        ranks[2].ascend(torch.cat([X0, more]), PROMPTS * 2)
+    for name, value in ranks[2].state().items():
+        torch.testing.assert_close(ranks[0].state()[name], value)
+        assert torch.equal(ranks[0].state()[name], ranks[1].state()[name])
+    assert found.metrics["weight@red"].max() < -0.99
+    (slope,) = torch.autograd.grad(Redness().score(decode(leaf := more.clone().requires_grad_()), PROMPTS).sum(), leaf)
+    only_red = rewards(normalise="start", limits=(0.2, -9.0))
+    only_red.load(ranks[0].state())
+    only_red.mixture.weights["bright"] = 0.0
+    found = only_red.ascend(more, PROMPTS)
+    assert torch.cosine_similarity(found.direction.flatten(), slope.flatten(), dim=0) < -0.999
+    other = rewards(normalise="start", limits=(0.2, -9.0))
+    other.load(ranks[0].state())
+    other.gather = ranks[0].gather
+    assert torch.equal(other.score(X0, PROMPTS), ranks[0].score(X0, PROMPTS))
 
 
 def test_scorers_without_gradient_are_named() -> None:

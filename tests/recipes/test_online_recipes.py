@@ -19,6 +19,7 @@ from stock import images, stock
 from diffalign.draws import Draws
 from diffalign.playground import STUDENTS
 from diffalign.training.hooks import samples as sample_grid
+from reward_models import mixture
 
 ROOT = Path(__file__).parents[2]
 SCORED = ("refl", "draft", "r0", "pso", "diff_instruct_star")
@@ -173,6 +174,39 @@ def test_two_players_killed_and_resumed_equal_never_killed(
     exports = (tmp_path / n / "export" for n in ("whole", "broken"))
     first, second = (load_file(next(x.glob("pytorch*.safetensors"))) for x in exports)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+EARLY = """
+import runpy, sys
+import reward_models.mixture as mixture
+mixture.START = 4
+recipe, *arguments = sys.argv[1:]
+runpy.run_path(recipe)["main"](arguments)
+"""
+
+
+def test_limits_on_two_processes_equal_one_and_resume_exactly(
+    tmp_path: Path, recipe: Callable, forks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From step 2 on, the multipliers follow the scores of both processes, and are in the checkpoint."""
+    monkeypatch.setattr(mixture, "START", 4)
+    settings = ["--config=playground", "backbone.path=playground_one_step", "sampler.steps=1", "algorithm.first_step=0"]
+    settings += ["reward.scorers=['tests_dark:Dark',playground_hps]", "reward.normalise=start"]
+    settings += ["reward.limits=[0.1,0.2]", "monitor.prompts=null", *BARE, "data.limit=8"]
+    longer = ["hooks.checkpoint_every=2", "trainer.steps=3", "data.batch_size=4"]
+    recipe("refl", *settings, *longer, f"run.folder={tmp_path / 'one'}")
+    recipe("refl", *settings, *longer, f"run.folder={tmp_path / 'parts'}", "trainer.steps=2")
+    recipe("refl", *settings, *longer, f"run.folder={tmp_path / 'parts'}", "run.resume=true")
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "parts")
+    two = [*settings, "data.batch_size=2", "trainer.steps=3", f"run.folder={tmp_path / 'two'}"]
+    launched = forks.run(EARLY, str(ROOT / "train" / "refl.py"), *two, processes=2)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    whole, shared = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for a, b in zip(whole, shared, strict=True):
+        for key in a:
+            assert a[key] == pytest.approx(b[key], abs=1e-4, rel=1e-3), (a["step"], key)
+    moved = [row["policy/weight@playground_hps"] for row in whole]
+    assert len({*moved}) == 3, moved
 
 
 def test_pso_customize_trains_on_a_folder_of_images(tmp_path: Path, recipe: Callable) -> None:

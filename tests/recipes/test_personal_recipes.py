@@ -22,7 +22,7 @@ from reward_models.folder.cli import main as reward_score
 from reward_models.personal.scorers import ForUser, PersonalScorer, load_user
 
 ROOT = Path(__file__).parents[2]
-HEADS = {"pal": [], "vpl": ["scorer.size=4"], "groups": ["scorer.size=2"], "logistic": []}
+HEADS = {"pal": [], "vpl": ["scorer.size=4"], "groups": ["scorer.size=2"], "logistic": [], "micro": ["scorer.size=2"]}
 BARE = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "run.log_every=1"]
 
 
@@ -77,6 +77,26 @@ def test_every_head_trains_and_loads(tmp_path: Path, people: Path, recipe: Calla
     one = ForUser(scorer, vectors[1]).score(images, prompts)
     assert torch.allclose(one[1], scores[1], atol=1e-5)
     assert scorer.score(images, prompts).isfinite().all(), "for anybody"
+
+
+def test_cyclic_preferences_are_trained_without_names_and_refused_as_a_scorer(
+    tmp_path: Path, people: Path, recipe: Callable
+) -> None:
+    lines = [json.loads(line) for line in people.read_text().splitlines()]
+    bare = people.with_name("anonymous.jsonl")
+    bare.write_text("".join(json.dumps({k: v for k, v in x.items() if k != "annotator"}) + "\n" for x in lines))
+    nameless = ["scorer.head=gpm", "choices.least=4", "hooks.shots=[2]"]
+    with pytest.raises(ValueError, match=r"choices\.anonymous=true"):
+        train_head(recipe, bare, tmp_path / "named", *nameless)
+    export = train_head(recipe, bare, tmp_path / "run", *nameless, "choices.anonymous=true")
+    with pytest.raises(ValueError, match=r"head of kind gpm, which compares two images.*PersonalScorer\.read"):
+        load_scorer(str(export))
+    scorer = PersonalScorer.read(export)
+    a, b = torch.rand(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prompts = ["small red circle on white"] * 3
+    chance = scorer.preference(a, b, prompts)
+    torch.testing.assert_close(chance + scorer.preference(b, a, prompts), torch.ones(3))
+    assert chance.std() > 0
 
 
 @pytest.mark.usefixtures("started")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reward_models import Scorer, WeightedSum
+from reward_models.mixture import check_mixture
 
 
 class Mean(nn.Module):
@@ -170,3 +171,83 @@ def test_maxmin_equalises_the_gains_of_conflicting_groups() -> None:
 def test_maxmin_requires_start_normalisation() -> None:
     with pytest.raises(ValueError, match="maxmin compares gains"):
         WeightedSum({"a": (Mean(), 1.0)}, normalise="running", maxmin=0.5)
+
+
+def _limited(limits: Sequence[float], **settings) -> WeightedSum:
+    """Two scorers whose first 256 scores have mean 0 and deviation 1."""
+    mixture = _two(limits=limits, **settings)
+    first = torch.tensor([-1.0, 1.0] * 128)
+    mixture.update({"a": first, "b": first})
+    return mixture
+
+
+@pytest.mark.parametrize("constraint", ["xi", "mu"])
+def test_one_update_of_the_limits_by_hand(constraint: str) -> None:
+    """Scores 2 and -1: gains 0.2 and -0.1. With limits 0.5 and -0.2, e = 0.3 and -0.1, f(0.6) and f(-0.2); then the
+    multipliers are 0.1 f'(0.6) 0.3 and 0.1 f'(-0.2) (-0.1): up below the limit, down above it."""
+    mixture = _limited((0.5, -0.2), constraint=constraint, limit_rate=0.1)
+    mixture.update({"a": torch.full((4,), 2.0), "b": torch.full((4,), -1.0)})
+    drive = torch.tensor([0.6, -0.2], dtype=torch.float64, requires_grad=True)
+    squashed = torch.tanh(drive) if constraint == "xi" else 1 / (1 + torch.exp(-drive))
+    (slope,) = torch.autograd.grad(squashed.sum(), drive)
+    expected = 0.1 * slope * torch.tensor([0.3, -0.1], dtype=torch.float64)
+    torch.testing.assert_close(mixture.multipliers, expected)
+    weights = torch.stack([*mixture.present_weights().values()])
+    again = drive.detach() + expected
+    torch.testing.assert_close(weights, (torch.tanh(again) if constraint == "xi" else again.sigmoid()).float())
+    assert mixture.strength().item() == pytest.approx(weights.abs().sum().item() / 2)
+    score = mixture.combine({"a": torch.tensor([3.0]), "b": torch.tensor([1.0])})
+    assert score.item() == pytest.approx((3 * weights[0] + weights[1]).item(), rel=1e-6)
+
+
+def _ends(mixture: WeightedSum, updates: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+    """Gains of a Gaussian policy with covariance C = [[1, .5], [.5, 1]] of the scores and KL weight 0.2, which follows
+    its optimum C w / 0.2 by a tenth at each update. The second score is given in another unit."""
+    gains, c = torch.zeros(2), torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    for _ in range(updates):
+        weights = torch.stack([torch.as_tensor(w) for w in mixture.present_weights().values()])
+        gains = 0.9 * gains + 0.1 * (c @ weights / 0.2)
+        mixture.update({"a": gains[:1].repeat(2), "b": scale * gains[1:].repeat(2) + shift})
+    return gains
+
+
+def test_limits_hold_two_correlated_rewards_where_the_plain_sum_overshoots() -> None:
+    """The plain sum ends at C (1, 1) / 0.2 = (7.5, 7.5). Weights 0.2 C^-1 (1, 0.4) = (0.2133, -0.0267) give the limits
+    (1, 0.4). Positive weights cannot: the multiplier of the second reward ends at -3, where its gain x solves
+    w = sigmoid(-3 + 2 (0.4 - x)) and x = 0.5 + 0.75 w / 0.2, x = 0.617."""
+    plain = _two()
+    plain.update({name: torch.tensor([-1.0, 1.0] * 128) for name in ("a", "b")})
+    torch.testing.assert_close(_ends(plain, 100), torch.tensor([7.5, 7.5]), atol=0.01, rtol=0)
+    xi = _limited((1.0, 0.4), limit_rate=0.2)
+    torch.testing.assert_close(_ends(xi, 300), torch.tensor([1.0, 0.4]), atol=0.02, rtol=0)
+    weights = torch.stack([*xi.present_weights().values()])
+    torch.testing.assert_close(weights, torch.tensor([0.2133, -0.0267]), atol=5e-3, rtol=0)
+    mu = _ends(_limited((1.0, 0.4), constraint="mu", limit_rate=4.0), 300)
+    torch.testing.assert_close(mu, torch.tensor([1.0, 0.617]), atol=0.02, rtol=0)
+
+
+def test_limits_do_not_depend_on_the_unit_of_a_scorer() -> None:
+    mixture, first = _two(limits=(1.0, 0.4)), torch.tensor([-1.0, 1.0] * 128)
+    mixture.update({"a": first, "b": 10 * first + 3})
+    torch.testing.assert_close(_ends(mixture, 50, 10, 3), _ends(_limited((1.0, 0.4)), 50))
+
+
+def test_multipliers_survive_a_checkpoint() -> None:
+    mixture, other = _limited((1.0, 0.4)), _two(limits=(1.0, 0.4))
+    _ends(mixture, 20)
+    other.load_state_dict(mixture.state_dict())
+    for each in (mixture, other):
+        each.update({"a": torch.tensor([1.0, 0.2]), "b": torch.tensor([0.1, 0.3])})
+    assert torch.equal(mixture.multipliers, other.multipliers) and mixture.multipliers.abs().min() > 0
+    assert mixture.present_weights() == other.present_weights()
+
+
+def test_inconsistent_limits_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"limits need one number for each of 2 scorers.*got 1 numbers"):
+        _two(limits=(1.0,))
+    with pytest.raises(ValueError, match="normalise='running' and maxmin=0"):
+        WeightedSum({"a": (Mean(), 1.0)}, normalise="running", limits=(1.0,))
+    wrong = {"scorers": ("a", "b"), "weights": (1.0, -1.0), "normalise": "none", "maxmin": 1.0}
+    said = "\n".join(check_mixture(wrong | {"limits": (1.0,), "limit_rate": -1.0}))
+    for words in ("limits' has 1 numbers for 2", "'reward.normalise' must be start", "use one of them", "be 0 or more"):
+        assert words in said, said

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def hacked(folder: Path) -> list[str]:
     settings += ["reward.scorers=['tests_saturation:Saturation']", "optimizer.lr=3e-3", "optimizer.lr_warmup_steps=0"]
     settings += ["hooks.sample_every=0", "hooks.checkpoint_every=100", "hooks.verify_export=false", "monitor.every=2"]
     settings += ["monitor.prompt_count=8", "monitor.stop=true", "trainer.steps=40", "run.log_every=1"]
-    settings += ["run.tracker=tensorboard"]
+    settings += ["run.tracker=tensorboard", "reward.normalise=start"]
     return settings
 
 
@@ -103,6 +104,8 @@ def test_reward_hacking_stops_the_run_with_a_warning(alone: tuple[Path, str]) ->
     assert rows[0]["step"] == 0 and rows[0]["monitor/trained_gain"] == 0
     last = rows[-1]["step"]
     assert last < 40 and rows[-1]["monitor/trained_gain"] > 0
+    assert rows[-1]["monitor/score@tests_saturation:Saturation"] > rows[0]["monitor/score@tests_saturation:Saturation"]
+    assert re.search(r"where the held-out score was highest: reward\.limits=\[-?\d+\.\d\d\]", said), said
     assert (folder / "export").exists()
     (events,) = folder.rglob("events.out.tfevents*")
     curves = events.read_bytes().count(b"\x89PNG\r\n")

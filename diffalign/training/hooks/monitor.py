@@ -28,6 +28,7 @@ LIMITS = {
 """Measure -> (maximum ratio to its initial value, warning when it is exceeded)."""
 CHUNK = 8
 """Maximum number of prompts whose samples are measured at once."""
+SCORE = "score@"
 LEAST_DIVERSITY = 0.5
 MOST_CLAMPED = 0.05
 
@@ -40,6 +41,8 @@ class Monitor(Hook):
     `metrics.jsonl` gets monitor/saturation, contrast, high_frequency, clamped, diversity (distance between samples of
     one prompt) and warnings (their number). It also gets trained_gain and held_out_gain: the increase of the mean
     score since the start, in standard deviations of the initial scores. Trackers get the curves as the image "monitor".
+    With reward.normalise=start it also gets score@NAME of each scorer, and the end of the run prints the reward.limits
+    that hold the scorers where the held-out score was highest.
 
     Args:
         prompts: .txt or .jsonl of held-out prompts, or playground; the monitor is off without it
@@ -111,6 +114,14 @@ class Monitor(Hook):
     def end(self, trainer: Trainer) -> None:
         if self.warned:
             self.run.print(f"{len(self.warned)} warnings of the monitor, the first one at step {self.warned[0]}")
+        mixture = self.rewards.mixture
+        names = [name for name in mixture.scorers if SCORE + name in self.best]
+        if names and float(mixture.count):
+            first, best = (
+                mixture.normalised({k: x[SCORE + k].to(mixture.mean) for k in names}) for x in (self.before, self.best)
+            )
+            gains = ",".join(f"{(best[k] - first[k]).mean():.2f}" for k in names)
+            self.run.print(f"to hold the scorers where the held-out score was highest: reward.limits=[{gains}]")
 
     def _measure(self) -> dict[str, Tensor]:
         """Every measure of each sample [2N] or pair of samples [N], on the CPU.
@@ -134,17 +145,21 @@ class Monitor(Hook):
         prompts = [self.prompts[i] for i in chunk] * 2
         keys = [(i // len(chunk), prompt) for i, prompt in enumerate(prompts)]
         images: list[Tensor] = []
-        trained, held_out = [], []
+        trained, held_out, each = [], [], []
         for some in drawn(self.backbone, self.sampler, self.cond.at(torch.tensor(chunk).repeat(2)), keys):
             done = sum(len(x) for x in images)
             batch_prompts = prompts[done : done + len(some)]
             images.append(some)
-            trained.append(self.rewards.raw_scores(some, batch_prompts))
+            total, parts = self.rewards.raw_scores(some, batch_prompts)
+            trained.append(total)
+            each.append(parts)
             if self.scorer is not None:
                 held_out.append(self.scorer.score(some, batch_prompts))
         found = {**image_statistics(torch.cat(images)), "trained": torch.cat(trained)}
         if held_out:
             found["held_out"] = torch.cat(held_out)
+        if held_out and self.rewards.mixture.normalise == "start":
+            found |= {SCORE + name: torch.cat([parts[name] for parts in each]) for name in each[0]}
         return {name: value.float().cpu().reshape(-1, len(chunk)) for name, value in found.items()}
 
     def _warn(self, trainer: Trainer, now: dict[str, Tensor]) -> None:

@@ -1,0 +1,177 @@
+"""Constrained rewards: two learned scorers, each trained on few ratings, raised by their plain sum and held at limits.
+
+    python benchmarks/constrained.py             # what results/constrained.json lacks
+    python benchmarks/constrained.py --seed 0 --again
+
+The one-step student of the playground is trained with DRaFT far beyond the point where the scorers still mean what the
+exact judge means. The limits of a seed are the gains of both scorers where the judge was best in the run of the plain
+sum, on one half of the held-out prompts; all other numbers are of the other half. Writes results/constrained.json, a
+row for each run: the judge's gain over the base in points, at its best step (chosen on the first half) and at the end,
+and their difference, each with its 95 % interval over prompts; and the curve of the judge and of each scorer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from results_file import RESULTS, TEXT, WHOLE, commit, cpu, read_rows, write_rows
+from torch import Tensor
+
+from diffalign import config
+from diffalign.algorithms.draft import DRaFT
+from diffalign.commands import launch, program
+from diffalign.data import Prompts
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.sampler import Sampler
+from diffalign.playground import Judge
+from diffalign.playground.ratings import write_ratings
+from diffalign.playground.world import captions
+from diffalign.report.preference_rate import preferred
+from diffalign.training import recipe
+from diffalign.training.hooks.monitor import Monitor
+from diffalign.training.hooks.samples import drawn
+from diffalign.training.hooks.standard import standard_hooks
+from diffalign.training.optim import make_player
+from diffalign.training.run import Run
+from diffalign.training.trainer import Hook, Trainer
+from reward_models import load_mixture
+from reward_models.accuracy import interval
+from reward_models.playground import PLAYGROUND
+
+FILE = RESULTS / "constrained.json"
+CASES = ("plain sum", "xi", "mu")
+STEPS, EVERY = 120, 12
+PROMPTS = captions(128, held_out=True)
+SAMPLES = 2
+RATED, SCORER_STEPS = 48, 100
+SETTINGS = ["backbone.path=playground_one_step", "sampler.steps=1", "algorithm.last_steps=1", "reward.normalise=start"]
+SETTINGS += ["optimizer.lr_cosine_steps=null", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
+SETTINGS += ["monitor.prompts=null", "hooks.verify_export=false", f"trainer.steps={STEPS}"]
+
+
+class Curve(Hook):
+    """Scores of held-out prompts at step 0 and every EVERY steps: the judge's and each scorer's, [SAMPLES P]."""
+
+    def __init__(self, parts: recipe.Parts):
+        self.parts, self.judge, self.rows = parts, Judge(), list[tuple[int, Tensor, dict[str, Tensor]]]()
+        self.prompts = [prompt for prompt in PROMPTS for _ in range(SAMPLES)]
+        self.keys = [(prompt, k % SAMPLES) for k, prompt in enumerate(self.prompts)]
+        self.cond = parts.backbone.encode_text(self.prompts)
+
+    def start(self, trainer: Trainer) -> None:
+        self.measure(0)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if trainer.step % EVERY == 0:
+            self.measure(trainer.step)
+
+    @torch.no_grad()
+    def measure(self, step: int) -> None:
+        images = torch.cat([*drawn(self.parts.backbone, self.parts.sampler, self.cond, self.keys)])
+        scores = self.parts.rewards.mixture.parts(images, self.prompts)
+        self.rows.append((step, self.judge.score(images, self.prompts), scores))
+
+
+def scorers(folder: Path, seed: int) -> list[str]:
+    """Two scorers, the shipped HPS-style one fine-tuned at a high learning rate on few ratings of its own."""
+    found = []
+    for k in range(2):
+        run = folder / f"scorer-{seed}-{k}"
+        if not (run / "export").exists():
+            ratings = write_ratings(folder / f"ratings-{seed}-{k}", RATED, seed=1 + 10 * seed + k)
+            words = [f"data.path={ratings}", f"run.folder={run}", f"run.seed={seed}", "data.batch_size=8"]
+            words += [f"scorer.weights={PLAYGROUND / 'hps'}", "optimizer.lr_warmup_steps=10"]
+            words += [f"trainer.steps={SCORER_STEPS}", f"optimizer.lr_cosine_steps={SCORER_STEPS}"]
+            words += ["hooks.checkpoint_every=0", f"hooks.validate_every={SCORER_STEPS}"]
+            runpy.run_path(str(launch.find("train", "hps")))["main"](["--config=playground", *words])
+        found.append(str(run / "export"))
+    return found
+
+
+def train(words: Sequence[str]) -> tuple[list[tuple[int, Tensor, dict[str, Tensor]]], Any]:
+    """The curve and the rewards of a run of DRaFT."""
+    sections: dict[str, Any] = {"run": Run, "backbone": load_backbone, "data": Prompts, "sampler": Sampler}
+    sections |= {"reward": load_mixture, "algorithm": DRaFT, "optimizer": make_player, "trainer": Trainer}
+    sections |= {"monitor": Monitor, "hooks": standard_hooks}
+    cfg = config.parse([*words], str(launch.find("train", "draft")), **sections)
+    run, backbone = recipe.begin(cfg)
+    parts = recipe.Parts(cfg, run, backbone, run.prompts(backbone, **cfg.data))
+    curve = Curve(parts)
+    parts.fit(DRaFT(parts.policy, parts.reference, parts.sampler, parts.rewards, **cfg.algorithm), [curve])
+    return curve.rows, parts.rewards.mixture
+
+
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [SAMPLES P] of the even and of the odd prompts, each [P / 2, SAMPLES]."""
+    table = values.float().cpu().reshape(-1, SAMPLES)
+    return table[::2], table[1::2]
+
+
+def estimate(values: Tensor) -> list[float]:
+    """Mean and interval over prompts of values [P, SAMPLES]."""
+    each = values.mean(1).numpy()
+    return [round(x, 4) for x in (float(each.mean()), *interval(each))]
+
+
+def gains(now: Any, before: Any, half: int = 1) -> list[Tensor]:
+    """Gains of each scorer on one half of the prompts, in standard deviations."""
+    return [x[half] - x0[half] for x, x0 in zip(now, before, strict=True)]
+
+
+def run_case(folder: Path, case: str, seed: int, limits: Sequence[float]) -> tuple[dict[str, Any], list[float]]:
+    """The row of a run, and the gains of both scorers where the judge was best on the first half of the prompts."""
+    started = time.process_time()
+    words = ["--config=playground", f"run.folder={folder / f'{case}-{seed}'.replace(' ', '-')}", f"run.seed={seed}"]
+    words += [*SETTINGS, f"backbone.seed={seed}", f"reward.scorers={scorers(folder, seed)}"]
+    if case != "plain sum":
+        words += [f"reward.limits={list(limits)}", f"reward.constraint={case}"]
+    rows, mixture = train(words)
+    searched, judged = zip(*(halves(truth) for _, truth, _ in rows), strict=True)
+    best = max(range(len(rows)), key=lambda k: searched[k].mean().item())
+    units = [[halves(x) for x in mixture.normalised(parts).values()] for _, _, parts in rows]
+    row: dict[str, Any] = {"case": case, "seed": seed, "steps": STEPS, "limits": list(limits)}
+    row |= {"best step": rows[best][0], "gain at best": estimate(judged[best] - judged[0])}
+    row |= {"gain at end": estimate(judged[-1] - judged[0]), "end minus best": estimate(judged[-1] - judged[best])}
+    base, end, numbers = judged[0].flatten(), judged[-1].flatten(), [k // SAMPLES for k in range(judged[0].numel())]
+    chosen = preferred(base, end, numbers, choice_temperature=Judge.choice_temperature)
+    row["people prefer the end"] = [round(x, 4) for x in (float(chosen.mean()), *interval(chosen))]
+    row["weights"] = [round(float(w), 3) for w in mixture.present_weights().values()]
+    both = torch.stack([torch.cat([table.flatten() for table in x]) for x in units[0]])
+    row["correlation of the scorers"] = round(torch.corrcoef(both)[0, 1].item(), 3)
+    row["curve"] = [
+        [step, *(round(x.mean().item(), 3) for x in (judged[k] - judged[0], *gains(units[k], units[0])))]
+        for k, (step, _, _) in enumerate(rows)
+    ]
+    row |= {"seconds": round(time.process_time() - started, 1), "device": cpu(), "commit": commit()}
+    return row, [round(x.mean().item(), 2) for x in gains(units[best], units[0], 0)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, action="append", help="may be repeated; 0, 1, 2")
+    parser.add_argument("--again", action="store_true", help="also what the results have already")
+    parser.add_argument("--work", type=Path, help="folder of scorers and runs, which is kept; default: a temporary one")
+    args = parser.parse_args()
+    rows = read_rows(FILE, {"case": TEXT, "seed": WHOLE})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (args.work or Path(temporary)).absolute()
+        for seed in args.seed or (0, 1, 2):
+            if not args.again and {row["case"] for row in rows if row["seed"] == seed} == {*CASES}:
+                continue
+            limits: list[float] = []
+            for case in CASES:
+                row, points = run_case(folder, case, seed, limits)
+                limits = limits or points
+                rows = [r for r in rows if (r["case"], r["seed"]) != (case, seed)] + [row]
+                write_rows(FILE, rows)
+
+
+if __name__ == "__main__":
+    program.run(main)
