@@ -77,6 +77,8 @@ def evaluate(args: argparse.Namespace) -> None:
         return
     if not args.images or not args.scorer:
         raise ValueError("give --images and --scorer; or --write-prompts to make the images first")
+    if args.hard and not args.questions:
+        raise ValueError("--hard counts answers to questions; add --questions")
     if args.questions and not prompts[0].questions:
         raise ValueError(f"{args.benchmark} has no questions; leave out --questions")
     folders = [args.images, *([args.compare] if args.compare else [])]

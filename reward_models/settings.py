@@ -75,6 +75,8 @@ def words(hint: Any) -> str:
 
 
 def nearest(word: str, known: Any) -> str:
-    """Suffix of an error message with the most similar known word; empty if there is none."""
-    close = get_close_matches(word, list(known), n=1)
+    """Suffix of an error message with the first known word that begins with it, else the most similar one; empty if
+    there is none."""
+    begun = [name for name in known if word and name.startswith(word)]
+    close = begun or get_close_matches(word, list(known), n=1)
     return f", did you mean '{close[0]}'?" if close else ""

@@ -209,8 +209,9 @@ def benchmark_images(name: str, prompts: Sequence[Prompt], folder: Path) -> list
     benchmark, by_text = BENCHMARKS[name], folder.is_file() or (folder / "manifest.jsonl").exists()
     there: dict[str, list[Path]] = {}
     if folder.is_file():
-        for text, file in read_json(folder).items():
-            there[text.strip()] = [folder.parent / file if (folder.parent / file).exists() else Path(file)]
+        with _expecting(folder, "{prompt: image file} as .json"):
+            for text, file in read_json(folder).items():
+                there[text.strip()] = [folder.parent / file if (folder.parent / file).exists() else Path(file)]
     elif by_text:
         for row in read_manifest(folder):
             there.setdefault(row["prompt"].strip(), []).append(folder / row["image"])

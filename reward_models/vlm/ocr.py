@@ -64,8 +64,9 @@ class OCR(nn.Module):
     def read(self, images: Tensor) -> list[str]:
         """The text in each image."""
         pictures = [to_pil_image(x) for x in (images * 255).round().clamp(0, 255).to(torch.uint8).cpu()]
-        inputs = self.processor(pictures, return_tensors="pt").to(images.device)
-        inputs["pixel_values"] = as_input(self.network, inputs["pixel_values"])
+        found = self.processor(pictures, return_tensors="pt").to(images.device)
+        inputs = {name: found[name] for name in ("input_ids", "attention_mask")}
+        inputs["pixel_values"] = as_input(self.network, found["pixel_values"])
         words = self.processor.tokenizer
         stop: dict[str, Any] = {"tokenizer": words, "stop_strings": END, "max_new_tokens": self.max_new_tokens}
         out = self.network.generate(**inputs, do_sample=False, **stop)

@@ -67,7 +67,7 @@ def test_unknown_recipes_raise_with_the_known_ones(more: list[str], capsys: pyte
     said = capsys.readouterr().err
     assert "no train recipe 'dpo'; known recipes: " in said and "inpo, kto" in said
     assert cli.main(["eval", "frobnicate", *more]) == 2
-    assert "no eval recipe 'frobnicate'; known recipes: hps_benchmark, " in capsys.readouterr().err
+    assert "no eval recipe 'frobnicate'; known recipes: dimensions, hps_benchmark, " in capsys.readouterr().err
     with pytest.raises(ValueError, match="no eval recipe 'score'"):
         launch.find("eval", "score")
 

@@ -250,6 +250,10 @@ def test_errors_say_where_prompts_are_published_and_what_is_missing(
     (tmp_path / "dpg.csv").write_bytes(b"\xff\xfea")
     assert "line 1 is not UTF-8 but UTF-16" in said("dpg", "--prompts", tmp_path / "dpg.csv")
     assert "geneval has no questions" in said("geneval", *where, "--questions")
+    assert "add --questions" in said("geneval", *where, "--hard")
+    (tmp_path / "list.json").write_text("[1]")
+    wrong = said("geneval", *where, "--images", tmp_path / "list.json")
+    assert "list.json' is not {prompt: image file} as .json: AttributeError" in wrong
     missing = said("geneval", *where)
     assert "no image of 1 of 1 prompts, such as 'a red car'" in missing and "00000/samples/0000.png" in missing
 

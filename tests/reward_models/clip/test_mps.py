@@ -13,17 +13,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import to_pil_image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from reward_models import load_scorer
-from reward_models.clip.mps import CONDITION
+from reward_models.clip.mps import CONDITION, _renamed
 from reward_models.clip.text import transformers_clip_tokenizer
 
 WIDTH, HEADS = 128, 2
 LEVELS = torch.randint(0, 256, (3, 3, 40, 60), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 IMAGES = LEVELS / 255
 PROMPTS = ["a red cube", "two dogs with long hands, in a bright style", ""]
-Made = tuple[Path, CLIPModel, dict[str, Tensor]]
+Made = tuple[Path, CLIPModel, dict[str, Tensor], Any]
+"""The folder, the CLIP and the other weights in it, and the scorer, loaded."""
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +60,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     state = {f"model.{name}": value for name, value in network.state_dict().items()} | cross
     state["model.text_model.embeddings.position_ids"] = torch.arange(77)[None]
     save_file({f"mps.{name}": value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
-    torch.save(state, folder / "plain.pth")
     config.save_pretrained(folder)
     transformers_clip_tokenizer({}).save(folder)
-    return folder, network, cross
+    spec = f"mps,weights={folder},base={folder},condition='{CONDITION}'"
+    return folder, network, cross, load_scorer(spec, "cpu")
 
 
 def _spec(made: Made, threshold: float, condition: str = CONDITION, *, gate_first: bool = False) -> Tensor:
     """The scores of the three images, one at a time, head by head."""
-    folder, network, cross = made
-    tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+    _, network, cross, scorer = made
     processor = CLIPImageProcessor(do_resize=False, crop_size={"height": 28, "width": 28})
     resized = [to_pil_image(x).resize((42, 28), Image.Resampling.BICUBIC) for x in LEVELS]
     pixels = processor(resized, return_tensors="pt")["pixel_values"]
     found = []
     for image, prompt in zip(pixels, PROMPTS, strict=True):
-        ids = tokenizer([prompt, condition], max_length=77, padding="max_length", return_tensors="pt")["input_ids"]
+        ids = scorer.tokenizer([prompt, condition], max_length=77, padding="max_length", return_tensors="pt")[
+            "input_ids"
+        ]
         t, c = network.text_projection(network.text_model(input_ids=ids).last_hidden_state)
         e = t[ids[0].tolist().index(49407)]
         x = network.visual_projection(network.vision_model(pixel_values=image[None]).last_hidden_state[0])
@@ -126,11 +128,10 @@ def _rotated(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_mps_is_its_network_written_out(made: Made) -> None:
-    folder = made[0]
-    spec = f"mps,weights={folder},base={folder}"
-    scores = {}
+    scorer, scores = made[3], {}
+    assert scorer.threshold == 0.3 and scorer.condition == CONDITION
     for threshold in (0.3, 0.99):
-        scorer: Any = load_scorer(f"{spec},threshold={threshold}", "cpu")
+        scorer.threshold = threshold
         scores[threshold] = scorer.score(IMAGES, PROMPTS)
         torch.testing.assert_close(scores[threshold], _spec(made, threshold), rtol=0, atol=1e-5)
     assert (scores[0.3] - scores[0.99]).abs().min() > 1e-3  # which tokens are visible matters
@@ -138,13 +139,16 @@ def test_mps_is_its_network_written_out(made: Made) -> None:
     # The similarity is relative to the largest of the prompt, so a score does not depend on the batch.
     alone = torch.cat([scorer.score(IMAGES[k : k + 1], PROMPTS[k : k + 1]) for k in range(3)])
     torch.testing.assert_close(alone, scores[0.99], rtol=0, atol=1e-5)
-    bare: Any = load_scorer(f"mps,weights={folder}/plain.pth,base={folder},condition='face, hair'", "cpu")
-    assert bare.condition == "face, hair"  # and names without the prefix
-    torch.testing.assert_close(bare.score(IMAGES, PROMPTS), _spec(made, 0.3, "face, hair"), rtol=0, atol=1e-5)
+    scorer.threshold, scorer.condition = 0.3, "face, hair"
+    torch.testing.assert_close(scorer.score(IMAGES, PROMPTS), _spec(made, 0.3, "face, hair"), rtol=0, atol=1e-5)
+    names = [f"model.{name}" for name in made[1].state_dict()] + [
+        *made[2]
+    ]  # with and without the prefix of the re-host
+    assert [_renamed(f"mps.{name}") for name in names] == [_renamed(name) for name in names]
 
 
 def test_the_gradient_of_mps_reaches_every_image(made: Made) -> None:
-    scorer = load_scorer(f"mps,weights={made[0]},base={made[0]}", "cpu")
+    scorer = made[3]
     images = IMAGES.clone().requires_grad_()
     scorer.score(images, PROMPTS).sum().backward()
     assert images.grad is not None and (images.grad.flatten(1).abs().sum(1) > 0).all()

@@ -35,7 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.normal_(0, 1 if "multi_modal" in name else 0.3, generator=generator)
+            # Small embeddings: what is said depends on the image.
+            parameter.normal_(0, 0.02 if "embed_tokens" in name else 0.5, generator=generator)
     network.generation_config.pad_token_id = words.pad_token_id
     network.save_pretrained(path)
     GotOcr2Processor(GotOcr2ImageProcessor(size={"height": 64, "width": 64}), words).save_pretrained(path)
@@ -48,6 +49,7 @@ def test_what_is_read_is_the_greedy_text_of_the_stock_model(folder: Path) -> Non
     found = scorer.read(LEVELS / 255)
     for picture, text in zip(map(to_pil_image, LEVELS), found, strict=True):
         inputs = scorer.processor(picture, return_tensors="pt")
+        inputs.pop("token_type_ids", None)  # of the tiny tokenizer in transformers 4
         prompt = scorer.processor.tokenizer.decode(inputs["input_ids"][0])
         assert prompt.endswith("</img>\n OCR: <|im_end|><|im_start|>assistant\n")
         out = network.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
