@@ -43,14 +43,13 @@ from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from reward_models import load_mixture
 from reward_models.accuracy import interval
-from reward_models.playground import PLAYGROUND
 
 FILE = RESULTS / "constrained.json"
-CASES = ("plain sum", "xi", "mu")
-STEPS, EVERY = 120, 12
+CASES = ("plain sum", "limits")
+STEPS, EVERY = 100, 10
 PROMPTS = captions(128, held_out=True)
 SAMPLES = 2
-RATED, SCORER_STEPS = 48, 100
+RATED, SCORER_STEPS = 48, 80
 SETTINGS = ["backbone.path=playground_one_step", "sampler.steps=1", "algorithm.last_steps=1", "reward.normalise=start"]
 SETTINGS += ["optimizer.lr_cosine_steps=null", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
 SETTINGS += ["monitor.prompts=null", "hooks.verify_export=false", f"trainer.steps={STEPS}"]
@@ -80,16 +79,22 @@ class Curve(Hook):
 
 
 def scorers(folder: Path, seed: int) -> list[str]:
-    """Two scorers, the shipped HPS-style one fine-tuned at a high learning rate on few ratings of its own."""
-    found = []
+    """Two scorers from the same initial weights, trained on the same few ratings in different orders."""
+    found, ratings = [], folder / f"ratings-{seed}" / "ratings.jsonl"
+    if not ratings.exists():
+        write_ratings(ratings.parent, RATED, seed=seed)
     for k in range(2):
         run = folder / f"scorer-{seed}-{k}"
         if not (run / "export").exists():
-            ratings = write_ratings(folder / f"ratings-{seed}-{k}", RATED, seed=1 + 10 * seed + k)
-            words = [f"data.path={ratings}", f"run.folder={run}", f"run.seed={seed}", "data.batch_size=8"]
-            words += [f"scorer.weights={PLAYGROUND / 'hps'}", "optimizer.lr_warmup_steps=10"]
+            # validated on what they are trained on, so that the last weights are exported
+            words = [f"data.path={ratings}", f"data.validation_path={ratings}", "data.batch_size=8"]
+            words += [f"run.folder={run}", f"run.seed={10 * seed + k}", f"scorer.seed={seed}"]
             words += [f"trainer.steps={SCORER_STEPS}", f"optimizer.lr_cosine_steps={SCORER_STEPS}"]
-            words += ["hooks.checkpoint_every=0", f"hooks.validate_every={SCORER_STEPS}"]
+            words += [
+                "hooks.checkpoint_every=0",
+                f"hooks.validate_every={SCORER_STEPS}",
+                "optimizer.lr_warmup_steps=10",
+            ]
             runpy.run_path(str(launch.find("train", "hps")))["main"](["--config=playground", *words])
         found.append(str(run / "export"))
     return found
@@ -131,7 +136,7 @@ def run_case(folder: Path, case: str, seed: int, limits: Sequence[float]) -> tup
     words = ["--config=playground", f"run.folder={folder / f'{case}-{seed}'.replace(' ', '-')}", f"run.seed={seed}"]
     words += [*SETTINGS, f"backbone.seed={seed}", f"reward.scorers={scorers(folder, seed)}"]
     if case != "plain sum":
-        words += [f"reward.limits={list(limits)}", f"reward.constraint={case}"]
+        words += [f"reward.limits={list(limits)}"]
     rows, mixture = train(words)
     searched, judged = zip(*(halves(truth) for _, truth, _ in rows), strict=True)
     best = max(range(len(rows)), key=lambda k: searched[k].mean().item())
