@@ -1,7 +1,7 @@
 """Constrained rewards: two learned scorers, each trained on few ratings, raised by their plain sum and held at limits.
 
     python benchmarks/constrained.py             # what results/constrained.json lacks
-    python benchmarks/constrained.py --seed 0 --again
+    python benchmarks/constrained.py --rated 48 --seed 0 --again
 
 The one-step student of the playground is trained with DRaFT far beyond the point where the scorers still mean what the
 exact judge means. The limits of a seed are the gains of both scorers where the judge was best in the run of the plain
@@ -13,6 +13,7 @@ and their difference, each with its 95 % interval over prompts; and the curve of
 from __future__ import annotations
 
 import argparse
+import itertools
 import runpy
 import tempfile
 import time
@@ -43,14 +44,14 @@ from diffalign.training.run import Run
 from diffalign.training.trainer import Hook, Trainer
 from reward_models import load_mixture
 from reward_models.accuracy import interval
-from reward_models.playground import PLAYGROUND
 
 FILE = RESULTS / "constrained.json"
-CASES = ("plain sum", "xi", "mu")
-STEPS, EVERY = 120, 12
+CASES = ("plain sum", "limits")
+STEPS, EVERY = 100, 10
 PROMPTS = captions(128, held_out=True)
 SAMPLES = 2
-RATED, SCORER_STEPS = 48, 100
+WORLDS = {48: 80, 192: 200}
+"""Number of rated prompts, four images each -> training steps of the scorers."""
 SETTINGS = ["backbone.path=playground_one_step", "sampler.steps=1", "algorithm.last_steps=1", "reward.normalise=start"]
 SETTINGS += ["optimizer.lr_cosine_steps=null", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
 SETTINGS += ["monitor.prompts=null", "hooks.verify_export=false", f"trainer.steps={STEPS}"]
@@ -79,17 +80,23 @@ class Curve(Hook):
         self.rows.append((step, self.judge.score(images, self.prompts), scores))
 
 
-def scorers(folder: Path, seed: int) -> list[str]:
-    """Two scorers, the shipped HPS-style one fine-tuned at a high learning rate on few ratings of its own."""
-    found = []
+def scorers(folder: Path, rated: int, seed: int) -> list[str]:
+    """Two scorers from the same initial weights, trained on the same few ratings in different orders."""
+    found, ratings, steps = [], folder / f"ratings-{rated}-{seed}" / "ratings.jsonl", WORLDS[rated]
+    if not ratings.exists():
+        write_ratings(ratings.parent, rated, seed=seed)
     for k in range(2):
-        run = folder / f"scorer-{seed}-{k}"
+        run = folder / f"scorer-{rated}-{seed}-{k}"
         if not (run / "export").exists():
-            ratings = write_ratings(folder / f"ratings-{seed}-{k}", RATED, seed=1 + 10 * seed + k)
-            words = [f"data.path={ratings}", f"run.folder={run}", f"run.seed={seed}", "data.batch_size=8"]
-            words += [f"scorer.weights={PLAYGROUND / 'hps'}", "optimizer.lr_warmup_steps=10"]
-            words += [f"trainer.steps={SCORER_STEPS}", f"optimizer.lr_cosine_steps={SCORER_STEPS}"]
-            words += ["hooks.checkpoint_every=0", f"hooks.validate_every={SCORER_STEPS}"]
+            # validated on what they are trained on, so that the last weights are exported
+            words = [f"data.path={ratings}", f"data.validation_path={ratings}", "data.batch_size=8"]
+            words += [f"run.folder={run}", f"run.seed={10 * seed + k}", f"scorer.seed={seed}"]
+            words += [f"trainer.steps={steps}", f"optimizer.lr_cosine_steps={steps}"]
+            words += [
+                "hooks.checkpoint_every=0",
+                f"hooks.validate_every={steps}",
+                "optimizer.lr_warmup_steps=10",
+            ]
             runpy.run_path(str(launch.find("train", "hps")))["main"](["--config=playground", *words])
         found.append(str(run / "export"))
     return found
@@ -125,18 +132,24 @@ def gains(now: Any, before: Any, half: int = 1) -> list[Tensor]:
     return [x[half] - x0[half] for x, x0 in zip(now, before, strict=True)]
 
 
-def run_case(folder: Path, case: str, seed: int, limits: Sequence[float]) -> tuple[dict[str, Any], list[float]]:
+def run_case(
+    folder: Path, case: str, rated: int, seed: int, limits: Sequence[float]
+) -> tuple[dict[str, Any], list[float]]:
     """The row of a run, and the gains of both scorers where the judge was best on the first half of the prompts."""
     started = time.process_time()
-    words = ["--config=playground", f"run.folder={folder / f'{case}-{seed}'.replace(' ', '-')}", f"run.seed={seed}"]
-    words += [*SETTINGS, f"backbone.seed={seed}", f"reward.scorers={scorers(folder, seed)}"]
+    words = [
+        "--config=playground",
+        f"run.folder={folder / f'{case}-{rated}-{seed}'.replace(' ', '-')}",
+        f"run.seed={seed}",
+    ]
+    words += [*SETTINGS, f"backbone.seed={seed}", f"reward.scorers={scorers(folder, rated, seed)}"]
     if case != "plain sum":
-        words += [f"reward.limits={list(limits)}", f"reward.constraint={case}"]
+        words += [f"reward.limits={list(limits)}"]
     rows, mixture = train(words)
     searched, judged = zip(*(halves(truth) for _, truth, _ in rows), strict=True)
     best = max(range(len(rows)), key=lambda k: searched[k].mean().item())
     units = [[halves(x) for x in mixture.normalised(parts).values()] for _, _, parts in rows]
-    row: dict[str, Any] = {"case": case, "seed": seed, "steps": STEPS, "limits": list(limits)}
+    row: dict[str, Any] = {"case": case, "rated prompts": rated, "seed": seed, "steps": STEPS, "limits": list(limits)}
     row |= {"best step": rows[best][0], "gain at best": estimate(judged[best] - judged[0])}
     row |= {"gain at end": estimate(judged[-1] - judged[0]), "end minus best": estimate(judged[-1] - judged[best])}
     base, end, numbers = judged[0].flatten(), judged[-1].flatten(), [k // SAMPLES for k in range(judged[0].numel())]
@@ -156,20 +169,23 @@ def run_case(folder: Path, case: str, seed: int, limits: Sequence[float]) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, action="append", help="may be repeated; 0, 1, 2")
+    parser.add_argument("--rated", type=int, choices=WORLDS, action="append", help="rated prompts; default: all")
     parser.add_argument("--again", action="store_true", help="also what the results have already")
     parser.add_argument("--work", type=Path, help="folder of scorers and runs, which is kept; default: a temporary one")
     args = parser.parse_args()
-    rows = read_rows(FILE, {"case": TEXT, "seed": WHOLE})
+    rows = read_rows(FILE, {"case": TEXT, "rated prompts": WHOLE, "seed": WHOLE})
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.work or Path(temporary)).absolute()
-        for seed in args.seed or (0, 1, 2):
-            if not args.again and {row["case"] for row in rows if row["seed"] == seed} == {*CASES}:
+        for rated, seed in itertools.product(args.rated or WORLDS, args.seed or (0, 1, 2)):
+            done = [row for row in rows if (row["rated prompts"], row["seed"]) == (rated, seed)]
+            if not args.again and {row["case"] for row in done} == {*CASES}:
                 continue
             limits: list[float] = []
+            rows = [row for row in rows if row not in done]
             for case in CASES:
-                row, points = run_case(folder, case, seed, limits)
+                row, points = run_case(folder, case, rated, seed, limits)
                 limits = limits or points
-                rows = [r for r in rows if (r["case"], r["seed"]) != (case, seed)] + [row]
+                rows.append(row)
                 write_rows(FILE, rows)
 
 

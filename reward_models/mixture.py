@@ -251,9 +251,9 @@ def check_mixture(cfg: dict[str, Any]) -> list[str]:
         problems.append("'reward.maxmin' compares gains since the start, so 'reward.normalise' must be start")
     if cfg.get("maxmin", 0) < 0 or (cfg.get("maxmin") and min((*weights, 1.0)) < 0):
         problems.append(f"'reward.maxmin' = {cfg['maxmin']} and its weights must be 0 or more")
-    if cfg.get("limits"):
-        problems += _check_limits(cfg)
-    return problems
+    if cfg.get("limit_rate", 0) < 0:
+        problems.append(f"'reward.limit_rate' = {cfg['limit_rate']} must be 0 or more")
+    return problems + (_check_limits(cfg) if cfg.get("limits") else [])
 
 
 def _check_limits(cfg: dict[str, Any]) -> list[str]:
@@ -266,8 +266,6 @@ def _check_limits(cfg: dict[str, Any]) -> list[str]:
         problems.append("'reward.limits' and 'reward.maxmin' both set the weights; use one of them")
     if min((*cfg["weights"], 1.0)) < 0:
         problems.append("'reward.weights' must be 0 or more with 'reward.limits'")
-    if not cfg["limit_rate"] >= 0:
-        problems.append(f"'reward.limit_rate' = {cfg['limit_rate']} must be 0 or more")
     return problems
 
 

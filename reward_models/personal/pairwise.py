@@ -3,9 +3,9 @@
     gpm    cyclic preferences: a skew-symmetric form of embeddings (GPM: Zhang et al., 2024, arXiv 2410.02197)
     micro  several rewards, routed by the prompt (MiCRo: Shen et al., 2025, arXiv 2505.24846)
 
-Differences from the released code: GPM's embeddings are not normalised, so that they need no temperature, and its
-blocks have no scales that depend on the prompt. MiCRo released no code; the paper's second stage, adapting the router
-to a few labelled choices, is here the posterior of the components for a person with the router as prior.
+GPM differs from the released code: embeddings are not normalised, so that they need no temperature, and blocks have no
+scales that depend on the prompt. MiCRo is written from its abstract, since no code was found; for the paper's second
+stage, which adapts the router to a few labelled choices, a person's weights are the posterior with the router as prior.
 """
 
 from __future__ import annotations
