@@ -14,7 +14,7 @@ from reward_models.protocol import Scorer, scores_of
 START = 256
 """Number of scores after which the statistics of normalise `start` are fixed."""
 STIFFNESS, MOST = 2.0, 3.0
-"""Of limits: the factor of a scorer's distance to its limit, and the range of the multipliers."""
+"""Of limits: the factor of a scorer's distance to its limit, and the largest size of the multipliers."""
 SQUASH = {"xi": torch.tanh, "mu": torch.sigmoid}
 Constraint = Literal["xi", "mu"]
 
@@ -36,12 +36,12 @@ class WeightedSum(nn.Module):
     limits      one number per scorer, the gain beyond which a higher score no longer means a better image, in standard
                 deviations since the start: constrained RLHF (Moskovitz et al., 2023, arXiv 2310.04373). Scorer k has
                 the weight weight_k f(l_k + 2 e_k) with e_k = limit_k - J_k and the moving average J_k. The Lagrange
-                multiplier l_k, from 0, rises by limit_rate f'(l_k + 2 e_k) e_k at every update. Requires `start`
+                multiplier l_k <= 0, from 0, changes by limit_rate f'(l_k + 2 e_k) e_k at every update. Requires `start`
     constraint  f: xi, tanh (equality): the weight of a scorer that others raise beyond its limit becomes negative;
                 mu, sigmoid (inequality): weights stay positive
 
     Of the released code of constrained RLHF: it has no term 2 e_k, so that multipliers oscillate (Stooke et al., 2020,
-    arXiv 2007.03964), and it weights the KL term by K - sum f; here the regularisation of the method keeps its weight.
+    arXiv 2007.03964), and its multipliers rise while a scorer is below its limit, which carries it beyond; it weights the KL term by K - sum f; here the regularisation of the method keeps its weight.
 
     `score` never changes the statistics, so the score of an image does not depend on earlier calls.
     A training loop with running statistics updates them itself, and computes every score once:
@@ -202,7 +202,7 @@ class WeightedSum(nn.Module):
             if self.limited:
                 squashed = SQUASH[self.constraint](self._drive())
                 slope = 1 - squashed.square() if self.constraint == "xi" else squashed * (1 - squashed)
-                self.multipliers.add_(self.limit_rate * slope * (self.limits - self.gains)).clamp_(-MOST, MOST)
+                self.multipliers.add_(self.limit_rate * slope * (self.limits - self.gains)).clamp_(-MOST, 0)
 
 
 def load_mixture(
