@@ -1,10 +1,11 @@
 """Skills learned apart and merged (SELMA): how much of each expert's gain the merged LoRA keeps.
 
-    python benchmarks/skills.py                    # ten minutes on one core; writes results/skills.json
+    python benchmarks/skills.py                    # twenty minutes on one core; writes results/skills.json
     python benchmarks/skills.py --folder world     # keeps experts and images there, and goes on with them
 
 Four LoRAs are trained by Diffusion-DPO on pairs of the playground base's own samples, each labelled by one aspect of
-the exact judge. `diffalign merge` makes their sum, their average, and a sum with weights chosen on validation prompts.
+the exact judge: first on the pairs that differ most in it, then on pairs whose winners are no better or worse in the
+other skills. `diffalign merge` makes their sum, their average, and a sum with weights chosen on validation prompts.
 A gain is the change of an aspect's mean on test prompts, from the base's noise and without guidance. A share is the
 gain of the merged LoRA over that of the expert; its interval is a bootstrap over prompts.
 """
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from leaderboard_rows import BASE
-from leaderboard_world import World
+from leaderboard_world import SAMPLES, World
 from numpy.typing import NDArray
 from results_file import commit, cpu, write_rows
+from torch import Tensor
 
 from diffalign.commands import launch, program
 from diffalign.playground import Judge
@@ -37,35 +40,59 @@ SKILLS = {"colour": "vivid", "placement": "place", "cleanliness": "clean", "size
 PAIRS = 1000
 """Pairs of each expert: of the shipped ones, those that differ most in its aspect."""
 STEPS = 200
-TUNED = (0.5, 0.75, 1.0, 1.25, 1.5)
-"""Weights that the search tries for one expert at a time."""
+COMMON = (0.5, 0.75, 1.0)
+"""Weights that the search tries for all experts at once."""
+ROUNDS = 4
+"""How often it changes the best weights."""
+LABELS = ("largest", "balanced")
+"""Which pairs an expert is trained on; see the functions of these names."""
 
 Means = dict[str, NDArray[np.float64]]
 """Mean of each skill's aspect over the images of each prompt, and `points` of the judge's true taste."""
 
 
-def label(world: World, skill: str) -> Path:
+def label(world: World, skill: str, labels: str) -> Path:
     """Pairs labelled by one skill only."""
-    out = world.folder / f"{skill}.jsonl"
+    out = world.folder / f"{labels}-{skill}.jsonl"
     if not out.exists():
         folder = world.unpacked("own")
         rows, images = load(folder)
-        measured = Judge().measure(images, [row["prompt"] for row in rows])[SKILLS[skill]]
-        margin = measured[::2] - measured[1::2]
-        lines = []
-        for i in margin.abs().argsort(descending=True, stable=True)[:PAIRS].tolist():
+        found = Judge().measure(images, [row["prompt"] for row in rows])
+        margins = torch.stack([found[aspect][::2] - found[aspect][1::2] for aspect in SKILLS.values()])
+        number, lines = [*SKILLS].index(skill), []
+        for i in (balanced if labels == "balanced" else largest)(margins / margins.std(1, keepdim=True), number):
             names = [str(Path("own") / rows[2 * i + k]["image"]) for k in (0, 1)]
-            chosen, rejected = names if margin[i] > 0 else names[::-1]
+            chosen, rejected = names if margins[number, i] > 0 else names[::-1]
             lines.append({"prompt": rows[2 * i]["prompt"], "chosen": chosen, "rejected": rejected})
         write_lines(out, lines)
     return out
 
 
-def train(world: World, skill: str) -> Path:
+def largest(margins: Tensor, number: int) -> list[int]:
+    """The PAIRS pairs with the largest margin of a skill; margins [skills, pairs]."""
+    return margins[number].abs().argsort(descending=True, stable=True)[:PAIRS].tolist()
+
+
+def balanced(margins: Tensor, number: int) -> list[int]:
+    """As `largest`, but the winners are on average neither better nor worse in the other skills.
+
+    A pair is left out if it would move the winners' summed margins in the other skills away from 0.
+    """
+    sign, others = margins[number].sign(), [k for k in range(len(margins)) if k != number]
+    total, chosen = torch.zeros(len(others)), list[int]()
+    for i in margins[number].abs().argsort(descending=True, stable=True).tolist():
+        after = total + sign[i] * margins[others, i]
+        if after.norm() <= total.norm().clamp(min=3) and len(chosen) < PAIRS:
+            total = after
+            chosen.append(i)
+    return chosen
+
+
+def train(world: World, skill: str, labels: str) -> Path:
     """Export of the skill's expert."""
-    run = world.folder / f"expert-{skill}"
+    run = world.folder / f"expert-{labels}-{skill}"
     if not (run / "export").exists():
-        words = [f"data.path={label(world, skill)}", f"data.cache={world.folder / 'cache'}", "data.limit=null"]
+        words = [f"data.path={label(world, skill, labels)}", f"data.cache={world.folder / 'cache'}", "data.limit=null"]
         words += [f"trainer.steps={STEPS}", f"optimizer.lr_cosine_steps={STEPS}", f"run.folder={run}"]
         words += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
         runpy.run_path(str(launch.find("train", "diffusion_dpo")))["main"](["--config=playground", *words])
@@ -74,7 +101,8 @@ def train(world: World, skill: str) -> Path:
 
 def measured(world: World, prompts: str, out: str = "base", loras: Sequence[str] = ()) -> Means:
     """Aspects of the images of the base with these LoRAs."""
-    folder = world.images(BASE, prompts, *(f"--lora={lora}" for lora in loras), out=out)
+    samples = SAMPLES if prompts == "test" else 2
+    folder = world.images(BASE, prompts, *(f"--lora={lora}" for lora in loras), out=out, samples=samples)
     rows, images = load(folder)
     texts = [row["prompt"] for row in rows]
     found = Judge().measure(images, texts)
@@ -83,29 +111,37 @@ def measured(world: World, prompts: str, out: str = "base", loras: Sequence[str]
 
 
 def search(world: World, experts: Mapping[str, Path]) -> dict[str, float]:
-    """Weights with the largest smallest share on validation prompts: one weight changed at a time, once each.
+    """Weights with the largest smallest share on validation prompts, of those tried.
 
-    It starts from the best common weight of `TUNED` and of the average.
+    Common weights are tried first. Then the best weights are changed ROUNDS times, each divided by its skill's share.
     """
     base = measured(world, "validation")
-    alone = {k: measured(world, "validation", f"expert-{k}", [str(path)])[k] - base[k] for k, path in experts.items()}
+    alone = {
+        k: measured(world, "validation", path.parent.name, [str(path)])[k] - base[k] for k, path in experts.items()
+    }
+    tried: list[tuple[float, dict[str, float], dict[str, float]]] = []
+    started: list[dict[str, float]] = []
 
-    def smallest(weights: Mapping[str, float]) -> float:
+    def share(weights: dict[str, float]) -> None:
         name = "-".join(f"{weight:g}" for weight in weights.values())
         found = measured(world, "validation", name, [f"{path}:{weights[k]:g}" for k, path in experts.items()])
-        shares = {k: (found[k] - base[k]).mean() / alone[k].mean() for k in experts}
-        print(f"validation, weights {name}:", *(f"{k} {share:.0%}" for k, share in shares.items()), flush=True)
-        return min(shares.values())
+        shares = {k: float((found[k] - base[k]).mean() / alone[k].mean()) for k in experts}
+        print(f"validation, weights {name}:", *(f"{k} {x:.0%}" for k, x in shares.items()), flush=True)
+        tried.append((min(shares.values()), weights, shares))
 
-    weights = max((dict.fromkeys(experts, w) for w in (1 / len(experts), *TUNED)), key=smallest)
-    for skill in experts:
-        weights = max(({**weights, skill: w} for w in dict.fromkeys((weights[skill], *TUNED))), key=smallest)
-    return weights
+    for weight in COMMON:
+        share(dict.fromkeys(experts, weight))
+    for _ in range(ROUNDS):
+        _, weights, shares = max(tried, key=lambda x: x[0])
+        damped = 0.5 ** sum(start == weights for start in started)  # of a start that led to nothing better
+        started.append(weights)
+        step = {k: min(max(1 / max(x, 0.1), 0.7), 1.5) ** damped for k, x in shares.items()}
+        share({k: round(weight * step[k], 3) for k, weight in weights.items()})
+    return max(tried, key=lambda x: x[0])[1]
 
 
-def merge(world: World, experts: Mapping[str, Path], name: str, weights: Mapping[str, float]) -> Path:
+def merge(world: World, experts: Mapping[str, Path], name: str, out: Path, weights: Mapping[str, float]) -> Path:
     """LoRA of `diffalign merge`."""
-    out = world.folder / f"merged-{name}"
     words = [f"{path}:{weights[k]:g}" for k, path in experts.items()] + [f"--model={BASE}", f"--out={out}"]
     words += ["--method=average"] if name == "average" else []
     if runpy.run_path(str(launch.find("tools", "merge")))["main"](words):
@@ -113,9 +149,9 @@ def merge(world: World, experts: Mapping[str, Path], name: str, weights: Mapping
     return out
 
 
-def row(name: str, base: Means, found: Means, alone: Means) -> dict[str, Any]:
+def row(base: Means, found: Means, alone: Means) -> dict[str, Any]:
     """Gains with intervals, and shares of the experts' gains."""
-    result: dict[str, Any] = {"lora": name, "gain": {}, "share": {}}
+    result: dict[str, Any] = {"gain": {}, "share": {}}
     for skill in base:
         gain = found[skill] - base[skill]
         result["gain"][skill] = estimate(gain.mean(), interval(gain))
@@ -130,29 +166,31 @@ def estimate(value: float, ends: tuple[float, float]) -> list[float]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The results in words."""
-    lines = [f"{'LoRA':<14}" + "".join(f"{k:>24}" for k in (*SKILLS, "points of the judge"))]
+    """Shares of the experts' gains, and the gain in points of the judge's true taste."""
+    lines = [f"{'pairs':<10}{'LoRA':<12}" + "".join(f"{k:>22}" for k in (*SKILLS, "points"))]
     for one in rows:
         cells = ["{:.0%} [{:.0%}, {:.0%}]".format(*one["share"][k]) for k in SKILLS]
         cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*one["gain"]["points"]))
-        lines.append(f"{one['lora']:<14}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{one['labels']:<10}{one['lora']:<12}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 
 
-def run(world: World) -> list[dict[str, Any]]:
+def run(world: World, labels: str) -> list[dict[str, Any]]:
     """Train, merge and measure; one row for each expert and each way to merge."""
-    experts = {skill: train(world, skill) for skill in SKILLS}
+    experts = {skill: train(world, skill, labels) for skill in SKILLS}
     base = measured(world, "test")
-    found = {k: measured(world, "test", f"expert-{k}", [str(path)]) for k, path in experts.items()}
+    found = {k: measured(world, "test", path.parent.name, [str(path)]) for k, path in experts.items()}
     alone = {k: found[k][k] for k in experts}
     ways = {"sum": dict.fromkeys(experts, 1.0), "average": dict.fromkeys(experts, 1.0)}
-    ways["weighted"] = search(world, experts)
+    if labels == "balanced":
+        ways["weighted"] = search(world, experts)
     for name, weights in ways.items():
-        found[name] = measured(world, "test", f"merged-{name}", [str(merge(world, experts, name, weights))])
-    rows = [row(name, base, means, alone) for name, means in found.items()]
-    for one in rows:
-        one |= {"weights": ways.get(one["lora"]), "steps": STEPS, "pairs": PAIRS}
-    return rows
+        lora = merge(world, experts, name, world.folder / f"merged-{labels}-{name}", weights)
+        found[name] = measured(world, "test", lora.name, [str(lora)])
+    about = {"labels": labels, "steps": STEPS, "pairs": PAIRS}
+    return [
+        {**about, "lora": name, "weights": ways.get(name), **row(base, means, alone)} for name, means in found.items()
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -161,7 +199,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         started = time.process_time()
-        rows = run(World(args.folder or Path(name)))
+        world = World(args.folder or Path(name))
+        rows = [one for labels in LABELS for one in run(world, labels)]
         for one in rows:
             one |= {"seconds": round(time.process_time() - started), "cpu": cpu(), "commit": commit()}
         write_rows(RESULTS, rows)

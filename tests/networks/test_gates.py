@@ -12,11 +12,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from lora_layouts import files
-from stock import stock
+from stock import images, stock
 
 from diffalign.draws import Draws
-from diffalign.networks.gates import load_experts
+from diffalign.networks.gates import Gates, apply_gates, load_experts, save_gated
 from diffalign.networks.loading import load_backbone
+from diffalign.networks.lora import add_lora, lora_layers
 from diffalign.networks.lora_files import read_start
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
@@ -100,6 +101,29 @@ def test_gradients_reach_the_gates_of_the_batchs_intervals_alone(gated: Any) -> 
     assert (found[0] - found[1]) / 0.2 == pytest.approx(grad[place].item(), rel=0.05)
 
 
+def by_readme(folder: Path, start: str, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Latents that the code of an export's README draws in six steps, executed twice, and the pipeline."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
+    loading, drawing = code.split(start)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"stock": lambda path: stock(Path(path)), "latents": latents}
+    exec(loading.replace("pipe = DiffusionPipeline.from_pretrained(", "pipe = stock("), names)
+    pipe = names["pipe"]
+    if hasattr(pipe, "unet"):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    call = 'output_type="latent", guidance_scale=1, height=32, width=32, latents=latents, num_inference_steps=25'
+    drawing = (start + drawing).replace("num_inference_steps=25", call).replace("25", "6")
+    for _ in range(2):  # the second image begins with the LoRA of pure noise again
+        exec(drawing.replace("a red fox in the snow", "red circle on white"), names)
+    return names["image"], pipe
+
+
+def drawn(backbone: Any, sampler: Sampler) -> torch.Tensor:
+    """Latents of our sampler, for key 0."""
+    with torch.no_grad():
+        return sampler.walk(backbone.denoiser, backbone.encode_text(["red circle on white"]), [0])[-1].x_next[0]
+
+
 def test_stock_diffusers_draws_the_same_image_by_the_code_of_the_readme(
     gated: Any, tiny_sd: Path, experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,29 +131,34 @@ def test_stock_diffusers_draws_the_same_image_by_the_code_of_the_readme(
     (tmp_path / "gates.json").write_text(json.dumps({"until": [0.5, 1], "weights": WEIGHTS}))
     words = [*map(str, experts), "--model", str(tiny_sd), "--out", str(tmp_path / "out")]
     assert MERGE([*words, "--gates", str(tmp_path / "gates.json")]) == 0
-    code = re.findall(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[0]
-    loading, drawing = code.split("pipe.scheduler.set_timesteps(25)")
-    loading = loading.replace("pipe = DiffusionPipeline.from_pretrained(", "pipe = stock(")
-    monkeypatch.chdir(tmp_path / "out")
-    names: dict[str, Any] = {"stock": lambda path: stock(Path(path))}
-    exec(loading, names)
-    pipe = names["pipe"]
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     sampler = Sampler(gated, Draws(0), 32, steps=6, law="deterministic")
-    drawing = "pipe.scheduler.set_timesteps(25)" + drawing
-    call = 'output_type="latent", guidance_scale=1, height=32, width=32, latents=latents, num_inference_steps=25'
-    drawing = drawing.replace("num_inference_steps=25", call).replace("25", "6").replace("a red fox", "red circle")
-    for _ in range(2):  # the second image begins with the LoRA of pure noise again
-        names["latents"] = sampler.start([0])
-        exec(drawing, names)
-    with torch.no_grad():
-        ours = sampler.walk(gated.denoiser, gated.encode_text(["red circle in the snow"]), [0])[-1].x_next
-    assert (names["image"] - ours[0]).abs().max() < 1e-4
+    ours, latents = drawn(gated, sampler), sampler.start([0])
+    theirs, pipe = by_readme(tmp_path / "out", "pipe.scheduler.set_timesteps(25)", latents, monkeypatch)
+    assert (theirs - ours).abs().max() < 1e-4
     pipe.set_adapters("level_0")
-    alone = pipe(
-        "red circle", latents=sampler.start([0]), num_inference_steps=6, guidance_scale=1, output_type="latent"
-    )
-    assert (alone.images[0] - ours[0]).abs().max() > 1e-2
+    alone = images(pipe, "red circle on white", 6, latents=latents, output_type="latent")
+    assert (alone[0] - ours).abs().max() > 1e-2
+
+
+def test_flow_models_too(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timestep 0 of a flow is clean, and its first step pure noise."""
+    backbone = load_backbone(CPU, path=str(tiny_sd3))
+    network, g = backbone.denoiser.network, torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        add_lora(network, rank=2, alpha=4, targets=["to_q", "to_out.0"], seed=0, name=name)
+    for layer in lora_layers(network):
+        layer.set_adapter(["a", "b"])
+        for up in layer.lora_B.values():  # type: ignore[union-attr]
+            up.weight.data = torch.randn(up.weight.shape, generator=g)
+    weights = {"transformer_blocks.1": [[1.0, -1.0], [0.3, 0.5]], "": [[0.2, 1.0], [0.0, 0.7]]}
+    gates = Gates([0.7, 1], weights)
+    apply_gates(backbone.denoiser, gates, ["a", "b"], backbone.schedule.fraction)
+    sampler = Sampler(backbone, Draws(0), 32, steps=6, law="deterministic")
+    ours = drawn(backbone, sampler)
+    save_gated(tmp_path, backbone.pipeline(network, text=False), "transformer", gates, str(tiny_sd3))
+    start = 'pipe.set_adapters(f"level_{len(UNTIL) - 1}")'
+    theirs, _ = by_readme(tmp_path, start, sampler.start([0]), monkeypatch)
+    assert (theirs - ours).abs().max() < 1e-4
 
 
 def test_gates_without_noise_levels_are_one_lora(
