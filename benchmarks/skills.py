@@ -1,11 +1,10 @@
 """Skills learned apart and merged (SELMA): how much of each expert's gain the merged LoRA keeps.
 
-    python benchmarks/skills.py                    # twenty minutes on one core; writes results/skills.json
+    python benchmarks/skills.py                    # fifteen minutes on one core; writes results/skills.json
     python benchmarks/skills.py --folder world     # keeps experts and images there, and goes on with them
 
 Four LoRAs are trained by Diffusion-DPO on pairs of the playground base's own samples, each labelled by one aspect of
-the exact judge: first on the pairs that differ most in it, then on pairs whose winners are no better or worse in the
-other skills. `diffalign merge` makes their sum, their average, and a sum with weights chosen on validation prompts.
+the exact judge. `diffalign merge` makes their sum, their average, and a sum with weights chosen on validation prompts.
 A gain is the change of an aspect's mean on test prompts, from the base's noise and without guidance. A share is the
 gain of the merged LoRA over that of the expert; its interval is a bootstrap over prompts.
 """
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from leaderboard_rows import BASE
 from leaderboard_world import SAMPLES, World
 from numpy.typing import NDArray
@@ -35,64 +33,52 @@ from reward_models.accuracy import interval
 from reward_models.files import write_lines
 
 RESULTS = Path(__file__).parent / "results" / "skills.json"
-SKILLS = {"colour": "vivid", "placement": "place", "cleanliness": "clean", "size": "area"}
-"""The experts, and the aspect of the judge that labels their pairs. Larger objects are preferred in the last."""
+SETS = {
+    "compatible": ("colour", "placement", "size"),
+    "conflicting": ("colour", "placement", "size", "cleanliness"),
+}
+"""Skills that are merged: vividness, placement and area of the object, and an image without texture. In this world the
+texture grows with contrast and size of the object, so cleanliness conflicts with colour and size."""
 PAIRS = 1000
 """Pairs of each expert: of the shipped ones, those that differ most in its aspect."""
 STEPS = 200
-COMMON = (0.5, 0.75, 1.0)
+COMMON = (0.75, 1.0)
 """Weights that the search tries for all experts at once."""
-ROUNDS = 4
+ROUNDS = 2
 """How often it changes the best weights."""
-LABELS = ("largest", "balanced")
-"""Which pairs an expert is trained on; see the functions of these names."""
 
 Means = dict[str, NDArray[np.float64]]
-"""Mean of each skill's aspect over the images of each prompt, and `points` of the judge's true taste."""
+"""Means of `aspects` over the images of each prompt."""
 
 
-def label(world: World, skill: str, labels: str) -> Path:
-    """Pairs labelled by one skill only."""
-    out = world.folder / f"{labels}-{skill}.jsonl"
+def label(world: World, skill: str) -> Path:
+    """Pairs labelled by one skill only: the PAIRS shipped ones that differ most in it."""
+    out = world.folder / f"{skill}.jsonl"
     if not out.exists():
         folder = world.unpacked("own")
         rows, images = load(folder)
-        found = Judge().measure(images, [row["prompt"] for row in rows])
-        margins = torch.stack([found[aspect][::2] - found[aspect][1::2] for aspect in SKILLS.values()])
-        number, lines = [*SKILLS].index(skill), []
-        for i in (balanced if labels == "balanced" else largest)(margins / margins.std(1, keepdim=True), number):
+        values = aspects(images, [row["prompt"] for row in rows])[skill]
+        margin, lines = values[::2] - values[1::2], []
+        for i in margin.abs().argsort(descending=True, stable=True)[:PAIRS].tolist():
             names = [str(Path("own") / rows[2 * i + k]["image"]) for k in (0, 1)]
-            chosen, rejected = names if margins[number, i] > 0 else names[::-1]
+            chosen, rejected = names if margin[i] > 0 else names[::-1]
             lines.append({"prompt": rows[2 * i]["prompt"], "chosen": chosen, "rejected": rejected})
         write_lines(out, lines)
     return out
 
 
-def largest(margins: Tensor, number: int) -> list[int]:
-    """The PAIRS pairs with the largest margin of a skill; margins [skills, pairs]."""
-    return margins[number].abs().argsort(descending=True, stable=True)[:PAIRS].tolist()
+def aspects(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Every skill of images [N, 3, 32, 32], in [0, 1], and `points` of the true taste, each [N]."""
+    found = Judge().measure(images, prompts)
+    names = {"colour": "vivid", "placement": "place", "size": "area", "cleanliness": "clean"}
+    return {k: found[name] for k, name in names.items()} | {"points": Judge().score(images, prompts)}
 
 
-def balanced(margins: Tensor, number: int) -> list[int]:
-    """As `largest`, but the winners are on average neither better nor worse in the other skills.
-
-    A pair is left out if it would move the winners' summed margins in the other skills away from 0.
-    """
-    sign, others = margins[number].sign(), [k for k in range(len(margins)) if k != number]
-    total, chosen = torch.zeros(len(others)), list[int]()
-    for i in margins[number].abs().argsort(descending=True, stable=True).tolist():
-        after = total + sign[i] * margins[others, i]
-        if after.norm() <= total.norm().clamp(min=3) and len(chosen) < PAIRS:
-            total = after
-            chosen.append(i)
-    return chosen
-
-
-def train(world: World, skill: str, labels: str) -> Path:
+def train(world: World, skill: str) -> Path:
     """Export of the skill's expert."""
-    run = world.folder / f"expert-{labels}-{skill}"
+    run = world.folder / f"expert-{skill}"
     if not (run / "export").exists():
-        words = [f"data.path={label(world, skill, labels)}", f"data.cache={world.folder / 'cache'}", "data.limit=null"]
+        words = [f"data.path={label(world, skill)}", f"data.cache={world.folder / 'cache'}", "data.limit=null"]
         words += [f"trainer.steps={STEPS}", f"optimizer.lr_cosine_steps={STEPS}", f"run.folder={run}"]
         words += ["hooks.sample_every=0", "hooks.checkpoint_every=0", "hooks.verify_export=false"]
         runpy.run_path(str(launch.find("train", "diffusion_dpo")))["main"](["--config=playground", *words])
@@ -105,9 +91,8 @@ def measured(world: World, prompts: str, out: str = "base", loras: Sequence[str]
     folder = world.images(BASE, prompts, *(f"--lora={lora}" for lora in loras), out=out, samples=samples)
     rows, images = load(folder)
     texts = [row["prompt"] for row in rows]
-    found = Judge().measure(images, texts)
-    values = {skill: found[aspect] for skill, aspect in SKILLS.items()} | {"points": Judge().score(images, texts)}
-    return {name: value.view(len(set(texts)), -1).mean(1).double().numpy() for name, value in values.items()}
+    found = aspects(images, texts)
+    return {name: value.view(len(set(texts)), -1).mean(1).double().numpy() for name, value in found.items()}
 
 
 def search(world: World, experts: Mapping[str, Path]) -> dict[str, float]:
@@ -116,9 +101,7 @@ def search(world: World, experts: Mapping[str, Path]) -> dict[str, float]:
     Common weights are tried first. Then the best weights are changed ROUNDS times, each divided by its skill's share.
     """
     base = measured(world, "validation")
-    alone = {
-        k: measured(world, "validation", path.parent.name, [str(path)])[k] - base[k] for k, path in experts.items()
-    }
+    alone = {k: measured(world, "validation", f"expert-{k}", [str(path)])[k] - base[k] for k, path in experts.items()}
     tried: list[tuple[float, dict[str, float], dict[str, float]]] = []
     started: list[dict[str, float]] = []
 
@@ -167,30 +150,27 @@ def estimate(value: float, ends: tuple[float, float]) -> list[float]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Shares of the experts' gains, and the gain in points of the judge's true taste."""
-    lines = [f"{'pairs':<10}{'LoRA':<12}" + "".join(f"{k:>22}" for k in (*SKILLS, "points"))]
+    lines = []
     for one in rows:
-        cells = ["{:.0%} [{:.0%}, {:.0%}]".format(*one["share"][k]) for k in SKILLS]
-        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*one["gain"]["points"]))
-        lines.append(f"{one['labels']:<10}{one['lora']:<12}" + "".join(f"{cell:>22}" for cell in cells))
+        cells = [f"{k} " + "{:.0%} [{:.0%}, {:.0%}]".format(*x) for k, x in one["share"].items()]
+        cells.append("points {:+.2f} [{:+.2f}, {:+.2f}]".format(*one["gain"]["points"]))
+        lines.append(f"{one['set']:<12}{one['lora']:<12}" + "  ".join(f"{cell:<29}" for cell in cells))
     return "\n".join(lines)
 
 
-def run(world: World, labels: str) -> list[dict[str, Any]]:
-    """Train, merge and measure; one row for each expert and each way to merge."""
-    experts = {skill: train(world, skill, labels) for skill in SKILLS}
+def run(world: World, name: str) -> list[dict[str, Any]]:
+    """Train, merge and measure the skills of a set; one row for each expert and each way to merge."""
+    experts = {skill: train(world, skill) for skill in SETS[name]}
     base = measured(world, "test")
-    found = {k: measured(world, "test", path.parent.name, [str(path)]) for k, path in experts.items()}
+    found = {k: measured(world, "test", f"expert-{k}", [str(path)]) for k, path in experts.items()}
     alone = {k: found[k][k] for k in experts}
-    ways = {"sum": dict.fromkeys(experts, 1.0), "average": dict.fromkeys(experts, 1.0)}
-    if labels == "balanced":
-        ways["weighted"] = search(world, experts)
-    for name, weights in ways.items():
-        lora = merge(world, experts, name, world.folder / f"merged-{labels}-{name}", weights)
-        found[name] = measured(world, "test", lora.name, [str(lora)])
-    about = {"labels": labels, "steps": STEPS, "pairs": PAIRS}
-    return [
-        {**about, "lora": name, "weights": ways.get(name), **row(base, means, alone)} for name, means in found.items()
-    ]
+    ways = {way: dict.fromkeys(experts, 1.0) for way in ("sum", "average")}
+    ways["weighted"] = search(world, experts)
+    for way, weights in ways.items():
+        lora = merge(world, experts, way, world.folder / f"merged-{name}-{way}", weights)
+        found[way] = measured(world, "test", lora.name, [str(lora)])
+    about = {"set": name, "steps": STEPS, "pairs": PAIRS}
+    return [{**about, "lora": k, "weights": ways.get(k), **row(base, means, alone)} for k, means in found.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -199,12 +179,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         started = time.process_time()
-        world = World(args.folder or Path(name))
-        rows = [one for labels in LABELS for one in run(world, labels)]
-        for one in rows:
-            one |= {"seconds": round(time.process_time() - started), "cpu": cpu(), "commit": commit()}
-        write_rows(RESULTS, rows)
-        print(table(rows))
+        world, rows = World(args.folder or Path(name)), list[dict[str, Any]]()
+        for group in SETS:
+            rows += [{**one, "cpu": cpu(), "commit": commit()} for one in run(world, group)]
+            write_rows(RESULTS, rows)
+        print(table(rows), f"{time.process_time() - started:.0f} seconds of processor time", sep="\n")
 
 
 if __name__ == "__main__":
