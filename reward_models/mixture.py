@@ -41,7 +41,8 @@ class WeightedSum(nn.Module):
                 mu, sigmoid (inequality): weights stay positive
 
     Of the released code of constrained RLHF: it has no term 2 e_k, so that multipliers oscillate (Stooke et al., 2020,
-    arXiv 2007.03964), and its multipliers rise while a scorer is below its limit, which carries it beyond; it weights the KL term by K - sum f; here the regularisation of the method keeps its weight.
+    arXiv 2007.03964); its multipliers rise while a scorer is below its limit, which carries it beyond; and it weights
+    the KL term by K - sum f. Here the regularisation of the method keeps its weight.
 
     `score` never changes the statistics, so the score of an image does not depend on earlier calls.
     A training loop with running statistics updates them itself, and computes every score once:

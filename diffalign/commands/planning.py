@@ -77,7 +77,10 @@ def _patches(ledger: Ledger, folder: Path, seen: dict[str, Any]) -> list[Any]:
     def parsed(argv: Any, file: str, **sections: Any) -> Config:
         if "backbone" not in sections or "hooks" not in sections:
             raise ValueError(f"'{Path(file).stem}' trains no denoiser; only recipes that do can be planned")
-        own = [f"run.folder={folder / 'run'}", *(x for x in QUIET if x.split(".")[0] in sections)]
+        own = [f"run.folder={folder / 'run'}"]
+        for word in QUIET:
+            where, key = word.partition("=")[0].split(".")
+            own += [word] if key in config.parameters(sections[where]) else []
         cfg = seen["cfg"] = parse([*(argv or ()), *own], file, **sections)
         half = {"mixed_precision": "bf16", "dtype": "bf16"}  # as large as fp16, which a CPU does not compute
         for section in cfg.sections.values():
@@ -85,6 +88,9 @@ def _patches(ledger: Ledger, folder: Path, seen: dict[str, Any]) -> list[Any]:
         changed: dict[str, Any] = {"run": partial(ImaginedRun, ledger), "trainer": partial(ImaginedTrainer, ledger)}
         if "reward" in sections:
             changed["reward"] = partial(_scorers, ledger, sections["reward"])
+        for name in ("gates", "teachers"):  # LoRAs are read, since their files say which layers they change
+            if name in sections:
+                changed[name] = partial(_experts, ledger, sections[name])
         cfg.factories = {**cfg.factories, **changed}
         return cfg
 
@@ -138,6 +144,12 @@ def _made(ledger: Ledger, part: str, dtype: torch.dtype, make: Callable[[], Any]
 def _add_lora(ledger: Ledger, add: Callable[..., None], network: Any, **settings: Any) -> None:
     add(network, **settings)
     ledger.faked(network, "weights")
+
+
+def _experts(ledger: Ledger, load: Callable[..., Any], backbone: Backbone, **settings: Any) -> Any:
+    found = load(backbone, **settings)
+    ledger.faked(backbone.denoiser, "weights")
+    return found
 
 
 def _scorers(ledger: Ledger, make: Callable[..., Any], device: torch.device, **settings: Any) -> Any:

@@ -119,19 +119,23 @@ class Start(NamedTuple):
     up: torch.Tensor
 
 
-def read_start(backbone: Backbone, path: Path) -> dict[str, Start]:
-    """Weights of a LoRA file for each layer of the backbone's network. Raises the errors of `load_lora`.
-
-    Raises ValueError for a LoRA that also changes text encoders, since those do not train, and for a DoRA.
-    """
+def load_network_lora(backbone: Backbone, path: Path, name: str = GENERATOR) -> None:
+    """Load a LoRA file into the backbone's network. Raises the errors of `load_lora`, and ValueError if the LoRA also
+    changes text encoders, which do not train."""
     if any(key.startswith(OF_TEXT) for key in _keys(path)):
         raise ValueError(
             f"LoRA '{path}' also changes text encoders, which do not train; 'backbone.lora' merges it instead"
         )
-    network = backbone.denoiser.network
     absent = dict.fromkeys([*backbone.text_parts, "vae"]) | backbone.left_out
-    pipe = backbone.pipeline_class.from_pretrained(backbone.path, **absent, **{backbone.network_name: network})
-    load_lora(pipe, path)
+    network = {backbone.network_name: backbone.denoiser.network}
+    load_lora(backbone.pipeline_class.from_pretrained(backbone.path, **absent, **network), path, name)
+
+
+def read_start(backbone: Backbone, path: Path) -> dict[str, Start]:
+    """Weights of a LoRA file for each layer of the backbone's network. Raises the errors of `load_network_lora`, and
+    ValueError for a DoRA."""
+    load_network_lora(backbone, path)
+    network = backbone.denoiser.network
     found = {}
     for name, layer in network.named_modules():
         if isinstance(layer, BaseTunerLayer):

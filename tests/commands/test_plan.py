@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_layouts import files
 from torch import nn
 
 from diffalign.commands import cli, launch, planning
@@ -86,6 +87,17 @@ def test_online_methods_are_traced_with_decoder_and_scorers() -> None:
     assert found.bytes == max(peak.bytes for peak in found.peaks.values()) > 2**20
     parts = found.peaks["training"].parts
     assert parts["scorers"] > 0 and parts["autoencoder and text encoders"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "word"),
+    [("gates", "gates.experts", "data.limit=4"), ("on_policy_distillation", "teachers.paths", "sampler.steps=2")],
+)
+def test_lora_experts_are_traced(tiny_sd: Path, tmp_path: Path, name: str, key: str, word: str) -> None:
+    expert = files(tiny_sd, tmp_path)["diffusers"]
+    words = ["--config=playground", f"backbone.path={tiny_sd}", f"{key}=[{expert}]", "data.batch_size=2", word]
+    found = planning.plan(launch.find("train", name), words)
+    assert found.peaks["training"].parts["weights"] > 0 and found.peaks["training"].parts["trained weights"] > 0
 
 
 def test_the_predictions_are_within_a_tenth_of_the_measured_peaks() -> None:

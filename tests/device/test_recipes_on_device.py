@@ -12,6 +12,7 @@ from typing import Any
 import pretend
 import pytest
 import torch
+from lora_layouts import files
 from safetensors.torch import load_file
 
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
@@ -41,6 +42,7 @@ SHORT = {
     "draft": ["sampler.steps=2", "sampler.law=deterministic", "algorithm.last_steps=1"],
     "diff_instruct_star": ["sampler.law=renoise", "algorithm.aux_rounds=1"],
     "distill": ["sampler.steps=1", "sampler.law=renoise", "algorithm.aux_rounds=1"],
+    "on_policy_distillation": ["sampler.steps=3", "sampler.law=renoise", "backbone.lora_rank=2"],
 }
 WAITS = dict.fromkeys(("ddpo", "flow_grpo", "diffusion_nft", "dgpo", "awm", "crd"), 2)
 WAITS |= {"pso": 2, "r0": 3, "refl": 3, "draft": 3, "diff_instruct_star": 3, "distill": 0}
@@ -151,6 +153,26 @@ def test_limits_of_the_reward_do_not_wait(
     if name == "refl":
         weights = [row["policy/weight@device_dark:Dark"] for row in rows(tmp_path)]
         assert weights[0] == pytest.approx(math.tanh(1)) and len({*weights}) == 3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+@pytest.mark.parametrize("name", ["gates", "on_policy_distillation"])
+def test_a_step_with_lora_experts_does_not_wait(
+    tmp_path: Path, pairs_file: Path, tiny_sd: Path, tiny: Callable, steps_seen: Callable, name: str, precision: str
+) -> None:
+    experts = ",".join(str(files(tiny_sd, tmp_path / str(k), k)["diffusers"]) for k in (0, 1))
+    settings = [
+        f"run.folder={tmp_path / 'run'}",
+        "data.batch_size=4",
+        "data.limit=4",
+        f"run.mixed_precision={precision}",
+    ]
+    settings += [f"gates.experts=[{experts}]", f"data.path={pairs_file}"] if name == "gates" else []
+    settings += [f"teachers.paths=[{experts}]", *BARE] if name != "gates" else ["hooks.checkpoint_every=0"]
+    tiny(name, *settings, "trainer.steps=3")
+    assert len(losses(tmp_path / "run")) == 3 and any((tmp_path / "run" / "export").glob("*.safetensors"))
+    for step in steps_seen():
+        assert step.waits.total() == 0, step.waits
 
 
 @pytest.mark.parametrize(("rank", "precision"), WAYS)

@@ -1,0 +1,206 @@
+"""LoRA experts weighted by gates: the weight changes, their gradients, and what stock diffusers draws with them."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from lora_layouts import files
+from stock import images, stock
+
+from diffalign.draws import Draws
+from diffalign.networks.gates import Gates, apply_gates, load_experts, save_gated
+from diffalign.networks.loading import load_backbone
+from diffalign.networks.lora import add_lora, lora_layers
+from diffalign.networks.lora_files import read_start
+from diffalign.networks.reference import reference_for
+from diffalign.networks.sampler import Sampler
+from diffalign.types import Cond
+
+MERGE = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "merge.py"))["main"]
+CPU = torch.device("cpu")
+WEIGHTS = {"down_blocks.1": [[0.2, 1.0], [-0.5, 0.3]], "": [[1.0, 0.0], [0.4, 0.8]]}
+
+
+@pytest.fixture(scope="module")
+def experts(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRAs of other layers, ranks and scales."""
+    folder = tmp_path_factory.mktemp("experts")
+    second = files(tiny_sd, folder / "b", 1, r=3, target_modules=["to_q", "to_k"])["peft"]
+    return [files(tiny_sd, folder / "a")["kohya"], second]
+
+
+@pytest.fixture(scope="module")
+def gated(tiny_sd: Path, experts: list[Path]) -> Any:
+    """A backbone with gated experts, two noise intervals and the gates of WEIGHTS."""
+    backbone = load_backbone(CPU, path=str(tiny_sd))
+    gates = load_experts(backbone, experts=tuple(map(str, experts)), intervals=2)
+    assert torch.equal(gates.table, torch.full((3, 2, 2), 0.5)) and gates.blocks == [
+        "down_blocks.1",
+        "up_blocks.0",
+        "mid_block",
+    ]
+    with torch.no_grad():
+        for k, block in enumerate(gates.blocks):
+            gates.table[k] = torch.tensor(WEIGHTS.get(block, WEIGHTS[""]))
+    return backbone
+
+
+def summed(model: Path, experts: list[Path], interval: int) -> Any:
+    """The plain U-Net with the weighted sum of both changes added to its weights, computed layer by layer."""
+    changed = stock(model).unet
+    for number, expert in enumerate(experts):
+        backbone = load_backbone(CPU, path=str(model))
+        for layer, (down, up) in read_start(backbone, expert).items():
+            block = "down_blocks.1" if layer.startswith("down_blocks.1.") else ""
+            weight = changed.get_submodule(layer).weight
+            delta = up.double().flatten(1) @ down.double().flatten(1)
+            weight.data += (WEIGHTS[block][interval][number] * delta).view_as(weight).float()
+    return changed
+
+
+def test_a_gated_network_is_the_sum_of_changes_at_its_noise_level(
+    gated: Any, tiny_sd: Path, experts: list[Path]
+) -> None:
+    """To 1e-6, for samples of both intervals in one batch. Timestep 499 is level .5, the end of the first interval."""
+    g, t = torch.Generator().manual_seed(0), torch.tensor([20, 499, 500])
+    x, tokens = (torch.randn(*shape, generator=g).double() for shape in ((3, 4, 8, 8), (3, 5, 16)))
+    gated.denoiser.network.double()  # no rounding but that of the weights
+    with torch.no_grad():
+        found = gated.denoiser(x, t, Cond(tokens))
+        plain = reference_for(gated.denoiser)(x, t, Cond(tokens))
+        low, high = (summed(tiny_sd, experts, k).double()(x, t, tokens).sample for k in (0, 1))
+        base = stock(tiny_sd).unet.double()(x, t, tokens).sample
+    gated.denoiser.network.float()
+    assert (found - torch.cat([low[:2], high[2:]])).abs().max() < 1e-6
+    assert (plain - base).abs().max() < 1e-6
+    assert (low - high).abs().max() > 1e-2
+
+
+def test_gradients_reach_the_gates_of_the_batchs_intervals_alone(gated: Any) -> None:
+    """Of each block and expert, as a finite difference says; the experts are frozen."""
+    assert [name for name, p in gated.denoiser.named_parameters() if p.requires_grad] == ["gates.table"]
+    table = gated.denoiser.gates.table
+    g = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([700, 900]), Cond(torch.randn(2, 5, 16, generator=g))
+    loss = gated.denoiser(*inputs).square().mean()
+    (grad,) = torch.autograd.grad(loss, table)
+    assert not grad[:, 0].any() and grad[:, 1].all()
+    place = tuple(int(x) for x in torch.unravel_index(grad.abs().argmax(), grad.shape))
+    found = []
+    for change in (0.1, -0.2):
+        with torch.no_grad():
+            table[place] += change
+            found.append(gated.denoiser(*inputs).square().mean().item())
+    with torch.no_grad():
+        table[place] += 0.1
+    assert (found[0] - found[1]) / 0.2 == pytest.approx(grad[place].item(), rel=0.05)
+
+
+def by_readme(folder: Path, start: str, latents: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Latents that the code of an export's README draws in six steps, executed twice, and the pipeline."""
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
+    loading, drawing = code.split(start)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"stock": lambda path: stock(Path(path)), "latents": latents}
+    exec(loading.replace("pipe = DiffusionPipeline.from_pretrained(", "pipe = stock("), names)
+    pipe = names["pipe"]
+    if hasattr(pipe, "unet"):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    call = 'output_type="latent", guidance_scale=1, height=32, width=32, latents=latents, num_inference_steps=25'
+    drawing = (start + drawing).replace("num_inference_steps=25", call).replace("25", "6")
+    for _ in range(2):  # the second image begins with the LoRA of pure noise again
+        exec(drawing.replace("a red fox in the snow", "red circle on white"), names)
+    return names["image"], pipe
+
+
+def drawn(backbone: Any, sampler: Sampler) -> torch.Tensor:
+    """Latents of our sampler, for key 0."""
+    with torch.no_grad():
+        return sampler.walk(backbone.denoiser, backbone.encode_text(["red circle on white"]), [0])[-1].x_next[0]
+
+
+def test_stock_diffusers_draws_the_same_image_by_the_code_of_the_readme(
+    gated: Any, tiny_sd: Path, experts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`diffalign merge --gates`, its README's code executed, against our sampler on the gated network."""
+    (tmp_path / "gates.json").write_text(json.dumps({"until": [0.5, 1], "weights": WEIGHTS}))
+    words = [*map(str, experts), "--model", str(tiny_sd), "--out", str(tmp_path / "out")]
+    assert MERGE([*words, "--gates", str(tmp_path / "gates.json")]) == 0
+    sampler = Sampler(gated, Draws(0), 32, steps=6, law="deterministic")
+    ours, latents = drawn(gated, sampler), sampler.start([0])
+    theirs, pipe = by_readme(tmp_path / "out", "pipe.scheduler.set_timesteps(25)", latents, monkeypatch)
+    assert (theirs - ours).abs().max() < 1e-4
+    pipe.set_adapters("level_0")
+    alone = images(pipe, "red circle on white", 6, latents=latents, output_type="latent")
+    assert (alone[0] - ours).abs().max() > 1e-2
+
+
+def test_flow_models_too(tiny_sd3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timestep 0 of a flow is clean, and its first step pure noise."""
+    backbone = load_backbone(CPU, path=str(tiny_sd3))
+    network, g = backbone.denoiser.network, torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        add_lora(network, rank=2, alpha=4, targets=["to_q", "to_out.0"], seed=0, name=name)
+    for layer in lora_layers(network):
+        layer.set_adapter(["a", "b"])
+        for up in layer.lora_B.values():  # type: ignore[union-attr]
+            up.weight.data = torch.randn(up.weight.shape, generator=g)
+    weights = {"transformer_blocks.1": [[1.0, -1.0], [0.3, 0.5]], "": [[0.2, 1.0], [0.0, 0.7]]}
+    gates = Gates([0.7, 1], weights)
+    apply_gates(backbone.denoiser, gates, ["a", "b"], backbone.schedule.fraction)
+    sampler = Sampler(backbone, Draws(0), 32, steps=6, law="deterministic")
+    ours = drawn(backbone, sampler)
+    save_gated(tmp_path, backbone.pipeline(network, text=False), "transformer", gates, str(tiny_sd3))
+    start = 'pipe.set_adapters(f"level_{len(UNTIL) - 1}")'
+    theirs, _ = by_readme(tmp_path, start, sampler.start([0]), monkeypatch)
+    assert (theirs - ours).abs().max() < 1e-4
+
+
+def test_gates_without_noise_levels_are_one_lora(
+    tiny_sd: Path, experts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {block: rows[:1] for block, rows in WEIGHTS.items()}
+    (tmp_path / "gates.json").write_text(json.dumps({"until": [1], "weights": one}))
+    words = [*map(str, experts), "--model", str(tiny_sd), "--out", str(tmp_path / "out")]
+    assert MERGE([*words, "--gates", str(tmp_path / "gates.json")]) == 0
+    assert "2 LoRAs, 1 noise intervals, 2 blocks: rank 5" in capsys.readouterr().out
+    assert sorted(x.name for x in (tmp_path / "out").iterdir()) == ["gates.json", "pytorch_lora_weights.safetensors"]
+    pipe = stock(tiny_sd)
+    pipe.load_lora_weights(tmp_path / "out")
+    g = torch.Generator().manual_seed(0)
+    x, tokens = (torch.randn(*shape, generator=g).double() for shape in ((2, 4, 8, 8), (2, 5, 16)))
+    networks = pipe.unet.double(), summed(tiny_sd, experts, 0).double()  # no rounding but that of the weights
+    with torch.no_grad():
+        found, expected = (network(x, torch.tensor([20, 700]), tokens).sample for network in networks)
+    assert (found - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"until": [0.5], "weights": {"": [[1, 1]]}}, "ascend to 1, such as"),
+        ({"until": [0.5, 0.2, 1], "weights": {"": [[1, 1]] * 3}}, "ascend to 1, such as"),
+        ({"until": [0.5, 1], "weights": {"": [[1, 1]]}}, "must be 2 lists (one an end in 'until') of 2 numbers"),
+        ({"until": [1], "weights": {"": [[1, 1]], "mid_block": [[1]]}}, "'weights' of 'mid_block' must be 1 lists"),
+        ({"until": [1], "weights": {"": [[1]]}}, "has weights for 1 LoRAs, and there are 2"),
+        ({"until": [1], "weights": {}}, "'weights' is empty"),
+        ({"until": [1], "weights": {"mid_block": [[1, 1]]}}, "add a block"),
+        ([], 'must be {"until"'),
+    ],
+)
+def test_damaged_gates_are_named(
+    found: Any, said: str, tmp_path: Path, tiny_sd: Path, experts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gates.json").write_text(json.dumps(found))
+    words = [*map(str, experts), "--model", str(tiny_sd), "--out", str(tmp_path / "out")]
+    assert MERGE([*words, "--gates", str(tmp_path / "gates.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("merge: ") and said in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
