@@ -43,8 +43,8 @@ def runnable(kind: str) -> dict[str, Path]:
 
 
 def direct() -> dict[str, Path]:
-    """Programs that are commands of their own, `diffalign <name>`: the tools, and the planner."""
-    return recipes("tools") | {"plan": find("eval", "plan")}
+    """Programs that are commands of their own, `diffalign <name>`: the tools, and some evaluations."""
+    return recipes("tools") | {name: find("eval", name) for name in ("plan", "synthesize")}
 
 
 def find(kind: str, name: str) -> Path:

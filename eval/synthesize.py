@@ -1,0 +1,300 @@
+"""Make preference data from generated images, by scorers, by judges, or both.
+
+    diffalign synthesize a b c --scorer hps_v2.1 --scorer pickscore --select ranked --out ranked.jsonl
+    diffalign synthesize images --judge "judge,url=http://127.0.0.1:8000/v1,model=my-model" --out pairs.jsonl
+    diffalign synthesize images --scorer pickscore --judge "judge,url=...,model=..." --min-agreement 1 --out pairs.jsonl
+
+Each FOLDER is written by `diffalign generate`, one for each generator; images of the same prompt_id are compared across
+folders. Scorers give each image a number. Judges compare two images in both orders; from all votes together it is
+estimated how often a judge is right in each position, and so how probably each label is right. With both, scorers
+choose the pairs and judges label them (for `ranked` and `winner`, judges compare all images). FILE.jsonl is read as
+`data.path` of the train recipes: pairs have prompt, chosen, rejected and `prob`; ranked groups have prompt, images,
+ranking and scores, with phi. Sources, agreement, aspects and the text of replies are kept with them. FILE.md is a data
+card with counts, settings and cost.
+
+Every answer is appended to FILE.jsonl.records, keyed by prompt, image bytes and what the scorer depends on (model,
+question, ...). So run the same command again after a kill, or with other rules, folders or scorers: nothing is asked
+twice. Only what failed is tried again; failures are counted in the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffalign.commands import program
+from reward_models.files import read_json, write_lines, write_whole
+from reward_models.folder.engine import add_options, check_scorers, load_scorers, settings
+from reward_models.folder.evaluation import launched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reward_models.synthesis.asking import Asking
+    from reward_models.synthesis.records import Picture, Records
+    from reward_models.synthesis.selection import Group, Rules
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        synthesize(args)
+    except (ValueError, OSError) as error:
+        print(f"synthesize: {program.error_text(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+", metavar="FOLDER", help="images of one generator; all of the same prompts")
+    add("--out", type=Path, required=True, metavar="FILE.jsonl", help="the data set; FILE.md and the records beside it")
+    add_options(parser, required=False)
+    judge = "a scorer with `votes` (the scorer judge) that compares pairs in both orders; may be repeated"
+    add("--judge", action="append", default=[], metavar="NAME[,KEY=VALUE...]", help=judge)
+    add(
+        "--select",
+        choices=("best_worst", "all", "ranked", "winner"),
+        default="best_worst",
+        help="pairs of the best and the worst image of a prompt; all its pairs; its images as a ranked group; or a "
+        "winner drawn by softmax(score / --temperature), with the worst as loser (best_worst)",
+    )
+    add(
+        "--aggregate",
+        choices=("win_rate", "mean"),
+        help="several scorers: win_rate is the share of comparisons won over all scorers and images (Syn-Pic), in "
+        "[0, 1]; mean is their mean in standard deviations. Default: win_rate; for one scorer mean, in its unit",
+    )
+    add("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this in this number")
+    add("--min-probability", type=float, default=0.5, metavar="P", help="leave out less probable labels (0.5)")
+    add("--min-agreement", type=float, default=0.0, metavar="A", help="least share of scorers and judges who agree")
+    add(
+        "--require",
+        action="append",
+        default=[],
+        metavar="SCORER>=X",
+        help="leave out images below (or above, <=) a number of any scorer, such as one of safety; may be repeated",
+    )
+    add(
+        "--min-distance",
+        type=float,
+        default=0.0,
+        metavar="D",
+        help="leave out images nearer to another of their prompt: root mean square of pixels in [0, 1] at 32 x 32. "
+        "Equal images are always left out",
+    )
+    add("--temperature", type=float, default=1.0, metavar="T", help="of --select winner (1)")
+    add("--seed", type=int, default=0, help="of --select winner (0)")
+    return parser
+
+
+class Voices(NamedTuple):
+    """Scorers and judges by the keys of their answers, and the tests of --require."""
+
+    scorers: dict[str, tuple[str, Any]]  # with their specs
+    judges: dict[str, Any]
+    required: list[tuple[str, str, Any]]  # key, text of the option, test
+    every: dict[str, Any]  # scorers and those of --require
+
+    @property
+    def spent(self) -> list[str]:
+        """What judges cost, one line each."""
+        asked = {id(one): one for one in [*self.every.values(), *self.judges.values()]}
+        return [one.spent for one in asked.values() if hasattr(one, "spent")]
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    """Read the folders, ask scorers and judges what they have not said yet, write data set and card."""
+    from diffalign.report import read_groups  # here and below: heavy, and `--help` needs none of it
+    from reward_models.folder.decoding import Decoder
+    from reward_models.placement import find_device
+    from reward_models.synthesis.asking import Asking, score_pictures
+    from reward_models.synthesis.records import Records, picture
+
+    rules, processes, dropped = _rules(args), launched(), Counter[str]()
+    rows = read_groups(args.folders)
+    found = {key: [picture(row["file"], row["prompt"], _source(row, args.out)) for row in rows[key]] for key in rows}
+    every = [one for pictures in found.values() for one in pictures]
+    device = find_device(args.device)
+    settings(args, device)
+    with Decoder(args.workers, device=device, images=len(every)) as decoder:
+        records = Records(args.out, processes.rank)
+        processes.wait()  # no process writes while another still reads the records
+        voices = _voices(args, records)
+        try:
+            score_pictures(every, voices.every, Asking(records, decoder, args.batch_size, processes))
+            processes.wait()
+            if processes.rank:
+                return
+            asking = Asking(Records(args.out) if processes.world > 1 else records, decoder, args.batch_size)
+            groups = dict(_groups(found, voices, asking.records, rules, dropped))
+            lines, votes = _lines(groups, voices, asking, rules, dropped, args.out.parent)
+        finally:
+            print(*(f"synthesize: {spent}\n" for spent in voices.spent), sep="", end="", flush=True)
+    counts = f"{len(every)} images of {len(found)} prompts"
+    reasons = "; ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
+    if not lines:
+        raise ValueError(f"nothing is left of {counts} ({reasons})")
+    made = f"{len(lines)} {'ranked groups' if rules.select == 'ranked' else 'pairs'} from {counts}"
+    write_whole(args.out.with_suffix(".md"), _card(args, made, rows, voices, dropped, votes))
+    write_lines(args.out, lines)
+    print(f"{made} in '{args.out}'" + (f"; left out: {reasons}" if reasons else ""))
+
+
+def _rules(args: argparse.Namespace) -> Rules:
+    """Raises ValueError for options that do not fit."""
+    from reward_models.synthesis.selection import Rules
+
+    if args.out.suffix != ".jsonl":
+        raise ValueError(f"--out must end in .jsonl; got '{args.out}'")
+    if not args.scorer and not args.judge:
+        raise ValueError("give --scorer or --judge, or both; `reward-score info` lists scorers")
+    check_scorers(args.scorer)
+    if not 0.5 <= args.min_probability <= 1 or not 0 <= args.min_agreement <= 1:
+        raise ValueError("--min-probability must be in [0.5, 1] and --min-agreement in [0, 1]")
+    if args.min_margin < 0 or args.min_distance < 0 or args.temperature <= 0:
+        raise ValueError("--min-margin and --min-distance must be 0 or more, --temperature above 0")
+    args.aggregate = args.aggregate or ("win_rate" if len(args.scorer) > 1 else "mean")
+    return Rules(**{name: getattr(args, name) for name in Rules._fields})
+
+
+def _source(row: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    return {"folder": os.path.relpath(row["folder"], out.parent)} | {
+        name: row[name] for name in ("prompt_id", "sample", "seed") if name in row
+    }
+
+
+def _voices(args: argparse.Namespace, records: Records) -> Voices:
+    """Load every scorer and judge. Raises ValueError for a judge that cannot compare."""
+    from reward_models.synthesis.records import identity
+    from reward_models.synthesis.selection import requirement
+
+    tests = [(text, *requirement(text)) for text in args.require]
+    specs = list(dict.fromkeys([*args.scorer, *args.judge, *(spec for _, spec, _ in tests)]))
+    loaded = load_scorers(argparse.Namespace(**{**vars(args), "scorer": specs}))
+    for spec in args.judge:
+        if not hasattr(loaded[spec], "votes"):
+            raise ValueError(f"--judge {spec}: it has no `votes`; give it as --scorer, or use the scorer judge")
+    key = {spec: records.key(identity(spec, loaded[spec], args.dtype)) for spec in specs}
+    pair_key = {spec: records.key(identity(spec, loaded[spec], args.dtype, pairs=True)) for spec in args.judge}
+    required = [(key[spec], text, test) for text, spec, test in tests]
+    judges = {pair_key[spec]: loaded[spec] for spec in args.judge}
+    every = {key[spec]: loaded[spec] for spec in [*args.scorer, *(spec for _, spec, _ in tests)]}
+    return Voices({key[spec]: (spec, loaded[spec]) for spec in args.scorer}, judges, required, every)
+
+
+def _groups(
+    found: Mapping[str, Sequence[Picture]], voices: Voices, records: Records, rules: Rules, dropped: Counter[str]
+) -> Iterator[tuple[str, Group]]:
+    """The images of each prompt that have every score, meet --require and differ from each other; two or more."""
+    import numpy as np
+
+    from reward_models.synthesis.lines import mean
+    from reward_models.synthesis.selection import Group, distinct
+
+    for key, pictures in found.items():
+        kept = []
+        for one in pictures:
+            answers = {by: records.answer(by, (one,)) for by in voices.every}
+            if any(answer is None or answer.failed for answer in answers.values()):
+                dropped["image without a score"] += 1
+            elif failed := [text for by, text, test in voices.required if not test(mean(answers[by]))]:
+                dropped[f"image that does not meet {failed[0]}"] += 1
+            else:
+                kept.append(one)
+        kept = distinct(kept, rules.min_distance, dropped)
+        if len(kept) < 2:
+            dropped["prompt with fewer than two images"] += 1
+            continue
+        table = [[mean(records.answer(by, (one,))) for one in kept] for by in voices.scorers]
+        yield key, Group(kept, np.array(table).reshape(len(table), len(kept)))
+
+
+def _lines(
+    groups: Mapping[str, Group], voices: Voices, asking: Asking, rules: Rules, dropped: Counter[str], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The lines of the data set, and the votes of each judge. Asks the judges."""
+    import torch
+
+    from reward_models.judges.judge import label_probabilities
+    from reward_models.protocol import choice_temperature_of
+    from reward_models.synthesis.asking import compare_pictures
+    from reward_models.synthesis.lines import Writer
+    from reward_models.synthesis.selection import Preferences
+
+    temperatures = [choice_temperature_of(scorer) for _, scorer in voices.scorers.values()]
+    preferences = Preferences(groups, temperatures, bool(voices.judges), rules, dropped)
+    asked = preferences.questions()
+    questions = [(groups[key].pictures[i], groups[key].pictures[j]) for key, i, j in asked]
+    compare_pictures(questions, voices.judges, asking)
+    votes, labels = {}, []
+    for by in voices.judges:
+        answers = [asking.records.answer(by, question) for question in questions]
+        numbers = [(math.nan,) * 2 if answer is None or answer.failed else answer.numbers for answer in answers]
+        votes[by] = torch.tensor(numbers).view(-1, 2)
+        labels.append(dict(zip(asked, label_probabilities(votes[by]).tolist(), strict=True)))
+    writer = Writer(folder, asking.records, voices.scorers, rules.select == "ranked")
+    lines = [
+        writer.line(groups[key].pictures, outcome, one)
+        for key, outcome in preferences.outcomes(labels)
+        for one in outcome.chosen
+    ]
+    return lines, votes
+
+
+def _card(
+    args: argparse.Namespace, made: str, rows: Mapping[str, Any], voices: Voices, dropped: Counter[str], votes: Any
+) -> str:
+    """The data card. Text from data and settings is escaped."""
+    from diffalign.report.model_card import escaped, public, table
+
+    sources = Counter(row["folder"] for group in rows.values() for row in group)
+    made_by = [(public(folder), n, _settings(folder / "settings.json")) for folder, n in sources.items()]
+    asked = [(public(spec), "scores, to choose the pairs" if args.judge else "scores") for spec in args.scorer]
+    asked += [(public(spec), "compares pairs") for spec in args.judge]
+    shown = {"min_margin", "min_probability", "min_agreement", "min_distance", "require", "aggregate", "seed"}
+    shown |= {"dtype", "batch_size", "temperature"}
+    rules = [(f"--{name.replace('_', '-')}", public(getattr(args, name))) for name in ("select", *sorted(shown))]
+    parts = {
+        "Images": table(("folder", "images", "made with"), made_by),
+        "Labels": table(("scorer or judge", "does"), asked) + "".join(map(_votes_line, votes.values())),
+        "Rules": table(("option", "value"), rules),
+        "Left out": table(("reason", "number"), dropped.most_common()),
+        "Cost": "\n".join(f"- {escaped(spent)}" for spent in voices.spent) or "No judge over HTTP was asked.",
+        "Licence": "That of the generators and scorers named above; `reward-score info NAME` prints those of scorers.",
+    }
+    body = "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
+    return f"# {escaped(args.out.stem)}\n\nPreference data made by `diffalign synthesize`: {escaped(made)}.\n{body}"
+
+
+def _settings(file: Path) -> str:
+    from diffalign.report.model_card import public
+
+    found = read_json(file) if file.exists() else {}
+    return ", ".join(f"{name} {public(value)}" for name, value in found.items() if value is not None and value != [])
+
+
+def _votes_line(votes: Tensor) -> str:
+    """What the votes of a judge say about it."""
+    from reward_models.judges.judge import position_accuracy
+
+    answered = votes[~votes.isnan().any(1)]
+    position = (answered.sum(1) == 1) & (answered[:, 0] != 0.5)
+    first, second = position_accuracy(answered)
+    return (
+        f"\n\n{len(answered)} of {len(votes)} pairs answered in both orders; in {int(position.sum())} only a "
+        f"position was preferred. Estimated accuracy: {first:.1%} when the better image is shown first, {second:.1%} "
+        "when second, if errors in both orders are independent."
+    )
+
+
+if __name__ == "__main__":
+    program.run(main)
