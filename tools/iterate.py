@@ -1,7 +1,7 @@
 """Alternate generation, labelling, training and evaluation for several rounds, each from the last round's model.
 
     diffalign iterate playground
-    diffalign iterate my_loop.yaml loop.rounds=5 train.options='[trainer.steps=200,algorithm.loss=sppo]'
+    diffalign iterate my_loop.yaml loop.rounds=5 train.options="trainer.steps=200 algorithm.loss=sppo"
 
 A round is commands in processes of their own: `diffalign generate` draws images of the prompts by the last round's
 model, `diffalign synthesize` makes preference data of them, a train recipe trains on it, and `eval win_rate` compares
@@ -18,10 +18,10 @@ configs/iterate:
       seed: 0                 # of noise, training and mixture; each round adds its number
     model:
       path: playground        # pipeline before the first round, as `backbone.path` and `--pipeline`
-      options: [--steps, 10]  # further options of every `diffalign generate`
+      options: --steps 10     # further options of every `diffalign generate`
     generate: {prompts: prompts.jsonl, samples_per_prompt: 4, others: [folder of another generator]}
-    synthesize: {scorers: [playground_hps], judges: [], select: best_worst, options: []}
-    train: {recipe: diffusion_dpo, config: playground, options: [trainer.steps=100]}
+    synthesize: {scorers: [playground_hps], judges: [], select: best_worst, options: --min-margin 0.1}
+    train: {recipe: diffusion_dpo, config: playground, options: trainer.steps=100 algorithm.beta=50}
     evaluate: {prompts: held_out.jsonl, scorers: [a judge that labels nothing, playground_hps], samples_per_prompt: 2}
 
 Run the same command again after a kill: finished stages are kept and an unfinished one goes on.
@@ -33,6 +33,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ class Loop:
         return problems + _missing("loop.fresh", [] if cfg["fresh"] in (None, "first") else [cfg["fresh"]])
 
 
-def model(*, path: str, options: tuple[str, ...] = ()) -> None:
+def model(*, path: str, options: str = "") -> None:
     """The section `model`."""
 
 
@@ -95,7 +96,7 @@ def synthesize(
     scorers: tuple[str, ...] = (),
     judges: tuple[str, ...] = (),
     select: Literal["best_worst", "all", "ranked", "winner"] = "best_worst",
-    options: tuple[str, ...] = (),
+    options: str = "",
 ) -> None:
     """The section `synthesize`."""
 
@@ -103,7 +104,7 @@ def synthesize(
 class Train:
     """The section `train`."""
 
-    def __init__(self, *, recipe: str, config: str = "playground", options: tuple[str, ...] = ()): ...
+    def __init__(self, *, recipe: str, config: str = "playground", options: str = ""): ...
 
     @staticmethod
     def check(cfg: Mapping[str, Any]) -> list[str]:
@@ -213,10 +214,10 @@ class Rounds:
         words = [str(here / "images"), *cfg.generate["others"], "--select", cfg.synthesize["select"]]
         words += [word for spec in cfg.synthesize["scorers"] for word in ("--scorer", spec)]
         words += [word for spec in cfg.synthesize["judges"] for word in ("--judge", spec)]
-        words += [*cfg.synthesize["options"], "--seed", str(seed), "--out", str(here / "pairs.jsonl")]
+        words += [*shlex.split(cfg.synthesize["options"]), "--seed", str(seed), "--out", str(here / "pairs.jsonl")]
         self._stage(f"{name}, preferences", "eval", "synthesize", words, here / "pairs.jsonl")
         write_lines(here / "data.jsonl", self._mixed(number, here))
-        words = ["--config", cfg.train["config"], *cfg.train["options"], f"backbone.path={start.path}"]
+        words = ["--config", cfg.train["config"], *shlex.split(cfg.train["options"]), f"backbone.path={start.path}"]
         words += [f"data.path={here / 'data.jsonl'}", f"run.folder={here / 'run'}", f"run.seed={seed}"]
         if start.loras and cfg.loop["reference"] == "base":
             words.append(f"backbone.lora_start={start.loras[-1]}")
@@ -238,7 +239,7 @@ class Rounds:
         """Images of the prompts of a section by a model."""
         words = ["--pipeline", by.path, *(word for lora in by.loras for word in ("--lora", lora))]
         words += ["--prompts", section["prompts"], "--samples-per-prompt", str(section["samples_per_prompt"])]
-        words += ["--seed", str(seed), *self.cfg.model["options"], "--out", str(out)]
+        words += ["--seed", str(seed), *shlex.split(self.cfg.model["options"]), "--out", str(out)]
         self._stage(stage, "tools", "generate", words, out / "manifest.jsonl")
 
     def _stage(self, stage: str, kind: str, name: str, words: list[str], output: Path) -> None:

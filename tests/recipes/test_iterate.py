@@ -19,10 +19,10 @@ TRAIN = ["trainer.steps=2", "data.batch_size=2", "data.num_workers=0", "backbone
 TRAIN += ["hooks.verify_export=false", "hooks.checkpoint_every=1", "data.cache=off", "data.draws_per_sample=null"]
 CONFIG: dict[str, Any] = {
     "loop": {"folder": "loop", "rounds": 2, "patience": 2, "fresh": "first", "fresh_share": 0.5},
-    "model": {"path": "playground", "options": ["--steps", "1", "--guidance", "1", "--device", "cpu"]},
+    "model": {"path": "playground", "options": "--steps 1 --guidance 1 --device cpu"},
     "generate": {"prompts": "prompts.txt", "samples_per_prompt": 2},
     "synthesize": {"scorers": ["simulated:Brightness"]},
-    "train": {"recipe": "diffusion_dpo", "config": "playground", "options": TRAIN},
+    "train": {"recipe": "diffusion_dpo", "config": "playground", "options": " ".join(TRAIN)},
     "evaluate": {"prompts": "prompts.txt", "scorers": ["diffalign.playground:Judge", "simulated:Brightness"]},
 }
 
