@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,7 +112,9 @@ class Voices(NamedTuple):
 
 def synthesize(args: argparse.Namespace) -> None:
     """Read the folders, ask scorers and judges what they have not said yet, write data set and card."""
-    from diffalign.report import read_groups  # here and below: heavy, and `--help` needs none of it
+    from tqdm import tqdm  # here and below: heavy, and `--help` needs none of it
+
+    from diffalign.report import read_groups
     from reward_models.folder.decoding import Decoder
     from reward_models.placement import find_device
     from reward_models.synthesis.asking import Asking, score_pictures
@@ -121,14 +122,15 @@ def synthesize(args: argparse.Namespace) -> None:
 
     rules, processes, dropped = _rules(args), launched(), Counter[str]()
     rows = read_groups(args.folders)
-    found = {key: [picture(row["file"], row["prompt"], _source(row, args.out)) for row in rows[key]] for key in rows}
-    every = [one for pictures in found.values() for one in pictures]
-    device = find_device(args.device)
+    device, count = find_device(args.device), sum(map(len, rows.values()))
     settings(args, device)
-    with Decoder(args.workers, device=device, images=len(every)) as decoder:
+    with Decoder(args.workers, device=device, images=count) as decoder:
         records = Records(args.out, processes.rank)
         processes.wait()  # no process writes while another still reads the records
         voices = _voices(args, records)
+        shown = tqdm(rows, desc="read", unit="prompt", disable=processes.rank > 0)
+        found = {key: [picture(row, args.out.parent) for row in rows[key]] for key in shown}
+        every = [one for pictures in found.values() for one in pictures]
         try:
             score_pictures(every, voices.every, Asking(records, decoder, args.batch_size, processes))
             processes.wait()
@@ -139,7 +141,7 @@ def synthesize(args: argparse.Namespace) -> None:
             lines, votes = _lines(groups, voices, asking, rules, dropped, args.out.parent)
         finally:
             print(*(f"synthesize: {spent}\n" for spent in voices.spent), sep="", end="", flush=True)
-    counts = f"{len(every)} images of {len(found)} prompts"
+    counts = f"{count} images of {len(found)} prompts"
     reasons = "; ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
     if not lines:
         raise ValueError(f"nothing is left of {counts} ({reasons})")
@@ -164,12 +166,6 @@ def _rules(args: argparse.Namespace) -> Rules:
         raise ValueError("--min-margin and --min-distance must be 0 or more, --temperature above 0")
     args.aggregate = args.aggregate or ("win_rate" if len(args.scorer) > 1 else "mean")
     return Rules(**{name: getattr(args, name) for name in Rules._fields})
-
-
-def _source(row: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    return {"folder": os.path.relpath(row["folder"], out.parent)} | {
-        name: row[name] for name in ("prompt_id", "sample", "seed") if name in row
-    }
 
 
 def _voices(args: argparse.Namespace, records: Records) -> Voices:

@@ -251,7 +251,8 @@ class Rounds:
                 words = [*words, "run.resume=true"]
             else:  # without a checkpoint the run starts again
                 shutil.rmtree(output.parent, ignore_errors=True)
-        print(f"\niterate: {stage}: diffalign {name} {' '.join(words)}", flush=True)
+        command = shlex.join(["diffalign", *([] if kind == "tools" else [kind]), name, *words])
+        print(f"\niterate: {stage}: {command}", flush=True)
         one = 1 if kind == "eval" else None  # others: one process per GPU
         if code := launch.start(launch.recipes(kind)[name], words, processes=one, config=None):
             raise StageFailed(stage, code)

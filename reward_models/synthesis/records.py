@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,13 +41,17 @@ class Answer(NamedTuple):
     failed: str = ""
 
 
-def picture(file: Path, prompt: str, source: Mapping[str, Any]) -> Picture:
-    """The picture in a file. A file that cannot be read fails when it is scored."""
+def picture(row: Mapping[str, Any], folder: Path) -> Picture:
+    """The picture of a row of a manifest with `file`, its image, and `folder`, which the source names relative to the
+    folder of the results. A file that cannot be read fails when it is scored."""
     try:
-        data = read_file(file)
+        data = read_file(row["file"])
     except OSError:
-        data = str(file).encode()
-    return Picture(Item(str(file), prompt, file), hashlib.sha256(data).hexdigest()[:32], source)
+        data = str(row["file"]).encode()
+    source = {name: row[name] for name in ("prompt_id", "sample", "seed") if name in row}
+    source = {"folder": os.path.relpath(row["folder"], folder)} | source
+    item = Item(str(row["file"]), row["prompt"], row["file"])
+    return Picture(item, hashlib.sha256(data).hexdigest()[:32], source)
 
 
 def identity(spec: str, scorer: Scorer, dtype: str, *, pairs: bool = False) -> dict[str, Any]:
