@@ -32,7 +32,7 @@ from reward_models.files import read_json
 
 FILE, WORK = RESULTS / "iterate.json", Path("runs") / "benchmark-iterate"
 EXACT, LEARNED = "diffalign.playground:Judge", "playground_hps"
-ROUNDS, STEPS, PROMPTS, SAMPLES, CURATED = 3, 100, 128, 4, 4
+ROUNDS, STEPS, PROMPTS, SAMPLES, CURATED = 3, 50, 256, 4, 4
 SHARES = (0.0, 0.25, 0.5)
 ARMS = ("rounds", "fixed", *(f"curated-{share:g}" for share in SHARES))
 SAMPLING = "--steps 10 --guidance 1 --size 32 --batch-size 64"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffalign.commands import program
-from reward_models.files import read_json, write_lines, write_whole
+from reward_models.files import write_lines, write_whole
 from reward_models.folder.engine import add_options, check_scorers, load_scorers, settings
 from reward_models.folder.evaluation import launched
 
@@ -249,45 +249,38 @@ def _lines(
 def _card(
     args: argparse.Namespace, made: str, rows: Mapping[str, Any], voices: Voices, dropped: Counter[str], votes: Any
 ) -> str:
-    """The data card. Text from data and settings is escaped."""
-    from diffalign.report.model_card import escaped, public, table
+    """The data card."""
+    from diffalign.report.data_card import data_card
 
-    sources = Counter(row["folder"] for group in rows.values() for row in group)
-    made_by = [(public(folder), n, _settings(folder / "settings.json")) for folder, n in sources.items()]
-    asked = [(public(spec), "scores, to choose the pairs" if args.judge else "scores") for spec in args.scorer]
-    asked += [(public(spec), "compares pairs") for spec in args.judge]
-    shown = {"min_margin", "min_probability", "min_agreement", "min_distance", "require", "aggregate", "seed"}
-    shown |= {"dtype", "batch_size", "temperature"}
-    rules = [(f"--{name.replace('_', '-')}", public(getattr(args, name))) for name in ("select", *sorted(shown))]
-    parts = {
-        "Images": table(("folder", "images", "made with"), made_by),
-        "Labels": table(("scorer or judge", "does"), asked) + "".join(map(_votes_line, votes.values())),
-        "Rules": table(("option", "value"), rules),
-        "Left out": table(("reason", "number"), dropped.most_common()),
-        "Cost": "\n".join(f"- {escaped(spent)}" for spent in voices.spent) or "No judge over HTTP was asked.",
-        "Licence": "That of the generators and scorers named above; `reward-score info NAME` prints those of scorers.",
-    }
-    body = "".join(f"\n## {title}\n\n{text}\n" for title, text in parts.items())
-    return f"# {escaped(args.out.stem)}\n\nPreference data made by `diffalign synthesize`: {escaped(made)}.\n{body}"
-
-
-def _settings(file: Path) -> str:
-    from diffalign.report.model_card import public
-
-    found = read_json(file) if file.exists() else {}
-    return ", ".join(f"{name} {public(value)}" for name, value in found.items() if value is not None and value != [])
+    does = "scores, to choose the pairs" if args.judge else "scores"
+    asked = [(spec, does, getattr(scorer, "record", {})) for spec, scorer in voices.scorers.values()]
+    asked += [(spec, "compares pairs", {}) for spec in args.judge]
+    names = (
+        "min_margin",
+        "min_probability",
+        "min_agreement",
+        "min_distance",
+        "require",
+        "temperature",
+        "seed",
+        "dtype",
+    )
+    rules = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("select", "aggregate", *names)}
+    folders = Counter(row["folder"] for group in rows.values() for row in group)
+    notes = [_votes_line(spec, found) for spec, found in zip(args.judge, votes.values(), strict=True)]
+    return data_card(args.out.stem, made, folders, asked, notes, rules, dropped, voices.spent)
 
 
-def _votes_line(votes: Tensor) -> str:
+def _votes_line(spec: str, votes: Tensor) -> str:
     """What the votes of a judge say about it."""
     from reward_models.judges.judge import position_accuracy
 
     answered = votes[~votes.isnan().any(1)]
-    position = (answered.sum(1) == 1) & (answered[:, 0] != 0.5)
+    position = int(((answered.sum(1) == 1) & (answered[:, 0] != 0.5)).sum())
     first, second = position_accuracy(answered)
     return (
-        f"\n\n{len(answered)} of {len(votes)} pairs answered in both orders; in {int(position.sum())} only a "
-        f"position was preferred. Estimated accuracy: {first:.1%} when the better image is shown first, {second:.1%} "
+        f"{spec.split(',')[0]}: {len(answered)} of {len(votes)} pairs answered in both orders; in {position} of them "
+        f"only a position was preferred. Estimated accuracy: {first:.1%} when the better image is shown first, {second:.1%} "
         "when second, if errors in both orders are independent."
     )
 

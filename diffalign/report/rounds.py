@@ -84,14 +84,14 @@ def _table(rounds: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[st
     heads = ["round", "pairs"]
     for one in rounds[0]["judges"]:
         what = next(key for key in HEADLINES if key in one).replace("_", " ")
-        heads += [f"{one['name']}: {what} [95 %]", "gain, sd [95 %]"]
+        heads += [f"{one['name']}: {what} (95 %)", "gain, sd (95 %)"]
     beside = [name for name in BESIDE if name in rounds[0]]
     lines = []
     for one in rounds:
         line = [str(one["round"]), str(one["pairs"])]
         for judge in one["judges"]:
-            line.append("{:.1%} [{:.1%}, {:.1%}]".format(*headline(judge)[1]))
+            line.append("{:.1%} ({:.1%} to {:.1%})".format(*headline(judge)[1]))
             gain = [judge[f"gain_sd{end}"] for end in ("", "_low", "_high")]
-            line.append("" if gain[0] is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*gain))
+            line.append("" if gain[0] is None else "{:+.2f} ({:+.2f} to {:+.2f})".format(*gain))
         lines.append([*line, *(f"{one[name]:+.1%}" for name in beside), one["judges"][0]["verdict"]])
     return [*heads, *beside, "verdict"], lines
