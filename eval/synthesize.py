@@ -280,8 +280,8 @@ def _votes_line(spec: str, votes: Tensor) -> str:
     first, second = position_accuracy(answered)
     return (
         f"{spec.split(',')[0]}: {len(answered)} of {len(votes)} pairs answered in both orders; in {position} of them "
-        f"only a position was preferred. Estimated accuracy: {first:.1%} when the better image is shown first, {second:.1%} "
-        "when second, if errors in both orders are independent."
+        f"only a position was preferred. Estimated accuracy: {first:.1%} when the better image is shown first, "
+        f"{second:.1%} when second, if errors in both orders are independent."
     )
 
 
