@@ -136,17 +136,21 @@ def synthesize(args: argparse.Namespace) -> None:
             processes.wait()
             if processes.rank:
                 return
-            asking = Asking(Records(args.out) if processes.world > 1 else records, decoder, args.batch_size)
-            groups = dict(_groups(found, voices, asking.records, rules, dropped))
+            if processes.world > 1:
+                records.read()
+            groups = dict(_groups(found, voices, records, rules, dropped))
+            asking = Asking(records, decoder, args.batch_size)
             lines, votes = _lines(groups, voices, asking, rules, dropped, args.out.parent)
         finally:
-            print(*(f"synthesize: {spent}\n" for spent in voices.spent), sep="", end="", flush=True)
+            for spent in voices.spent if processes.rank == 0 else ():
+                print(f"synthesize: {spent}", flush=True)
+                records.note(spent)
     counts = f"{count} images of {len(found)} prompts"
     reasons = "; ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
     if not lines:
         raise ValueError(f"nothing is left of {counts} ({reasons})")
     made = f"{len(lines)} {'ranked groups' if rules.select == 'ranked' else 'pairs'} from {counts}"
-    write_whole(args.out.with_suffix(".md"), _card(args, made, rows, voices, dropped, votes))
+    write_whole(args.out.with_suffix(".md"), _card(args, made, lines, rows, voices, dropped, votes, records.spent))
     write_lines(args.out, lines)
     print(f"{made} in '{args.out}'" + (f"; left out: {reasons}" if reasons else ""))
 
@@ -247,10 +251,18 @@ def _lines(
 
 
 def _card(
-    args: argparse.Namespace, made: str, rows: Mapping[str, Any], voices: Voices, dropped: Counter[str], votes: Any
+    args: argparse.Namespace,
+    made: str,
+    lines: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, Any],
+    voices: Voices,
+    dropped: Counter[str],
+    votes: Mapping[str, Tensor],
+    spent: Sequence[str],
 ) -> str:
     """The data card."""
     from diffalign.report.data_card import data_card
+    from reward_models.judges.judge import described
 
     does = "scores, to choose the pairs" if args.judge else "scores"
     asked = [(spec, does, getattr(scorer, "record", {})) for spec, scorer in voices.scorers.values()]
@@ -267,22 +279,15 @@ def _card(
     )
     rules = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("select", "aggregate", *names)}
     folders = Counter(row["folder"] for group in rows.values() for row in group)
-    notes = [_votes_line(spec, found) for spec, found in zip(args.judge, votes.values(), strict=True)]
-    return data_card(args.out.stem, made, folders, asked, notes, rules, dropped, voices.spent)
-
-
-def _votes_line(spec: str, votes: Tensor) -> str:
-    """What the votes of a judge say about it."""
-    from reward_models.judges.judge import position_accuracy
-
-    answered = votes[~votes.isnan().any(1)]
-    position = int(((answered.sum(1) == 1) & (answered[:, 0] != 0.5)).sum())
-    first, second = position_accuracy(answered)
-    return (
-        f"{spec.split(',')[0]}: {len(answered)} of {len(votes)} pairs answered in both orders; in {position} of them "
-        f"only a position was preferred. Estimated accuracy: {first:.1%} when the better image is shown first, "
-        f"{second:.1%} when second, if errors in both orders are independent."
-    )
+    notes = [
+        f"{spec.split(',')[0]}: {described(found)}" for spec, found in zip(args.judge, votes.values(), strict=True)
+    ]
+    if sure := [(line["prob"], line["agreement"]) for line in lines if "prob" in line]:
+        probability, agreement = (sum(column) / len(sure) for column in zip(*sure, strict=True))
+        notes.append(
+            f"Mean probability of a label {probability:.1%}; mean share of scorers and judges {agreement:.1%}."
+        )
+    return data_card(args.out.stem, made, folders, asked, notes, rules, dropped, spent)
 
 
 if __name__ == "__main__":

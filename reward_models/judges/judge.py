@@ -212,6 +212,18 @@ def position_accuracy(votes: Tensor) -> tuple[float, float]:
     return float((weight * p).sum()), float((weight * q).sum())
 
 
+def described(votes: Tensor) -> str:
+    """What the votes on pairs [N, 2] say about their judge, in words; nan where there is no answer."""
+    answered = votes[~votes.isnan().any(1)]
+    position = int(((answered.sum(1) == 1) & (answered[:, 0] != 0.5)).sum())
+    first, second = position_accuracy(answered)
+    return (
+        f"{len(answered)} of {len(votes)} pairs answered in both orders; in {position} of them only a position was "
+        f"preferred. Estimated accuracy: {first:.1%} when the better image is shown first, {second:.1%} when second, "
+        "if errors in both orders are independent."
+    )
+
+
 def position_posterior(votes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Votes [N, 2] -> values p and q of a judge's accuracy, float64 [G, G] in (0, 1), and their probabilities [G, G].
 

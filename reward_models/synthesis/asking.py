@@ -63,8 +63,12 @@ def score_pictures(pictures: Sequence[Picture], scorers: Mapping[str, Any], aski
                     ]
                     asking.records.add(by, zip(batch, answers, strict=True))
                 bar.update(len(batch))
-    for by in scorers.keys() - set(plain):
-        _ask(by, scorers[by], asking.batches(questions, missing[by]), _rated, asking, "rate")
+    if asking.processes.rank:  # one process asks servers, and knows what they cost
+        return
+    asking = asking._replace(processes=Processes())
+    for by, judge in scorers.items():
+        if by not in plain:
+            _ask(by, judge, asking.batches(questions, missing[by]), _rated, asking, "rate")
 
 
 def compare_pictures(pairs: Sequence[Question], judges: Mapping[str, Any], asking: Asking) -> None:

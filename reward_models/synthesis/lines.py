@@ -63,7 +63,7 @@ class Writer(NamedTuple):
         aspects: dict[str, list[float]] = {}
         replies: list[list[str]] = []
         for by, (_, scorer) in self.scorers.items():
-            if hasattr(scorer, "answers"):
+            if hasattr(scorer, "answers") and scorer.template.aspects[0].name:  # else a scorer is served, not a judge
                 answers = self._answers(by, pictures)
                 for k, aspect in enumerate(scorer.template.aspects):
                     name = f"{aspect.name} of {scorer.model}" if aspect.name in aspects else aspect.name

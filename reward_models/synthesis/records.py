@@ -66,28 +66,35 @@ class Records:
     """Answers in `<out>.records`, JSON lines, to which batches are appended; of process k > 0 in `<out>.records-k`.
 
     A line has `by` (a key of the identity of the scorer, which another line spells out), `prompt`, `images` (hashes of
-    one image or two) and `numbers`, `text` or `failed`. Nothing is ever deleted; the last line of a question counts. A
-    kill can leave an incomplete last line, which is cut off.
+    one image or two) and `numbers`, `text` or `failed`; or it has `spent`, what a judge cost in one run. Nothing is
+    deleted; the last line of a question counts. A kill can leave an incomplete last line, which is cut off.
+
+    spent  what judges cost in all runs, in words
+    added  number of answers that were added by this object
 
     Raises ValueError with a damaged line.
     """
 
     def __init__(self, out: Path, rank: int = 0):
-        self._file = out.with_name(f"{out.name}.records" + (f"-{rank}" if rank else ""))
+        self._out, self._file = out, out.with_name(f"{out.name}.records" + (f"-{rank}" if rank else ""))
         self._answers: dict[bytes, Answer] = {}
         self._known: set[str] = set()
-        for path in sorted(out.parent.glob(f"{glob.escape(out.name)}.records*")):
+        self.spent: list[str] = []
+        self.added = 0
+        self.read()
+        if self._file.exists():
+            with self._file.open("r+b") as file:
+                file.truncate(sum(map(len, whole_lines(self._file))))
+
+    def read(self) -> None:
+        """Read the files of all processes."""
+        self.spent.clear()
+        for path in sorted(self._out.parent.glob(f"{glob.escape(self._out.name)}.records*")):
             for number, line in enumerate(whole_lines(path), 1):
                 try:
                     self._remember(parse_json(line))
                 except (ValueError, LookupError, TypeError) as error:
                     raise ValueError(f"'{path}' line {number} is damaged ({error}); delete that line") from error
-        if self._file.exists():
-            with self._file.open("r+b") as file:
-                file.truncate(sum(map(len, whole_lines(self._file))))
-
-    def __len__(self) -> int:
-        return len(self._answers)
 
     def key(self, identity: Mapping[str, Any]) -> str:
         """The key of a scorer, which is written down with its identity."""
@@ -113,6 +120,12 @@ class Records:
                 named = {"by": by, "prompt": question[0].item.prompt, "images": [one.digest for one in question]}
                 rows.append(named | {name: value for name, value in answer._asdict().items() if value})
         self._append(rows)
+        self.added += len(rows)
+
+    def note(self, spent: str) -> None:
+        """Append what a judge cost, if this object has added answers."""
+        if self.added:
+            self._append([{"spent": spent}])
 
     def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         try:
@@ -126,7 +139,10 @@ class Records:
 
     def _remember(self, row: Mapping[str, Any]) -> None:
         if "images" not in row:
-            self._known.add(row["by"])
+            if "spent" in row:
+                self.spent.append(row["spent"])
+            else:
+                self._known.add(row["by"])
             return
         answer = Answer(tuple(row.get("numbers", ())), row.get("text", ""), row.get("failed", ""))
         self._answers[_place(row["by"], row["prompt"], row["images"])] = answer

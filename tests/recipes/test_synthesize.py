@@ -177,6 +177,26 @@ def test_garbage_and_a_killed_server_lose_no_record_and_repeat_no_paid_call(
         assert set(asked.values()) == {1, 2} and sum(asked.values()) == 104  # without its cache: the failed pairs only
 
 
+def test_the_card_has_the_cost_of_all_runs(
+    models: tuple[Path, Path], tmp_path: Path, main: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three pairs; the server is gone after the first one, and a third run asks nothing."""
+    monkeypatch.setenv("DIFFALIGN_CACHE", str(tmp_path / "cache"))
+
+    def brighter(images: list[Any], texts: list[str]) -> str:
+        red, other = (image.resize((1, 1)).getpixel((0, 0)) for image in images)
+        return "Answer: A" if red > other else "Answer: B"
+
+    with stand_in.judge(brighter, [None] * 2 + [503] * 20) as server:
+        words = [*models, "--scorer", EXACT, "--judge", _url(server, retries=0, concurrency=1), "--batch-size", 1]
+        assert main(*words, "--out", tmp_path / "pairs.jsonl") == 2
+        server.faults = iter([])
+        assert [main(*words, "--out", tmp_path / "pairs.jsonl") for _ in range(2)] == [0, 0]
+        assert len(server.bodies) == 2 + 1 + 4
+    cost = (tmp_path / "pairs.md").read_text().partition("## Cost\n\n")[2].partition("\n\n")[0]
+    assert [line[:23] for line in cost.splitlines()] == ["- judge m: 2 answers, 0", "- judge m: 4 answers, 0"]
+
+
 def test_a_run_that_is_cut_off_goes_on_and_scores_nothing_twice(
     models: tuple[Path, Path], tmp_path: Path, main: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
