@@ -44,7 +44,6 @@ from omegaconf import OmegaConf
 
 from diffalign import config
 from diffalign.commands import launch, program
-from diffalign.report.rounds import best_round, read_round, write_rounds
 from reward_models.files import read_json, read_lines, write_lines, write_whole
 
 
@@ -182,6 +181,8 @@ class Rounds:
 
     def run(self) -> int:
         """All rounds. Returns the exit code of the first command that fails, or 0."""
+        from diffalign.report.rounds import best_round, read_round, write_rounds  # slow, and `--help` does not need it
+
         loop, start, stopped = self.cfg.loop, Start(self.cfg.model["path"]), ""
         base, rounds = self.folder / "base", list[dict[str, Any]]()
         try:

@@ -39,8 +39,8 @@ class Writer(NamedTuple):
         both = [pictures[k] for k in places]
         row: dict[str, Any] = {"prompt": both[0].item.prompt}
         row |= {"chosen": self._path(both[0]), "rejected": self._path(both[1])}
-        if not math.isnan(one.probability):
-            row |= {"prob": round(one.probability, 6), "agreement": round(one.agreement, 6)}
+        sure = {"prob": one.probability, "agreement": one.agreement}
+        row |= {name: round(value, 6) for name, value in sure.items() if not math.isnan(value)}
         scores = [float(outcome.utility[k]) for k in places]
         return row | {"scores": scores, "sources": [x.source for x in both], **self._said(both)}
 

@@ -46,8 +46,8 @@ class Group(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Positions of a winner and a loser in a group, with the probability that the label is right (nan: not known) and
-    the share of scorers and judges who agree with it."""
+    """Positions of a winner and a loser in a group, with the probability that the label is right and the share of
+    scorers and judges who agree with it; nan where not known, such as the probability of one scorer's label."""
 
     winner: int
     loser: int
@@ -154,8 +154,8 @@ class Preferences:
         for i, j in pairs:
             w, l_ = (i, j) if not labels[i, j] < 0.5 else (j, i)
             probability = float(labels[w, l_])
-            known = [x[w, l_] for x in voters if not math.isnan(x[w, l_])]
-            agreement = float(sum((np.sign(x - 0.5) + 1) / 2 for x in known)) / max(len(known), 1)
+            said = [x[w, l_] for x in voters if not math.isnan(x[w, l_])]
+            agreement = float(sum((np.sign(x - 0.5) + 1) / 2 for x in said)) / max(len(said), 1)
             for fault, reason in (
                 (math.isnan(probability), "pair without an answer of a judge"),
                 (probability == 0.5, "tie"),
@@ -166,7 +166,8 @@ class Preferences:
                     self.dropped[reason] += 1
                     break
             else:
-                found.append(Chosen(w, l_, probability, agreement))
+                known = self.judged or len(self.temperatures) > 1 or self.temperatures[0] is not None
+                found.append(Chosen(w, l_, probability if known else math.nan, agreement))
         return found
 
 
