@@ -104,8 +104,12 @@ class Records:
         return by
 
     def answer(self, by: str, question: Question) -> Answer | None:
-        """What a scorer said; None if it was not asked."""
-        return self._answers.get(_place(by, question[0].item.prompt, [one.digest for one in question]))
+        """What a scorer said; None if it was not asked. Votes on a pair answer for its reverse as well."""
+        prompt, images = question[0].item.prompt, [one.digest for one in question]
+        found = self._answers.get(_place(by, prompt, images))
+        if found is None and len(images) == 2 and (other := self._answers.get(_place(by, prompt, images[::-1]))):
+            return other._replace(numbers=tuple(1 - vote for vote in reversed(other.numbers)))
+        return found
 
     def unanswered(self, by: str, questions: Iterable[Question]) -> set[int]:
         """Positions of the questions that were not asked, or failed."""
