@@ -52,18 +52,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def rank(args: argparse.Namespace) -> None:
     """Read the folders, score every image with every scorer, write the file."""
-    from reward_models.folder.items import Items  # here and below: heavy, and `--help` needs none of it
+    from diffalign.report import read_groups  # here and below: heavy, and `--help` needs none of it
+    from reward_models.folder.item import Item
+    from reward_models.folder.items import Items
     from reward_models.folder.journal import remove_journals
 
     if args.out.suffix != ".jsonl":
         raise ValueError(f"--out must end in .jsonl; got '{args.out}'")
     if args.min_images < 2:
         raise ValueError(f"--min-images must be at least 2; got {args.min_images}")
-    folders = [str(folder.resolve()) for folder in args.folders]
-    if twice := [one for one in folders if folders.count(one) > 1]:
-        raise ValueError(f"'{twice[0]}' is given twice; give each folder once")
     found = read_groups(args.folders)
-    groups = [items for items in found.values() if len(items) >= args.min_images]
+    groups = [
+        [Item(str(row["file"]), row["prompt"], row["file"]) for row in rows]
+        for rows in found.values()
+        if len(rows) >= args.min_images
+    ]
     if not groups:
         raise ValueError(f"none of the {len(found)} prompts has {args.min_images} images; give more folders")
     images = Items(lambda _: (item for items in groups for item in items))
@@ -77,25 +80,6 @@ def rank(args: argparse.Namespace) -> None:
     few = len(found) - len(groups)
     left = f"; prompts with fewer than {args.min_images} images, left out: {few}" if few else ""
     print(f"{sum(map(len, groups))} images of {len(groups)} prompts ranked in '{args.out}'{left}")
-
-
-def read_groups(folders: Sequence[Path]) -> dict[str, list[Item]]:
-    """Images of each prompt_id over all folders, in order. Raises ValueError if an id has several prompts."""
-    from diffalign.report import read_manifest
-    from reward_models.folder.item import Item
-
-    groups: dict[str, list[Item]] = {}
-    for folder in folders:
-        for row in read_manifest(folder):
-            path = folder / row["image"]
-            items = groups.setdefault(row["prompt_id"], [])
-            if items and items[0].prompt != row["prompt"]:
-                raise ValueError(
-                    f"prompt_id {row['prompt_id']!r} is {items[0].prompt!r} for '{items[0].image}' and "
-                    f"{row['prompt']!r} for '{path}'; generate all folders from the same prompts"
-                )
-            items.append(Item(str(path), row["prompt"], path))
-    return groups
 
 
 def ranking(

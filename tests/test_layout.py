@@ -38,7 +38,7 @@ SCORER_LAYERS = (
     ("base", "loading"),
     ("clip", "mixture"),
     ("blip", "folder", "vision", "vlm"),
-    ("playground", "personal", "judges"),
+    ("playground", "personal", "judges", "synthesis"),
     ("training",),
     ("__main__",),
 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -44,7 +45,7 @@ def runnable(kind: str) -> dict[str, Path]:
 
 def direct() -> dict[str, Path]:
     """Programs that are commands of their own, `diffalign <name>`: the tools, and some evaluations."""
-    return recipes("tools") | {name: find("eval", name) for name in ("plan", "dimensions")}
+    return recipes("tools") | {name: find("eval", name) for name in ("plan", "dimensions", "synthesize")}
 
 
 def find(kind: str, name: str) -> Path:
@@ -60,6 +61,7 @@ def configs(name: str) -> list[Path]:
     return sorted((ROOT / "configs" / name).glob("*.yaml"))
 
 
+@cache
 def title(recipe: Path) -> str:
     """The first line of a recipe's docstring."""
     return (ast.get_docstring(ast.parse(recipe.read_text())) or "").split("\n")[0]

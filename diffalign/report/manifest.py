@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,28 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
         seen.add(key)
         rows.append(row)
     return rows
+
+
+def read_groups(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each prompt_id over all folders, in order, with `folder`, and `file`, the path of the image.
+
+    Raises ValueError if a folder is given twice or an id has several prompts, and as `read_manifest`.
+    """
+    resolved = [str(folder.resolve()) for folder in folders]
+    if twice := [one for one in resolved if resolved.count(one) > 1]:
+        raise ValueError(f"'{twice[0]}' is given twice; give each folder once")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for row in read_manifest(folder):
+            row |= {"folder": folder, "file": folder / row["image"]}
+            rows = groups.setdefault(row["prompt_id"], [])
+            if rows and rows[0]["prompt"] != row["prompt"]:
+                raise ValueError(
+                    f"prompt_id {row['prompt_id']!r} is {rows[0]['prompt']!r} for '{rows[0]['file']}' and "
+                    f"{row['prompt']!r} for '{row['file']}'; generate all folders from the same prompts"
+                )
+            rows.append(row)
+    return groups
 
 
 def _wrong(row: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ def write_report(
     base, aligned = (_json(folder / "settings.json") for folder in (base_dir, aligned_dir))
     run = _run(out_dir, run_dir)
     write_grid(pairs, out_dir / "grid.png")
-    text = _template().render(
+    text = template("page.html.j2").render(
         title=title,
         grid=[pair.prompt for pair in shown(pairs)],
         scorers=[{**scorer, "headline": headline(scorer), "verdict": verdict(scorer)} for scorer in scorers],
@@ -164,9 +164,10 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """The template in a file of this folder. Text that it shows is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters["signed"] = signed
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)

@@ -31,12 +31,17 @@ class Processes(NamedTuple):
     wait: Callable[[], None] = lambda: None
 
 
-def add_options(parser: argparse.ArgumentParser, *, resume: str, required: bool = True) -> None:
-    """Add the options of the engine to a command. `resume` describes the unfinished run; `required`: --scorer is."""
+def add_options(parser: argparse.ArgumentParser, *, resume: str = "", required: bool = True) -> None:
+    """Add the options of the engine to a command.
+
+    resume    the unfinished run that --resume goes on with; empty: no such option
+    required  whether a scorer must be given
+    """
     add = parser.add_argument
     add(
         "--scorer",
         action="append",
+        default=None if required else [],
         required=required,
         metavar="NAME[,KEY=VALUE...]",
         help="name, folder or package.module:Class; may be repeated",
@@ -56,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser, *, resume: str, required: bool 
         metavar="N",
         help="threads, or for many images beside a GPU processes, that decode images (number of cores, at most 16)",
     )
-    add("--resume", action="store_true", help=f"continue {resume}")
+    if resume:
+        add("--resume", action="store_true", help=f"continue {resume}")
 
 
 def positive(text: str) -> int:

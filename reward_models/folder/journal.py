@@ -27,7 +27,7 @@ class Journal:
     def __init__(self, out: Path, job: Job, *, rank: int):
         path = out.with_name(f"{out.name}.partial-{rank}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = sum(map(len, _whole_lines(path))) if path.exists() else 0
+        whole = sum(map(len, whole_lines(path))) if path.exists() else 0
         self._path, self._job, self._file = path, dict(job), path.open("ab")
         self._file.truncate(whole)
         self._file.seek(whole)
@@ -94,7 +94,7 @@ def find_journals(out: Path) -> list[Path]:
 def read_journals(out: Path, job: Job, outcomes: Outcomes) -> Outcomes:
     """Add all finished batches, from any number of processes. Raises ValueError for a journal of another job."""
     for path in find_journals(out):
-        lines = _whole_lines(path)
+        lines = whole_lines(path)
         before = json.loads(next(lines, json.dumps(job)))
         other = [key for key in job if before.get(key) != job[key]]
         if other:
@@ -121,7 +121,7 @@ def remove_journals(out: Path) -> None:
         os.remove(path)
 
 
-def _whole_lines(path: Path) -> Iterator[bytes]:
+def whole_lines(path: Path) -> Iterator[bytes]:
     """Complete lines with line ends. An incomplete last line of a killed run is left out."""
     with path.open("rb") as file:
         yield from (line for line in file if line.endswith(b"\n"))

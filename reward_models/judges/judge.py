@@ -27,6 +27,8 @@ COMPARE = """Image A and Image B were generated for this prompt: {prompt}
 Which of the two shows the prompt better and is the better image? If neither is better, say tie. Do not prefer an image
 because it is shown first. Answer with one line only: Answer: A, Answer: B or Answer: tie"""
 JPEG_QUALITY = 95
+GRID = 400
+"""Values of each accuracy over which `position_posterior` integrates."""
 
 
 class Judge:
@@ -94,6 +96,11 @@ class Judge:
         }
 
     @property
+    def pair_record(self) -> dict[str, Any]:
+        """What the votes on pairs depend on."""
+        return {**self.record, "template": self.pair_template.sha256, "readout": "votes"}
+
+    @property
     def spent(self) -> str:
         """Requests, tokens, cost and rate so far, in one line."""
         x = self.client.spent
@@ -116,13 +123,20 @@ class Judge:
         """[B, 3, H, W] float in [0, 1] and B prompts -> float32 [B, A], each number of a reply. Raises as `score`."""
         return self._rated(images, prompts, mean=False)
 
-    def _rated(self, images: Tensor, prompts: Sequence[str], *, mean: bool) -> Tensor:
+    def answers(self, images: Tensor, prompts: Sequence[str]) -> list[str | Exception]:
+        """[B, 3, H, W] float in [0, 1] and B prompts -> the text of each reply, or why there is none.
+
+        Raises JudgeError if the server cannot be used.
+        """
         check_images(images, prompts)
         asked = [
             self._request([_picture(url), _text(self.template.fill(prompt))])
             for url, prompt in zip(self._urls(images), prompts, strict=True)
         ]
-        scores, reasons = read_all(self.client.ask(asked), self.template)
+        return self.client.ask(asked)
+
+    def _rated(self, images: Tensor, prompts: Sequence[str], *, mean: bool) -> Tensor:
+        scores, reasons = read_all(self.answers(images, prompts), self.template)
         scores = scores.mean(1) if mean else scores
         if reasons:
             raise Unscored(scores, reasons)
@@ -176,27 +190,59 @@ def label_probabilities(votes: Tensor) -> Tensor:
     """Votes of a judge on N pairs in both orders, [N, 2] as `Judge.votes` -> the probability that the first image of
     each pair is better, float32 [N].
 
-    If a judge is right with probability p when the better image is shown first and q when it is shown second,
-    independently, it votes twice for the first position with p (1 - q), twice for the second with (1 - p) q. They
-    give p and q without any label: with d the difference of the shares and D their sum, p - q = d and p + q = 1 +
-    sqrt(1 - 2 D + d^2). Agreement is right with p q / (p q + (1 - p)(1 - q)). Votes for one position say nothing: 1/2,
-    whatever the bias. With a tie in one order the other vote is right with (p + q) / 2; two ties are 1/2. Errors that
-    both orders share (hard pairs) are not seen, so the probabilities are upper bounds. nan stays nan.
+    Agreement of both orders is right with p q / (p q + (1 - p)(1 - q)), in the mean over `position_posterior`. Votes
+    for one position say nothing: 1/2, whatever the bias. With a tie in one order the other vote is right with
+    (p + q) / 2; two ties are 1/2. Few votes that never disagree give no certainty: one pair gives 5/6. Errors that both
+    orders share (hard pairs) are not seen, so the probabilities are upper bounds. nan stays nan.
     """
-    decided = votes[((votes == 0) | (votes == 1)).all(1)]
-    if not len(decided):  # nothing to estimate from
-        return votes.float().mean(1)
-    pairs = decided.double() @ torch.tensor([1.0, 2.0], dtype=torch.float64)  # 1: (first, first), 2: (second, second)
-    difference, both = (pairs == 1).double().mean() - (pairs == 2).double().mean(), ((pairs % 3) > 0).double().mean()
-    total = 1 + (1 - 2 * both + difference**2).clamp(min=0).sqrt()
-    p, q = (((total + sign * difference) / 2).clamp(0, 1) for sign in (1, -1))
-    agreed, single = p * q / (p * q + (1 - p) * (1 - q)), (p + q) / 2
+    p, q, weight = position_posterior(votes)
+    both = p * q
+    agreed, single = (weight * both / (both + (1 - p) * (1 - q))).sum(), (weight * (p + q) / 2).sum()
     mean = votes.double().mean(1)
     strength = {0.0: 1 - agreed, 0.25: 1 - single, 0.5: torch.tensor(0.5), 0.75: single, 1.0: agreed}
     found = torch.full_like(mean, torch.nan)
     for value, probability in strength.items():
         found[mean == value] = probability.double()
     return found.float()
+
+
+def position_accuracy(votes: Tensor) -> tuple[float, float]:
+    """How often a judge is right when the better image is shown first, and when it is shown second: the means of
+    `position_posterior`. Votes as in `label_probabilities`."""
+    p, q, weight = position_posterior(votes)
+    return float((weight * p).sum()), float((weight * q).sum())
+
+
+def described(votes: Tensor) -> str:
+    """What the votes on pairs [N, 2] say about their judge, in words; nan where there is no answer."""
+    answered = votes[~votes.isnan().any(1)]
+    position = int(((answered.sum(1) == 1) & (answered[:, 0] != 0.5)).sum())
+    first, second = position_accuracy(answered)
+    return (
+        f"{len(answered)} of {len(votes)} pairs answered in both orders; in {position} of them only a position was "
+        f"preferred. Estimated accuracy: {first:.1%} when the better image is shown first, {second:.1%} when second, "
+        "if errors in both orders are independent."
+    )
+
+
+def position_posterior(votes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Votes [N, 2] -> values p and q of a judge's accuracy, float64 [G, G] in (0, 1), and their probabilities [G, G].
+
+    A judge that is right with probability p when the better image is shown first and q when it is shown second,
+    independently, votes twice for the first position with p (1 - q), twice for the second with (1 - p) q, and for one
+    image with p q + (1 - p)(1 - q). So the counts of these give p and q without any label. Before the votes, all p and
+    q with p + q >= 1 are equally likely: a judge is not worse than chance.
+    """
+    decided = votes[((votes == 0) | (votes == 1)).all(1)]
+    position = decided[:, 0] - decided[:, 1]  # 1: twice the first position, -1: twice the second, 0: one image
+    first, second, both = (int((position == k).sum()) for k in (1, -1, 0))
+    place = torch.arange(GRID)
+    p = ((place + 0.5) / GRID).double().expand(GRID, GRID).T
+    q = p.T
+    log = first * (p * (1 - q)).log() + second * ((1 - p) * q).log() + both * (p * q + (1 - p) * (1 - q)).log()
+    sums = place[:, None] + place + 1
+    weight = (log - log[sums >= GRID].max()).exp() * ((sums > GRID) + 0.5 * (sums == GRID))
+    return p, q, weight / weight.sum()
 
 
 def _text(text: str) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import painted
 import pytest
 import torch
 from PIL import Image
-from torchvision.utils import save_image
 
 from diffalign.data.readers import read_records
 from diffalign.data.records import Record
 from diffalign.playground import Judge
-from diffalign.playground.world import captions, imagine, parse
+from diffalign.playground.world import captions
 from reward_models import load_scorer
 
 ROOT = Path(__file__).parents[2]
@@ -33,21 +33,9 @@ def rank() -> Callable[..., int]:
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
     """A model with two correct, vivid and well placed images per prompt, and one with pale and displaced images."""
-    return _model(tmp_path / "good", [(1.2, 0.0), (0.9, 1.0)]), _model(tmp_path / "poor", [(0.3, 6.0)])
-
-
-def _model(folder: Path, looks: list[tuple[float, float]], prompts: list[str] = PROMPTS) -> Path:
-    """Images of (vividness, distance from the place) for each prompt, in the layout of tools/generate.py."""
-    (folder / "images").mkdir(parents=True)
-    scene, rows = imagine([parse(p) for p in prompts], seed=0), []
-    for k, (vivid, away) in enumerate(looks):
-        images = scene._replace(colour=(scene.colour - 0.55) * vivid + 0.55, x=scene.x + away).render().clamp(0, 1)
-        for i, image in enumerate(images):
-            save_image(image, folder / "images" / f"{i:05d}_{k}.png")
-            row = {"prompt": prompts[i], "prompt_id": f"{i:05d}", "seed": 0, "sample": k}
-            rows.append(json.dumps({"image": f"images/{i:05d}_{k}.png", **row}))
-    (folder / "manifest.jsonl").write_text("\n".join(rows) + "\n")
-    return folder
+    return painted.folder(tmp_path / "good", [(1.2, 0.0), (0.9, 1.0)], PROMPTS), painted.folder(
+        tmp_path / "poor", [(0.3, 6.0)], PROMPTS
+    )
 
 
 def _records(path: Path) -> list[Record]:
@@ -149,7 +137,7 @@ def test_prompts_with_few_images_are_left_out_and_counted(
 def test_images_that_cannot_be_compared_are_refused(
     models: tuple[Path, Path], tmp_path: Path, rank: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = _model(tmp_path / "other", [(1.0, 0.0)], PROMPTS[::-1])
+    other = painted.folder(tmp_path / "other", [(1.0, 0.0)], PROMPTS[::-1])
     for words, complaint in (
         ([*models, other, "--out", tmp_path / "x.jsonl"], "prompt_id '00000' is"),
         ([models[0], models[0], "--out", tmp_path / "x.jsonl"], "is given twice"),

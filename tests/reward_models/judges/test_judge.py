@@ -18,7 +18,7 @@ from reward_models import load_scorer
 from reward_models.folder import cli
 from reward_models.folder.cards import card_text
 from reward_models.judges.chat import JudgeError
-from reward_models.judges.judge import label_probabilities
+from reward_models.judges.judge import label_probabilities, position_accuracy
 from reward_models.protocol import Unscored
 
 KEY = "sk-secret-0123456789"
@@ -275,8 +275,20 @@ def test_label_probabilities_are_calibrated_whatever_the_order_bias(p: float, q:
 
 
 def test_label_probabilities_of_few_votes() -> None:
+    """Over all p, q in [0, 1] with p + q >= 1 the mean of p is 2/3, of p q 5/12 and of (1 - p)(1 - q) 1/12: one pair
+    whose votes agree is right with 5/6."""
     votes = torch.tensor([[0.5, 0.5], [0.5, 1.0], [torch.nan, 1.0]])
-    assert label_probabilities(votes).tolist()[:2] == [0.5, 0.75]
-    assert label_probabilities(votes)[2].isnan()
-    found = label_probabilities(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-    assert found.tolist() == [1, 0]  # it never disagreed with itself
+    assert label_probabilities(votes)[:2].tolist() == pytest.approx([0.5, 2 / 3], abs=1e-4)
+    assert label_probabilities(votes)[2].isnan() and not len(label_probabilities(votes[:0]))
+    assert label_probabilities(torch.tensor([[1.0, 1.0]])).item() == pytest.approx(5 / 6, abs=1e-4)
+    agreeing = [label_probabilities(torch.ones(n, 2))[0].item() for n in (1, 2, 10, 100, 1000)]
+    assert agreeing == sorted(agreeing) and 0.99 < agreeing[3] < agreeing[4] < 1  # it never disagreed with itself
+    assert label_probabilities(torch.zeros(10, 2))[0].item() == pytest.approx(1 - agreeing[2], abs=1e-6)
+
+
+def test_the_accuracy_in_each_position_is_found_without_labels() -> None:
+    random = torch.Generator().manual_seed(0)
+    truth = torch.rand(4000, generator=random) < 0.5
+    right = torch.tensor([[0.6, 0.95], [0.95, 0.6]])[truth.long()]
+    votes = ((torch.rand(4000, 2, generator=random) < right) == truth[:, None]).float()
+    assert position_accuracy(votes) == pytest.approx((0.95, 0.6), abs=0.02)

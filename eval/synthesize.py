@@ -1,0 +1,294 @@
+"""Make preference data from generated images, by scorers, by judges, or both.
+
+    diffalign synthesize a b c --scorer hps_v2.1 --scorer pickscore --select ranked --out ranked.jsonl
+    diffalign synthesize images --judge "judge,url=http://127.0.0.1:8000/v1,model=my-model" --out pairs.jsonl
+    diffalign synthesize images --scorer pickscore --judge "judge,url=...,model=..." --min-agreement 1 --out pairs.jsonl
+
+Each FOLDER is written by `diffalign generate`, one for each generator; images of the same prompt_id are compared across
+folders. Scorers give each image a number. Judges compare two images in both orders; from all votes together it is
+estimated how often a judge is right in each position, and so how probably each label is right. With both, scorers
+choose the pairs and judges label them (for `ranked` and `winner`, judges compare all images). FILE.jsonl is read as
+`data.path` of the train recipes: pairs have prompt, chosen, rejected and `prob`; ranked groups have prompt, images,
+ranking and scores, with phi. Sources, agreement, aspects and the text of replies are kept with them. FILE.md is a data
+card with counts, settings and cost.
+
+Every answer is appended to FILE.jsonl.records, keyed by prompt, image bytes and what the scorer depends on (model,
+question, ...). So run the same command again after a kill, or with other rules, folders or scorers: nothing is asked
+twice. Only what failed is tried again; failures are counted in the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from diffalign.commands import program
+from reward_models.files import write_lines, write_whole
+from reward_models.folder.engine import add_options, check_scorers, load_scorers, settings
+from reward_models.folder.evaluation import launched
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reward_models.synthesis.asking import Asking
+    from reward_models.synthesis.records import Picture, Records
+    from reward_models.synthesis.selection import Group, Rules
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        synthesize(args)
+    except (ValueError, OSError) as error:
+        print(f"synthesize: {program.error_text(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folders", type=Path, nargs="+", metavar="FOLDER", help="images of one generator; all of the same prompts")
+    add("--out", type=Path, required=True, metavar="FILE.jsonl", help="the data set; FILE.md and the records beside it")
+    add_options(parser, required=False)
+    judge = "a scorer with `votes` (the scorer judge) that compares pairs in both orders; may be repeated"
+    add("--judge", action="append", default=[], metavar="NAME[,KEY=VALUE...]", help=judge)
+    add(
+        "--select",
+        choices=("best_worst", "all", "ranked", "winner"),
+        default="best_worst",
+        help="pairs of the best and the worst image of a prompt; all its pairs; its images as a ranked group; or a "
+        "winner drawn by softmax(score / --temperature), with the worst as loser (best_worst)",
+    )
+    add(
+        "--aggregate",
+        choices=("win_rate", "mean"),
+        help="several scorers: win_rate is the share of comparisons won over all scorers and images (Syn-Pic), in "
+        "[0, 1]; mean is their mean in standard deviations. Default: win_rate; for one scorer mean, in its unit",
+    )
+    add("--min-margin", type=float, default=0.0, metavar="M", help="leave out pairs closer than this in this number")
+    add("--min-probability", type=float, default=0.5, metavar="P", help="leave out less probable labels (0.5)")
+    add("--min-agreement", type=float, default=0.0, metavar="A", help="least share of scorers and judges who agree")
+    add(
+        "--require",
+        action="append",
+        default=[],
+        metavar="SCORER>=X",
+        help="leave out images below (or above, <=) a number of any scorer, such as one of safety; may be repeated",
+    )
+    add(
+        "--min-distance",
+        type=float,
+        default=0.0,
+        metavar="D",
+        help="leave out images nearer to another of their prompt: root mean square of pixels in [0, 1] at 32 x 32. "
+        "Equal images are always left out",
+    )
+    add("--temperature", type=float, default=1.0, metavar="T", help="of --select winner (1)")
+    add("--seed", type=int, default=0, help="of --select winner (0)")
+    return parser
+
+
+class Voices(NamedTuple):
+    """Scorers and judges by the keys of their answers, and the tests of --require."""
+
+    scorers: dict[str, tuple[str, Any]]  # with their specs
+    judges: dict[str, Any]
+    required: list[tuple[str, str, Any]]  # key, text of the option, test
+    every: dict[str, Any]  # scorers and those of --require
+
+    @property
+    def spent(self) -> list[str]:
+        """What judges cost, one line each."""
+        asked = {id(one): one for one in [*self.every.values(), *self.judges.values()]}
+        return [one.spent for one in asked.values() if hasattr(one, "spent")]
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    """Read the folders, ask scorers and judges what they have not said yet, write data set and card."""
+    from tqdm import tqdm  # here and below: heavy, and `--help` needs none of it
+
+    from diffalign.report import read_groups
+    from reward_models.folder.decoding import Decoder
+    from reward_models.placement import find_device
+    from reward_models.synthesis.asking import Asking, score_pictures
+    from reward_models.synthesis.records import Records, picture
+
+    rules, processes, dropped = _rules(args), launched(), Counter[str]()
+    rows = read_groups(args.folders)
+    device, count = find_device(args.device), sum(map(len, rows.values()))
+    settings(args, device)
+    with Decoder(args.workers, device=device, images=count) as decoder:
+        records = Records(args.out, processes.rank)
+        processes.wait()  # no process writes while another still reads the records
+        voices = _voices(args, records)
+        shown = tqdm(rows, desc="read", unit="prompt", disable=processes.rank > 0)
+        found = {key: [picture(row, args.out.parent) for row in rows[key]] for key in shown}
+        every = [one for pictures in found.values() for one in pictures]
+        try:
+            score_pictures(every, voices.every, Asking(records, decoder, args.batch_size, processes))
+            processes.wait()
+            if processes.rank:
+                return
+            if processes.world > 1:
+                records.read()
+            groups = dict(_groups(found, voices, records, rules, dropped))
+            asking = Asking(records, decoder, args.batch_size)
+            lines, votes = _lines(groups, voices, asking, rules, dropped, args.out.parent)
+        finally:
+            for spent in voices.spent if processes.rank == 0 else ():
+                print(f"synthesize: {spent}", flush=True)
+                records.note(spent)
+    counts = f"{count} images of {len(found)} prompts"
+    reasons = "; ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
+    if not lines:
+        raise ValueError(f"nothing is left of {counts} ({reasons})")
+    made = f"{len(lines)} {'ranked groups' if rules.select == 'ranked' else 'pairs'} from {counts}"
+    write_whole(args.out.with_suffix(".md"), _card(args, made, lines, rows, voices, dropped, votes, records.spent))
+    write_lines(args.out, lines)
+    print(f"{made} in '{args.out}'" + (f"; left out: {reasons}" if reasons else ""))
+
+
+def _rules(args: argparse.Namespace) -> Rules:
+    """Raises ValueError for options that do not fit."""
+    from reward_models.synthesis.selection import Rules
+
+    if args.out.suffix != ".jsonl":
+        raise ValueError(f"--out must end in .jsonl; got '{args.out}'")
+    if not args.scorer and not args.judge:
+        raise ValueError("give --scorer or --judge, or both; `reward-score info` lists scorers")
+    check_scorers(args.scorer)
+    if not 0.5 <= args.min_probability <= 1 or not 0 <= args.min_agreement <= 1:
+        raise ValueError("--min-probability must be in [0.5, 1] and --min-agreement in [0, 1]")
+    if args.min_margin < 0 or args.min_distance < 0 or args.temperature <= 0:
+        raise ValueError("--min-margin and --min-distance must be 0 or more, --temperature above 0")
+    args.aggregate = args.aggregate or ("win_rate" if len(args.scorer) > 1 else "mean")
+    return Rules(**{name: getattr(args, name) for name in Rules._fields})
+
+
+def _voices(args: argparse.Namespace, records: Records) -> Voices:
+    """Load every scorer and judge. Raises ValueError for a judge that cannot compare."""
+    from reward_models.synthesis.records import identity
+    from reward_models.synthesis.selection import requirement
+
+    tests = [(text, *requirement(text)) for text in args.require]
+    specs = list(dict.fromkeys([*args.scorer, *args.judge, *(spec for _, spec, _ in tests)]))
+    loaded = load_scorers(argparse.Namespace(**{**vars(args), "scorer": specs}))
+    for spec in args.judge:
+        if not hasattr(loaded[spec], "votes"):
+            raise ValueError(f"--judge {spec}: it has no `votes`; give it as --scorer, or use the scorer judge")
+    key = {spec: records.key(identity(spec, loaded[spec], args.dtype)) for spec in specs}
+    pair_key = {spec: records.key(identity(spec, loaded[spec], args.dtype, pairs=True)) for spec in args.judge}
+    required = [(key[spec], text, test) for text, spec, test in tests]
+    judges = {pair_key[spec]: loaded[spec] for spec in args.judge}
+    every = {key[spec]: loaded[spec] for spec in [*args.scorer, *(spec for _, spec, _ in tests)]}
+    return Voices({key[spec]: (spec, loaded[spec]) for spec in args.scorer}, judges, required, every)
+
+
+def _groups(
+    found: Mapping[str, Sequence[Picture]], voices: Voices, records: Records, rules: Rules, dropped: Counter[str]
+) -> Iterator[tuple[str, Group]]:
+    """The images of each prompt that have every score, meet --require and differ from each other; two or more."""
+    import numpy as np
+
+    from reward_models.synthesis.lines import mean
+    from reward_models.synthesis.selection import Group, distinct
+
+    for key, pictures in found.items():
+        kept = []
+        for one in pictures:
+            answers = {by: records.answer(by, (one,)) for by in voices.every}
+            if any(answer is None or answer.failed for answer in answers.values()):
+                dropped["image without a score"] += 1
+            elif failed := [text for by, text, test in voices.required if not test(mean(answers[by]))]:
+                dropped[f"image that does not meet {failed[0]}"] += 1
+            else:
+                kept.append(one)
+        kept = distinct(kept, rules.min_distance, dropped)
+        if len(kept) < 2:
+            dropped["prompt with fewer than two images"] += 1
+            continue
+        table = [[mean(records.answer(by, (one,))) for one in kept] for by in voices.scorers]
+        yield key, Group(kept, np.array(table).reshape(len(table), len(kept)))
+
+
+def _lines(
+    groups: Mapping[str, Group], voices: Voices, asking: Asking, rules: Rules, dropped: Counter[str], folder: Path
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """The lines of the data set, and the votes of each judge. Asks the judges."""
+    import torch
+
+    from reward_models.judges.judge import label_probabilities
+    from reward_models.protocol import choice_temperature_of
+    from reward_models.synthesis.asking import compare_pictures
+    from reward_models.synthesis.lines import Writer
+    from reward_models.synthesis.selection import Preferences
+
+    temperatures = [choice_temperature_of(scorer) for _, scorer in voices.scorers.values()]
+    preferences = Preferences(groups, temperatures, bool(voices.judges), rules, dropped)
+    asked = preferences.questions()
+    questions = [(groups[key].pictures[i], groups[key].pictures[j]) for key, i, j in asked]
+    compare_pictures(questions, voices.judges, asking)
+    votes, labels = {}, []
+    for by in voices.judges:
+        answers = [asking.records.answer(by, question) for question in questions]
+        numbers = [(math.nan,) * 2 if answer is None or answer.failed else answer.numbers for answer in answers]
+        votes[by] = torch.tensor(numbers).view(-1, 2)
+        labels.append(dict(zip(asked, label_probabilities(votes[by]).tolist(), strict=True)))
+    writer = Writer(folder, asking.records, voices.scorers, rules.select == "ranked")
+    lines = [
+        writer.line(groups[key].pictures, outcome, one)
+        for key, outcome in preferences.outcomes(labels)
+        for one in outcome.chosen
+    ]
+    return lines, votes
+
+
+def _card(
+    args: argparse.Namespace,
+    made: str,
+    lines: Sequence[Mapping[str, Any]],
+    rows: Mapping[str, Any],
+    voices: Voices,
+    dropped: Counter[str],
+    votes: Mapping[str, Tensor],
+    spent: Sequence[str],
+) -> str:
+    """The data card."""
+    from diffalign.report.data_card import data_card
+    from reward_models.judges.judge import described
+
+    does = "scores, to choose the pairs" if args.judge else "scores"
+    asked = [(spec, does, getattr(scorer, "record", {})) for spec, scorer in voices.scorers.values()]
+    asked += [(spec, "compares pairs", {}) for spec in args.judge]
+    names = (
+        "min_margin",
+        "min_probability",
+        "min_agreement",
+        "min_distance",
+        "require",
+        "temperature",
+        "seed",
+        "dtype",
+    )
+    rules = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("select", "aggregate", *names)}
+    folders = Counter(row["folder"] for group in rows.values() for row in group)
+    notes = [
+        f"{spec.split(',')[0]}: {described(found)}" for spec, found in zip(args.judge, votes.values(), strict=True)
+    ]
+    if sure := [(line["prob"], line["agreement"]) for line in lines if "prob" in line]:
+        probability, agreement = (sum(column) / len(sure) for column in zip(*sure, strict=True))
+        notes.append(
+            f"Mean probability of a label {probability:.1%}; mean share of scorers and judges {agreement:.1%}."
+        )
+    return data_card(args.out.stem, made, folders, asked, notes, rules, dropped, spent)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,265 @@
+"""From answers to preferences: which images of a prompt count, which pairs are formed, and who is preferred."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from reward_models.accuracy import win_rates
+from reward_models.images import ImageError, read_rgb
+from reward_models.synthesis.records import Picture
+
+Select = Literal["best_worst", "all", "ranked", "winner"]
+Aggregate = Literal["win_rate", "mean"]
+Matrix = NDArray[np.float64]
+THUMBNAIL = 32
+"""Images are compared for near-duplicates at this size, pixels."""
+
+
+class Rules(NamedTuple):
+    """How preferences are formed; see the options of eval/synthesize.py."""
+
+    select: Select
+    aggregate: Aggregate
+    min_margin: float
+    min_probability: float
+    min_agreement: float
+    min_distance: float
+    temperature: float
+    seed: int
+
+
+class Group(NamedTuple):
+    """The images of a prompt that count: K pictures, and scores [R, K] of R scorers (R may be 0)."""
+
+    pictures: Sequence[Picture]
+    scores: Matrix
+
+
+class Chosen(NamedTuple):
+    """Positions of a winner and a loser in a group, with the probability that the label is right and the share of
+    scorers and judges who agree with it; nan where not known, such as the probability of one scorer's label."""
+
+    winner: int
+    loser: int
+    probability: float
+    agreement: float
+
+
+class Outcome(NamedTuple):
+    """The preferences of a group.
+
+    utility  a number for each image [K], larger is better; nan for an image that no judge gave an answer on
+    shares   whether these are shares of comparisons won, in [0, 1]
+    chosen   the pairs; of a ranked group the best and the worst image, or nothing
+    """
+
+    utility: Matrix
+    shares: bool
+    chosen: list[Chosen]
+
+
+class Preferences:
+    """The preferences in groups of images, by scorers and judges.
+
+    groups        by prompt_id
+    temperatures  choice temperature of each scorer, None without one
+    judged        whether judges label the pairs. Scorers then choose the pairs, if there are any
+    dropped       counts what is left out, by reason
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Group],
+        temperatures: Sequence[float | None],
+        judged: bool,
+        rules: Rules,
+        dropped: Counter[str],
+    ):
+        self.groups, self.temperatures, self.judged = groups, temperatures, judged
+        self.rules, self.dropped = rules, dropped
+        self.all_judged = judged and (not temperatures or rules.select in ("ranked", "winner"))
+        self._scale = scales([*groups.values()]) if temperatures and groups else None
+
+    def questions(self) -> list[tuple[str, int, int]]:
+        """The pairs that judges are to compare: group and positions."""
+        if not self.judged:
+            return []
+        return [
+            (key, *pair)
+            for key, group in self.groups.items()
+            for pair in (
+                combinations(range(len(group.pictures)), 2)
+                if self.all_judged
+                else self._candidates(self._scored(group))
+            )
+        ]
+
+    def outcomes(self, labels: Sequence[Mapping[tuple[str, int, int], float]]) -> Iterator[tuple[str, Outcome]]:
+        """The preferences of each group. `labels` are the probabilities of each judge for its questions, nan without
+        an answer."""
+        asked: dict[str, list[tuple[int, int]]] = {key: [] for key in self.groups}
+        for key, i, j in labels[0] if labels else ():
+            asked[key].append((i, j))
+        for key, group in self.groups.items():
+            count = len(group.pictures)
+            pairs = [_of_votes(count, {(i, j): found[key, i, j] for i, j in asked[key]}) for found in labels]
+            scored = [_of_scores(x, t) for x, t in zip(group.scores, self.temperatures, strict=True)]
+            matrix = _mean(pairs if self.judged else scored)
+            utility = _share_won(matrix) if self.all_judged else self._scored(group)
+            shares = self.all_judged or self.rules.aggregate == "win_rate"
+            if self.judged and not self.all_judged:
+                chosen = self._decided(asked[key], [*scored, *pairs], matrix)
+            elif self.rules.select == "winner":
+                chosen = drawn_winner(utility, self.rules, key)
+            else:
+                chosen = self._decided(self._candidates(utility), [*scored, *pairs], matrix)
+            yield key, Outcome(utility, shares, chosen)
+
+    def _scored(self, group: Group) -> Matrix:
+        """Scores [R, K] -> a number per image [K]: win rates, or the mean in standard deviations."""
+        if self.rules.aggregate == "win_rate":
+            return win_rates(group.scores)
+        assert self._scale is not None
+        return ((group.scores - self._scale[0][:, None]) / self._scale[1][:, None]).mean(0)
+
+    def _candidates(self, utility: Matrix) -> list[tuple[int, int]]:
+        """Pairs (better, worse): the best and the worst, or all, without ties and those below the margin."""
+        ordered = sorted((i for i, x in enumerate(utility) if not math.isnan(x)), key=lambda i: -utility[i])
+        if len(ordered) < 2:
+            self.dropped["prompt without answers of a judge"] += 1
+            return []
+        pairs = list(combinations(ordered, 2)) if self.rules.select == "all" else [(ordered[0], ordered[-1])]
+        found = []
+        for better, worse in pairs:
+            margin = utility[better] - utility[worse]
+            if margin and margin >= self.rules.min_margin:
+                found.append((better, worse))
+            else:
+                self.dropped["pair below --min-margin" if margin else "tie"] += 1
+        return found
+
+    def _decided(self, pairs: Sequence[tuple[int, int]], voters: Sequence[Matrix], labels: Matrix) -> list[Chosen]:
+        """Who wins each pair by the matrix `labels`; pairs that are kept. `voters` are all scorers and judges."""
+        found = []
+        for i, j in pairs:
+            w, l_ = (i, j) if not labels[i, j] < 0.5 else (j, i)
+            probability = float(labels[w, l_])
+            said = [x[w, l_] for x in voters if not math.isnan(x[w, l_])]
+            agreement = float(sum((np.sign(x - 0.5) + 1) / 2 for x in said)) / max(len(said), 1)
+            for fault, reason in (
+                (math.isnan(probability), "pair without an answer of a judge"),
+                (probability == 0.5, "tie"),
+                (probability < self.rules.min_probability, "pair below --min-probability"),
+                (agreement < self.rules.min_agreement, "pair below --min-agreement"),
+            ):
+                if fault:
+                    self.dropped[reason] += 1
+                    break
+            else:
+                known = self.judged or len(self.temperatures) > 1 or self.temperatures[0] is not None
+                found.append(Chosen(w, l_, probability if known else math.nan, agreement))
+        return found
+
+
+def distinct(pictures: Sequence[Picture], min_distance: float, dropped: Counter[str]) -> list[Picture]:
+    """Pictures without those that equal an earlier one, or are nearer: root mean square of pixels in [0, 1] after
+    shrinking both to THUMBNAIL x THUMBNAIL. `dropped` counts them."""
+    kept: list[Picture] = []
+    small: list[NDArray[np.float32]] = []
+    for one in pictures:
+        if one.digest in {other.digest for other in kept}:
+            dropped["image is equal to another of its prompt"] += 1
+            continue
+        if min_distance:
+            try:
+                shrunk = _thumbnail(one)
+            except ImageError:
+                dropped["image that cannot be read"] += 1
+                continue
+            if any(np.sqrt(np.square(shrunk - other).mean()) < min_distance for other in small):
+                dropped["image is nearly equal to another of its prompt"] += 1
+                continue
+            small.append(shrunk)
+        kept.append(one)
+    return kept
+
+
+def _thumbnail(one: Picture) -> NDArray[np.float32]:
+    image = read_rgb(one.item.image).resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
+
+
+def scales(groups: Sequence[Group]) -> Matrix:
+    """Mean and standard deviation of each scorer over all images, [2, R]; 0 and 1 for a scorer alone, whose unit stays.
+
+    A scorer that gives every image the same number has a standard deviation of 1.
+    """
+    table = np.concatenate([group.scores for group in groups], axis=1)
+    if len(table) == 1:
+        return np.array([[0.0], [1.0]])
+    spread = table.std(1)
+    return np.stack([table.mean(1), np.where(spread > 0, spread, 1)])
+
+
+def _of_scores(scores: Matrix, temperature: float | None) -> Matrix:
+    """Scores [K] -> probabilities [K, K] that image i is preferred to j: sigmoid of the difference over the choice
+    temperature of the scorer; without one 1, 0 or, where equal, 1/2."""
+    apart = scores[:, None] - scores[None]
+    if temperature is None:
+        return (np.sign(apart) + 1) / 2
+    return 1 / (1 + np.exp(-np.clip(apart / temperature, -500, 500)))
+
+
+def _of_votes(count: int, found: Mapping[tuple[int, int], float]) -> Matrix:
+    """Probabilities of pairs (i, j) -> matrix [K, K]; nan where nothing was asked or answered."""
+    matrix = np.full((count, count), np.nan)
+    for (i, j), probability in found.items():
+        matrix[i, j], matrix[j, i] = probability, 1 - probability
+    return matrix
+
+
+def _share_won(matrix: Matrix) -> Matrix:
+    """Mean probability of each image to be preferred to another one, [K]; nan for an image without any answer."""
+    apart = np.where(np.eye(len(matrix), dtype=bool), np.nan, matrix)
+    return _mean(list(apart.T))
+
+
+def _mean(matrices: Sequence[Matrix]) -> Matrix:
+    """Mean of matrices, of those that are not nan."""
+    table = np.stack(matrices)
+    known = ~np.isnan(table)
+    return np.where(known.any(0), np.nansum(table, 0) / np.maximum(known.sum(0), 1), np.nan)
+
+
+def drawn_winner(utility: Matrix, rules: Rules, key: Any) -> list[Chosen]:
+    """A winner drawn with probability softmax(utility / temperature) (Luce's choice; curated retraining), and the worst
+    of the others. The draw depends only on the seed and the key. Nothing for fewer than two images."""
+    known = [i for i, x in enumerate(utility) if not math.isnan(x)]
+    if len(known) < 2:
+        return []
+    best = max(utility[known])
+    weights = [math.exp((utility[i] - best) / rules.temperature) for i in known]
+    (winner,) = random.Random(f"{rules.seed} {key}").choices(known, weights)
+    loser = min((i for i in known if i != winner), key=lambda i: utility[i])
+    return [Chosen(winner, loser, math.nan, math.nan)]
+
+
+def requirement(text: str) -> tuple[str, Callable[[float], bool]]:
+    """`SPEC>=NUMBER` or `SPEC<=NUMBER` -> the scorer and the test of its score. Raises ValueError."""
+    found = re.fullmatch(r"(.+)([<>])=\s*([-+\d.e]+)", text.strip())
+    try:
+        limit = float(found[3] if found else "")
+    except ValueError:
+        raise ValueError(f"--require must be SCORER>=NUMBER or SCORER<=NUMBER; got '{text}'") from None
+    assert found is not None
+    return found[1].strip(), (lambda score: score >= limit) if found[2] == ">" else (lambda score: score <= limit)

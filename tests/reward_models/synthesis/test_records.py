@@ -1,0 +1,67 @@
+"""Answers on disk: found by content, in either order of a pair; what an answer depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reward_models.folder.item import Item
+from reward_models.synthesis.records import Answer, Picture, Records, identity
+
+
+def _picture(name: str, prompt: str = "p") -> Picture:
+    return Picture(Item(f"{name}.png", prompt, Path(f"{name}.png")), name, {})
+
+
+def test_votes_on_a_pair_answer_for_its_reverse(tmp_path: Path) -> None:
+    """The first is better when shown first (1), and when shown second it is a tie. So the second is better in 1/2 when
+    shown first, and never when shown second."""
+    records, a, b = Records(tmp_path / "x.jsonl"), _picture("a"), _picture("b")
+    records.add("judge", [((a, b), Answer((1.0, 0.5)))])
+    for read in (records, Records(tmp_path / "x.jsonl")):
+        assert read.answer("judge", (a, b)) == Answer((1.0, 0.5))
+        assert read.answer("judge", (b, a)) == Answer((0.5, 0.0))
+        assert read.answer("judge", (a, a)) is None and read.answer("other", (a, b)) is None
+    assert records.unanswered("judge", [(b, a), (a, _picture("c")), (_picture("a", "q"), b)]) == {1, 2}
+
+
+def test_failures_are_asked_again_and_written_once(tmp_path: Path) -> None:
+    records, one = Records(tmp_path / "x.jsonl"), (_picture("a", "\ud800 \0"),)
+    for _ in range(2):
+        records.add("s", [(one, Answer(failed="no"))])
+    assert records.unanswered("s", [one]) == {0} and records.added == 1
+    records.add("s", [(one, Answer((2.0,), "two"))])
+    again = Records(tmp_path / "x.jsonl")
+    assert again.answer("s", one) == Answer((2.0,), "two") and not again.unanswered("s", [one])
+
+
+def test_what_an_answer_depends_on(tmp_path: Path) -> None:
+    """Weights in a folder count by content; the record of a judge instead of its spec, which has prices and retries."""
+
+    class Plain:
+        pass
+
+    class Recorded:
+        def __init__(self, template: str):
+            self.record, self.pair_record = {"template": template}, {"template": f"{template} of pairs"}
+
+    def key(spec: str, scorer: Any, dtype: str = "fp32", **how: Any) -> str:
+        return Records(tmp_path / "x.jsonl").key(identity(spec, scorer, dtype, **how))
+
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/model.safetensors").write_bytes(b"1")
+    before = key(str(tmp_path / "w"), Plain())
+    (tmp_path / "w/model.safetensors").write_bytes(b"2")
+    assert key(str(tmp_path / "w"), Plain()) != before
+    assert key("a,k=1", Plain()) != key("a,k=2", Plain()) and key("a", Plain()) != key("a", Plain(), "fp16")
+    assert key("judge,retries=1", Recorded("x")) == key("judge,retries=2", Recorded("x"))
+    keys = [key("judge", Recorded("x")), key("judge", Recorded("y")), key("judge", Recorded("x"), pairs=True)]
+    assert len(set(keys)) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "folder").write_text("a file")
+    with pytest.raises(OSError, match="folder"):
+        Records(tmp_path / "folder" / "x.jsonl").add("s", [((_picture("a"),), Answer((1.0,)))])

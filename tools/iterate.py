@@ -1,0 +1,282 @@
+"""Alternate generation, labelling, training and evaluation for several rounds, each from the last round's model.
+
+    diffalign iterate playground
+    diffalign iterate my_loop.yaml loop.rounds=5 train.options="trainer.steps=200 algorithm.loss=sppo"
+
+A round is commands in processes of their own: `diffalign generate` draws images of the prompts by the last round's
+model, `diffalign synthesize` makes preference data of them, a train recipe trains on it, and `eval win_rate` compares
+images of held-out prompts with those of the model before the first round. CONFIG is a YAML file, or the name of one in
+configs/iterate:
+
+    loop:
+      folder: runs/loop       # round-1/, round-2/, ..., and report/, which is written after each round
+      rounds: 3               # most rounds
+      reference: last         # of the losses: last, the model before the round; base, that before the first (LoRA only)
+      patience: 1             # stop after so many rounds in which the first judge of `evaluate` does not rise
+      fresh: first            # mix in lines of this data set (.jsonl, as `synthesize` writes it), or of the first round
+      fresh_share: 0.25       # their share of the training data
+      seed: 0                 # of noise, training and mixture; each round adds its number
+    model:
+      path: playground        # pipeline before the first round, as `backbone.path` and `--pipeline`
+      options: --steps 10     # further options of every `diffalign generate`
+    generate: {prompts: prompts.jsonl, samples_per_prompt: 4, others: [folder of another generator]}
+    synthesize: {scorers: [playground_hps], judges: [], select: best_worst, options: --min-margin 0.1}
+    train: {recipe: diffusion_dpo, config: playground, options: trainer.steps=100 algorithm.beta=50}
+    evaluate: {prompts: held_out.jsonl, scorers: [a judge that labels nothing, playground_hps], samples_per_prompt: 2}
+
+Run the same command again after a kill: finished stages are kept and an unfinished one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from omegaconf import OmegaConf
+
+from diffalign import config
+from diffalign.commands import launch, program
+from reward_models.files import read_json, read_lines, write_lines, write_whole
+
+
+class Loop:
+    """The section `loop`. Args: see the example above; so for the other sections."""
+
+    def __init__(
+        self,
+        *,
+        folder: str,
+        rounds: int = 3,
+        reference: Literal["last", "base"] = "last",
+        patience: int = 1,
+        fresh: str | None = None,
+        fresh_share: float = 0.0,
+        seed: int = 0,
+    ): ...
+
+    @staticmethod
+    def check(cfg: Mapping[str, Any]) -> list[str]:
+        """Problems, one line each."""
+        problems = config.too_small("loop", cfg, rounds=1, patience=1)
+        if not 0 <= cfg["fresh_share"] < 1 or (cfg["fresh"] is None) != (cfg["fresh_share"] == 0):
+            problems.append("'loop.fresh' and 'loop.fresh_share' in (0, 1) belong together; give both or neither")
+        if cfg["fresh"] not in (None, "first") and not cfg["fresh"].endswith(".jsonl"):
+            problems.append(f"'loop.fresh' = {cfg['fresh']} must be a .jsonl file or first")
+        return problems + _missing("loop.fresh", [] if cfg["fresh"] in (None, "first") else [cfg["fresh"]])
+
+
+def model(*, path: str, options: str = "") -> None:
+    """The section `model`."""
+
+
+class Generate:
+    """The section `generate`."""
+
+    def __init__(self, *, prompts: str, samples_per_prompt: int = 4, others: tuple[str, ...] = ()): ...
+
+    @staticmethod
+    def check(cfg: Mapping[str, Any]) -> list[str]:
+        """Problems, one line each."""
+        return _missing("generate", [cfg["prompts"], *cfg["others"]]) + config.too_small(
+            "generate", cfg, samples_per_prompt=1
+        )
+
+
+def synthesize(
+    *,
+    scorers: tuple[str, ...] = (),
+    judges: tuple[str, ...] = (),
+    select: Literal["best_worst", "all", "ranked", "winner"] = "best_worst",
+    options: str = "",
+) -> None:
+    """The section `synthesize`."""
+
+
+class Train:
+    """The section `train`."""
+
+    def __init__(self, *, recipe: str, config: str = "playground", options: str = ""): ...
+
+    @staticmethod
+    def check(cfg: Mapping[str, Any]) -> list[str]:
+        """Problems, one line each."""
+        known = launch.recipes("train")
+        return [] if cfg["recipe"] in known else [f"no train recipe '{cfg['recipe']}'; known: {', '.join(known)}"]
+
+
+class Evaluate:
+    """The section `evaluate`."""
+
+    def __init__(self, *, prompts: str, scorers: tuple[str, ...], samples_per_prompt: int = 2): ...
+
+    @staticmethod
+    def check(cfg: Mapping[str, Any], synthesize: Mapping[str, Any]) -> list[str]:
+        """Problems, one line each."""
+        problems = _missing("evaluate.prompts", [cfg["prompts"]])
+        problems += config.too_small("evaluate", cfg, samples_per_prompt=2)
+        if not cfg["scorers"] or cfg["scorers"][0] in (*synthesize["scorers"], *synthesize["judges"]):
+            problems.append("the first of 'evaluate.scorers' decides when to stop, so it must label nothing; name one")
+        return problems
+
+
+def _missing(name: str, files: Sequence[str]) -> list[str]:
+    return [f"'{name}': '{file}' does not exist" for file in files if not Path(file).exists()]
+
+
+SECTIONS: dict[str, Any] = {"loop": Loop, "model": model, "generate": Generate, "synthesize": synthesize}
+SECTIONS |= {"train": Train, "evaluate": Evaluate}
+MORE = ("loop.rounds", "loop.patience")
+"""Settings that may change when a loop goes on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file, or the name of one in configs/iterate")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(argv)
+    try:
+        content = config.read(args.config, launch.ROOT / "configs" / "iterate")
+        return Rounds(config.resolve(content, args.overrides, SECTIONS)).run()
+    except (ValueError, OSError) as error:
+        print(f"iterate: {program.error_text(error)}", file=sys.stderr)
+        return 2
+
+
+class Start(NamedTuple):
+    """The model a round starts from: a pipeline, and LoRAs that act on it at once."""
+
+    path: str
+    loras: tuple[str, ...] = ()
+
+
+class StageFailed(Exception):
+    """A command ended with an exit code other than 0."""
+
+
+class Rounds:
+    """The loop. Raises ValueError if its folder holds one with other settings."""
+
+    def __init__(self, cfg: config.Config):
+        self.cfg, self.folder = cfg, Path(cfg.loop["folder"])
+        self.done: set[str] = set()
+        file, now = self.folder / "config.yaml", OmegaConf.create(cfg.yaml())
+        if file.exists():
+            before: Any = config.read(str(file), self.folder)
+            keys = [f"{name}.{key}" for name, section in cfg.sections.items() for key in section]
+            for key in keys:
+                if key not in MORE and OmegaConf.select(before, key) != OmegaConf.select(now, key):
+                    raise ValueError(f"'{self.folder}' holds a loop with another {key}; choose another loop.folder")
+            self.done = set(read_json(self.folder / "stages.json"))
+        write_whole(self.folder / "stages.json", json.dumps(sorted(self.done)))
+        write_whole(file, cfg.yaml())
+
+    def run(self) -> int:
+        """All rounds. Returns the exit code of the first command that fails, or 0."""
+        from diffalign.report.rounds import best_round, read_round, write_rounds  # slow, and `--help` does not need it
+
+        loop, start, stopped = self.cfg.loop, Start(self.cfg.model["path"]), ""
+        base, rounds = self.folder / "base", list[dict[str, Any]]()
+        try:
+            self._draw("base", start, self.cfg.evaluate, loop["seed"], base)
+            for number in range(1, loop["rounds"] + 1):
+                here = self.folder / f"round-{number}"
+                start = self._round(number, here, start)
+                count = len(read_lines(here / "data.jsonl"))
+                rounds.append(read_round(number, base, here / "held_out", here / "win_rate.json", count))
+                best = best_round(rounds)
+                best = best["round"] if best["judges"][0]["gain_sd"] > 0 else 0
+                if number - best >= loop["patience"]:
+                    stopped = f"Stopped after round {number}: the held-out judge has not risen since round {best}."
+                page = write_rounds(self.folder / "report", rounds, title=self.folder.resolve().name, stopped=stopped)
+                print(f"\n{(page.parent / 'rounds.md').read_text()}report: '{page}'", flush=True)
+                if stopped:
+                    break
+        except StageFailed as failed:
+            stage, code = failed.args
+            print(f"iterate: {stage} failed; run the same command again to go on from there", file=sys.stderr)
+            return code
+        return 0
+
+    def _round(self, number: int, here: Path, start: Start) -> Start:
+        """One round from the model `start`. Returns the model after it."""
+        cfg, seed, name = self.cfg, self.cfg.loop["seed"] + number, f"round {number}"
+        if cfg.loop["reference"] == "base" and start.path != cfg.model["path"]:
+            raise ValueError("'loop.reference' = base needs a recipe that trains a LoRA (backbone.lora_rank)")
+        self._draw(f"{name}, images", start, cfg.generate, seed, here / "images")
+        words = [str(here / "images"), *cfg.generate["others"], "--select", cfg.synthesize["select"]]
+        words += [word for spec in cfg.synthesize["scorers"] for word in ("--scorer", spec)]
+        words += [word for spec in cfg.synthesize["judges"] for word in ("--judge", spec)]
+        words += [*shlex.split(cfg.synthesize["options"]), "--seed", str(seed), "--out", str(here / "pairs.jsonl")]
+        self._stage(f"{name}, preferences", "eval", "synthesize", words, here / "pairs.jsonl")
+        write_lines(here / "data.jsonl", self._mixed(number, here))
+        words = ["--config", cfg.train["config"], *shlex.split(cfg.train["options"]), f"backbone.path={start.path}"]
+        words += [f"data.path={here / 'data.jsonl'}", f"run.folder={here / 'run'}", f"run.seed={seed}"]
+        if start.loras and cfg.loop["reference"] == "base":
+            words.append(f"backbone.lora_start={start.loras[-1]}")
+        elif start.loras:
+            words.append(f"backbone.lora=[{','.join(start.loras)}]")
+        self._stage(f"{name}, training", "train", cfg.train["recipe"], words, here / "run" / "export")
+        export = str(here / "run" / "export")
+        if (here / "run" / "export" / "model_index.json").exists():
+            after = Start(export)
+        else:
+            after = Start(start.path, (export,) if cfg.loop["reference"] == "base" else (*start.loras, export))
+        self._draw(f"{name}, held-out images", after, cfg.evaluate, cfg.loop["seed"], here / "held_out")
+        words = [str(self.folder / "base"), str(here / "held_out"), "--out", str(here / "win_rate.json")]
+        words += [word for spec in cfg.evaluate["scorers"] for word in ("--scorer", spec)]
+        self._stage(f"{name}, evaluation", "eval", "win_rate", words, here / "win_rate.json")
+        return after
+
+    def _draw(self, stage: str, by: Start, section: Mapping[str, Any], seed: int, out: Path) -> None:
+        """Images of the prompts of a section by a model."""
+        words = ["--pipeline", by.path, *(word for lora in by.loras for word in ("--lora", lora))]
+        words += ["--prompts", section["prompts"], "--samples-per-prompt", str(section["samples_per_prompt"])]
+        words += ["--seed", str(seed), *shlex.split(self.cfg.model["options"]), "--out", str(out)]
+        self._stage(stage, "tools", "generate", words, out / "manifest.jsonl")
+
+    def _stage(self, stage: str, kind: str, name: str, words: list[str], output: Path) -> None:
+        """Run a command unless it is done. Raises StageFailed."""
+        if stage in self.done and output.exists():
+            return
+        if kind == "train":
+            if any((output.parent / "checkpoints").glob("step-*/state.json")):
+                words = [*words, "run.resume=true"]
+            else:  # without a checkpoint the run starts again
+                shutil.rmtree(output.parent, ignore_errors=True)
+        command = shlex.join(["diffalign", *([] if kind == "tools" else [kind]), name, *words])
+        print(f"\niterate: {stage}: {command}", flush=True)
+        one = 1 if kind == "eval" else None  # others: one process per GPU
+        if code := launch.start(launch.recipes(kind)[name], words, processes=one, config=None):
+            raise StageFailed(stage, code)
+        self.done.add(stage)
+        write_whole(self.folder / "stages.json", json.dumps(sorted(self.done)))
+
+    def _mixed(self, number: int, here: Path) -> Iterator[dict[str, Any]]:
+        """The lines of a round, and as many of the fresh data set that these are its share of all."""
+        lines = read_lines(here / "pairs.jsonl")
+        yield from lines
+        fresh, share = self.cfg.loop["fresh"], self.cfg.loop["fresh_share"]
+        if fresh is None or (fresh == "first" and number == 1):
+            return
+        file = self.folder / "round-1" / "pairs.jsonl" if fresh == "first" else Path(fresh)
+        others = read_lines(file)
+        count = min(len(others), round(len(lines) * share / (1 - share)))
+        for line in random.Random(f"{self.cfg.loop['seed']} {number}").sample(others, count):
+            for key in line.keys() & {"chosen", "rejected", "images"}:  # paths are relative to their file
+                names = line[key] if isinstance(line[key], list) else [line[key]]
+                moved = [os.path.relpath(file.parent / one, here) for one in names]
+                line[key] = moved if isinstance(line[key], list) else moved[0]
+            yield line
+
+
+if __name__ == "__main__":
+    program.run(main)
