@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 IMPORTS = ("torch", "diffusers", "transformers", "peft", "diffalign.training.hooks.standard", "reward_models")
+IMPORTS += ("diffalign.networks.loading", "reward_models.clip.scorers", "reward_models.blip.scorers", "ftfy")
 
 
 class Server:
@@ -104,12 +106,20 @@ def _own_streams() -> None:
                 handler.setStream(sys.stderr)
 
 
-def _serve(jobs: IO[str]) -> None:
+@cache
+def _prepare() -> None:
+    """Import what the process before the fork has not, once, so that no job does; before the first job, since many test
+    files have none."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    sys.modules["diffalign.networks.loading"].supported_families()
+    sys.modules["torch"].set_num_threads(1)
     gc.freeze()  # a collection would copy the pages of all objects into each process
+
+
+def _serve(jobs: IO[str]) -> None:
     for line in jobs:
-        for name in IMPORTS:  # those that the process before the fork has not
-            importlib.import_module(name)
-        sys.modules["torch"].set_num_threads(1)
+        _prepare()
         job = json.loads(line)
         children = []
         for rank in range(job["n"]):
