@@ -380,6 +380,8 @@ RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 @pytest.fixture(scope="session", autouse=True)
 def forks() -> Iterator[forking.Server]:
     """forks.run(code, ...) runs Python code in a forked process that has the imports already."""
+    if {"diffusers", "open_clip"} <= sys.modules.keys():  # this process will need the others as well
+        forking.prepare()
     server = forking.Server()
     yield server
     server.close()

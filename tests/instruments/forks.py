@@ -107,19 +107,18 @@ def _own_streams() -> None:
 
 
 @cache
-def _prepare() -> None:
-    """Import what the process before the fork has not, once, so that no job does; before the first job, since many test
-    files have none."""
+def prepare() -> None:
+    """Import what jobs need, once: in the process before the fork, or else in the server before its first job."""
     for name in IMPORTS:
         importlib.import_module(name)
     sys.modules["diffalign.networks.loading"].supported_families()
-    sys.modules["torch"].set_num_threads(1)
     gc.freeze()  # a collection would copy the pages of all objects into each process
 
 
 def _serve(jobs: IO[str]) -> None:
     for line in jobs:
-        _prepare()
+        prepare()
+        sys.modules["torch"].set_num_threads(1)
         job = json.loads(line)
         children = []
         for rank in range(job["n"]):
