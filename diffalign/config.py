@@ -110,15 +110,25 @@ def _configs(recipe: Path) -> Path:
     return recipe.resolve().parent.parent / "configs" / recipe.stem
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its help lists the keys of all sections, which it reads from their sources when it is asked."""
+
+    recipe: Path
+
+    def format_help(self) -> str:
+        self.epilog = keys(self.recipe, words)
+        return super().format_help()
+
+
 def command_line(recipe: Path) -> argparse.ArgumentParser:
     """Argument parser of a recipe. It does not import the recipe's modules, so that --help is fast."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=recipe.name,
         description=inspect.cleandoc(ast.get_docstring(ast.parse(recipe.read_text(encoding="utf-8"))) or ""),
-        epilog=keys(recipe, words),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.recipe = recipe
     names = ", ".join(sorted(p.stem for p in _configs(recipe).glob("*.yaml")))
     parser.add_argument("--config", help=f"YAML file, or the name of a shipped one: {names}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides; keys are listed below")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import pytest
 import tiny_language
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+re._MAXCACHE = 8192  # transformers compiles thousands of patterns each time it loads a model, as many as 512 are kept
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is one process per core already; child processes inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 ON_GPU = os.environ.get("DIFFALIGN_TEST_DEVICE") == "cuda"
@@ -37,6 +40,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         torch.set_num_threads(1)
     if pretend.AVAILABLE and not ON_GPU:  # torch is not asked: CUDA must not start before processes are forked
         pretend.register()  # now, since autograd starts a thread for each device at a process's first backward pass
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays; each full garbage collection would look at its 700,000 objects again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -372,6 +380,8 @@ RECIPE = "import runpy, sys; runpy.run_path(sys.argv[1])['main'](sys.argv[2:])"
 @pytest.fixture(scope="session", autouse=True)
 def forks() -> Iterator[forking.Server]:
     """forks.run(code, ...) runs Python code in a forked process that has the imports already."""
+    if {"diffusers", "open_clip"} <= sys.modules.keys():  # this process will need the others as well
+        forking.prepare()
     server = forking.Server()
     yield server
     server.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import json
 import re
 import runpy
 import subprocess
@@ -209,12 +210,18 @@ def test_help_describes_every_key_as_its_signature_has_it(recipe: str, sections:
 
 
 SEEN = """
-import runpy, sys
-try:
-    runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
-except SystemExit as ended:
-    assert not ended.code
-print(*sys.modules)
+import json, os, runpy, sys
+for words in json.loads(sys.argv[1]):
+    if child := os.fork():  # a start of Python for each would take half a second
+        assert not os.waitpid(child, 0)[1], words
+        continue
+    sys.argv = words
+    try:
+        runpy.run_path(words[0])["main"](words[1:])
+    except SystemExit as ended:
+        assert not ended.code
+    print(*sys.modules, "\\0", flush=True)
+    os._exit(0)
 """
 
 
@@ -223,10 +230,12 @@ def test_help_comes_at_once() -> None:
     cli = str(ROOT / "diffalign" / "commands" / "cli.py")
     calls = [[cli, "train", "pso", "--help"], [cli, "train", "hps", "--help"], [cli, "--help"]]
     calls += [[str(file), "--help"] for kind in ("eval", "tools") for file in sorted((ROOT / kind).glob("*.py"))]
-    for words in calls:
-        done = subprocess.run([sys.executable, "-c", SEEN, *words], capture_output=True, text=True, check=True)
-        assert "--help" in done.stdout and ("data.path: str" in done.stdout) == ("train" in words)
-        found = {"torch", "diffusers", "transformers", "open_clip"} & {*done.stdout.splitlines()[-1].split()}
+    command = [sys.executable, "-c", SEEN, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shown = done.stdout.removesuffix(" \0\n").split(" \0\n")
+    for words, said in zip(calls, shown, strict=True):
+        assert "--help" in said and ("data.path: str" in said) == ("train" in words)
+        found = {"torch", "diffusers", "transformers", "open_clip"} & {*said.splitlines()[-1].split()}
         assert not found, words
 
 

@@ -12,11 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 BLOCK = 512
 """Bytes to which CUDA's allocator rounds."""
 REST = "activations and temporaries"
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """Arguments or results of an operator. torch's pytree gives them too, in a multiple of the time."""
+    if isinstance(x, tuple | list | dict):
+        for y in x.values() if isinstance(x, dict) else x:
+            yield from _leaves(y)
+    else:
+        yield x
 
 
 class Peak(NamedTuple):
@@ -44,7 +52,7 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor | torch.Generator)]
+        given = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor | torch.Generator)]
         if given and not any(isinstance(x, FakeTensor) for x in given):
             with unset_fake_temporarily():  # keyed draws, tables and numbers of the host
                 return func(*args, **(kwargs or {}))
@@ -54,7 +62,7 @@ class Ledger(TorchDispatchMode):
             out = self.fake.from_tensor(indices)
         else:
             out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
+        for x in _leaves(out):
             self.add(x)
         return out
 

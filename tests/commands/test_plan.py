@@ -81,12 +81,10 @@ def test_lora_and_half_precision_store_the_frozen_weights_once(parts: Callable) 
     assert found["weights"] < 0.8 * whole["weights"] and "reference" not in found
 
 
-def test_online_methods_are_traced_with_decoder_and_scorers() -> None:
-    words = ["--config=playground", "data.batch_size=2", "sampler.steps=2"]
-    found = planning.plan(launch.find("train", "pso"), words)
+def test_online_methods_are_traced_with_decoder_and_scorers(parts: Callable) -> None:
+    found, training = parts("pso", "data.batch_size=2", "sampler.steps=2", "sampler.law=renoise")
     assert found.bytes == max(peak.bytes for peak in found.peaks.values()) > 2**20
-    parts = found.peaks["training"].parts
-    assert parts["scorers"] > 0 and parts["autoencoder and text encoders"] > 0
+    assert training["scorers"] > 0 and training["autoencoder and text encoders"] > 0
 
 
 @pytest.mark.parametrize(

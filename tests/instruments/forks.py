@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
 IMPORTS = ("torch", "diffusers", "transformers", "peft", "diffalign.training.hooks.standard", "reward_models")
+IMPORTS += ("diffalign.networks.loading", "reward_models.clip.scorers", "reward_models.blip.scorers", "ftfy")
 
 
 class Server:
@@ -104,11 +106,18 @@ def _own_streams() -> None:
                 handler.setStream(sys.stderr)
 
 
-def _serve(jobs: IO[str]) -> None:
+@cache
+def prepare() -> None:
+    """Import what jobs need, once: in the process before the fork, or else in the server before its first job."""
+    for name in IMPORTS:
+        importlib.import_module(name)
+    sys.modules["diffalign.networks.loading"].supported_families()
     gc.freeze()  # a collection would copy the pages of all objects into each process
+
+
+def _serve(jobs: IO[str]) -> None:
     for line in jobs:
-        for name in IMPORTS:  # those that the process before the fork has not
-            importlib.import_module(name)
+        prepare()
         sys.modules["torch"].set_num_threads(1)
         job = json.loads(line)
         children = []

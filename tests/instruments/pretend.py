@@ -130,6 +130,9 @@ class Seen(NamedTuple):
     uploads: Counter[str]
 
 
+PLAIN = {int, float, bool, str, type(None), torch.dtype}
+"""Types of most arguments of operators."""
+
 _watchers: list[Seen] = []
 _random: list[Tensor] = []  # state of the device's random generator
 _queued = [0]  # operators that ran on the device
@@ -293,16 +296,21 @@ def _mapped(f: Callable[[Any], Any], x: Any) -> Any:
     return {k: _mapped(f, y) for k, y in x.items()} if kind is dict else f(x)
 
 
-def _tensors(x: Any, found: list[Tensor]) -> list[Tensor]:
-    """Add the tensors of an operator's arguments to `found`."""
+def _unwrapped(x: Any, ours: list[Pretend], others: list[Tensor]) -> Any:
+    """Arguments of an operator for the CPU. Adds tensors on the device to `ours`, and other tensors to `others`."""
+    kind = type(x)
+    if kind is Pretend:
+        ours.append(x)
+        return x.raw
+    if kind in PLAIN:
+        return x
+    if kind is tuple or kind is list:
+        return kind([_unwrapped(y, ours, others) for y in x])
+    if kind is dict:
+        return {k: _unwrapped(y, ours, others) for k, y in x.items()}
     if isinstance(x, Tensor):
-        found.append(x)
-    elif isinstance(x, (tuple, list)):
-        for y in x:
-            _tensors(y, found)
-    elif isinstance(x, dict):
-        _tensors([*x.values()], found)
-    return found
+        others.append(x)
+    return torch.device("cpu") if kind is torch.device and x.type == NAME else x
 
 
 def _refuse_mixtures(name: str, args: Any, ours: list[Pretend], others: list[Tensor]) -> None:
@@ -350,9 +358,10 @@ def _facts(func: Any) -> tuple[str, bool, bool]:
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on the wrapped tensors; results are on the device as with CUDA."""
     name, mutable, random = _facts(func)
-    tensors = _tensors((args, kwargs), [])
-    ours = [x for x in tensors if isinstance(x, Pretend)]
-    _refuse_mixtures(name, args, ours, [x for x in tensors if not isinstance(x, Pretend)])
+    ours: list[Pretend] = []
+    others: list[Tensor] = []
+    plain, named = _unwrapped(args, ours, others), _unwrapped(kwargs, ours, others)
+    _refuse_mixtures(name, args, ours, others)
     target = kwargs.get("device")
     here = _on_device(target) if target is not None else bool(ours)
     if name in ("copy_", "set_"):
@@ -362,13 +371,11 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     _count(name, args, kwargs, here)
     _queued[0] += here
 
-    def unwrap(x: Any) -> Any:
-        if isinstance(x, Pretend):
-            return x.raw
-        return torch.device("cpu") if isinstance(x, torch.device) and x.type == NAME else x
-
-    with _own_stream() if here and random else contextlib.nullcontext():
-        result = func(*_mapped(unwrap, args), **_mapped(unwrap, kwargs))
+    if here and random:
+        with _own_stream():
+            result = func(*plain, **named)
+    else:
+        result = func(*plain, **named)
     if name == "_local_scalar_dense" or not here:
         return result
     if mutable:
@@ -377,14 +384,13 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
                 x.shape != x.raw.shape or x.stride() != x.raw.stride()
             ):  # an operator in place has given it another shape
                 Tensor.data.__set__(x, Pretend(x.raw))  # type: ignore[attr-defined]
-    back = {id(x.raw): x for x in ours}  # operators in place give back the very tensor
 
     def wrap(x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
-        same = back.get(id(x))
-        if same is not None and same.shape == x.shape and same.stride() == x.stride():
-            return same
+        for same in ours:  # operators in place give back the very tensor
+            if same.raw is x and same.shape == x.shape and same.stride() == x.stride():
+                return same
         return Pretend(x)
 
     return _mapped(wrap, result)
@@ -468,7 +474,7 @@ def _autocast(op: Any, cast: Any) -> Any:
 
 def _cast(args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
     def one(x: Any) -> Any:
-        floating = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        floating = isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in (dtype, torch.float64)
         return x.to(dtype) if floating and x.device.type == NAME else x
 
     return _mapped(one, args), _mapped(one, kwargs)
@@ -483,5 +489,8 @@ def _to_float(args: Any, kwargs: Any) -> Any:
 
 
 def _to_widest(args: Any, kwargs: Any) -> Any:
-    types = {x.dtype for x in _tensors((args, kwargs), []) if x.is_floating_point()}
+    ours: list[Pretend] = []
+    others: list[Tensor] = []
+    _unwrapped((args, kwargs), ours, others)
+    types = {x.dtype for x in (*ours, *others) if x.is_floating_point()}
     return _cast(args, kwargs, torch.float32) if torch.float32 in types else (args, kwargs)

@@ -83,10 +83,9 @@ assert here or distance(mine, gradients(plain)) < (1e-4 if compute is None and d
 
 values = {k: torch.randn(p.shape, generator=g) for k, p in trained(denoiser).items()}
 load_trained_state(denoiser, values)
-ema = Ema(denoiser, 0.5)
-for name, p in trained(denoiser).items():
-    back, again = whole(p), whole(like(p, values[name]))
-    average = whole(ema.tensors()[str(list(values).index(name))])
+averages = Ema(denoiser, 0.5).tensors()
+for k, (name, p) in enumerate(trained(denoiser).items()):
+    back, again, average = whole(p), whole(like(p, values[name])), whole(averages[str(k)])
     assert here or torch.equal(back, values[name]) and torch.equal(again, back) and torch.equal(average, back)
 before = {name: p for name, p in denoiser.named_parameters()}
 with gathered(denoiser):

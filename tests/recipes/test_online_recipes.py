@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stock import images, stock
 
 from diffalign.draws import Draws
@@ -118,19 +119,34 @@ def test_stock_diffusers_reproduces_the_sample_grid_from_the_export(
     assert (drawn[-1] - drawn[0]).abs().max() > 1e-3
 
 
+@pytest.fixture(scope="module")
+def other_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_sd with a U-Net of other weights."""
+    folder = tmp_path_factory.mktemp("other") / "pipeline"
+    shutil.copytree(tiny_sd, folder)
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 0.9 * value for name, value in load_file(file).items()}, file)
+    return folder
+
+
+@pytest.fixture(params=["two LoRAs on one network", "two networks"])
+def players(request: pytest.FixtureRequest, tiny_sd: Path, other_sd: Path) -> list[str]:
+    """Settings of a small generator and its teacher."""
+    teacher = tiny_sd if request.param == "two LoRAs on one network" else other_sd
+    return [f"backbone.path={tiny_sd}", f"teacher.path={teacher}", "sampler.law=renoise"]
+
+
 def two_players(folder: Path, *more: str) -> list[str]:
     settings = [f"run.folder={folder}", "data.limit=8", "run.log_every=1", "hooks.sample_every=0", *DARK]
     settings += ["hooks.verify_export=false", "algorithm.aux_rounds=2", "optimizer.lr=1e-3", "reward.normalise=running"]
     return ["--config=playground", *settings, *more]
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["two LoRAs on one network", "two networks"])
 def test_two_players_on_two_processes_equal_one(
-    tmp_path: Path, recipe: Callable, two_processes: Callable, shared: bool
+    tmp_path: Path, recipe: Callable, two_processes: Callable, players: list[str]
 ) -> None:
-    teacher = ["teacher.path=playground_one_step"] if shared else []
     # Running statistics get accumulated micro-batches one after the other, but those of two processes together.
-    more = [*teacher, "trainer.steps=2", "hooks.checkpoint_every=0", "reward.normalise=none"]
+    more = [*players, "trainer.steps=2", "hooks.checkpoint_every=0", "reward.normalise=none"]
     recipe("diff_instruct_star", *two_players(tmp_path / "one", *more, "data.batch_size=2", "trainer.grad_accum=2"))
     launched = two_processes("diff_instruct_star", *two_players(tmp_path / "two", *more, "data.batch_size=2"))
     assert launched.returncode == 0, launched.stderr[-3000:]
@@ -157,14 +173,12 @@ runpy.run_path(recipe)["main"](arguments)
 """
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["two LoRAs on one network", "two networks"])
 def test_two_players_killed_and_resumed_equal_never_killed(
-    tmp_path: Path, recipe: Callable, forks: Any, shared: bool
+    tmp_path: Path, recipe: Callable, forks: Any, players: list[str]
 ) -> None:
     """Bit for bit, the running statistics of the reward and a moving average included."""
     torch.set_num_threads(1)
-    more = ["teacher.path=playground_one_step"] if shared else []
-    more += ["trainer.steps=4", "hooks.checkpoint_every=2", "data.batch_size=2", "hooks.ema_decay=0.9"]
+    more = [*players, "trainer.steps=4", "hooks.checkpoint_every=2", "data.batch_size=2", "hooks.ema_decay=0.9"]
     recipe("diff_instruct_star", *two_players(tmp_path / "whole", *more))
     script = str(ROOT / "train" / "diff_instruct_star.py")
     killed = forks.run(KILLED, script, *two_players(tmp_path / "broken", *more))

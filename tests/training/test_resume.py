@@ -176,6 +176,7 @@ def test_two_players_resume_on_two_processes_with_equal_monitor_values(
 ) -> None:
     """Covers rollouts, positions of both players, and a monitor with three prompts on two processes."""
     settings = ["--config=playground", *WATCHED, "data.batch_size=2", "algorithm.aux_rounds=2", "hooks.sample_every=0"]
+    settings += [*SMALL, *(word.replace("backbone", "teacher") for word in SMALL), "sampler.law=renoise"]
     whole = tmp_path / "whole"
     recipe("diff_instruct_star", *settings, f"run.folder={whole}", "trainer.steps=4", "trainer.grad_accum=2")
     moved = as_killed_after(2, whole, tmp_path / "moved")

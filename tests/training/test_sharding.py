@@ -118,11 +118,13 @@ FEW = ["sampler.steps=4", "algorithm.first_step=1", "algorithm.start_weight=1"]
     ids=["two players share a network", "three networks", "steps that differ between processes"],
 )
 def test_online_recipes_sharded(
-    tmp_path: Path, recipe: Callable, sharded: Callable, name: str, settings: list[str]
+    tmp_path: Path, tiny_sd: Path, recipe: Callable, sharded: Callable, name: str, settings: list[str]
 ) -> None:
     """Several players; a monitor with an odd number of prompts; equally many forward passes on all processes."""
-    recipe(name, *ONLINE, *settings, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=2")
-    sharded(name, *ONLINE, *settings, f"run.folder={tmp_path / 'two'}")
+    paths = ["backbone.path", "teacher.path"] if name == "diff_instruct_star" else ["backbone.path"]
+    words = [*ONLINE, *settings, *(f"{path}={tiny_sd}" for path in paths), "sampler.law=renoise"]
+    recipe(name, *words, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=2")
+    sharded(name, *words, f"run.folder={tmp_path / 'two'}")
     same(tmp_path / "one", tmp_path / "two", loss=1e-4, weight=1e-4)
 
 

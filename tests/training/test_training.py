@@ -6,8 +6,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,19 +119,13 @@ def test_killed_and_resumed_equals_never_killed(
     assert same(weights(broken), weights(whole))
 
 
-def test_two_processes_equal_one_with_accumulation(tmp_path: Path, pairs_file: Path, recipe: Callable) -> None:
+def test_two_processes_equal_one_with_accumulation(
+    tmp_path: Path, pairs_file: Path, recipe: Callable, two_processes: Callable
+) -> None:
+    """In forked processes; tests/commands/test_signals.py has the command and its launcher start two of them."""
     settings = ["trainer.steps=3", "hooks.checkpoint_every=0", "data.draws_per_sample=2"]
     recipe("diffusion_dpo", *arguments(tmp_path / "one", pairs_file, *settings, "trainer.grad_accum=2"))
-    launched = subprocess.run(
-        [
-            *(sys.executable, "-m", "diffalign.commands.cli", "train", "--num-processes=2", "diffusion_dpo"),
-            *arguments(tmp_path / "two", pairs_file, *settings),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    launched = two_processes("diffusion_dpo", *arguments(tmp_path / "two", pairs_file, *settings))
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert "x 2 processes" in launched.stdout
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
