@@ -63,7 +63,9 @@ ONE_STEP = (f"backbone.path={ONE}", "sampler.steps=1")
 ONLINE_RL = ("trainer.steps=150", "optimizer.lr_cosine_steps=150", "data.batch_size=4", "optimizer.lr_warmup_steps=5")
 IN_FOUR = (f"backbone.path={FOUR}", "sampler.steps=4", "sampler.law=scheduler", "algorithm.span=[0,1]")
 ANCESTRAL = (f"backbone.path={BASE}", "sampler.steps=10", "sampler.law=ancestral")
-RL = six("algorithm.kl_weight", ("0", "1e-2"), LR, ("4e-3", "2e-3", "1e-3"))
+KL = "algorithm.kl_weight"
+RL = six(KL, ("0", "1e-2"), LR, ("1e-3", "2e-3", "4e-3"))
+RL_BY_JUDGE = six(KL, ("0", "1e-2"), LR, ("4e-3", "2e-3", "1e-3"))
 BY_JUDGE = ("reward.scorers=['diffalign.playground:Judge']", "trainer.steps=40", "optimizer.lr_cosine_steps=40")
 CONSTANT = "optimizer.lr_cosine_steps=null"
 ON_FLOW = (f"backbone.path={FLOW}", "backbone.max_sequence_length=8")
@@ -119,12 +121,26 @@ GROUPED: tuple[tuple[Row, ...], ...] = (
         Row("ddpo", "ddpo", RL, BASE, "scorer", (*ONLINE_RL, *ANCESTRAL)),
     ),
     (  # on the exact judge itself: whether a method climbs its reward, whatever a learned scorer is worth
-        Row("ddpo by judge", "ddpo", RL, FOUR, "scorer", (*ONLINE_RL, "algorithm.clip=0.1", *BY_JUDGE, CONSTANT)),
-        Row("diffusion_nft by judge", "diffusion_nft", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE, CONSTANT)),
-        Row("dgpo by judge", "dgpo", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
-        Row("awm by judge", "awm", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
-        Row("crd by judge", "crd", RL, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
-        Row("flow_grpo by judge", "flow_grpo", RL, FLOW, "scorer", (*ONLINE_RL, *ON_FLOW, *BY_JUDGE)),
+        Row(
+            "ddpo by judge",
+            "ddpo",
+            RL_BY_JUDGE,
+            FOUR,
+            "scorer",
+            (*ONLINE_RL, "algorithm.clip=0.1", *BY_JUDGE, CONSTANT),
+        ),
+        Row(
+            "diffusion_nft by judge",
+            "diffusion_nft",
+            RL_BY_JUDGE,
+            FOUR,
+            "scorer",
+            (*ONLINE_RL, *IN_FOUR, *BY_JUDGE, CONSTANT),
+        ),
+        Row("dgpo by judge", "dgpo", RL_BY_JUDGE, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
+        Row("awm by judge", "awm", RL_BY_JUDGE, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
+        Row("crd by judge", "crd", RL_BY_JUDGE, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
+        Row("flow_grpo by judge", "flow_grpo", RL_BY_JUDGE, FLOW, "scorer", (*ONLINE_RL, *ON_FLOW, *BY_JUDGE)),
     ),
 )
 """Rows in the order of work: a group with all its seeds before the next one."""
