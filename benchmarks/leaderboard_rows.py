@@ -67,7 +67,7 @@ KL = "algorithm.kl_weight"
 RL = six(KL, ("0", "1e-2"), LR, ("1e-3", "2e-3", "4e-3"))
 RL_BY_JUDGE = six(KL, ("0", "1e-2"), LR, ("4e-3", "2e-3", "1e-3"))
 BY_JUDGE = ("reward.scorers=['diffalign.playground:Judge']", "trainer.steps=40", "optimizer.lr_cosine_steps=40")
-CONSTANT = "optimizer.lr_cosine_steps=null"
+CONSTANT = ("optimizer.lr_cosine_steps=null",)
 ON_FLOW = (f"backbone.path={FLOW}", "backbone.max_sequence_length=8")
 
 
@@ -79,6 +79,12 @@ def offline(model: str = BASE, regime: str = "own", changes: Settings = ()) -> t
         Row("inpo", "inpo", DPO, model, regime, (*PAIRS, *changes)),
         Row("rank_dpo", "rank_dpo", DPO, model, regime, (*GROUPS, "data.draws_per_sample=null", *changes)),
     )
+
+
+def by_judge(algorithm: str, model: str, *changes: str, end: Settings = ()) -> Row:
+    """A row of online RL on the exact judge."""
+    whole = (*ONLINE_RL, *changes, *BY_JUDGE, *end)
+    return Row(f"{algorithm} by judge", algorithm, RL_BY_JUDGE, model, "scorer", whole)
 
 
 GROUPED: tuple[tuple[Row, ...], ...] = (
@@ -121,26 +127,12 @@ GROUPED: tuple[tuple[Row, ...], ...] = (
         Row("ddpo", "ddpo", RL, BASE, "scorer", (*ONLINE_RL, *ANCESTRAL)),
     ),
     (  # on the exact judge itself: whether a method climbs its reward, whatever a learned scorer is worth
-        Row(
-            "ddpo by judge",
-            "ddpo",
-            RL_BY_JUDGE,
-            FOUR,
-            "scorer",
-            (*ONLINE_RL, "algorithm.clip=0.1", *BY_JUDGE, CONSTANT),
-        ),
-        Row(
-            "diffusion_nft by judge",
-            "diffusion_nft",
-            RL_BY_JUDGE,
-            FOUR,
-            "scorer",
-            (*ONLINE_RL, *IN_FOUR, *BY_JUDGE, CONSTANT),
-        ),
-        Row("dgpo by judge", "dgpo", RL_BY_JUDGE, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
-        Row("awm by judge", "awm", RL_BY_JUDGE, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
-        Row("crd by judge", "crd", RL_BY_JUDGE, FOUR, "scorer", (*ONLINE_RL, *IN_FOUR, *BY_JUDGE)),
-        Row("flow_grpo by judge", "flow_grpo", RL_BY_JUDGE, FLOW, "scorer", (*ONLINE_RL, *ON_FLOW, *BY_JUDGE)),
+        by_judge("ddpo", FOUR, "algorithm.clip=0.1", end=CONSTANT),
+        by_judge("diffusion_nft", FOUR, *IN_FOUR, end=CONSTANT),
+        by_judge("dgpo", FOUR, *IN_FOUR),
+        by_judge("awm", FOUR, *IN_FOUR),
+        by_judge("crd", FOUR, *IN_FOUR),
+        by_judge("flow_grpo", FLOW, *ON_FLOW),
     ),
 )
 """Rows in the order of work: a group with all its seeds before the next one."""
