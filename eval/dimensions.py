@@ -66,11 +66,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score every image, print a table for each scorer, write the file."""
-    from diffalign.report.benchmarks import BENCHMARKS, read_others, read_prompts  # here and below: `--help` is fast
+    import numpy as np  # here and below: `--help` is fast
+
+    from diffalign.report.benchmarks import BENCHMARKS, read_others, read_prompts
     from reward_models.folder.journal import remove_journals
 
     benchmark, prompts = BENCHMARKS[args.benchmark], read_prompts(args.benchmark, args.prompts)
     if args.write_prompts:
+        if args.write_prompts.resolve() == args.prompts.resolve():
+            raise ValueError(f"--write-prompts '{args.write_prompts}' would replace --prompts; give another file")
         texts = dict.fromkeys(prompt.text.strip() for prompt in prompts)
         write_lines(args.write_prompts, ({"prompt": text, "prompt_id": f"{k:05d}"} for k, text in enumerate(texts)))
         print(f"{len(texts)} prompts in '{args.write_prompts}'")
@@ -81,15 +85,22 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("--hard counts answers to questions; add --questions")
     if args.questions and not prompts[0].questions:
         raise ValueError(f"{args.benchmark} has no questions; leave out --questions")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be 0 or more; got {args.seed}")
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"--out '{args.out}' is a folder; give a file")
+    how: Any = {"questions": args.questions, "hard": args.hard}
+    blank = [np.zeros((1, max(1, len(prompt.questions)))) for prompt in prompts]
+    names = [*tally(benchmark, prompts, blank, **how)]  # others are read first: an error costs no scoring
+    others = {model: found for file in args.others for model, found in read_others(file, names).items()}
     folders = [args.images, *([args.compare] if args.compare else [])]
     columns = _scores(args, prompts, folders)
     if columns is None:
         return
     results = []
     for spec, (unit, scores) in columns.items():
-        tables = [tally(benchmark, prompts, one, questions=args.questions, hard=args.hard) for one in scores]
-        rows = {name: row(benchmark.macro, name, tables, args.seed) for name in tables[0]}
-        others = {m: x for file in args.others for m, x in read_others(file, [*rows]).items()}
+        tables = [tally(benchmark, prompts, one, **how) for one in scores]
+        rows = {name: row(benchmark.macro, name, tables, args.seed) for name in names}
         print("\n".join([f"{spec}, unit {unit}", *markdown(rows, [x.name for x in folders], others)]), flush=True)
         found = {"name": spec, "unit": unit, "results": rows, "others": others}
         results.append(found | {"scores": [[x.tolist() for x in one] for one in scores]})
@@ -107,14 +118,15 @@ class Tile(NamedTuple):
     number: int
 
     def read(self) -> bytes:
-        """The sample as PNG. Raises OSError."""
-        from PIL import Image
+        """The sample as PNG. Raises ImageError."""
+        from reward_models.images import ImageError, read_rgb
 
-        with Image.open(self.file) as image:
-            width, height = image.width // 2, image.height // 2
-            left, top = self.number % 2 * width, self.number // 2 * height
-            out = io.BytesIO()
-            image.convert("RGB").crop((left, top, left + width, top + height)).save(out, "png")
+        image, out = read_rgb(self.file), io.BytesIO()
+        width, height = image.width // 2, image.height // 2
+        if not width or not height:
+            raise ImageError(f"{image.width} x {image.height} pixels are no grid of 2 x 2")
+        left, top = self.number % 2 * width, self.number // 2 * height
+        image.crop((left, top, left + width, top + height)).save(out, "png")
         return out.getvalue()
 
 
@@ -233,7 +245,8 @@ def markdown(
             ours.append(f"{found[key]:.4g}" + ("" if low is None else f" [{low:.4g}, {high:.4g}]"))
         theirs = [f"{model[name]:g}" if name in model else "" for model in others.values()]
         lines.append([name, str(found["prompts"]), *ours, *theirs])
-    return [f"| {' | '.join(line)} |" for line in lines]
+    cells = ([" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines)
+    return [f"| {' | '.join(line)} |" for line in cells]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from reward_models.protocol import Scorer, scores_of
 
 START = 256
 """Number of scores after which the statistics of normalise `start` are fixed."""
-STIFFNESS, MOST = 2.0, 3.0
-"""Of limits: the factor of a scorer's distance to its limit, and the largest size of the multipliers."""
+STIFFNESS, MOST, FARTHEST = 2.0, 3.0, 1e6
+"""Of limits: factor of a scorer's distance to its limit, largest size of the multipliers, and of the limits."""
 SQUASH = {"xi": torch.tanh, "mu": torch.sigmoid}
 Constraint = Literal["xi", "mu"]
 
@@ -101,7 +101,10 @@ class WeightedSum(nn.Module):
         self.register_buffer("squares", torch.tensor([s for _, s in start], dtype=torch.float64))
         self.maxmin, self.constraint, self.limit_rate = maxmin, constraint, limit_rate
         self.limits: Tensor
-        self.register_buffer("limits", torch.tensor(limits, dtype=torch.float64), persistent=False)
+        ends = torch.tensor(limits, dtype=torch.float64).clamp(-FARTHEST, FARTHEST)  # infinity times slope 0 is nan
+        if ends.isnan().any():
+            raise ValueError(f"limits must be numbers; got {list(limits)}")
+        self.register_buffer("limits", ends, persistent=False)
         self.gains: Tensor  # moving average of each scorer's normalised scores
         self.multipliers: Tensor  # of the limits
         for name in ("gains", "multipliers"):

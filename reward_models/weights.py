@@ -67,9 +67,21 @@ def pretrained(kind: Any, name: str, *, what: str, **settings: Any) -> Any:
         reachable()
     try:
         return kind.from_pretrained(name, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
-        need = "give a hub id, or a folder with config and processor or weights"
-        raise ValueError(f"no {what} can be loaded from '{name}': {one_line(error)}; {need}") from error
+    except Exception as error:  # transformers and tokenizers raise errors of every type for damaged files
+        need, why = "give a hub id, or a folder with config and processor or weights", one_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            why = "its weights contain pickled Python objects, which can run code, or are damaged"
+        elif "ignore_mismatched_sizes" in why:
+            why = "its weights have other shapes than those of its config"
+        raise ValueError(f"no {what} can be loaded from '{name}': {why}; {need}") from error
+
+
+def pretrained_whole(kind: Any, name: str, *, what: str, **settings: Any) -> Any:
+    """As `pretrained`, for a network. Raises ValueError if weights are missing: transformers would draw them."""
+    network, info = pretrained(kind, name, what=what, output_loading_info=True, **settings)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"'{name}' lacks {len(missing)} tensors of {what}, such as {missing[0]}")
+    return network
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from diffalign.networks.merging import merged_lora
 from diffalign.networks.placement import freeze
 from reward_models.files import read_json, write_whole
 
-FILE = "gates.json"
+FILE, HUGE = "gates.json", 1e30
 STEP = 1e-6
 """Noise levels are compared in units of this: timesteps are float32 here and float64 in the README's code."""
 
@@ -79,16 +80,17 @@ class Gates(nn.Module):
     def __init__(self, until: Sequence[float], weights: Mapping[str, Sequence[Sequence[float]]]):
         super().__init__()
         self.until = [round(x, 6) for x in until]
-        if not until or self.until[-1] != 1 or sorted({0.0, *self.until}) != [0.0, *self.until]:
+        if not until or self.until[-1] != 1 or not all(a < b for a, b in pairwise([0.0, *self.until])):  # nor nan
             raise ValueError(f"'until' must be noise levels that ascend to 1, such as [0.5, 1]; got {list(until)}")
         if not weights:
             raise ValueError("'weights' is empty; give the weights of all layers as {\"\": [[...], ...]}")
         self.blocks = sorted(weights, key=lambda x: (-len(x), x))
         count = len(next(iter(weights.values()))[0])
         for block, rows in weights.items():
-            if len(rows) != len(until) or any(len(row) != count or not all(map(math.isfinite, row)) for row in rows):
+            if len(rows) != len(until) or any(len(row) != count or not all(abs(x) < HUGE for x in row) for row in rows):
                 raise ValueError(
-                    f"'weights' of '{block}' must be {len(until)} lists (one an end in 'until') of {count} numbers"
+                    f"'weights' of '{block}' must be {len(until)} lists (one an end in 'until') "
+                    f"of {count} finite numbers"
                 )
         self.table = nn.Parameter(torch.tensor([weights[block] for block in self.blocks], dtype=torch.float32))
         ends = torch.tensor([round(x / STEP) for x in self.until[:-1]], dtype=torch.float32)
@@ -163,8 +165,13 @@ def save_gated(folder: Path, pipeline: Any, network: str, gates: Gates, base: st
     network: its name in the pipeline. base: the model, for the README.
 
     One interval is one LoRA as any other. Several are one file for each, with the table and a README that has the code.
+    Raises ValueError for a block that the network has not.
     """
     module, scheduler = getattr(pipeline, network), pipeline.scheduler
+    parts = dict(module.named_modules())
+    if wrong := [block for block in gates.blocks if block not in parts]:
+        some = ", ".join(x for x in blocks_of(module) if x)
+        raise ValueError(f"gates: '{wrong[0]}' is no block of the {network}, whose LoRAs are in {some}")
     adapters, table, several = [*module.peft_config], gates.table.tolist(), len(gates.until) > 1
     for layer in lora_layers(module):
         for expert in adapters:
@@ -210,6 +217,8 @@ def load_experts(
     network, names = backbone.denoiser.network, [f"expert_{k}" for k in range(len(experts))]
     for name, path in zip(names, experts, strict=True):
         load_network_lora(backbone, Path(path), name)
+        if any(name in getattr(layer, "lora_magnitude_vector", ()) for layer in lora_layers(network)):
+            raise ValueError(f"'gates.experts': LoRA '{path}' is a DoRA, whose change is no sum; give plain LoRAs")
     for layer in lora_layers(network):
         layer.set_adapter([name for name in names if name in layer.scaling])  # type: ignore[operator]
     freeze(network, backbone.dtype)

@@ -34,7 +34,7 @@ def load_teachers(backbone: Backbone, *, paths: tuple[str, ...] = (), weights: t
     for layer in lora_layers(backbone.denoiser.network):
         own: Any = layer
         vars(layer)["_active_adapter"] = [GENERATOR]
-        for part in (own.lora_A, own.lora_B):
+        for part in (own.lora_A, own.lora_B, own.lora_magnitude_vector):  # the last is of teachers that are DoRAs
             for name, module in part.items():  # loading a LoRA has frozen the student's
                 module.float().requires_grad_(name == GENERATOR)
     return Teachers(

@@ -100,7 +100,11 @@ class Rewards:
         found = {} if wait else parts(images, prompts)
 
         def scores() -> tuple[Tensor, Tensor]:
-            each = wait() if wait else found
+            try:
+                each = wait() if wait else found
+            except BaseException:  # else the process would end only after asking for all other images too
+                self._thread.shutdown(wait=False, cancel_futures=True)
+                raise
             self._update(each)
             return self.mixture.combine(each), torch.stack([*each.values()], dim=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ from reward_models.files import read_json, read_lines, read_text, text_lines
 from reward_models.images import find_images
 
 STYLES = ("anime", "concept-art", "paintings", "photo")
-SHOWN = 3
-OVERALL = "overall"
+SHOWN, OVERALL = 3, "overall"
 ALIASES = dict.fromkeys(("avg", "average", "averaged", "mean", "all", "total"), OVERALL) | {"animation": "anime"}
 """Headers of published tables -> dimensions."""
+NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 
 Array = NDArray[np.float64]
 
@@ -94,6 +95,10 @@ def read_prompts(name: str, path: Path) -> list[Prompt]:
         )
     with _expecting(path, f"{benchmark.file} of {name}"):
         found = benchmark.read(path)
+        for key, text, dimensions, questions in found:
+            texts = [text, *dimensions, *(x for q in questions for x in (q.text, *q.dimensions))]
+            if bad := [x for x in texts if not isinstance(x, str)] or texts[: not text.strip()]:
+                raise ValueError(f"prompt '{key}' has {bad[0]!r} where text is expected")
     if not found:
         raise ValueError(f"'{path}' has no prompts; expected {benchmark.file} of {name}")
     return found
@@ -110,18 +115,26 @@ def _expecting(path: Path, what: str) -> Iterator[None]:
         raise ValueError(f"'{path}' is not {what}: {type(error).__name__} {error}") from error
 
 
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """As `read_lines`; an incomplete last line is an error, as of a download that was cut off."""
+    rows = read_lines(path)
+    if len(rows) == sum(1 for _ in text_lines(path)):
+        return rows
+    raise ValueError(f"'{path}' ends within line {len(rows) + 1}; get the file again")
+
+
 def _geneval(path: Path) -> list[Prompt]:
-    return [Prompt(f"{k:05d}", str(row["prompt"]), (str(row["tag"]),)) for k, row in enumerate(read_lines(path))]
+    return [Prompt(f"{k:05d}", row["prompt"], (row["tag"],)) for k, row in enumerate(_whole_lines(path))]
 
 
 def _geneval2(path: Path) -> list[Prompt]:
     found = []
-    for number, row in enumerate(read_lines(path), 1):
+    for number, row in enumerate(_whole_lines(path), 1):
         if len(row["vqa_list"]) != len(row["skills"]) or not row["skills"]:
             raise ValueError(f"'{path}' line {number}: vqa_list and skills must have one length, 1 or more")
         asked = zip(row["vqa_list"], row["skills"], strict=True)
-        questions = tuple(Question(str(text), str(answer), (str(skill),)) for (text, answer), skill in asked)
-        found.append(Prompt(str(row["prompt"]), str(row["prompt"]), (f"atoms {row['atom_count']}",), questions))
+        questions = tuple(Question(text, str(answer), (skill,)) for (text, answer), skill in asked)
+        found.append(Prompt(row["prompt"], row["prompt"], (f"atoms {row['atom_count']}",), questions))
     return found
 
 
@@ -245,7 +258,7 @@ def read_others(path: Path, dimensions: Sequence[str]) -> dict[str, dict[str, fl
         raise ValueError(f"'{path}' has no column of {', '.join(dimensions)}; got {', '.join(map(_plain, header[1:]))}")
     found: dict[str, dict[str, float]] = {}
     for model, *cells in filter(None, lines):
-        numbers = zip(columns, (re.search(r"-?\d+(\.\d+)?(e-?\d+)?", cell) for cell in cells), strict=False)
+        numbers = zip(columns, (NUMBER.search(cell.replace("\u2212", "-")) for cell in cells), strict=False)
         found[_plain(model)] = {name: float(number[0]) for name, number in numbers if name and number}
     return found
 
@@ -267,12 +280,8 @@ def _markdown_rows(text: str) -> list[list[str]]:
     rules = [k for k, line in enumerate(lines) if "-" in line and "|" in line and not line.strip(" |:-")]
     if not rules or not rules[0]:
         return []
-    rows = [lines[rules[0] - 1]]
-    for line in lines[rules[0] + 1 :]:
-        if "|" not in line:
-            break
-        rows.append(line)
-    return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
+    rows = [lines[rules[0] - 1], *itertools.takewhile(lambda line: "|" in line, lines[rules[0] + 1 :])]
+    return [[x.strip().replace("\\|", "|") for x in re.split(r"(?<!\\)\|", row.strip().strip("|"))] for row in rows]
 
 
 def _plain(cell: str) -> str:

@@ -49,6 +49,10 @@ class MPS(NetworkScorer):
         super().__init__()
         config = pretrained(CLIPConfig, base, what="CLIP")
         self.tokenizer = pretrained(AutoTokenizer, base, what="tokenizer of CLIP")
+        if len(self.tokenizer) < (size := config.text_config.vocab_size):  # transformers makes one without a file
+            raise ValueError(
+                f"the tokenizer of '{base}' has {len(self.tokenizer)} of {size} tokens; add tokenizer.json"
+            )
         self.rule = ImageRule(config.vision_config.image_size, crop="transformers")
         self.condition, self.threshold = condition, threshold
         file = find_file(weights, None)

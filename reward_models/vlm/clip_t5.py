@@ -17,7 +17,7 @@ from reward_models.base import NetworkScorer
 from reward_models.placement import as_input, full_precision
 from reward_models.preprocess import CLIP_MEAN, ImageRule
 from reward_models.vlm.replies import PROMPT
-from reward_models.weights import pretrained
+from reward_models.weights import pretrained, pretrained_whole
 
 CLIP_T5, TOWER, TOKENIZER = "zhiqiulin/clip-flant5-xxl", "openai/clip-vit-large-patch14-336", "google/flan-t5-xxl"
 IMAGE, ANSWER = "<image>", "Yes"
@@ -58,10 +58,7 @@ class VQAScoreT5(NetworkScorer):
     def __init__(self, *, model: str = CLIP_T5, tower: str = TOWER, tokenizer: str = TOKENIZER):
         super().__init__()
         self.name = model
-        how: dict[str, Any] = {"torch_dtype": "auto", "output_loading_info": True}
-        self.network, info = pretrained(CLIPT5, model, what="CLIP-FlanT5", **how)
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"'{model}' lacks {len(missing)} tensors of CLIP-FlanT5, such as {missing[0]}")
+        self.network = pretrained_whole(CLIPT5, model, what="CLIP-FlanT5", torch_dtype="auto")
         self.tower = pretrained(CLIPVisionModel, tower, what="image tower", torch_dtype="auto")
         self.tokenizer = pretrained(AutoTokenizer, tokenizer, what="tokenizer")
         self.rule = ImageRule(self.tower.config.image_size, crop="transformers")

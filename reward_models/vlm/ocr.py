@@ -13,7 +13,7 @@ from transformers import AutoProcessor, GotOcr2ForConditionalGeneration
 
 from reward_models.placement import as_input
 from reward_models.protocol import Unscored, check_images
-from reward_models.weights import pretrained
+from reward_models.weights import pretrained, pretrained_whole
 
 GOT = "stepfun-ai/GOT-OCR-2.0-hf"
 END = "<|im_end|>"
@@ -36,7 +36,7 @@ class OCR(nn.Module):
         super().__init__()
         self.name, self.max_new_tokens = model, max_new_tokens
         how: dict[str, Any] = {"torch_dtype": "auto", "use_safetensors": True}
-        self.network = pretrained(GotOcr2ForConditionalGeneration, model, what="GOT-OCR2", **how)
+        self.network = pretrained_whole(GotOcr2ForConditionalGeneration, model, what="GOT-OCR2", **how)
         self.processor = pretrained(AutoProcessor, model, what="processor of GOT-OCR2")
         self.eval().requires_grad_(False)
 

@@ -17,7 +17,7 @@ from reward_models.placement import as_input
 from reward_models.preprocess import resize
 from reward_models.protocol import check_images
 from reward_models.vlm.readouts import Levels, first_tokens
-from reward_models.weights import pretrained
+from reward_models.weights import pretrained, pretrained_whole
 
 Q_SIT = "zhangzicheng/q-sit-mini"
 LEVELS, WEIGHTS = ("Excellent", "Good", "Fair", "Poor", "Bad"), (1, 0.75, 0.5, 0.25, 0)
@@ -45,7 +45,7 @@ class QSiT(nn.Module):
         super().__init__()
         self.name = model
         how: dict[str, Any] = {"torch_dtype": "auto", "use_safetensors": True}
-        self.network = pretrained(LlavaOnevisionForConditionalGeneration, model, what="LLaVA-OneVision", **how)
+        self.network = pretrained_whole(LlavaOnevisionForConditionalGeneration, model, what="LLaVA-OneVision", **how)
         self.processor = pretrained(AutoProcessor, model, what="processor of LLaVA-OneVision")
         self.readout = Levels([first_tokens(self.processor.tokenizer, [word])[0] for word in LEVELS], WEIGHTS)
         self.eval().requires_grad_(False)

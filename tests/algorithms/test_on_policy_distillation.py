@@ -106,6 +106,15 @@ def test_teachers_lie_beside_the_students_lora(tiny_sd: Path, tmp_path: Path, re
     assert {len(x) for name, x in exported.items() if "lora_A" in name} == {2} and len(exported) == 64
 
 
+def test_a_teacher_that_is_a_dora_stays_frozen(tiny_sd: Path, tmp_path: Path) -> None:
+    dora = files(tiny_sd, tmp_path, use_dora=True)["peft"]
+    student = load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
+    load_teachers(student, paths=(str(dora),))
+    parameters = dict(student.denoiser.named_parameters())
+    assert any("magnitude" in name for name in parameters)
+    assert all(p.requires_grad == (".default." in name) for name, p in parameters.items())
+
+
 def test_wrong_settings() -> None:
     sections = {"paths": (), "weights": (1.0, float("nan"))}, {"lora_rank": 0}
     assert [line.split("'")[1] for line in check_teachers(*sections)] == [

@@ -187,11 +187,16 @@ def test_gates_without_noise_levels_are_one_lora(
     [
         ({"until": [0.5], "weights": {"": [[1, 1]]}}, "ascend to 1, such as"),
         ({"until": [0.5, 0.2, 1], "weights": {"": [[1, 1]] * 3}}, "ascend to 1, such as"),
-        ({"until": [0.5, 1], "weights": {"": [[1, 1]]}}, "must be 2 lists (one an end in 'until') of 2 numbers"),
+        ({"until": [0.5, 1], "weights": {"": [[1, 1]]}}, "must be 2 lists (one an end in 'until') of 2 finite numbers"),
         ({"until": [1], "weights": {"": [[1, 1]], "mid_block": [[1]]}}, "'weights' of 'mid_block' must be 1 lists"),
         ({"until": [1], "weights": {"": [[1]]}}, "has weights for 1 LoRAs, and there are 2"),
         ({"until": [1], "weights": {}}, "'weights' is empty"),
         ({"until": [1], "weights": {"mid_block": [[1, 1]]}}, "add a block"),
+        ({"until": [float("nan"), 1], "weights": {"": [[1, 1]] * 2}}, "ascend to 1, such as"),
+        ({"until": [1], "weights": {"": [[1, float("inf")]]}}, "of 2 finite numbers"),
+        ({"until": [1], "weights": {"": [[1e300, 1]]}}, "of 2 finite numbers"),
+        ({"until": [1], "weights": {"": [[10**400, 1]]}}, "of 2 finite numbers"),
+        ({"until": [1], "weights": {"": [[1, 1]], "up_block.0": [[0, 1]]}}, "'up_block.0' is no block of the unet"),
         ([], 'must be {"until"'),
     ],
 )
@@ -204,3 +209,10 @@ def test_damaged_gates_are_named(
     error = capsys.readouterr().err
     assert error.startswith("merge: ") and said in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
+
+
+def test_doras_are_refused_before_gates_train(tiny_sd: Path, tmp_path: Path) -> None:
+    """The export, which cannot merge them, comes after the whole training."""
+    dora = files(tiny_sd, tmp_path, use_dora=True)["peft"]
+    with pytest.raises(ValueError, match=re.escape(f"'gates.experts': LoRA '{dora}' is a DoRA")):
+        load_experts(load_backbone(CPU, path=str(tiny_sd)), experts=(str(dora),))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor
@@ -131,3 +133,25 @@ def test_scorers_without_gradient_are_named() -> None:
         load_mixture("cpu", scorers=())
     with pytest.raises(ValueError, match=r"has a duplicate"):
         load_mixture("cpu", scorers=("clip", "clip"))
+
+
+def test_a_remote_scorer_that_fails_is_not_asked_for_the_images_that_wait() -> None:
+    """Their tries would keep the process for minutes after the error."""
+    asked, seen = [], threading.Event()
+
+    class Gone(Brightness):
+        remote = True
+
+        def score(self, images: Tensor, prompts) -> Tensor:
+            asked.append(prompts[0])
+            if prompts[0] == "b":
+                seen.wait(10)  # a request on the way when the first error is raised
+            raise OSError("the server is gone")
+
+    found = Rewards(WeightedSum({"gone": (Gone(), 1.0)}), decode, lambda values: values)
+    first, *_ = [found.start(X0[:1], [prompt]) for prompt in "abcd"]
+    with pytest.raises(OSError, match="the server is gone"):
+        first()
+    seen.set()
+    found._thread.shutdown()
+    assert asked in (["a"], ["a", "b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +25,7 @@ from diffalign.report.benchmarks import (
     soft_tifa,
 )
 from reward_models.accuracy import interval
+from reward_models.images import ImageError, decode_from
 
 ROOT = Path(__file__).parents[2]
 SCORER = "dimension_scorers:Light"
@@ -308,3 +310,64 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     _run(*where, "--out", tmp_path / "out.json", "--resume")
     assert seen == [4, 4, 4]
     assert (tmp_path / "out.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "bad"),
+    [
+        ("geneval", "a.jsonl", '{"prompt": null, "tag": "t"}\n', "prompt '00000' has None where text is expected"),
+        ("geneval", "a.jsonl", '{"prompt": " ", "tag": "t"}\n', "prompt '00000' has ' ' where"),
+        ("geneval", "a.jsonl", '{"prompt": "a", "tag": "t"}\n{"prompt": "b', "a.jsonl' ends within line 2; get the"),
+        ("hpsv2", "anime.json", '["a", 5]', "prompt 'anime/00001' has 5 where text is expected"),
+        ("drawbench", "a.csv", "Prompts,Category\nred\n", "prompt '00000' has None where text is expected"),
+    ],
+)
+def test_prompt_files_with_other_values_than_text(tmp_path: Path, name: str, file: str, text: str, bad: str) -> None:
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(bad)):
+        read_prompts(name, tmp_path / file)
+
+
+def test_errors_come_before_scoring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was scored without --out would be lost."""
+    (prompts := tmp_path / "g.jsonl").write_text('{"tag": "x", "prompt": "a"}\n')
+    where = ("geneval", "--prompts", prompts, "--images", _manifest(tmp_path / "own", ["a"], [0]), "--scorer", SCORER)
+    for words, bad in (
+        (("--others", tmp_path / "none.csv"), "none.csv"),
+        (("--seed", "-1"), "--seed must be 0 or more"),
+        (("--out", tmp_path), "is a folder"),
+        (("--write-prompts", prompts), "would replace --prompts"),
+    ):
+        assert recipe.main([*map(str, (*where, *words))]) == 2
+        said = capsys.readouterr()
+        assert bad in said.err and not said.out and "image/s" not in said.err
+    assert "tag" in prompts.read_text()
+
+
+def test_a_grid_is_read_as_any_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGBA", (8, 8)).save(tmp_path / "clear.png")  # over white, as everywhere
+    assert decode_from(recipe.Tile(tmp_path / "clear.png", 3).read).getpixel((0, 0)) == (255, 255, 255)
+    Image.new("I;16", (8, 8)).save(tmp_path / "deep.png")
+    Image.new("RGB", (1, 8)).save(tmp_path / "thin.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)
+    for name, bad in (("thin", "1 x 8 pixels are no grid"), ("deep", "more than 8 bits|bomb"), ("clear", "bomb")):
+        with pytest.raises(ImageError, match=bad):
+            decode_from(recipe.Tile(tmp_path / f"{name}.png", 0).read)
+
+
+def test_names_cannot_break_the_table(tmp_path: Path) -> None:
+    rows = {"a|b\nc": {"prompts": 1, "mean": 0.5, "mean_low": None, "mean_high": None}}
+    lines = recipe.markdown(rows, ["x|y"], {"m|1": {"a|b\nc": 0.25}})
+    assert lines == [
+        "| dimension | prompts | x\\|y | m\\|1 |",
+        "| --- | --- | --- | --- |",
+        "| a\\|b c | 1 | 0.5 | 0.25 |",
+    ]
+    (tmp_path / "t.md").write_text("| model | overall |\n|---|---|\n| m\\|1 | .43 |\n")
+    assert read_others(tmp_path / "t.md", ["overall"]) == {"m|1": {"overall": 0.43}}
+
+
+def test_numbers_of_others_keep_sign_and_exponent(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("model,overall\na,.43\nb,1E+2\nc,\u22120.5\nd,1e+20\ne,7.\nf,-\n")
+    found = read_others(tmp_path / "t.csv", ["overall"])
+    assert [x.get("overall") for x in found.values()] == [0.43, 100, -0.5, 1e20, 7, None]

@@ -252,3 +252,16 @@ def test_inconsistent_limits_are_refused() -> None:
     said = "\n".join(check_mixture(wrong | {"limits": (1.0,), "limit_rate": -1.0}))
     for words in ("limits' has 1 numbers for 2", "'reward.normalise' must be start", "use one of them", "be 0 or more"):
         assert words in said, said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constraint", ["xi", "mu"])
+def test_infinite_limits_are_no_limit(constraint: str, dtype: torch.dtype) -> None:
+    mixture = _limited((float("inf"), 1e300), constraint=constraint)
+    for name in (*mixture.learned, "limits"):
+        setattr(mixture, name, getattr(mixture, name).to(dtype))  # float32 on a device
+    mixture.update({"a": torch.tensor([5.0, 9.0]), "b": torch.tensor([-1.0, 9.0])})
+    assert mixture.multipliers.tolist() == [0, 0]
+    assert [float(x) for x in mixture.present_weights().values()] == [1, 1]
+    with pytest.raises(ValueError, match="limits must be numbers; got"):
+        _two(limits=(float("nan"), 1.0))

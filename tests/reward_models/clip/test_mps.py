@@ -154,3 +154,10 @@ def test_the_gradient_of_mps_reaches_every_image(made: Made) -> None:
     assert images.grad is not None and (images.grad.flatten(1).abs().sum(1) > 0).all()
     with pytest.raises(ValueError, match="no CLIP can be loaded from 'no/where'"):
         load_scorer(f"mps,weights={made[0]},base=no/where", "cpu")
+
+
+def test_a_folder_without_a_tokenizer_is_refused(made: Made, tmp_path: Path) -> None:
+    """transformers makes one that knows no word."""
+    (tmp_path / "config.json").write_bytes((made[0] / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="tokenizer of"):
+        load_scorer(f"mps,weights={made[0]},base={tmp_path}", "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,28 @@ def test_a_checkpoint_without_the_projector_is_refused(made: Made, tmp_path: Pat
     (tmp_path / "config.json").write_bytes((made[0] / "config.json").read_bytes())
     with pytest.raises(ValueError, match=r"lacks 2 tensors of CLIP-FlanT5, such as mm_projector\.2\.bias"):
         load_scorer(_spec(made[0]).replace(f"model={made[0]}", f"model={tmp_path}"), "cpu")
+
+
+def test_damaged_folders_are_named_and_nothing_in_them_runs(made: Made, tmp_path: Path) -> None:
+    """Pickled objects, a damaged pickle, weights of another config and a tokenizer without content."""
+    ran = tmp_path / "ran"
+
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (ran,)
+
+    for k, said in enumerate(("which can run code", "tower|T5", "other shapes", "no tokenizer")):
+        shutil.copytree(made[0], folder := tmp_path / str(k))
+        if k < 2:
+            (folder / "model.safetensors").unlink()
+            torch.save({"weight": Code()}, folder / "pytorch_model.bin")
+        if k == 1:
+            (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:200])
+        if k == 2:
+            (folder / "config.json").write_text("{}")
+        if k == 3:
+            (folder / "words" / "tokenizer.json").write_text("{}")
+        with pytest.raises(ValueError, match=said) as caught:
+            load_scorer(_spec(folder), "cpu")
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    assert not ran.exists()
