@@ -15,7 +15,7 @@ from reward_models.base import NetworkScorer
 from reward_models.images import find_images
 from reward_models.placement import as_input, full_precision
 from reward_models.preprocess import ImageRule
-from reward_models.weights import find_file, load_strict, pretrained, read_state
+from reward_models.weights import find_file, load_strict, pretrained_whole, read_state
 
 SIGLIP, DINO = "google/siglip-so400m-patch14-384", "facebook/dinov2-base"
 HEAD_FILE = "aesthetic_predictor_v2_5.pth"
@@ -55,7 +55,7 @@ class AestheticV25(_Tower):
     def __init__(self, *, weights: str, model: str = SIGLIP):
         super().__init__()
         file = find_file(weights, HEAD_FILE)
-        self.tower = pretrained(SiglipVisionModel, model, what="image tower", use_safetensors=True)
+        self.tower = pretrained_whole(SiglipVisionModel, model, what="image tower", use_safetensors=True)
         self.rule = ImageRule(self.tower.config.image_size, resize="squash", mean=_HALF, std=_HALF)
         layers: list[nn.Module] = []
         for a, b in zip((self.tower.config.hidden_size, *SIZES), SIZES, strict=False):
@@ -89,7 +89,7 @@ class DinoSimilarity(_Tower):
         files = [Path(references) / name for name in find_images(Path(references))]
         if not files:
             raise ValueError(f"references='{references}' must be a folder with images of the subject")
-        self.tower = pretrained(AutoModel, model, what="image tower", use_safetensors=True)
+        self.tower = pretrained_whole(AutoModel, model, what="image tower", use_safetensors=True)
         self.rule = ImageRule(224 + 2 * self.MARGIN, crop="transformers", mean=IMAGENET_MEAN, std=IMAGENET_STD)
         self.eval().requires_grad_(False)
         self.references: Tensor

@@ -59,7 +59,7 @@ class VQAScoreT5(NetworkScorer):
         super().__init__()
         self.name = model
         self.network = pretrained_whole(CLIPT5, model, what="CLIP-FlanT5", torch_dtype="auto")
-        self.tower = pretrained(CLIPVisionModel, tower, what="image tower", torch_dtype="auto")
+        self.tower = pretrained_whole(CLIPVisionModel, tower, what="image tower", torch_dtype="auto")
         self.tokenizer = pretrained(AutoTokenizer, tokenizer, what="tokenizer")
         self.rule = ImageRule(self.tower.config.image_size, crop="transformers")
         self._special = re.compile("|".join(map(re.escape, [IMAGE, *self.tokenizer.all_special_tokens])))

@@ -15,7 +15,7 @@ from reward_models.vlm.readouts import Head, Levels, Probability, Text, first_to
 from reward_models.vlm.replies import PROMPT, Template, read_template
 from reward_models.vlm.scorer import VLMScorer
 from reward_models.vlm.sizing import Patches
-from reward_models.weights import find_file, load_strict, pretrained, read_state
+from reward_models.weights import find_file, load_strict, pretrained, pretrained_whole, read_state
 
 HPS_V3, HPS_V3_FILE, HPS_V3_BASE = "MizzenAI/HPSv3", "HPSv3.safetensors", "Qwen/Qwen2-VL-7B-Instruct"
 REWARD = "<|Reward|>"
@@ -147,5 +147,5 @@ def _load(model: str) -> tuple[Any, Any]:
     """A chat model in the dtype of its file, and its processor. Raises ValueError for other models."""
     if (kind := pretrained(AutoConfig, model, what=VLM).model_type) not in KINDS:
         raise ValueError(f"'{model}' is a {kind}; the scorer needs one of {', '.join(KINDS)}")
-    network = pretrained(AutoModelForImageTextToText, model, what=VLM, torch_dtype="auto", use_safetensors=True)
+    network = pretrained_whole(AutoModelForImageTextToText, model, what=VLM, torch_dtype="auto", use_safetensors=True)
     return network, pretrained(AutoProcessor, model, what=VLM)
