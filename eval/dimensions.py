@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffalign.commands import program
 from reward_models.files import write_lines
-from reward_models.folder.engine import add_options
+from reward_models.folder.engine import add_options, not_negative
 from reward_models.folder.evaluation import launched, score_every, write_results
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--others", type=Path, action="append", default=[], metavar="FILE", help="others' .csv, .json, Markdown table")
     add("--out", type=Path, metavar="FILE.json", help="results and scores")
     add_options(parser, resume="an unfinished run with the same FILE.json", required=False)
-    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
+    add("--seed", type=not_negative, default=0, help="seed of the bootstrap (0)")
     return parser
 
 
@@ -85,8 +85,6 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError("--hard counts answers to questions; add --questions")
     if args.questions and not prompts[0].questions:
         raise ValueError(f"{args.benchmark} has no questions; leave out --questions")
-    if args.seed < 0:
-        raise ValueError(f"--seed must be 0 or more; got {args.seed}")
     if args.out is not None and args.out.is_dir():
         raise ValueError(f"--out '{args.out}' is a folder; give a file")
     how: Any = {"questions": args.questions, "hard": args.hard}

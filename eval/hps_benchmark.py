@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffalign.commands import program
 from reward_models.files import read_json
-from reward_models.folder.engine import add_options
+from reward_models.folder.engine import add_options, not_negative
 from reward_models.folder.evaluation import launched, listed, score_every, write_results
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--styles", nargs="+", choices=[*STYLES, PLAIN], default=STYLES, help="default: all but drawbench")
     add("--out", type=Path, metavar="FILE.json", help="results and scores")
     add_options(parser, resume="an unfinished run with the same FILE.json")
-    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
+    add("--seed", type=not_negative, default=0, help="seed of the bootstrap (0)")
     return parser
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffalign.commands import program
 from reward_models.accuracy import METRICS, Group, accuracy, always_tie, best_threshold, pick_threshold
-from reward_models.folder.engine import add_options
+from reward_models.folder.engine import add_options, not_negative
 from reward_models.folder.evaluation import launched, score_every, write_results
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, metavar="N", help="only the first N records")
     add("--out", type=Path, metavar="FILE.json", help="results")
     add_options(parser, resume="an unfinished run with the same FILE.json")
-    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
+    add("--seed", type=not_negative, default=0, help="seed of the bootstrap (0)")
     return parser
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from diffalign.commands import program
 from reward_models.files import write_whole
+from reward_models.folder.engine import not_negative
 from reward_models.loading import Dtype, load_scorer
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda:1, ...")
     add("--batch-size", type=int, metavar="B", help="images scored at once (32; on a GPU 64)")
     add("--dtype", choices=get_args(Dtype), default="auto", help="dtype of scorers (auto: fp16 on a GPU, else fp32)")
-    add("--seed", type=int, default=0, help="seed of the bootstrap (0)")
+    add("--seed", type=not_negative, default=0, help="seed of the bootstrap (0)")
     return parser
 
 

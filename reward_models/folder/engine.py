@@ -65,11 +65,16 @@ def add_options(parser: argparse.ArgumentParser, *, resume: str = "", required: 
         add("--resume", action="store_true", help=f"continue {resume}")
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """The type of an option that is an integer of 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more; got '{text}'")
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer of {least} or more; got '{text}'")
     return int(text)
+
+
+def not_negative(text: str) -> int:
+    """The type of an option that is an integer of 0 or more."""
+    return positive(text, least=0)
 
 
 def score_all(

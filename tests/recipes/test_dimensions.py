@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import runpy
 import textwrap
 from pathlib import Path
 from types import ModuleType
@@ -334,7 +335,6 @@ def test_errors_come_before_scoring(tmp_path: Path, capsys: pytest.CaptureFixtur
     where = ("geneval", "--prompts", prompts, "--images", _manifest(tmp_path / "own", ["a"], [0]), "--scorer", SCORER)
     for words, bad in (
         (("--others", tmp_path / "none.csv"), "none.csv"),
-        (("--seed", "-1"), "--seed must be 0 or more"),
         (("--out", tmp_path), "is a folder"),
         (("--write-prompts", prompts), "would replace --prompts"),
     ):
@@ -342,6 +342,10 @@ def test_errors_come_before_scoring(tmp_path: Path, capsys: pytest.CaptureFixtur
         said = capsys.readouterr()
         assert bad in said.err and not said.out and "image/s" not in said.err
     assert "tag" in prompts.read_text()
+    for name in ("dimensions", "hps_benchmark", "reward_accuracy", "win_rate"):
+        with pytest.raises(SystemExit, match="2"):
+            runpy.run_path(str(launch.find("eval", name)))["main"](["--seed", "-1"])
+        assert "--seed: must be an integer of 0 or more; got '-1'" in capsys.readouterr().err
 
 
 def test_a_grid_is_read_as_any_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
