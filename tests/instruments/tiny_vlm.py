@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,14 @@ def save(kind: str, folder: Path, *, extra: int = 0) -> Any:
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     return network
+
+
+def without_a_tensor(folder: Path, out: Path) -> Path:
+    """A copy of a model's folder, at `out`, whose weights lack a matrix of the first layer."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, out)
+    state = load_file(folder / "model.safetensors")
+    del state[next(name for name in state if name.endswith("layers.0.mlp.up_proj.weight"))]
+    save_file(state, out / "model.safetensors", {"format": "pt"})
+    return out

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import runpy
 import textwrap
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from programs import program_module
 
 from diffalign.commands import cli, launch
 from diffalign.report.benchmarks import (
@@ -28,7 +27,6 @@ from diffalign.report.benchmarks import (
 from reward_models.accuracy import interval
 from reward_models.images import ImageError, decode_from
 
-ROOT = Path(__file__).parents[2]
 SCORER = "dimension_scorers:Light"
 SOURCE = """
     class Light:
@@ -48,15 +46,7 @@ b2,A dark dog,,1,0,entity,whole,entity - whole (dog),Is there a dog?
 """
 
 
-def _recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "eval" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = _recipe("dimensions")
+recipe = program_module("dimensions")
 
 
 @pytest.fixture(autouse=True)

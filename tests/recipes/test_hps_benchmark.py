@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import textwrap
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from programs import program_module
 
-ROOT = Path(__file__).parents[2]
 SCORER = "benchmark_scorers:Light"
 SOURCE = """
     class Light:
@@ -23,15 +21,7 @@ SOURCE = """
 """
 
 
-def _recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "eval" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = _recipe("hps_benchmark")
+recipe = program_module("hps_benchmark")
 
 
 @pytest.fixture(autouse=True)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import textwrap
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from programs import program_module
 
-ROOT = Path(__file__).parents[2]
 SCORER = "accuracy_scorers:Light"
 SOURCE = """
     class Light:
@@ -41,15 +39,7 @@ SOURCE = """
 """
 
 
-def _recipe(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "eval" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = _recipe("reward_accuracy")
+recipe = program_module("reward_accuracy")
 
 
 @pytest.fixture(autouse=True)
