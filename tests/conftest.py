@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,19 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pipeline.save_pretrained(folder / "pipeline")
     return folder / "pipeline"
+
+
+@pytest.fixture(scope="session")
+def smallest_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_sd` with attention in its middle block alone: for tests whose time is that of its operators."""
+    from diffusers import UNet2DConditionModel
+
+    folder = tmp_path_factory.mktemp("smallest_sd") / "pipeline"
+    shutil.copytree(tiny_sd, folder)
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    UNet2DConditionModel.from_config(config | blocks).save_pretrained(folder / "unet")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -30,9 +30,9 @@ SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(tiny_sd: Path) -> None:
-    OFFLINE[2:] = [f"backbone.path={tiny_sd}"]
-    ONLINE[2:] = [f"backbone.path={tiny_sd}", f"teacher.path={tiny_sd}"]
+def small(smallest_sd: Path) -> None:
+    OFFLINE[2:] = [f"backbone.path={smallest_sd}"]
+    ONLINE[2:] = [f"backbone.path={smallest_sd}", f"teacher.path={smallest_sd}"]
 
 
 @pytest.fixture(autouse=True)
@@ -365,10 +365,10 @@ def test_a_run_folder_without_a_finished_step_can_be_reused(
         recipe(name, *words, "optimizer.lr=3e-5")
 
 
-def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recipe: Callable, tiny_sd: Path) -> None:
+def test_flipped_bytes_in_a_checkpoint_raise_with_the_file(tmp_path: Path, recipe: Callable, smallest_sd: Path) -> None:
     """For every file; the message names the checkpoint to resume from."""
     words = [*WATCHED, "trainer.steps=4", "hooks.checkpoint_every=2", "hooks.sample_every=0"]
-    words = settings(tmp_path / "run", *words, f"backbone.path={tiny_sd}", "sampler.law=renoise")
+    words = settings(tmp_path / "run", *words, f"backbone.path={smallest_sd}", "sampler.law=renoise")
     recipe("refl", *words)
     checkpoint = tmp_path / "run/checkpoints/step-000004"
     names = {p.name for p in checkpoint.iterdir()}

@@ -91,11 +91,11 @@ def test_outputs_and_accumulated_gradients_are_those_without_recordings(
         close(a, b)
 
 
-def test_a_second_forward_pass_before_the_backward_pass_has_its_own_recording(tiny_sd: Path) -> None:
+def test_a_second_forward_pass_before_the_backward_pass_has_its_own_recording(smallest_sd: Path) -> None:
     """Both gradients are right, by inputs and weights; an output that is dropped frees its recording."""
     found = []
     for graphs in (False, True):
-        backbone = backbone_of(tiny_sd, lora_rank=2, cuda_graphs=graphs)
+        backbone = backbone_of(smallest_sd, lora_rank=2, cuda_graphs=graphs)
         policy = backbone.denoiser
         trained = [p for p in policy.parameters() if p.requires_grad]
         for k in range(EAGER + 3):
@@ -112,8 +112,8 @@ def test_a_second_forward_pass_before_the_backward_pass_has_its_own_recording(ti
         close(a, b)
 
 
-def test_two_backward_passes_after_one_forward_pass_are_an_error(tiny_sd: Path) -> None:
-    backbone = backbone_of(tiny_sd, lora_rank=2, cuda_graphs=True)
+def test_two_backward_passes_after_one_forward_pass_are_an_error(smallest_sd: Path) -> None:
+    backbone = backbone_of(smallest_sd, lora_rank=2, cuda_graphs=True)
     for k in range(EAGER + 1):
         out = backbone.denoiser(*inputs_of(backbone, k)).mean()
     out.backward(retain_graph=True)
@@ -123,7 +123,7 @@ def test_two_backward_passes_after_one_forward_pass_are_an_error(tiny_sd: Path) 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_run_has_the_losses_of_one_without_recordings(
-    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, precision: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs_file: Path, smallest_sd: Path, recipe: Callable, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not REAL:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -133,7 +133,7 @@ def test_a_run_has_the_losses_of_one_without_recordings(
     found = []
     for graphs in ("false", "true"):
         folder = tmp_path / graphs
-        settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={tiny_sd}"]
+        settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={smallest_sd}"]
         settings += ["backbone.lora_rank=2", f"backbone.cuda_graphs={graphs}", "data.draws_per_sample=null"]
         settings += [f"run.mixed_precision={precision}", "trainer.steps=6", "optimizer.lr=1e-3", "trainer.grad_accum=2"]
         settings += ["hooks.checkpoint_every=0", "hooks.verify_export=false", "hooks.sample_every=3"]
@@ -146,11 +146,11 @@ def test_a_run_has_the_losses_of_one_without_recordings(
 
 @pytest.mark.skipif(REAL, reason="two processes cannot share one card")
 def test_two_processes_have_the_losses_of_one_without_recordings(
-    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, forks: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs_file: Path, smallest_sd: Path, recipe: Callable, forks: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv("ACCELERATE_TORCH_DEVICE", raising=False)
-    settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={tiny_sd}"]
+    settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={smallest_sd}"]
     settings += ["backbone.lora_rank=2", "trainer.steps=5", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
     settings += ["hooks.verify_export=false", "optimizer.lr=1e-3", "data.draws_per_sample=null"]
     here = [f"run.folder={tmp_path / 'two'}", "backbone.cuda_graphs=true"]

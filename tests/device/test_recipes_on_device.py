@@ -58,12 +58,12 @@ class Dark:
 
 
 @pytest.fixture
-def tiny(recipe: Callable, tiny_sd: Path, tiny_sd3: Path) -> Callable[..., None]:
+def tiny(recipe: Callable, smallest_sd: Path, tiny_sd3: Path) -> Callable[..., None]:
     """tiny("sft", "run.folder=...") runs a recipe on a model of few layers; the pretend device is slow by operator."""
 
     def call(name: str, *words: str) -> None:
-        paths = [f"backbone.path={tiny_sd3 if name == 'flow_grpo' else tiny_sd}"]
-        paths += [f"teacher.path={tiny_sd}"] if name in ("diff_instruct_star", "distill") else []
+        paths = [f"backbone.path={tiny_sd3 if name == 'flow_grpo' else smallest_sd}"]
+        paths += [f"teacher.path={smallest_sd}"] if name in ("diff_instruct_star", "distill") else []
         recipe(name, "--config=playground", *paths, *SHORT.get(name, []), *words)
 
     return call
@@ -158,9 +158,9 @@ def test_limits_of_the_reward_do_not_wait(
 @pytest.mark.parametrize("precision", ["bf16", "no"])
 @pytest.mark.parametrize("name", ["gates", "on_policy_distillation"])
 def test_a_step_with_lora_experts_does_not_wait(
-    tmp_path: Path, pairs_file: Path, tiny_sd: Path, tiny: Callable, steps_seen: Callable, name: str, precision: str
+    tmp_path: Path, pairs_file: Path, smallest_sd: Path, tiny: Callable, steps_seen: Callable, name: str, precision: str
 ) -> None:
-    experts = ",".join(str(files(tiny_sd, tmp_path / str(k), k)["diffusers"]) for k in (0, 1))
+    experts = ",".join(str(files(smallest_sd, tmp_path / str(k), k)["diffusers"]) for k in (0, 1))
     settings = [
         f"run.folder={tmp_path / 'run'}",
         "data.batch_size=4",

@@ -24,7 +24,7 @@ from diffalign.networks.reference import reference_for
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux"]
 WAYS = [*((family, "blocks") for family in FAMILIES), ("tiny_sd3", "whole")]
 ROOT = Path(__file__).parent.parent.parent
-FAST = {"dynamic": False, "backend": "aot_eager"}
+FAST = {"dynamic": False, "backend": "eager"}
 """Graphs are captured as always, and run as they are: no code is generated."""
 FAST_RECIPE = f"""
 import runpy, sys
@@ -92,22 +92,22 @@ def test_every_family_is_compiled_once_for_each_state_of_its_lora(
 
 
 def test_the_blocks_that_cuda_compiles_beside_have_the_same_outputs(
-    fast_compiler: None, monkeypatch: pytest.MonkeyPatch, tiny_sd: Path
+    fast_compiler: None, monkeypatch: pytest.MonkeyPatch, smallest_sd: Path
 ) -> None:
-    plain = next(outputs(tiny_sd, None, lora_rank=2))
+    plain = next(outputs(smallest_sd, None, lora_rank=2))
     blocks = [*UNet2DConditionModel._repeated_blocks, *compilation.CUDA_BLOCKS]
     monkeypatch.setattr(UNet2DConditionModel, "_repeated_blocks", blocks)
-    for compiled, eager in zip(next(outputs(tiny_sd, None, lora_rank=2, compile="blocks")), plain, strict=True):
+    for compiled, eager in zip(next(outputs(smallest_sd, None, lora_rank=2, compile="blocks")), plain, strict=True):
         torch.testing.assert_close(compiled, eager)
 
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="the C++ code of older ones cannot round as eager mode does")
-def test_the_compiled_reference_equals_the_policy_in_half_precision(tiny_sd: Path) -> None:
+def test_the_compiled_reference_equals_the_policy_in_half_precision(smallest_sd: Path) -> None:
     """With the code that a run compiles. Without `emulate_precision_casts` this fails."""
     before = compile_seconds()
     for rank in (2, 0):
         (frozen, policy, gradient), (_, plain, plain_gradient) = (
-            next(outputs(tiny_sd, HALF, lora_rank=rank, compile=how)) for how in ("blocks", "off")
+            next(outputs(smallest_sd, HALF, lora_rank=rank, compile=how)) for how in ("blocks", "off")
         )
         assert torch.equal(frozen, policy)
         torch.testing.assert_close(policy, plain, atol=0.02, rtol=0.02)
@@ -117,12 +117,12 @@ def test_the_compiled_reference_equals_the_policy_in_half_precision(tiny_sd: Pat
 
 @pytest.mark.parametrize("rank", [2, 0])
 def test_a_compiled_run_has_the_losses_of_one_that_is_not(
-    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, fast_compiler: None, capsys: Any, rank: int
+    tmp_path: Path, pairs_file: Path, smallest_sd: Path, recipe: Callable, fast_compiler: None, capsys: Any, rank: int
 ) -> None:
     found = {}
     for how in ("off", "blocks"):
         folder = tmp_path / how
-        settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={tiny_sd}"]
+        settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={smallest_sd}"]
         settings += [f"backbone.lora_rank={rank}", f"backbone.compile={how}", "data.draws_per_sample=2"]
         settings += ["run.mixed_precision=bf16", "algorithm.beta=5000", "trainer.steps=3", "optimizer.lr=1e-4"]
         settings += ["hooks.checkpoint_every=0", "hooks.verify_export=false", "hooks.sample_every=3"]
@@ -138,13 +138,13 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 def test_two_processes_compile_too(
-    tmp_path: Path, pairs_file: Path, tiny_sd: Path, recipe: Callable, forks: Any, monkeypatch: Any, sharded: bool
+    tmp_path: Path, pairs_file: Path, smallest_sd: Path, recipe: Callable, forks: Any, monkeypatch: Any, sharded: bool
 ) -> None:
     """With compiled blocks in DDP or sharded: the losses of one process that accumulates."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
     monkeypatch.setenv("FSDP_VERSION", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
-    settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={tiny_sd}"]
+    settings = ["--config=playground", f"data.path={pairs_file}", "data.batch_size=2", f"backbone.path={smallest_sd}"]
     settings += ["backbone.lora_rank=2", "trainer.steps=2", "hooks.sample_every=0", "hooks.checkpoint_every=0"]
     settings += ["hooks.verify_export=false"]
     here = [f"run.folder={tmp_path / 'two'}", "backbone.compile=blocks"]
