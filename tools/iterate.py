@@ -101,7 +101,7 @@ class Rounds:
                 raise ValueError(f"'{self.folder}' holds a loop with another {key}; choose another loop.folder")
         self.shared = shared_prompts(cfg)
         if cfg.loop["fresh"] not in (None, "first"):
-            read_fresh(Path(cfg.loop["fresh"]))
+            read_fresh(Path(cfg.loop["fresh"]), cfg.synthesize["select"])
         if not any(stage.endswith(STAGES["train"]) for stage in self.done):
             check_training(cfg)
         write_whole(file, cfg.yaml())
@@ -201,7 +201,7 @@ class Rounds:
         if fresh is None or (fresh == "first" and number == 1):
             return
         file = self.folder / "round-1" / "pairs.jsonl" if fresh == "first" else Path(fresh)
-        others, count = read_fresh(file), round(len(lines) * share / (1 - share))
+        others, count = read_fresh(file, self.cfg.synthesize["select"]), round(len(lines) * share / (1 - share))
         if count > len(others):
             count = len(others)
             found = count / (count + len(lines))

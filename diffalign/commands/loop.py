@@ -161,13 +161,15 @@ def check_training(cfg: config.Config) -> None:
         )
 
 
-def read_fresh(file: Path) -> list[dict[str, Any]]:
-    """Lines of a data set to be mixed in. Raises ValueError for a line without a prompt or the names of its images."""
+def read_fresh(file: Path, select: str) -> list[dict[str, Any]]:
+    """Lines of a data set to be mixed in. Raises ValueError for a line that is none of `synthesize` with this
+    --select, since pairs and ranked groups cannot be read from one file."""
     lines = read_lines(file)
     for number, line in enumerate(lines, 1):
-        images = line["images"] if "images" in line else [line.get("chosen"), line.get("rejected")]
+        images = line.get("images") if select == "ranked" else [line.get("chosen"), line.get("rejected")]
         if not isinstance(images, list) or not all(isinstance(one, str) for one in [line.get("prompt"), *images]):
-            raise ValueError(f"'{file}' line {number} needs prompt, chosen, rejected, or prompt, images, ranking")
+            expected = "prompt, images, ranking" if select == "ranked" else "prompt, chosen, rejected"
+            raise ValueError(f"'{file}' line {number} needs {expected}, as 'synthesize.select' = {select} writes them")
     if not lines:
         raise ValueError(f"'{file}' is empty; leave out 'loop.fresh' and 'loop.fresh_share'")
     return lines

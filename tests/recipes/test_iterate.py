@@ -186,19 +186,21 @@ def test_fresh_data_are_checked_and_a_share_that_cannot_be_met_is_said(
     fresh = Path("fresh.jsonl")
     for line, complaint in (
         ("", "'fresh.jsonl' is empty"),
-        ('{"prompt": "a", "path1": "a.png", "path2": "b.png"}', "line 1 needs prompt, chosen, rejected, or prompt"),
+        (
+            '{"prompt": "a", "path1": "a.png", "path2": "b.png"}',
+            "line 1 needs prompt, chosen, rejected, as 'synthesize.select' = best_worst",
+        ),
         ('{"prompt": "a", "chosen": 1, "rejected": "b.png"}', "line 1 needs"),
-        ('{"prompt": "a", "images": "a.png"}', "line 1 needs"),
-        ('{"prompt": "a", "images": [null]}', "line 1 needs"),
+        ('{"prompt": "a", "images": ["a.png", "b.png"], "ranking": [1, 2]}', "line 1 needs"),
     ):
         fresh.write_text(line + "\n" * bool(line))
         assert cli.main(words) == 2 and complaint in capsys.readouterr().err and not imitated.calls
-    fresh.write_text('{"prompt": "a", "images": ["c.png", "d.png"]}\n')
+    fresh.write_text('{"prompt": "a", "chosen": "c.png", "rejected": "d.png"}\n')
     assert cli.main(words) == 0
     assert "'fresh.jsonl' has only 1 lines: their share is 0.50, not 0.75" in capsys.readouterr().err
     data = Path("loop/round-1/data.jsonl").read_text()
-    assert data.count("\n") == 2 and '["../../c.png", "../../d.png"]' in data
-    fresh.write_text('{"prompt": "b", "images": ["e.png", "f.png"]}\n')
+    assert data.count("\n") == 2 and '"../../c.png", "rejected": "../../d.png"' in data
+    fresh.write_text('{"prompt": "b", "chosen": "e.png", "rejected": "f.png"}\n')
     assert cli.main(words) == 0 and Path("loop/round-1/data.jsonl").read_text() == data  # what was trained on
 
 
