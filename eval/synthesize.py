@@ -101,12 +101,12 @@ class Voices(NamedTuple):
     scorers: dict[str, tuple[str, Any]]  # with their specs
     judges: dict[str, Any]
     required: list[tuple[str, str, Any]]  # key, text of the option, test
-    every: dict[str, Any]  # scorers and those of --require
+    every: dict[str, tuple[str, Any]]  # scorers and those of --require
 
     @property
     def spent(self) -> list[str]:
         """What judges cost, one line each."""
-        asked = {id(one): one for one in [*self.every.values(), *self.judges.values()]}
+        asked = {id(one): one for one in [*(one for _, one in self.every.values()), *self.judges.values()]}
         return [one.spent for one in asked.values() if hasattr(one, "spent")]
 
 
@@ -114,6 +114,7 @@ def synthesize(args: argparse.Namespace) -> None:
     """Read the folders, ask scorers and judges what they have not said yet, write data set and card."""
     from tqdm import tqdm  # here and below: heavy, and `--help` needs none of it
 
+    from diffalign.people.choice_file import exclusive
     from diffalign.report import read_groups
     from reward_models.folder.decoding import Decoder
     from reward_models.placement import find_device
@@ -124,7 +125,8 @@ def synthesize(args: argparse.Namespace) -> None:
     rows = read_groups(args.folders)
     device, count = find_device(args.device), sum(map(len, rows.values()))
     settings(args, device)
-    with Decoder(args.workers, device=device, images=count) as decoder:
+    own = args.out.with_name(args.out.name + (f"-{processes.rank}" if processes.rank else ""))
+    with exclusive(own, "synthesize"), Decoder(args.workers, device=device, images=count) as decoder:
         records = Records(args.out, processes.rank)
         processes.wait()  # no process writes while another still reads the records
         voices = _voices(args, records)
@@ -166,8 +168,12 @@ def _rules(args: argparse.Namespace) -> Rules:
     check_scorers(args.scorer)
     if not 0.5 <= args.min_probability <= 1 or not 0 <= args.min_agreement <= 1:
         raise ValueError("--min-probability must be in [0.5, 1] and --min-agreement in [0, 1]")
-    if args.min_margin < 0 or args.min_distance < 0 or args.temperature <= 0:
+    if not (0 <= args.min_margin < math.inf and 0 <= args.min_distance < math.inf and 0 < args.temperature < math.inf):
         raise ValueError("--min-margin and --min-distance must be 0 or more, --temperature above 0")
+    drawn, limits = args.select == "winner", {"min_margin": 0, "min_probability": 0.5, "min_agreement": 0}
+    for name, default in limits.items() if drawn else [("temperature", 1)]:
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on --select {args.select}; leave it out")
     args.aggregate = args.aggregate or ("win_rate" if len(args.scorer) > 1 else "mean")
     return Rules(**{name: getattr(args, name) for name in Rules._fields})
 
@@ -187,7 +193,7 @@ def _voices(args: argparse.Namespace, records: Records) -> Voices:
     pair_key = {spec: records.key(identity(spec, loaded[spec], args.dtype, pairs=True)) for spec in args.judge}
     required = [(key[spec], text, test) for text, spec, test in tests]
     judges = {pair_key[spec]: loaded[spec] for spec in args.judge}
-    every = {key[spec]: loaded[spec] for spec in [*args.scorer, *(spec for _, spec, _ in tests)]}
+    every = {key[spec]: (spec, loaded[spec]) for spec in [*args.scorer, *(spec for _, spec, _ in tests)]}
     return Voices({key[spec]: (spec, loaded[spec]) for spec in args.scorer}, judges, required, every)
 
 

@@ -33,108 +33,27 @@ import argparse
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
 from diffalign import config
 from diffalign.commands import launch, program
+from diffalign.commands.loop import SECTIONS, check_training, read_fresh, shared_prompts
+from diffalign.people.choice_file import exclusive
 from reward_models.files import read_json, read_lines, write_lines, write_whole
+from reward_models.settings import typed
 
-
-class Loop:
-    """The section `loop`. Args: see the example above; so for the other sections."""
-
-    def __init__(
-        self,
-        *,
-        folder: str,
-        rounds: int = 3,
-        reference: Literal["last", "base"] = "last",
-        patience: int = 1,
-        fresh: str | None = None,
-        fresh_share: float = 0.0,
-        seed: int = 0,
-    ): ...
-
-    @staticmethod
-    def check(cfg: Mapping[str, Any]) -> list[str]:
-        """Problems, one line each."""
-        problems = config.too_small("loop", cfg, rounds=1, patience=1)
-        if not 0 <= cfg["fresh_share"] < 1 or (cfg["fresh"] is None) != (cfg["fresh_share"] == 0):
-            problems.append("'loop.fresh' and 'loop.fresh_share' in (0, 1) belong together; give both or neither")
-        if cfg["fresh"] not in (None, "first") and not cfg["fresh"].endswith(".jsonl"):
-            problems.append(f"'loop.fresh' = {cfg['fresh']} must be a .jsonl file or first")
-        return problems + _missing("loop.fresh", [] if cfg["fresh"] in (None, "first") else [cfg["fresh"]])
-
-
-def model(*, path: str, options: str = "") -> None:
-    """The section `model`."""
-
-
-class Generate:
-    """The section `generate`."""
-
-    def __init__(self, *, prompts: str, samples_per_prompt: int = 4, others: tuple[str, ...] = ()): ...
-
-    @staticmethod
-    def check(cfg: Mapping[str, Any]) -> list[str]:
-        """Problems, one line each."""
-        return _missing("generate", [cfg["prompts"], *cfg["others"]]) + config.too_small(
-            "generate", cfg, samples_per_prompt=1
-        )
-
-
-def synthesize(
-    *,
-    scorers: tuple[str, ...] = (),
-    judges: tuple[str, ...] = (),
-    select: Literal["best_worst", "all", "ranked", "winner"] = "best_worst",
-    options: str = "",
-) -> None:
-    """The section `synthesize`."""
-
-
-class Train:
-    """The section `train`."""
-
-    def __init__(self, *, recipe: str, config: str = "playground", options: str = ""): ...
-
-    @staticmethod
-    def check(cfg: Mapping[str, Any]) -> list[str]:
-        """Problems, one line each."""
-        known = launch.recipes("train")
-        return [] if cfg["recipe"] in known else [f"no train recipe '{cfg['recipe']}'; known: {', '.join(known)}"]
-
-
-class Evaluate:
-    """The section `evaluate`."""
-
-    def __init__(self, *, prompts: str, scorers: tuple[str, ...], samples_per_prompt: int = 2): ...
-
-    @staticmethod
-    def check(cfg: Mapping[str, Any], synthesize: Mapping[str, Any]) -> list[str]:
-        """Problems, one line each."""
-        problems = _missing("evaluate.prompts", [cfg["prompts"]])
-        problems += config.too_small("evaluate", cfg, samples_per_prompt=2)
-        if not cfg["scorers"] or cfg["scorers"][0] in (*synthesize["scorers"], *synthesize["judges"]):
-            problems.append("the first of 'evaluate.scorers' decides when to stop, so it must label nothing; name one")
-        return problems
-
-
-def _missing(name: str, files: Sequence[str]) -> list[str]:
-    return [f"'{name}': '{file}' does not exist" for file in files if not Path(file).exists()]
-
-
-SECTIONS: dict[str, Any] = {"loop": Loop, "model": model, "generate": Generate, "synthesize": synthesize}
-SECTIONS |= {"train": Train, "evaluate": Evaluate}
-MORE = ("loop.rounds", "loop.patience")
+MORE = ("loop.rounds", "loop.patience", "evaluate.scorers")
 """Settings that may change when a loop goes on."""
+STAGES = {"generate": ", images", "synthesize": ", preferences", "train": ", training"}
+"""Section -> end of the names of the stages that use it. Until one is done, its settings may change as well."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -145,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         content = config.read(args.config, launch.ROOT / "configs" / "iterate")
-        return Rounds(config.resolve(content, args.overrides, SECTIONS)).run()
+        cfg = config.resolve(content, args.overrides, SECTIONS)
+        with exclusive(Path(cfg.loop["folder"]) / "stages.json", "iterate", "loop.folder"):
+            return Rounds(cfg).run()
     except (ValueError, OSError) as error:
         print(f"iterate: {program.error_text(error)}", file=sys.stderr)
         return 2
@@ -163,20 +84,26 @@ class StageFailed(Exception):
 
 
 class Rounds:
-    """The loop. Raises ValueError if its folder holds one with other settings."""
+    """The loop. Raises ValueError if its folder holds one with other settings, or if the settings cannot work."""
 
     def __init__(self, cfg: config.Config):
         self.cfg, self.folder = cfg, Path(cfg.loop["folder"])
-        self.done: set[str] = set()
+        self.stages = self.folder / "stages.json"
+        try:
+            self.done = set(typed(read_json(self.stages), list[str])) if self.stages.exists() else set()
+        except TypeError:
+            raise ValueError(f"'{self.stages}' is damaged; delete it, and each stage resumes itself") from None
         file, now = self.folder / "config.yaml", OmegaConf.create(cfg.yaml())
-        if file.exists():
-            before: Any = config.read(str(file), self.folder)
-            keys = [f"{name}.{key}" for name, section in cfg.sections.items() for key in section]
-            for key in keys:
-                if key not in MORE and OmegaConf.select(before, key) != OmegaConf.select(now, key):
-                    raise ValueError(f"'{self.folder}' holds a loop with another {key}; choose another loop.folder")
-            self.done = set(read_json(self.folder / "stages.json"))
-        write_whole(self.folder / "stages.json", json.dumps(sorted(self.done)))
+        before: Any = config.read(str(file), self.folder) if file.exists() else now
+        for key in (f"{name}.{key}" for name, section in cfg.sections.items() for key in section):
+            used = any(stage.endswith(STAGES.get(key.partition(".")[0], "")) for stage in self.done)
+            if used and key not in MORE and OmegaConf.select(before, key) != OmegaConf.select(now, key):
+                raise ValueError(f"'{self.folder}' holds a loop with another {key}; choose another loop.folder")
+        self.shared = shared_prompts(cfg)
+        if cfg.loop["fresh"] not in (None, "first"):
+            read_fresh(Path(cfg.loop["fresh"]), cfg.synthesize["select"])
+        if not any(stage.endswith(STAGES["train"]) for stage in self.done):
+            check_training(cfg)
         write_whole(file, cfg.yaml())
 
     def run(self) -> int:
@@ -185,6 +112,8 @@ class Rounds:
 
         loop, start, stopped = self.cfg.loop, Start(self.cfg.model["path"]), ""
         base, rounds = self.folder / "base", list[dict[str, Any]]()
+        if self.shared:
+            print(f"iterate: {self.shared}", file=sys.stderr)
         try:
             self._draw("base", start, self.cfg.evaluate, loop["seed"], base)
             for number in range(1, loop["rounds"] + 1):
@@ -196,7 +125,8 @@ class Rounds:
                 best = best["round"] if best["judges"][0]["gain_sd"] > 0 else 0
                 if number - best >= loop["patience"]:
                     stopped = f"Stopped after round {number}: the held-out judge has not risen since round {best}."
-                page = write_rounds(self.folder / "report", rounds, title=self.folder.resolve().name, stopped=stopped)
+                said = {"title": self.folder.resolve().name, "stopped": stopped, "shared": self.shared}
+                page = write_rounds(self.folder / "report", rounds, **said)
                 print(f"\n{(page.parent / 'rounds.md').read_text()}report: '{page}'", flush=True)
                 if stopped:
                     break
@@ -209,21 +139,21 @@ class Rounds:
     def _round(self, number: int, here: Path, start: Start) -> Start:
         """One round from the model `start`. Returns the model after it."""
         cfg, seed, name = self.cfg, self.cfg.loop["seed"] + number, f"round {number}"
-        if cfg.loop["reference"] == "base" and start.path != cfg.model["path"]:
-            raise ValueError("'loop.reference' = base needs a recipe that trains a LoRA (backbone.lora_rank)")
         self._draw(f"{name}, images", start, cfg.generate, seed, here / "images")
         words = [str(here / "images"), *cfg.generate["others"], "--select", cfg.synthesize["select"]]
         words += [word for spec in cfg.synthesize["scorers"] for word in ("--scorer", spec)]
         words += [word for spec in cfg.synthesize["judges"] for word in ("--judge", spec)]
         words += [*shlex.split(cfg.synthesize["options"]), "--seed", str(seed), "--out", str(here / "pairs.jsonl")]
         self._stage(f"{name}, preferences", "eval", "synthesize", words, here / "pairs.jsonl")
-        write_lines(here / "data.jsonl", self._mixed(number, here))
-        words = ["--config", cfg.train["config"], *shlex.split(cfg.train["options"]), f"backbone.path={start.path}"]
-        words += [f"data.path={here / 'data.jsonl'}", f"run.folder={here / 'run'}", f"run.seed={seed}"]
+        if f"{name}, training" not in self.done:  # else what was trained on stays
+            write_lines(here / "data.jsonl", self._mixed(number, here))
+        words = ["--config", cfg.train["config"], *shlex.split(cfg.train["options"])]
+        words += [f"backbone.path={_quoted(start.path)}", f"data.path={_quoted(here / 'data.jsonl')}"]
+        words += [f"run.folder={_quoted(here / 'run')}", f"run.seed={seed}"]
         if start.loras and cfg.loop["reference"] == "base":
-            words.append(f"backbone.lora_start={start.loras[-1]}")
+            words.append(f"backbone.lora_start={_quoted(start.loras[-1])}")
         elif start.loras:
-            words.append(f"backbone.lora=[{','.join(start.loras)}]")
+            words.append(f"backbone.lora=[{','.join(map(_quoted, start.loras))}]")
         self._stage(f"{name}, training", "train", cfg.train["recipe"], words, here / "run" / "export")
         export = str(here / "run" / "export")
         if (here / "run" / "export" / "model_index.json").exists():
@@ -233,6 +163,9 @@ class Rounds:
         self._draw(f"{name}, held-out images", after, cfg.evaluate, cfg.loop["seed"], here / "held_out")
         words = [str(self.folder / "base"), str(here / "held_out"), "--out", str(here / "win_rate.json")]
         words += [word for spec in cfg.evaluate["scorers"] for word in ("--scorer", spec)]
+        if (here / "win_rate.json").exists():
+            by = tuple(one["name"] for one in read_json(here / "win_rate.json")["scorers"])
+            self.done -= {f"{name}, evaluation"} if by != cfg.evaluate["scorers"] else set()
         self._stage(f"{name}, evaluation", "eval", "win_rate", words, here / "win_rate.json")
         return after
 
@@ -258,7 +191,7 @@ class Rounds:
         if code := launch.start(launch.recipes(kind)[name], words, processes=one, config=None):
             raise StageFailed(stage, code)
         self.done.add(stage)
-        write_whole(self.folder / "stages.json", json.dumps(sorted(self.done)))
+        write_whole(self.stages, json.dumps(sorted(self.done)))
 
     def _mixed(self, number: int, here: Path) -> Iterator[dict[str, Any]]:
         """The lines of a round, and as many of the fresh data set that these are its share of all."""
@@ -268,14 +201,24 @@ class Rounds:
         if fresh is None or (fresh == "first" and number == 1):
             return
         file = self.folder / "round-1" / "pairs.jsonl" if fresh == "first" else Path(fresh)
-        others = read_lines(file)
-        count = min(len(others), round(len(lines) * share / (1 - share)))
+        others, count = read_fresh(file, self.cfg.synthesize["select"]), round(len(lines) * share / (1 - share))
+        if count > len(others):
+            count = len(others)
+            found = count / (count + len(lines))
+            print(
+                f"iterate: '{file}' has only {count} lines: their share is {found:.2f}, not {share:g}", file=sys.stderr
+            )
         for line in random.Random(f"{self.cfg.loop['seed']} {number}").sample(others, count):
             for key in line.keys() & {"chosen", "rejected", "images"}:  # paths are relative to their file
                 names = line[key] if isinstance(line[key], list) else [line[key]]
                 moved = [os.path.relpath(file.parent / one, here) for one in names]
                 line[key] = moved if isinstance(line[key], list) else moved[0]
             yield line
+
+
+def _quoted(path: str | Path) -> str:
+    """A path as the value of an override, which is read as YAML."""
+    return str(path) if re.fullmatch(r"[\w./-]+", str(path)) else json.dumps(str(path), ensure_ascii=False)
 
 
 if __name__ == "__main__":

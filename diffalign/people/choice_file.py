@@ -35,8 +35,11 @@ class Pair(NamedTuple):
 
 
 @contextmanager
-def exclusive(file: Path) -> Iterator[None]:
-    """Lock a file against other processes within the block. The kernel releases the lock when the process ends.
+def exclusive(file: Path, command: str = "user choose", key: str = "--out") -> Iterator[None]:
+    """Lock a file or folder against other processes within the block. The kernel releases the lock when the process
+    ends.
+
+    command, key  who uses it, and the setting that names it, for the error
 
     Raises ValueError if another process holds the lock.
     """
@@ -46,7 +49,7 @@ def exclusive(file: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"'{file}' is in use by another `diffalign user choose`; stop that command, or choose another --out"
+                f"'{file}' is in use by another `diffalign {command}`; stop that command, or choose another {key}"
             ) from error
         yield
 

@@ -74,8 +74,13 @@ def data_card(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    found = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
-    return found | found.pop("versions", {})
+    """How the images were made. A damaged file is said in the card: the labels were paid for."""
+    file = folder / "settings.json"
+    try:
+        found = read_json(file) if file.exists() else {}
+        return found | found.pop("versions", {})
+    except (ValueError, OSError, TypeError, AttributeError):
+        return {file.name: "is damaged"}
 
 
 def _words(settings: Mapping[str, Any]) -> str:

@@ -56,14 +56,17 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 def read_groups(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
     """Rows of each prompt_id over all folders, in order, with `folder`, and `file`, the path of the image.
 
-    Raises ValueError if a folder is given twice or an id has several prompts, and as `read_manifest`.
+    Raises ValueError if a folder is given twice or has no images, or if an id has several prompts, and as
+    `read_manifest`.
     """
     resolved = [str(folder.resolve()) for folder in folders]
     if twice := [one for one in resolved if resolved.count(one) > 1]:
         raise ValueError(f"'{twice[0]}' is given twice; give each folder once")
     groups: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
-        for row in read_manifest(folder):
+        if not (found := read_manifest(folder)):
+            raise ValueError(f"'{folder / 'manifest.jsonl'}' lists no images; leave the folder out")
+        for row in found:
             row |= {"folder": folder, "file": folder / row["image"]}
             rows = groups.setdefault(row["prompt_id"], [])
             if rows and rows[0]["prompt"] != row["prompt"]:

@@ -57,10 +57,13 @@ def parting(rounds: Sequence[Mapping[str, Any]]) -> list[str]:
     return said
 
 
-def write_rounds(out: Path, rounds: Sequence[Mapping[str, Any]], *, title: str, stopped: str = "") -> Path:
+def write_rounds(
+    out: Path, rounds: Sequence[Mapping[str, Any]], *, title: str, stopped: str = "", shared: str = ""
+) -> Path:
     """Write `out`/index.html, grid-<round>.png, rounds.json and rounds.md. Returns index.html.
 
     stopped  why there are no more rounds
+    shared   that prompts of evaluation are trained on too
     """
     out.mkdir(parents=True, exist_ok=True)
     for one in rounds:
@@ -70,7 +73,7 @@ def write_rounds(out: Path, rounds: Sequence[Mapping[str, Any]], *, title: str, 
     heads, lines = _table(rounds)
     best = best_round(rounds)
     notes = [f"Best round by {best['judges'][0]['name']}, which labelled nothing: {best['round']}.", *parting(rounds)]
-    notes += [stopped] if stopped else []
+    notes += [one for one in (stopped, shared) if one]
     content = {"best": best["round"], "stopped": stopped, "rounds": list(rounds)}
     write_whole(out / "rounds.json", json.dumps(content, indent=1) + "\n")
     write_whole(out / "rounds.md", table(tuple(heads), lines) + "\n\n" + "\n".join(notes) + "\n")

@@ -192,17 +192,22 @@ def label_probabilities(votes: Tensor) -> Tensor:
 
     Agreement of both orders is right with p q / (p q + (1 - p)(1 - q)), in the mean over `position_posterior`. Votes
     for one position say nothing: 1/2, whatever the bias. With a tie in one order the other vote is right with
-    (p + q) / 2; two ties are 1/2. Few votes that never disagree give no certainty: one pair gives 5/6. Errors that both
-    orders share (hard pairs) are not seen, so the probabilities are upper bounds. nan stays nan.
+    p / (p + 1 - q) if it prefers the first position, else with q / (q + 1 - p); two ties are 1/2. Few votes that never
+    disagree give no certainty: one pair gives 5/6. Errors that both orders share (hard pairs) are not seen, so the
+    probabilities are upper bounds. nan stays nan.
     """
     p, q, weight = position_posterior(votes)
     both = p * q
-    agreed, single = (weight * both / (both + (1 - p) * (1 - q))).sum(), (weight * (p + q) / 2).sum()
-    mean = votes.double().mean(1)
-    strength = {0.0: 1 - agreed, 0.25: 1 - single, 0.5: torch.tensor(0.5), 0.75: single, 1.0: agreed}
-    found = torch.full_like(mean, torch.nan)
-    for value, probability in strength.items():
-        found[mean == value] = probability.double()
+    agreed = (weight * both / (both + (1 - p) * (1 - q))).sum()
+    right, other = (weight * p).sum(), (weight * q).sum()
+    first, second = right / (right + 1 - other), other / (other + 1 - right)
+    found = votes.double().mean(1) * 0 + 0.5  # nan stays nan
+    for x, y, probability in ((1, 1, agreed), (1, 0.5, first), (0.5, 1, second)):
+        found[(votes[:, 0] == x) & (votes[:, 1] == y)] = probability
+        # The other image: its votes are 1 - y when it is shown first, and 1 - x when second.
+        found[(votes[:, 0] == 1 - x) & (votes[:, 1] == 1 - y)] = 1 - (
+            probability if x == y else first + second - probability
+        )
     return found.float()
 
 

@@ -43,18 +43,19 @@ class Asking(NamedTuple):
         return tqdm(total=sum(map(len, work)), desc=title, unit=unit, disable=self.processes.rank > 0 or not work)
 
 
-def score_pictures(pictures: Sequence[Picture], scorers: Mapping[str, Any], asking: Asking) -> None:
-    """Score pictures by scorers, key -> scorer. Those that lack the same pictures share each decoded image.
+def score_pictures(pictures: Sequence[Picture], scorers: Mapping[str, tuple[str, Any]], asking: Asking) -> None:
+    """Score pictures by scorers, key -> spec and scorer. Those that lack the same pictures share each decoded image.
 
     Judges with `answers` keep every aspect and the text of the reply. Raises JudgeError if a server cannot be used.
     """
     questions = [(one,) for one in pictures]
     missing = {by: asking.records.unanswered(by, questions) for by in scorers}
-    plain = [by for by, scorer in scorers.items() if not hasattr(scorer, "answers")]
+    plain = [by for by, (_, scorer) in scorers.items() if not hasattr(scorer, "answers")]
     for lacking in dict.fromkeys(frozenset(missing[by]) for by in plain):
-        together = {by: scorers[by] for by in plain if missing[by] == lacking}
+        together = [by for by in plain if missing[by] == lacking]
         work = asking.batches(questions, set(lacking))
-        results = score_items(([one.item for (one,) in batch] for batch in work), together, asking.decoder)
+        named = dict(scorers[by] for by in together)
+        results = score_items(([one.item for (one,) in batch] for batch in work), named, asking.decoder)
         with asking.bar("score", work, "image") as bar:
             for batch, found in zip(work, results, strict=True):
                 for k, by in enumerate(together):
@@ -66,7 +67,7 @@ def score_pictures(pictures: Sequence[Picture], scorers: Mapping[str, Any], aski
     if asking.processes.rank:  # one process asks servers, and knows what they cost
         return
     asking = asking._replace(processes=Processes())
-    for by, judge in scorers.items():
+    for by, (_, judge) in scorers.items():
         if by not in plain:
             _ask(by, judge, asking.batches(questions, missing[by]), _rated, asking, "rate")
 
@@ -124,4 +125,13 @@ def _voted(judge: Any, images: Sequence[Tensor], prompts: Sequence[str]) -> list
         votes = judge.votes(*images, prompts)
     except Unscored as error:
         votes, reasons = error.scores, error.reasons
-    return [Answer(failed=reasons[i]) if i in reasons else Answer(tuple(row)) for i, row in enumerate(votes.tolist())]
+    fits = isinstance(votes, Tensor) and votes.shape == (len(prompts), 2)
+    if not fits or not ((votes == 0) | (votes == 0.5) | (votes == 1) | votes.isnan()).all():
+        found = f"{[*votes.shape]} of {votes.unique().tolist()}" if isinstance(votes, Tensor) else type(votes).__name__
+        expected = f"{type(judge).__name__}.votes must return [{len(prompts)}, 2] of 0, 1/2 (a tie) and 1"
+        raise ValueError(f"{expected}; got {found[:100]}")
+    reasons = dict.fromkeys(votes.isnan().any(1).nonzero()[:, 0].tolist(), "the judge gave no vote") | dict(reasons)
+    return [
+        Answer(failed=reasons[i]) if i in reasons else Answer(tuple(map(float, row)))
+        for i, row in enumerate(votes.tolist())
+    ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from reward_models.files import parse_json, read_file, weights_digest
 from reward_models.folder.item import Item
 from reward_models.folder.journal import whole_lines
 from reward_models.protocol import Scorer
+from reward_models.settings import typed
 
 
 class Picture(NamedTuple):
@@ -67,7 +70,8 @@ class Records:
 
     A line has `by` (a key of the identity of the scorer, which another line spells out), `prompt`, `images` (hashes of
     one image or two) and `numbers`, `text` or `failed`; or it has `spent`, what a judge cost in one run. Nothing is
-    deleted; the last line of a question counts. A kill can leave an incomplete last line, which is cut off.
+    deleted; the last line of a question counts, but a failure never replaces an answer. A kill can leave an incomplete
+    last line, which is cut off.
 
     spent  what judges cost in all runs, in words
     added  number of answers that were added by this object
@@ -90,11 +94,14 @@ class Records:
         """Read the files of all processes."""
         self.spent.clear()
         for path in sorted(self._out.parent.glob(f"{glob.escape(self._out.name)}.records*")):
+            if not re.search(r"\.records(-\d+)?$", path.name):
+                continue  # a copy that someone made
             for number, line in enumerate(whole_lines(path), 1):
                 try:
-                    self._remember(parse_json(line))
-                except (ValueError, LookupError, TypeError) as error:
-                    raise ValueError(f"'{path}' line {number} is damaged ({error}); delete that line") from error
+                    self._remember(_checked(parse_json(line)))
+                except (ValueError, LookupError, TypeError, OverflowError) as error:
+                    why = str(error) or "a value of another type"
+                    raise ValueError(f"'{path}' line {number} is damaged ({why}); delete that line") from error
 
     def key(self, identity: Mapping[str, Any]) -> str:
         """The key of a scorer, which is written down with its identity."""
@@ -107,8 +114,10 @@ class Records:
         """What a scorer said; None if it was not asked. Votes on a pair answer for its reverse as well."""
         prompt, images = question[0].item.prompt, [one.digest for one in question]
         found = self._answers.get(_place(by, prompt, images))
-        if found is None and len(images) == 2 and (other := self._answers.get(_place(by, prompt, images[::-1]))):
-            return other._replace(numbers=tuple(1 - vote for vote in reversed(other.numbers)))
+        if (found is None or found.failed) and len(images) == 2:
+            other = self._answers.get(_place(by, prompt, images[::-1]))
+            if other and not (found and other.failed):
+                return other._replace(numbers=tuple(1 - vote for vote in reversed(other.numbers)))
         return found
 
     def unanswered(self, by: str, questions: Iterable[Question]) -> set[int]:
@@ -149,7 +158,27 @@ class Records:
                 self._known.add(row["by"])
             return
         answer = Answer(tuple(row.get("numbers", ())), row.get("text", ""), row.get("failed", ""))
-        self._answers[_place(row["by"], row["prompt"], row["images"])] = answer
+        place = _place(row["by"], row["prompt"], row["images"])
+        if not answer.failed or place not in self._answers or self._answers[place].failed:
+            self._answers[place] = answer
+
+
+def _checked(row: Any) -> Mapping[str, Any]:
+    """The row of a file. Raises ValueError, LookupError or TypeError for a row that no run has written."""
+    if not isinstance(row, dict):
+        raise TypeError("not a JSON object")
+    for name in ("spent",) if "spent" in row else ("by", "prompt") if "images" in row else ("by",):
+        typed(row[name], str)
+    if "images" in row:
+        images, numbers = typed(row["images"], list[str]), typed(row.get("numbers", []), list)
+        typed(row.get("text", ""), str)
+        failed = typed(row.get("failed", ""), str)
+        expected = 2 if len(images) == 2 else max(len(numbers), 1)
+        if len(images) not in (1, 2) or len(numbers) != (0 if failed else expected):
+            raise ValueError(f"{len(numbers)} numbers for {len(images)} images")
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+            raise ValueError("an entry of `numbers` is not a finite number")
+    return row
 
 
 def _place(by: str, prompt: str, images: Sequence[str]) -> bytes:

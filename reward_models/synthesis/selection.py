@@ -149,10 +149,13 @@ class Preferences:
         return found
 
     def _decided(self, pairs: Sequence[tuple[int, int]], voters: Sequence[Matrix], labels: Matrix) -> list[Chosen]:
-        """Who wins each pair by the matrix `labels`; pairs that are kept. `voters` are all scorers and judges."""
-        found = []
+        """Who wins each pair (better, worse); pairs that are kept. `voters` are all scorers and judges.
+
+        Judges reverse a pair by the matrix `labels`. Scorers do not: most of them may prefer the image with the smaller
+        number, whose label is then not probable."""
+        found, reversible = [], self.judged or self.rules.select == "ranked"
         for i, j in pairs:
-            w, l_ = (i, j) if not labels[i, j] < 0.5 else (j, i)
+            w, l_ = (j, i) if reversible and labels[i, j] < 0.5 else (i, j)
             probability = float(labels[w, l_])
             said = [x[w, l_] for x in voters if not math.isnan(x[w, l_])]
             agreement = float(sum((np.sign(x - 0.5) + 1) / 2 for x in said)) / max(len(said), 1)
@@ -248,7 +251,7 @@ def drawn_winner(utility: Matrix, rules: Rules, key: Any) -> list[Chosen]:
     if len(known) < 2:
         return []
     best = max(utility[known])
-    weights = [math.exp((utility[i] - best) / rules.temperature) for i in known]
+    weights = [math.exp(float(utility[i] - best) / rules.temperature) for i in known]
     (winner,) = random.Random(f"{rules.seed} {key}").choices(known, weights)
     loser = min((i for i in known if i != winner), key=lambda i: utility[i])
     return [Chosen(winner, loser, math.nan, math.nan)]

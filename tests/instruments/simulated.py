@@ -1,4 +1,4 @@
-"""A simulated judge of known accuracy and order bias, and a scorer that can be interrupted."""
+"""A simulated judge of known accuracy and order bias, a judge of odd answers, a scorer that can be interrupted."""
 
 from __future__ import annotations
 
@@ -46,3 +46,22 @@ class Brightness:
         Brightness.calls += 1
         Brightness.images += len(images)
         return images.mean((1, 2, 3))
+
+
+class Odd:
+    """Its votes or scores are no valid ones. `nan`: no vote on the first pair of each call."""
+
+    differentiable, unit = False, "level"
+
+    def __init__(self, *, votes: str):
+        self.kind = votes
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))[: -1 if self.kind == "short" else None]
+
+    def votes(self, first: Tensor, second: Tensor, prompts: Sequence[str]) -> object:
+        better = (first.mean((1, 2, 3)) > second.mean((1, 2, 3))).float()
+        votes = torch.stack([better, better], 1)
+        if self.kind == "nan" and len(votes) > 1:
+            votes[0, 0] = torch.nan
+        return {"soft": votes * 0.6 + 0.2, "flat": better, "list": votes.tolist()}.get(self.kind, votes)

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from diffalign.commands import cli, launch
+from diffalign.people.choice_file import exclusive
 from diffalign.playground.world import captions
 from diffalign.report.rounds import best_round, parting
 
@@ -86,41 +88,152 @@ def _reported(loop: Path) -> None:
     assert all((loop / "round-2" / line[side]).exists() for line in lines for side in ("chosen", "rejected"))
     page = (loop / "report/index.html").read_text()
     assert page.count("<h2>Round") == 2 and "grid-2.png" in page and (loop / "report/grid-2.png").exists()
-    assert "Best round by diffalign" in (loop / "report/rounds.md").read_text()
+    said = (loop / "report/rounds.md").read_text()
+    assert "Best round by diffalign" in said and "2 of 2 prompts of evaluation are trained on too" in said
 
 
-def test_the_reference_stays_the_base_and_the_loop_stops(
-    here: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Commands are imitated: the judge says +0.5, then +0.3. The second LoRA starts from the first one."""
-    gains, start, words_of = iter([0.5, 0.3]), launch.start, dict[str, list[list[str]]]()
+class Imitated:
+    """Commands write what they would, without a model. `gains`: what the judges say of each round. `fails`: a recipe
+    that ends with 2. `calls`: the commands."""
 
-    def imitated(recipe: Path, words: Sequence[str], **how: Any) -> int:
+    def __init__(self, here: Path, start: Any):
+        self.here, self.start, self.calls = here, start, list[list[str]]()
+        self.gains, self.fails = iter([0.5] * 9), ""
+
+    def __call__(self, recipe: Path, words: Sequence[str], **how: Any) -> int:
         if recipe.stem == "iterate":
-            return start(recipe, words, **how)
-        words_of.setdefault(recipe.stem, []).append([*words])
+            return self.start(recipe, words, **how)
+        self.calls.append([recipe.stem, *words])
+        if recipe.stem == self.fails:
+            return 2
         if recipe.stem == "win_rate":
-            return _say(Path(words[words.index("--out") + 1]), next(gains))
+            return _say(Path(words[words.index("--out") + 1]), next(self.gains), _after(words, "--scorer"))
         if recipe.stem == "diffusion_dpo":
-            folder = next(word.partition("=")[2] for word in words if word.startswith("run.folder="))
-            (Path(folder) / "export").mkdir(parents=True)
+            given = OmegaConf.from_dotlist([word for word in words if "=" in word])
+            (Path(given.run.folder) / "export").mkdir(parents=True)
             return 0
         out = Path(words[words.index("--out") + 1])
         out.parent.mkdir(parents=True, exist_ok=True)
         if recipe.stem == "synthesize":
             out.write_text('{"prompt": "a", "chosen": "a.png", "rejected": "b.png"}\n')
         else:
-            shutil.copytree(_images(here), out)
+            shutil.copytree(_images(self.here), out, dirs_exist_ok=True)
         return 0
 
-    monkeypatch.setattr(launch, "start", imitated)
+    def called(self, recipe: str) -> list[list[str]]:
+        return [call for call in self.calls if call[0] == recipe]
+
+
+@pytest.fixture
+def imitated(here: Path, monkeypatch: pytest.MonkeyPatch, started: list[list[str]]) -> Imitated:
+    found = Imitated(here, launch.start)
+    monkeypatch.setattr(launch, "start", found)
+    return found
+
+
+def _after(words: Sequence[str], option: str) -> list[str]:
+    return [words[i + 1] for i, word in enumerate(words) if word == option]
+
+
+def test_the_reference_stays_the_base_and_the_loop_stops(
+    imitated: Imitated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The judge says +0.5, then +0.3. The second LoRA starts from the first one."""
+    imitated.gains = iter([0.5, 0.3])
     words = ["loop.rounds=5", "loop.patience=1", "loop.reference=base", "loop.fresh=null", "loop.fresh_share=0"]
     assert cli.main(["iterate", "loop.yaml", *words]) == 0
     assert "Stopped after round 2: the held-out judge has not risen since round 1." in capsys.readouterr().out
-    assert len(words_of["diffusion_dpo"]) == 2
-    assert "backbone.lora_start=loop/round-1/run/export" in words_of["diffusion_dpo"][1]
-    assert [call[call.index("--seed") + 1] for call in words_of["generate"]] == ["0", "1", "0", "2", "0"]
-    assert words_of["generate"][4][2:4] == ["--lora", "loop/round-2/run/export"]  # that alone
+    assert len(imitated.called("diffusion_dpo")) == 2
+    assert "backbone.lora_start=loop/round-1/run/export" in imitated.called("diffusion_dpo")[1]
+    drawn = imitated.called("generate")
+    assert [_after(call, "--seed") for call in drawn] == [["0"], ["1"], ["0"], ["2"], ["0"]]
+    assert _after(drawn[4], "--lora") == ["loop/round-2/run/export"]  # that alone
+
+
+def test_settings_may_change_until_a_stage_uses_them(imitated: Imitated, capsys: pytest.CaptureFixture[str]) -> None:
+    """No image is drawn again after a mistake in what comes later."""
+    options, one = "synthesize.options=--min-margin 0.1", "loop.rounds=1"
+    imitated.fails = "synthesize"
+    assert cli.main(["iterate", "loop.yaml", one]) == 2
+    assert cli.main(["iterate", "loop.yaml", one, "generate.samples_per_prompt=3"]) == 2
+    assert "another generate.samples_per_prompt; choose another loop.folder" in capsys.readouterr().err
+    imitated.fails = "diffusion_dpo"
+    assert cli.main(["iterate", "loop.yaml", one, options]) == 2
+    assert cli.main(["iterate", "loop.yaml", one]) == 2
+    assert "another synthesize.options" in capsys.readouterr().err
+    imitated.fails = ""
+    more = f"train.options={' '.join(TRAIN)} optimizer.lr=1e-5"
+    assert cli.main(["iterate", "loop.yaml", one, options, more]) == 0
+    called = ["generate", "generate", "synthesize", "synthesize", "diffusion_dpo", "diffusion_dpo"]
+    assert [call[0] for call in imitated.calls] == [*called, "generate", "win_rate"]
+    other = "evaluate.scorers=['diffalign.playground:Judge']"
+    for _ in range(2):
+        assert cli.main(["iterate", "loop.yaml", one, options, more, other]) == 0
+    assert [call[0] for call in imitated.calls[8:]] == ["win_rate"]
+    Path("loop/stages.json").write_text('{"a": 1}')
+    assert cli.main(["iterate", "loop.yaml", one, options, more, other]) == 2
+    assert "'loop/stages.json' is damaged; delete it, and each stage resumes itself" in capsys.readouterr().err
+    with exclusive(Path("loop/stages.json")):
+        assert cli.main(["iterate", "loop.yaml"]) == 2
+    assert "in use by another `diffalign iterate`; stop that command" in capsys.readouterr().err
+
+
+def test_fresh_data_are_checked_and_a_share_that_cannot_be_met_is_said(
+    imitated: Imitated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line a round and one fresh line: half of the data, where three quarters are asked for."""
+    words = ["iterate", "loop.yaml", "loop.rounds=1", "loop.fresh=fresh.jsonl", "loop.fresh_share=0.75"]
+    fresh = Path("fresh.jsonl")
+    for line, complaint in (
+        ("", "'fresh.jsonl' is empty"),
+        (
+            '{"prompt": "a", "path1": "a.png", "path2": "b.png"}',
+            "line 1 needs prompt, chosen, rejected, as 'synthesize.select' = best_worst",
+        ),
+        ('{"prompt": "a", "chosen": 1, "rejected": "b.png"}', "line 1 needs"),
+        ('{"prompt": "a", "images": ["a.png", "b.png"], "ranking": [1, 2]}', "line 1 needs"),
+    ):
+        fresh.write_text(line + "\n" * bool(line))
+        assert cli.main(words) == 2 and complaint in capsys.readouterr().err and not imitated.calls
+    fresh.write_text('{"prompt": "a", "chosen": "c.png", "rejected": "d.png"}\n')
+    assert cli.main(words) == 0
+    assert "'fresh.jsonl' has only 1 lines: their share is 0.50, not 0.75" in capsys.readouterr().err
+    data = Path("loop/round-1/data.jsonl").read_text()
+    assert data.count("\n") == 2 and '"../../c.png", "rejected": "../../d.png"' in data
+    fresh.write_text('{"prompt": "b", "chosen": "e.png", "rejected": "f.png"}\n')
+    assert cli.main(words) == 0 and Path("loop/round-1/data.jsonl").read_text() == data  # what was trained on
+
+
+def test_names_of_folders_reach_the_recipes_unchanged(imitated: Imitated) -> None:
+    folder = "a, b: [c] #d 'e' \u00fc"
+    words = [f"loop.folder={json.dumps(folder)}", "loop.patience=9"]
+    assert cli.main(["iterate", "loop.yaml", *words]) == 0
+    first, second = (OmegaConf.from_dotlist(call[3:]) for call in imitated.called("diffusion_dpo"))
+    assert second.backbone.lora == [f"{folder}/round-1/run/export"] == [str(Path(first.run.folder) / "export")]
+    assert second.data.path == f"{folder}/round-2/data.jsonl" and Path(second.data.path).exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (
+            ["loop.reference=base", "train.options=backbone.lora_rank=0"],
+            "= base needs a LoRA, but the whole network would train",
+        ),
+        (["train.options=trainer.step=2"], "unknown key 'trainer.step'; did you mean 'trainer.steps'?"),
+        (["train.config=nowhere"], "no config 'nowhere'"),
+        (["evaluate.prompts=empty.txt"], "empty.txt"),
+    ],
+)
+def test_what_the_recipe_refuses_is_said_before_the_first_command(
+    words: list[str], complaint: str, imitated: Imitated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("empty.txt").touch()
+    try:
+        assert cli.main(["iterate", "loop.yaml", *words]) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    assert complaint in capsys.readouterr().err and not imitated.calls and not Path("loop/config.yaml").exists()
 
 
 def _images(here: Path) -> Path:
@@ -130,10 +243,11 @@ def _images(here: Path) -> Path:
     return made if made.exists() else painted.folder(made, [(1, 0), (0.5, 0)], captions(2, held_out=True))
 
 
-def _say(file: Path, gain: float) -> int:
+def _say(file: Path, gain: float, names: Sequence[str]) -> int:
     shares = {"share_won": 0.6, "share_won_low": 0.5, "share_won_high": 0.7}
-    judge = {"name": "a", "gain_sd": gain, "gain_sd_low": gain - 0.1, "gain_sd_high": gain + 0.1, **shares}
-    file.write_text(json.dumps({"scorers": [judge], "match": None, "diversity": None}))
+    judge = {"gain_sd": gain, "gain_sd_low": gain - 0.1, "gain_sd_high": gain + 0.1, **shares}
+    content = {"scorers": [{"name": name, **judge} for name in names], "match": None, "diversity": None}
+    file.write_text(json.dumps(content))
     return 0
 
 
@@ -160,6 +274,17 @@ def test_the_report_says_where_the_judges_part() -> None:
         (["train.recipe=dpo"], "no train recipe 'dpo'; known: "),
         (["evaluate.scorers=['simulated:Brightness']"], "it must label nothing"),
         (["synthesize.select=best"], "'synthesize.select' must be"),
+        (["synthesize.scorers=[]"], "give 'synthesize.scorers' or 'synthesize.judges'"),
+        (["synthesize.scorers=[jpeg,jpeg]"], "'synthesize.scorers' has jpeg twice"),
+        (["evaluate.scorers=[clip,jpeg,jpeg]"], "'evaluate.scorers' has jpeg twice"),
+        (["generate.samples_per_prompt=1"], "'generate.samples_per_prompt' = 1 must be 2 or more"),
+        (["generate.others=[elsewhere]"], "'elsewhere/manifest.jsonl' does not exist"),
+        (["train.recipe=vp_score"], "the recipe 'vp_score' trains no generator on preference data"),
+        (["train.options=data.path=x.jsonl"], "'train.options': data.path is set by the loop"),
+        (["model.options=--steps 1 --lora=x"], "'model.options': --lora is set by the loop"),
+        (["model.options=--samples 9"], "'model.options': --samples is set by the loop"),
+        (["synthesize.options=--select winner"], "'synthesize.options': --select is set by the loop"),
+        (["synthesize.options=--require it's>=1"], "No closing quotation"),
     ],
 )
 @pytest.mark.usefixtures("here", "started")

@@ -78,7 +78,8 @@ def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_example_in_the_help_of_iterate_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("prompts.jsonl", "held_out.jsonl", "folder of another generator"):
+    (tmp_path / "folder of another generator").mkdir()
+    for name in ("prompts.jsonl", "held_out.jsonl", "folder of another generator/manifest.jsonl"):
         (tmp_path / name).touch()
     found = runpy.run_path(str(launch.find("tools", "iterate")))
     example = found["__doc__"].partition("configs/iterate:\n")[2].partition("\nRun the same")[0]

@@ -21,6 +21,7 @@ import stand_in
 from diffalign.commands import cli
 from diffalign.data.readers import read_records
 from diffalign.data.records import Record
+from diffalign.people.choice_file import exclusive
 from diffalign.playground.world import captions
 from reward_models.folder.engine import Processes
 
@@ -283,7 +284,9 @@ def test_two_processes_write_the_same_file(models: tuple[Path, Path], tmp_path: 
 def test_what_cannot_work_is_said_in_one_line(
     models: tuple[Path, Path], tmp_path: Path, main: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out, scorer = ["--out", tmp_path / "x.jsonl"], ["--scorer", BRIGHT]
+    out, scorer, empty = ["--out", tmp_path / "x.jsonl"], ["--scorer", BRIGHT], tmp_path / "empty"
+    empty.mkdir()
+    (empty / "manifest.jsonl").touch()
     for words, complaint in (
         ([*models, *out], "give --scorer or --judge, or both"),
         ([*models, *scorer, "--out", tmp_path / "x.csv"], "--out must end in .jsonl"),
@@ -293,12 +296,47 @@ def test_what_cannot_work_is_said_in_one_line(
         ([*models, *scorer, *out, "--require", BRIGHT], "--require must be SCORER>=NUMBER"),
         ([*models, *scorer, *out, "--min-probability", "0.3"], "--min-probability must be in [0.5, 1]"),
         ([*models, *scorer, *out, "--temperature", "0"], "--temperature above 0"),
+        ([*models, *scorer, *out, "--temperature", "nan"], "--temperature above 0"),
+        ([*models, *scorer, *out, "--min-margin", "nan"], "must be 0 or more"),
+        ([*models, *scorer, *out, "--min-distance", "inf"], "must be 0 or more"),
+        ([*models, *scorer, *out, "--temperature", "2"], "--temperature has no effect on --select best_worst"),
+        ([*models, *scorer, *out, "--select=winner", "--min-agreement=1"], "--min-agreement has no effect on"),
+        ([*models, "--judge", "simulated:Odd,votes=soft", *out], "Odd.votes must return [9, 2] of 0, 1/2 (a tie) and"),
+        ([*models, "--judge", "simulated:Odd,votes=flat", *out], "Odd.votes must return [9, 2]"),
+        ([*models, "--judge", "simulated:Odd,votes=list", *out], "got list"),
+        ([*models, "--scorer", "simulated:Odd,votes=short", *out], "scorer 'simulated:Odd,votes=short' must return"),
+        ([models[0], empty, *scorer, *out], "lists no images"),
         ([tmp_path, *scorer, *out], "manifest.jsonl' does not exist"),
         ([*models, "--scorer", "playground_hsp", *out], "did you mean 'playground_hps'"),
     ):
         assert main(*words) == 2
-        said = capsys.readouterr().err
+        said = "".join(line for line in capsys.readouterr().err.splitlines(True) if "%|" not in line)
         assert complaint in said and said.count("\n") == 1 and not (tmp_path / "x.jsonl").exists()
+
+
+def test_votes_that_are_not_numbers_are_asked_again(models: tuple[Path, Path], tmp_path: Path, main: Command) -> None:
+    words = [*models, "--judge", "simulated:Odd,votes=nan", "--select", "all", "--out", tmp_path / "pairs.jsonl"]
+    for count in (1, 2):
+        assert main(*words) == 0 and len(_lines(tmp_path / "pairs.jsonl")) == 7 + count
+    assert (tmp_path / "pairs.jsonl.records").read_text().count('"failed": "the judge gave no vote"') == 1
+
+
+def test_damaged_settings_of_a_generator_cost_no_answer(
+    models: tuple[Path, Path], tmp_path: Path, main: Command
+) -> None:
+    for content in ("[1]", "3", '{"pipeline', '{"versions": 3}'):
+        odd = shutil.copytree(models[1], tmp_path / "odd", dirs_exist_ok=True)
+        (odd / "settings.json").write_text(content)
+        assert main(models[0], odd, "--scorer", EXACT, "--out", tmp_path / "pairs.jsonl") == 0
+        assert "settings.json is damaged" in (tmp_path / "pairs.md").read_text()
+
+
+def test_a_second_run_on_the_same_file_is_refused(
+    models: tuple[Path, Path], tmp_path: Path, main: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with exclusive(tmp_path / "pairs.jsonl"):
+        assert main(*models, "--scorer", BRIGHT, "--out", tmp_path / "pairs.jsonl") == 2
+    assert "is in use by another `diffalign synthesize`; stop that command" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("started")

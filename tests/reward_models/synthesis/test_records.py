@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file")
     with pytest.raises(OSError, match="folder"):
         Records(tmp_path / "folder" / "x.jsonl").add("s", [((_picture("a"),), Answer((1.0,)))])
+
+
+def test_a_failure_never_replaces_an_answer(tmp_path: Path) -> None:
+    """Also not one in the file of another process of an earlier run, nor one of the other order of a pair."""
+    out, a, b = tmp_path / "x.jsonl", _picture("a"), _picture("b")
+    Records(out, 1).add("s", [((a,), Answer(failed="no")), ((a, b), Answer(failed="no"))])
+    Records(out).add("s", [((a,), Answer((2.0,))), ((b, a), Answer((0.0, 0.5)))])
+    again = Records(out)
+    assert again.answer("s", (a,)) == Answer((2.0,)) and again.answer("s", (a, b)) == Answer((0.5, 1.0))
+    again.add("s", [((b, a), Answer(failed="no"))])
+    assert not Records(out).unanswered("s", [(a,), (a, b), (b, a)])
+
+
+def test_lines_that_no_run_has_written_are_refused_and_copies_are_not_read(tmp_path: Path) -> None:
+    file, good = tmp_path / "x.jsonl.records", {"by": "s", "prompt": "p", "images": ["a"], "numbers": [1.0]}
+    (tmp_path / "x.jsonl.records.bak").write_text("a copy\n")
+    changes: list[dict[str, Any]] = [{"numbers": x} for x in ("1", ["1"], [], [math.nan], None, [10**400], [True])]
+    changes += [{"images": x} for x in ("ab", [1], [], ["a", "b"], ["a", "b", "c"])]
+    changes += [{"text": 5}, {"failed": 5}, {"failed": "no"}, {"prompt": 7}, {"by": 3}, {"spent": [1]}]
+    lines = [json.dumps(good | change) for change in changes] + ['"images"', "[]", "5", "null", "", "{}", '{"by": 1}']
+    for line in lines:
+        file.write_text(f"{json.dumps(good)}\n{line}\n")
+        with pytest.raises(ValueError, match=r"x.jsonl.records' line 2 is damaged \(.+\); delete that line"):
+            Records(tmp_path / "x.jsonl")
+    file.write_text(json.dumps(good) + "\n" + json.dumps(good | {"numbers": [3]}) + "\n")
+    assert Records(tmp_path / "x.jsonl").answer("s", (_picture("a"),)) == Answer((3,))

@@ -145,3 +145,15 @@ def test_requirements_are_read_from_the_right() -> None:
     for text in ("jpeg", "jpeg>=", ">=3", "jpeg>=nan", "jpeg>3", "jpeg>=1e"):
         with pytest.raises(ValueError, match="--require must be SCORER>=NUMBER"):
             requirement(text)
+
+
+def test_scorers_leave_out_a_pair_that_most_of_them_would_label_the_other_way() -> None:
+    """The first is far ahead by one scorer and a little behind by two. By the mean in standard deviations it is better,
+    and its label is right with 1/3."""
+    scores = [[9.0, 0.0], [0.0, 0.1], [0.0, 0.1]]
+    more = [[0.0, 0.0], [0.0, 5.0], [0.0, 5.0]]
+    dropped: Counter[str] = Counter()
+    groups = {"a": _group(scores, 2), "b": _group(more, 2)}
+    found = dict(Preferences(groups, [None] * 3, False, RULES, dropped).outcomes([]))
+    assert found["a"].utility[0] > found["a"].utility[1] and not found["a"].chosen
+    assert dropped == {"pair below --min-probability": 1} and found["b"].chosen[0][:2] == (1, 0)
