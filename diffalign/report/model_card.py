@@ -169,7 +169,7 @@ def _base_model(folder: Path, place: str, base: Mapping[str, Any]) -> tuple[list
     path, config = str(base.get("path", "")), base.get("config")
     settings = f', config="{public(config)}"' if config else ""
     name, _, revision = path.partition("@")
-    if not path.endswith((".safetensors", ".ckpt", ".pt", ".bin")):
+    if not path.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin")):
         place = f'"{name}", revision="{revision}"' if revision and is_hub_id(path) else place
         return ["DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({place})"]
     index = read_json(folder / "model_index.json")
