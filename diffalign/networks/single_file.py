@@ -104,7 +104,9 @@ def _unscaled(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         layer, scale = f"{name.rpartition('.')[0]}.weight", checkpoint[name]
         weight = found.get(layer)
         if weight is None or not weight.is_floating_point() or scale.numel() != 1:
-            raise ValueError(f"'{file}' has weights in few bits with scales of an unknown kind ({name}); get it in bf16")
+            raise ValueError(
+                f"'{file}' has weights in few bits with scales of an unknown kind ({name}); get it in bf16"
+            )
         found[layer] = (weight.float() * scale.float()).to(torch.bfloat16)
     return found
 

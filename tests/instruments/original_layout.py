@@ -51,7 +51,9 @@ FLUX_DOUBLE |= {"attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv"}
 FLUX_SINGLE = {"attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}
 FLUX_SINGLE |= {"norm.linear": "modulation.lin", "proj_out": "linear2", "attn.to_q": "linear1"}
 
-FLUX2 = {f"time_guidance_embed.timestep_embedder.linear_{i}.": f"time_in.{x}_layer." for i, x in ((1, "in"), (2, "out"))}
+FLUX2 = {
+    f"time_guidance_embed.timestep_embedder.linear_{i}.": f"time_in.{x}_layer." for i, x in ((1, "in"), (2, "out"))
+}
 FLUX2 |= {"context_embedder.": "txt_in.", "x_embedder.": "img_in.", "proj_out.": "final_layer.linear."}
 FLUX2 |= {"norm_out.linear.": "final_layer.adaLN_modulation.1.", "single_transformer_blocks.": "single_blocks."}
 FLUX2 |= {"modulation_img.linear": "modulation_img.lin", "modulation_txt.linear": "modulation_txt.lin"}
@@ -64,7 +66,11 @@ SANA = {"transformer_blocks.": "blocks.", "patch_embed.proj.": "x_embedder.proj.
 SANA |= {f"time_embed.emb.timestep_embedder.linear_{i}.": f"t_embedder.mlp.{2 * i - 2}." for i in (1, 2)}
 SANA |= {f"caption_projection.linear_{i}.": f"y_embedder.y_proj.fc{i}." for i in (1, 2)}
 SANA |= {"caption_norm.": "attention_y_norm.", "proj_out.": "final_layer.linear.", "attn2.to_out.0": "cross_attn.proj"}
-SANA |= {"attn1.to_out.0": "attn.proj", "attn2.to_q": "cross_attn.q_linear", "ff.conv_inverted": "mlp.inverted_conv.conv"}
+SANA |= {
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "ff.conv_inverted": "mlp.inverted_conv.conv",
+}
 SANA |= {"ff.conv_depth": "mlp.depth_conv.conv", "ff.conv_point": "mlp.point_conv.conv"}
 SANA |= {"attn1.to_q": "attn.qkv", "attn2.to_k": "cross_attn.kv_linear"}
 
