@@ -34,6 +34,8 @@ ONE_NAME = "lora_transformer_"
 """Prefix of a transformer's layers in kohya's names of diffusers' layers: all dots are underscores."""
 DOWN = {"up.weight": "down.weight", "B.weight": "A.weight"}
 """The second matrix of a layer -> its first, in kohya's names and in those of diffusers."""
+LEAF = re.compile(r".*\.(?=[a-z])")
+"""What stands before a layer's own name, such as to_q or to_out.0."""
 OF_TEXT = ("lora_te", "text_encoder")
 """How the names of a text encoder's layers begin."""
 
@@ -60,6 +62,8 @@ def load_lora(pipe: Any, path: Path, name: str = GENERATOR) -> None:
     other shapes. Warns on stderr if the LoRA is 0 in all layers.
     """
     file, keys = lora_file(path), _keys(path)
+    if not any(word in key for key in keys for word in ("lora", "lokr", "hada")):
+        raise ValueError(f"LoRA '{path}' is no LoRA: it has weights such as '{keys[0] if keys else None}'")
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below cover its warnings
     try:
@@ -156,8 +160,10 @@ def start_from(network: nn.Module, start: dict[str, Start]) -> None:
     """Give the network's new LoRA the weights of `read_start`. Raises ValueError if it has not their layers or rank."""
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
     if lost := sorted(start.keys() - layers.keys()):
+        missing = ", ".join(sorted({LEAF.sub("", name) for name in lost}))
         raise ValueError(
-            f"'backbone.lora_start' changes {len(lost)} layers that are not in 'backbone.lora_targets': {lost[0]}, ..."
+            f"'backbone.lora_start' changes {len(lost)} layers that are not in 'backbone.lora_targets': {lost[0]}, "
+            f"...; add {missing}"
         )
     rank = max(len(down) for down, _ in start.values())
     with torch.no_grad():

@@ -60,6 +60,8 @@ def _write(new: Path, file: Path, base: Path | None, families: Mapping[str, type
         raise ValueError(
             f"'{file}' cannot be read as weights: {first_line(cause)}; it may be cut off, get it again"
         ) from error
+    if any(".lora_" in name for name in checkpoint):
+        raise ValueError(f"'{file}' is a LoRA; give its model here, and the LoRA as 'backbone.lora' (or --lora)")
     base = base or _inferred(file, checkpoint)
     checkpoint = _unscaled(file, checkpoint)
     kind = family_of(base)
@@ -74,8 +76,8 @@ def _write(new: Path, file: Path, base: Path | None, families: Mapping[str, type
             continue
         if (base / name / "config.json").exists() and not weights_in(base / name):
             raise ValueError(
-                f"'{file}' contains no {name}, and there is none in '{base}'; set 'backbone.config' to a diffusers "
-                "folder of the same model that has it"
+                f"'{file}' contains no {name}, and there is none in '{base}'; set 'backbone.config' (--config) to a "
+                "diffusers folder of the same model that has it"
             )
         if (base / name).exists():
             (new / name).symlink_to((base / name).resolve())
@@ -93,7 +95,7 @@ def _inferred(file: Path, checkpoint: dict[str, Any]) -> Path:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"'{file}' is a single file and lacks the settings of its model: {missing(name, error)}. Set "
-            "'backbone.config' to a diffusers folder of the same model"
+            "'backbone.config' (--config) to a diffusers folder of the same model"
         ) from error
 
 

@@ -145,12 +145,17 @@ def test_loras_that_do_not_fit(tiny_sd: Path, style: dict[str, Path], tmp_path: 
         for use in ({"lora": (str(bad),)}, {"lora_start": str(bad), "lora_rank": 2, "lora_targets": TARGETS}):
             with pytest.raises(ValueError, match=rf"LoRA '.*{name}\.safetensors' .*{said}"):
                 load_backbone(CPU, path=str(tiny_sd), **use)
+    model = next((tiny_sd / "unet").glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"safetensors' is no LoRA: it has weights such as"):
+        read_start(backbone, model)
     with pytest.raises(FileNotFoundError, match="LoRA 'nowhere' does not exist"):
         load_backbone(CPU, path=str(tiny_sd), lora=("nowhere:0.5",))
     start = {"path": str(tiny_sd), "lora_start": str(style["kohya"])}
     with pytest.raises(ValueError, match=r"'backbone\.lora_start' has rank 2; set 'backbone\.lora_rank' to 2 or more"):
         load_backbone(CPU, **start, lora_rank=1, lora_targets=TARGETS)
-    with pytest.raises(ValueError, match=r"changes 4 layers that are not in 'backbone\.lora_targets': .*proj_in"):
+    with pytest.raises(
+        ValueError, match=r"changes 4 layers that are not in 'backbone\.lora_targets': .*; add proj_in$"
+    ):
         load_backbone(CPU, **start, lora_rank=2)
     dora = files(tiny_sd, tmp_path / "dora", use_dora=True)["peft"]
     with pytest.raises(ValueError, match="is a DoRA, which cannot start a LoRA"):

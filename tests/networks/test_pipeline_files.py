@@ -198,8 +198,11 @@ def test_files_that_are_no_checkpoint(plain: Path, tiny_sdxl: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="does not contain the unet of a StableDiffusionXLPipeline with the settings"):
         find_pipeline(str(file), str(tiny_sdxl))
     lora = written({"lora_unet_a.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="does not contain the unet"):
+    with pytest.raises(ValueError, match=r"lora\.safetensors' is a LoRA; .* as 'backbone\.lora' \(or --lora\)"):
         find_pipeline(str(lora), str(plain))
+    for config in (None, str(plain)):
+        with pytest.raises(FileNotFoundError, match=r"^there is no file 'misspelt\.safetensors'$"):
+            find_pipeline("misspelt.safetensors", config)
     state = original(plain)
     del state["model.diffusion_model.out.2.weight"]
     with pytest.raises(ValueError, match=r"cut\.safetensors' lacks weights of the unet of a StableDiffusionPipeline"):
