@@ -78,11 +78,16 @@ class Winners(PreferenceLatents):
 
 
 def is_captioned(path: str | Path) -> bool:
-    """Whether a path is a folder of images, with captions to be read by `read_targets`, and no preference data."""
+    """Whether a path is a folder of images for `read_targets`, or a folder of such folders, and no preference data."""
     folder = Path(path).expanduser()
-    if not folder.is_dir() or not any(is_image(file.name) for file in folder.iterdir()):
+    if not folder.is_dir() or not (any(is_image(file.name) for file in folder.iterdir()) or _below(folder)):
         return False
     return any((folder / name).exists() for name in METADATA) or not layouts_in(folder)
+
+
+def _below(folder: Path) -> Path | None:
+    """A folder in this one that contains images, as in the folders `10_name` of sd-scripts."""
+    return next((file.parent for file in folder.glob("*/*") if is_image(file.name)), None)
 
 
 def read_targets(folder: Path) -> list[Record | Dropped]:
@@ -94,7 +99,9 @@ def read_targets(folder: Path) -> list[Record | Dropped]:
         raise FileNotFoundError(f"no folder of images at '{folder}'")
     names = sorted(f.name for f in folder.iterdir() if is_image(f.name))
     if not names:
-        raise ValueError(f"'{folder}' contains no images ({', '.join(SUFFIXES)})")
+        below = _below(folder)
+        hint = f"; there are some in '{below}': give the path of one folder" if below else f" ({', '.join(SUFFIXES)})"
+        raise ValueError(f"'{folder}' contains no images{hint}")
     shared, metadata = folder / "prompt.txt", next((x for name in METADATA if (x := folder / name).exists()), None)
     found: list[Record | Dropped] = []
     captions: dict[str, Any] = {}

@@ -100,6 +100,11 @@ def test_image_folder_errors(tmp_path: Path) -> None:
         read_targets(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="contains no images"):
         read_targets(tmp_path)
+    (tmp_path / "10_dog").mkdir()
+    picture(tmp_path / "10_dog/a.png", "red")
+    assert is_captioned(tmp_path)
+    with pytest.raises(ValueError, match=r"contains no images; there are some in '.*10_dog': give the path of one"):
+        read_targets(tmp_path)
     picture(tmp_path / "a.png", "red")
     with pytest.raises(
         ValueError, match=r"needs captions: metadata\.jsonl or .*a \.txt or \.caption beside each image, or"
