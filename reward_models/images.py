@@ -169,7 +169,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise UnsupportedImage(f"mode {image.mode} has more than 8 bits per channel; save it with 8 bits")
     # Rotated and converted only if needed: both copy the whole image, a third of the time.
-    upright = ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
+    try:
+        upright = ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
+    except Exception as error:  # a TypeError, a KeyError, ...
+        raise ImageError(f"damaged: its EXIF data, which say how it is rotated: {one_line(error)}") from error
     if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
         layer = upright.convert("RGBA")
         upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)

@@ -5,6 +5,8 @@ The `bad_*` functions return the reason why a value cannot be used, or "" when i
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffalign.data.records import Dropped, ImageRef, Record
-from reward_models.files import bad_name, is_unicode, leads_out, parse_json, raw_lines
+from reward_models.files import bad_name, is_unicode, leads_out, parse_json, raw_lines, read_text
 
 Records = Iterator[Record | Dropped]
 
@@ -29,6 +31,16 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
             yield id, Dropped(id, f"bad line: {error}")
             continue
         yield id, line if isinstance(line, dict) else Dropped(id, "bad line: not a JSON object")
+
+
+def csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Dropped]]:
+    """(id, object) of every row of a table whose first row has the names. Raises ValueError if it is not UTF-8."""
+    rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    try:
+        for row in rows:
+            yield f"{path.name}:{rows.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"'{path}' line {rows.line_num} is not readable CSV: {error}") from error
 
 
 def bad_prompt(text: Any) -> str:

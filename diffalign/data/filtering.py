@@ -119,12 +119,14 @@ class DropReport:
             write_lines(self.file, rows)
         damaged = sum(d.kind not in NO_PREFERENCE for d in dropped)
         if not usable:
-            raise ValueError(f"no usable pair in '{self.path}' ({_counts(dropped)}); see '{self.file}'")
+            raise ValueError(
+                f"no usable pair in '{self.path}' ({_counts(dropped)}); see '{self.file}'{_first(dropped)}"
+            )
         share = damaged / (usable + damaged)
         if share > self.max_dropped:
             raise ValueError(
                 f"{damaged} of {usable + damaged} records of '{self.path}' ({share:.1%}) cannot be used, more than "
-                f"'data.max_dropped' = {self.max_dropped} ({_counts(dropped)}); see '{self.file}'"
+                f"'data.max_dropped' = {self.max_dropped} ({_counts(dropped)}); see '{self.file}'{_first(dropped)}"
             )
 
     def summary(self, usable: int, examples: int, dropped: Sequence[Dropped], unit: str = "pairs") -> None:
@@ -147,6 +149,10 @@ class DropReport:
         logger.warning(
             "of the records used, %s; listed in '%s'", _kinds(one.notice.split(":")[0] for one in found), file
         )
+
+
+def _first(dropped: Sequence[Dropped]) -> str:
+    return f"; the first, {dropped[0].id}: {dropped[0].reason}" if dropped else ""
 
 
 def _counts(dropped: Sequence[Dropped]) -> str:

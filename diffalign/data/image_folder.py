@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffalign.data.entry_checks import bad_path, bad_prompt, json_lines
+from diffalign.data.entry_checks import bad_path, bad_prompt, csv_lines, json_lines
 from diffalign.data.examples import Example
 from diffalign.data.filtering import read_some
 from diffalign.data.latent_settings import check_latents
@@ -17,12 +17,14 @@ from diffalign.data.records import Dropped, ImageRef, Record
 from reward_models.files import read_text
 from reward_models.images import SUFFIXES, is_image
 
+METADATA = ("metadata.jsonl", "metadata.csv")
+
 
 class TargetImages(PreferenceLatents):
     """Single captioned images from a folder, used as training targets.
 
-    Captions are in metadata.jsonl ({"file_name": ..., "text": ...}, the layout of Hugging Face image folders), in a
-    .txt file beside each image, or in prompt.txt with one caption for all images, as in DreamBooth.
+    Captions are in metadata.jsonl or metadata.csv (file_name and text, the layout of Hugging Face image folders), in a
+    .txt or .caption file beside each image, or in prompt.txt with one caption for all images, as in DreamBooth.
     """
 
     unit = "images"
@@ -76,11 +78,16 @@ class Winners(PreferenceLatents):
 
 
 def is_captioned(path: str | Path) -> bool:
-    """Whether a path is a folder of images, with captions to be read by `read_targets`, and no preference data."""
+    """Whether a path is a folder of images for `read_targets`, or a folder of such folders, and no preference data."""
     folder = Path(path).expanduser()
-    if not folder.is_dir() or not any(is_image(file.name) for file in folder.iterdir()):
+    if not folder.is_dir() or not (any(is_image(file.name) for file in folder.iterdir()) or _below(folder)):
         return False
-    return (folder / "metadata.jsonl").exists() or not layouts_in(folder)
+    return any((folder / name).exists() for name in METADATA) or not layouts_in(folder)
+
+
+def _below(folder: Path) -> Path | None:
+    """A folder in this one that contains images, as in the folders `10_name` of sd-scripts."""
+    return next((file.parent for file in folder.glob("*/*") if is_image(file.name)), None)
 
 
 def read_targets(folder: Path) -> list[Record | Dropped]:
@@ -92,25 +99,29 @@ def read_targets(folder: Path) -> list[Record | Dropped]:
         raise FileNotFoundError(f"no folder of images at '{folder}'")
     names = sorted(f.name for f in folder.iterdir() if is_image(f.name))
     if not names:
-        raise ValueError(f"'{folder}' contains no images ({', '.join(SUFFIXES)})")
-    shared, metadata = folder / "prompt.txt", folder / "metadata.jsonl"
+        below = _below(folder)
+        hint = f"; there are some in '{below}': give the path of one folder" if below else f" ({', '.join(SUFFIXES)})"
+        raise ValueError(f"'{folder}' contains no images{hint}")
+    shared, metadata = folder / "prompt.txt", next((x for name in METADATA if (x := folder / name).exists()), None)
     found: list[Record | Dropped] = []
     captions: dict[str, Any] = {}
     if shared.exists():
         captions = dict.fromkeys(names, read_text(shared).strip())
-    elif metadata.exists():
+    elif metadata:
         captions, found = _metadata(metadata)
     else:
         for name in names:
-            file = (folder / name).with_suffix(".txt")
-            try:
-                captions[name] = read_text(file).strip()
-            except FileNotFoundError:
-                continue
-            except (OSError, ValueError) as error:
-                captions[name] = Dropped(name, f"bad caption: {error}")
+            beside = ((folder / name).with_suffix(suffix) for suffix in (".txt", ".caption"))
+            if file := next((file for file in beside if file.exists()), None):
+                try:
+                    captions[name] = read_text(file).strip()
+                except (OSError, ValueError) as error:
+                    captions[name] = Dropped(name, f"bad caption: {error}")
         if not captions:
-            raise ValueError(f"'{folder}' needs captions: metadata.jsonl, a .txt beside each image, or one prompt.txt")
+            raise ValueError(
+                f"'{folder}' needs captions: metadata.jsonl or metadata.csv, a .txt or .caption beside each image, or "
+                "one prompt.txt"
+            )
     for name in names:
         caption: Any = captions.get(name)
         if isinstance(caption, Dropped):
@@ -126,7 +137,7 @@ def _metadata(file: Path) -> tuple[dict[str, Any], list[Record | Dropped]]:
     """Captions by file name, and the lines without a usable caption."""
     captions: dict[str, Any] = {}
     bad: list[Record | Dropped] = []
-    for id, line in json_lines(file):
+    for id, line in json_lines(file) if file.suffix == ".jsonl" else csv_lines(file):
         if isinstance(line, Dropped):
             bad.append(line)
         elif not isinstance(line.get("file_name"), str) or "text" not in line:

@@ -58,7 +58,7 @@ def _rated(id: str, line: dict[str, Any], folder: Path) -> Record | Dropped:
     return Record(id, line["prompt"], refs, tuple(map(float, ranking)), overall, aspects=aspects or None)
 
 
-def read_json(path: Path) -> Records:
+def read_json(path: Path, entries: list[Any] | None = None) -> Records:
     """JSON list of pairs or ranked groups; the layout is detected from the keys of the entries.
 
         HPDv2        prompt, file_path, human_preference (1 for the better image), or image_path, rank (lower is better)
@@ -67,7 +67,7 @@ def read_json(path: Path) -> Records:
 
     Images are beside the file, or in train/, test/ or test_images/ there. Raises ValueError when it is no JSON list.
     """
-    entries = _load(read_file(path), str(path))
+    entries = load_list(path) if entries is None else entries
     if any(isinstance(x, dict) and "prompt_id" in x and isinstance(x.get("image_path"), str) for x in entries[:1]):
         yield from read_image_reward_db([path])
         return
@@ -80,6 +80,11 @@ def read_hpd_v3_lines(path: Path) -> Records:
     """HPDv3 as JSON lines, one entry per line; image paths are relative to the file."""
     for id, line in json_lines(path):
         yield line if isinstance(line, Dropped) else _entry(id, line, path.parent)
+
+
+def load_list(path: Path) -> list[Any]:
+    """Entries of a JSON list. Raises ValueError when it is none."""
+    return _load(read_file(path), str(path))
 
 
 def _load(data: bytes, where: str) -> list[Any]:

@@ -5,7 +5,8 @@
     a folder of `save_to_disk`        the same columns in *.arrow
     owner/name[@revision]             the parquet files of a data set of the Hugging Face hub
     *.jsonl, or a folder with one     prompt, chosen, rejected[, prob, scores, annotator]; paths relative to the file;
-                                      or prompt, images, scores {aspect: numbers}[, ranking]
+                                      or prompt, images, scores {aspect: numbers}[, ranking]; pairs also as a list in
+                                      *.json
     a folder with w/ and l/           winners and losers with equal names, and prompts.txt or prompts.jsonl
     *.json, or a folder with          HPDv2: prompt, file_path, human_preference, or prompt, image_path, rank;
       train.json or test.json         ImageReward: prompt, generations, ranking;
@@ -37,6 +38,7 @@ from diffalign.data.entry_checks import (
 from diffalign.data.hub_sets import HUB_ID, from_hub
 from diffalign.data.rankings import (
     image_reward_db_shards,
+    load_list,
     read_hpd_v3_lines,
     read_image_reward_db,
     read_json,
@@ -51,8 +53,9 @@ from reward_models.images import is_image
 EXPECTED = (
     "a .parquet file or a folder of them (Pick-a-Pic columns, or prompt, chosen, rejected), a folder of "
     "`save_to_disk`, the hub id of such a data set, a .jsonl file (prompt, chosen, rejected; or prompt, images, "
-    "scores), a folder with w/, l/ and prompts.txt or prompts.jsonl, an HPDv2 .json file, one of HPDv3 or "
-    "ImageReward, or the shards of ImageRewardDB"
+    "scores), such pairs as a list in .json, a folder with w/, l/ and prompts.txt or prompts.jsonl, an HPDv2 .json "
+    "file, one of HPDv3 or ImageReward, or the shards of ImageRewardDB; `sft` also reads a folder of images with "
+    "captions, and `diffalign user choose` makes pairs of one"
 )
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".zip")
@@ -103,7 +106,7 @@ def _in_file(path: Path) -> dict[str, Callable[[], Records]]:
         ".arrow": partial(read_tables, [path]),
         ".parquet": partial(read_tables, [path]),
         ".jsonl": partial(_lines_reader, path),
-        ".json": partial(read_json, path),
+        ".json": partial(_list_reader, path),
         ".zip": partial(read_image_reward_db, [path]),
     }
     return {path.name: readers[path.suffix]} if path.suffix in readers else {}
@@ -124,7 +127,7 @@ def layouts_in(path: Path) -> dict[str, Callable[[], Records]]:
         found["the shards of ImageRewardDB"] = partial(read_image_reward_db, db)
     for name in ("train.json", "test.json"):
         if (path / name).exists() and not any(x.endswith(".json") for x in found):
-            found[name] = partial(read_json, path / name)
+            found[name] = partial(_list_reader, path / name)
     return found
 
 
@@ -136,6 +139,14 @@ def _lines_reader(path: Path) -> Records:
     return read_hpd_v3_lines(path) if "path1" in first else read_jsonl(path)
 
 
+def _list_reader(path: Path) -> Records:
+    """Reader of a .json file, detected from the keys of its first entry."""
+    entries = load_list(path)
+    if not isinstance(entries[0] if entries else None, dict) or "chosen" not in entries[0]:
+        return read_json(path, entries)
+    return (_pair(f"{path.name}:{k}", entry, path.parent) for k, entry in enumerate(entries))
+
+
 def read_jsonl(path: Path) -> Records:
     """JSON lines with one pair each: prompt, chosen, rejected[, prob, scores, annotator].
 
@@ -143,26 +154,27 @@ def read_jsonl(path: Path) -> Records:
     tie. `scores` are two numbers, for chosen and rejected; larger is better.
     """
     for id, line in json_lines(path):
-        if isinstance(line, Dropped):
-            yield line
-            continue
-        names: list[Any] = [line.get("chosen"), line.get("rejected")]
-        prob = line.get("prob", 1.0)
-        scores = line.get("scores")
-        reason = bad_prompt(line.get("prompt")) or bad_label(prob, lambda x: 0.5 <= x <= 1)
-        reason = reason or ("" if scores is None else bad_labels(scores, 2)) or bad_annotator(line.get("annotator"))
-        if not all(isinstance(n, str) and n for n in names):
-            reason = "bad line: 'chosen' and 'rejected' must be image paths"
-        if reason:
-            yield Dropped(id, reason)
-        elif bad := bad_images(id, names):
-            yield bad._replace(side="rejected" if bad.side.startswith("image 2") else "chosen")
-        else:
-            images = files(path.parent, names)
-            annotator = None if line.get("annotator") is None else str(line["annotator"])
-            ranks, flip = ((0.0, 0.0), 0.0) if prob == 0.5 else ((0.0, 1.0), 1 - prob)
-            given = None if scores is None else tuple(map(float, scores))
-            yield Record(id, line["prompt"], images, ranks, given, annotator, flip=flip)
+        yield line if isinstance(line, Dropped) else _pair(id, line, path.parent)
+
+
+def _pair(id: str, line: Any, folder: Path) -> Record | Dropped:
+    if not isinstance(line, dict):
+        return Dropped(id, "bad entry: not a JSON object")
+    names: list[Any] = [line.get("chosen"), line.get("rejected")]
+    prob = line.get("prob", 1.0)
+    scores = line.get("scores")
+    reason = bad_prompt(line.get("prompt")) or bad_label(prob, lambda x: 0.5 <= x <= 1)
+    reason = reason or ("" if scores is None else bad_labels(scores, 2)) or bad_annotator(line.get("annotator"))
+    if not all(isinstance(n, str) and n for n in names):
+        reason = "bad line: 'chosen' and 'rejected' must be image paths"
+    if reason:
+        return Dropped(id, reason)
+    if bad := bad_images(id, names):
+        return bad._replace(side="rejected" if bad.side.startswith("image 2") else "chosen")
+    annotator = None if line.get("annotator") is None else str(line["annotator"])
+    ranks, flip = ((0.0, 0.0), 0.0) if prob == 0.5 else ((0.0, 1.0), 1 - prob)
+    given = None if scores is None else tuple(map(float, scores))
+    return Record(id, line["prompt"], files(folder, names), ranks, given, annotator, flip=flip)
 
 
 def read_folders(folder: Path, prompts: Path) -> Records:

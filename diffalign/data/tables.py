@@ -108,7 +108,8 @@ def _columns(path: Path, schema: pa.Schema) -> tuple[str, ...]:
     names = schema.names
     expected = CHOSEN if "chosen" in names or "rejected" in names else PICKAPIC
     if missing := [c for c in expected if c not in names]:
-        raise ValueError(f"'{path}' has no column {', '.join(missing)}; it has {', '.join(names)}")
+        known = f"{', '.join(CHOSEN)}, or {', '.join(PICKAPIC)}"
+        raise ValueError(f"'{path}' has no column {', '.join(missing)}; it has {', '.join(names)}. Pairs have {known}")
     return expected
 
 

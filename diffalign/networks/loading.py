@@ -21,7 +21,7 @@ from diffalign.networks.lora_files import merged, read_start, start_from, weight
 from diffalign.networks.pipeline_files import family_of, find_folder
 from diffalign.networks.placement import DTYPES, Placement, place
 from diffalign.networks.quantization import quantize_linear
-from diffalign.networks.single_file import as_folder
+from diffalign.networks.single_file import SUFFIXES, as_folder
 from reward_models.files import read_json
 
 __all__ = ["Backbone", "Denoiser", "call_of", "check_backbone", "find_pipeline", "load_backbone"]
@@ -200,6 +200,8 @@ def find_pipeline(path: str, config: str | None = None) -> Path:
     file = Path(path).expanduser()
     if file.is_file():
         return as_folder(file, None if config is None else find_folder(config), supported_families())
+    if file.suffix in SUFFIXES and not file.exists():
+        raise FileNotFoundError(f"there is no file '{path}'")
     if config is not None:
         raise ValueError(f"the config '{config}' is for a single file of weights, and '{path}' is none; leave it out")
     return find_folder(path)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffalign.networks.families.base import Backbone
+from diffalign.networks.families.sd3 import ORIGINAL, original_layer
 from diffalign.networks.lora import GENERATOR, lora_layers
 from diffalign.networks.pipeline_files import left_out, made_once, stamps
 from reward_models.files import one_line, read_json
@@ -31,6 +32,10 @@ PEFT = "base_model.model."
 """Prefix of the layer names in files of peft's `save_pretrained`."""
 ONE_NAME = "lora_transformer_"
 """Prefix of a transformer's layers in kohya's names of diffusers' layers: all dots are underscores."""
+DOWN = {"up.weight": "down.weight", "B.weight": "A.weight"}
+"""The second matrix of a layer -> its first, in kohya's names and in those of diffusers."""
+LEAF = re.compile(r".*\.(?=[a-z])")
+"""What stands before a layer's own name, such as to_q or to_out.0."""
 OF_TEXT = ("lora_te", "text_encoder")
 """How the names of a text encoder's layers begin."""
 
@@ -57,6 +62,8 @@ def load_lora(pipe: Any, path: Path, name: str = GENERATOR) -> None:
     other shapes. Warns on stderr if the LoRA is 0 in all layers.
     """
     file, keys = lora_file(path), _keys(path)
+    if not any(word in key for key in keys for word in ("lora", "lokr", "hada")):
+        raise ValueError(f"LoRA '{path}' is no LoRA: it has weights such as '{keys[0] if keys else None}'")
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)  # the errors below cover its warnings
     try:
@@ -153,8 +160,10 @@ def start_from(network: nn.Module, start: dict[str, Start]) -> None:
     """Give the network's new LoRA the weights of `read_start`. Raises ValueError if it has not their layers or rank."""
     layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, BaseTunerLayer)}
     if lost := sorted(start.keys() - layers.keys()):
+        missing = ", ".join(sorted({LEAF.sub("", name) for name in lost}))
         raise ValueError(
-            f"'backbone.lora_start' changes {len(lost)} layers that are not in 'backbone.lora_targets': {lost[0]}, ..."
+            f"'backbone.lora_start' changes {len(lost)} layers that are not in 'backbone.lora_targets': {lost[0]}, "
+            f"...; add {missing}"
         )
     rank = max(len(down) for down, _ in start.values())
     with torch.no_grad():
@@ -200,23 +209,29 @@ def _for_diffusers(pipe: Any, file: Path, keys: list[str]) -> Any:
     """A LoRA as diffusers reads it: mostly the file itself.
 
     diffusers reads `.alpha` for some families alone, so the weights of a transformer's layers in its own names, with
-    dots or underscores, are multiplied by alpha / rank here. Raises ValueError for the layer names of SD3's authors.
+    dots or underscores, or in those of SD3's original code, are multiplied by alpha / rank here.
     """
-    if any(key.startswith("lora_unet_joint_blocks") for key in keys):
-        raise ValueError("it has the layers of SD3's original code (sd-scripts); save it with the layers of diffusers")
-    own = any(key.startswith(ONE_NAME) or (key.startswith("transformer.") and key.endswith(".alpha")) for key in keys)
+    named = any(key.startswith((ONE_NAME, ORIGINAL)) for key in keys)
+    own = named or any(key.startswith("transformer.") and key.endswith(".alpha") for key in keys)
     if not own or getattr(pipe, "transformer", None) is None:
         return str(file)
-    names = {ONE_NAME + name.replace(".", "_"): f"transformer.{name}" for name, _ in pipe.transformer.named_modules()}
+    starts = {"transformer": ONE_NAME, "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    names = {
+        starts[part] + name.replace(".", "_"): f"{part}.{name}"
+        for part in starts.keys() & _parts(pipe)
+        for name, _ in _parts(pipe)[part].named_modules()
+    }
+    blocks = len(getattr(pipe.transformer, "transformer_blocks", ()))
     state, folded = load_file(file), {}
     for key, value in state.items():
         layer, _, kind = key.partition(".lora_")
-        if kind in ("A.weight", "down.weight"):
-            scale = state[f"{layer}.alpha"].item() / len(value) if f"{layer}.alpha" in state else 1.0
-            folded[f"{names.get(layer, layer)}.lora_A.weight"] = value * scale
-        elif kind in ("B.weight", "up.weight"):
-            folded[f"{names.get(layer, layer)}.lora_B.weight"] = value
-        elif not key.endswith(".alpha"):
+        if kind in DOWN:
+            down = state[f"{layer}.lora_{DOWN[kind]}"]
+            scale = state[f"{layer}.alpha"].item() / len(down) if f"{layer}.alpha" in state else 1.0
+            whole = {names.get(layer, layer): value}
+            for name, up in (original_layer(layer, value, blocks) if layer.startswith(ORIGINAL) else whole).items():
+                folded[f"{name}.lora_A.weight"], folded[f"{name}.lora_B.weight"] = down * scale, up
+        elif kind not in DOWN.values() and not key.endswith(".alpha"):
             folded[key] = value
     return folded
 

@@ -17,11 +17,17 @@ from diffalign.networks.families.base import Backbone
 from diffalign.networks.pipeline_files import family_of, made_once, stamps, weights_in
 from reward_models.files import first_line, missing, reachable, read_json
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]
 """Files of a pipeline on the hub other than weights."""
 UNREADABLE = (ValueError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
 """What the conversions of diffusers raise for keys and shapes that they do not expect."""
+PREFIX = "model.diffusion_model."
+"""Before the names of a network's weights in files of all families that ComfyUI saves."""
+SCALES = (".scale_weight", ".weight_scale")
+"""Ends of the names of a layer's scale, in files with weights of 8 bits."""
+UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+"""Ends of further names in such files."""
 
 
 def as_folder(file: Path, base: Path | None, families: Mapping[str, type[Backbone]]) -> Path:
@@ -54,7 +60,10 @@ def _write(new: Path, file: Path, base: Path | None, families: Mapping[str, type
         raise ValueError(
             f"'{file}' cannot be read as weights: {first_line(cause)}; it may be cut off, get it again"
         ) from error
+    if any(".lora_" in name for name in checkpoint):
+        raise ValueError(f"'{file}' is a LoRA; give its model here, and the LoRA as 'backbone.lora' (or --lora)")
     base = base or _inferred(file, checkpoint)
+    checkpoint = _unscaled(file, checkpoint)
     kind = family_of(base)
     if kind not in families:
         raise ValueError(f"'{base}' contains a {kind}; supported pipelines: {', '.join(families)}")
@@ -67,8 +76,8 @@ def _write(new: Path, file: Path, base: Path | None, families: Mapping[str, type
             continue
         if (base / name / "config.json").exists() and not weights_in(base / name):
             raise ValueError(
-                f"'{file}' contains no {name}, and there is none in '{base}'; set 'backbone.config' to a diffusers "
-                "folder of the same model that has it"
+                f"'{file}' contains no {name}, and there is none in '{base}'; set 'backbone.config' (--config) to a "
+                "diffusers folder of the same model that has it"
             )
         if (base / name).exists():
             (new / name).symlink_to((base / name).resolve())
@@ -86,13 +95,32 @@ def _inferred(file: Path, checkpoint: dict[str, Any]) -> Path:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"'{file}' is a single file and lacks the settings of its model: {missing(name, error)}. Set "
-            "'backbone.config' to a diffusers folder of the same model"
+            "'backbone.config' (--config) to a diffusers folder of the same model"
         ) from error
+
+
+def _unscaled(file: Path, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a file with its scales multiplied in. Raises ValueError for scales of another kind."""
+    found = {name: value for name, value in checkpoint.items() if not name.endswith((*SCALES, *UNUSED))}
+    for name in (name for name in checkpoint if name.endswith(SCALES)):
+        layer, scale = f"{name.rpartition('.')[0]}.weight", checkpoint[name]
+        weight = found.get(layer)
+        if weight is None or not weight.is_floating_point() or scale.numel() != 1:
+            raise ValueError(
+                f"'{file}' has weights in few bits with scales of an unknown kind ({name}); get it in bf16"
+            )
+        found[layer] = (weight.float() * scale.float()).to(torch.bfloat16)
+    return found
 
 
 def _readers(family: type[Backbone], checkpoint: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
     """Names of the parts that a checkpoint contains -> the function of diffusers that reads it."""
     readers: dict[str, Callable[..., Any]] = {family.network_name: family.network_class.from_single_file}
+    if family.network_name == "transformer":  # several converters of diffusers do not know the prefix
+        readers["transformer"] = lambda weights, **more: family.network_class.from_single_file(
+            {name.removeprefix(PREFIX): value for name, value in weights.items() if name.startswith(PREFIX)} or weights,
+            **more,
+        )
     if any(key.startswith(("first_stage_model.", "vae.")) for key in checkpoint):
         readers["vae"] = family.vae_class.from_single_file
     for name, (encoder, _) in family.text_classes.items():

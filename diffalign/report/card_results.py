@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from diffalign.report.grid import shown, write_grid
 from diffalign.report.manifest import read_pairs
-from diffalign.report.model_card import MARKS, escaped, public, table
+from diffalign.report.model_card import MARKS, escaped, public, split_weight, table
 from diffalign.report.preference_rate import GAIN, headline, sentence, signed, verdict
 from reward_models.files import read_json, read_text, weights_digest, write_whole
 
@@ -64,7 +64,8 @@ Base above aligned, from the same noise; prompts drawn at random: {prompts}."""
 
 def _export(aligned: Mapping[str, Any], run: Path | None) -> Path | None:
     """Export folder with a card, of a run, whose weights made the aligned images."""
-    named: list[Any] = _loras(aligned)[-1:] or ([] if aligned.get("user_adapter") else [aligned.get("pipeline")])
+    named: list[Any] = [split_weight(lora)[0] for lora in reversed(_loras(aligned))]
+    named = named or ([] if aligned.get("user_adapter") else [aligned.get("pipeline")])
     folders = [run / "export"] if run else [f for name in named if name for f in (Path(name), Path(name).parent)]
     for folder in folders:
         if (folder / "README.md").is_file() and (folder.parent / "config.yaml").is_file():
@@ -73,7 +74,7 @@ def _export(aligned: Mapping[str, Any], run: Path | None) -> Path | None:
 
 
 def _loras(settings: Mapping[str, Any]) -> list[str]:
-    """The LoRAs of a folder of images, each with its weight; the last one is the run's export."""
+    """The LoRAs of a folder of images, as they were given: PATH or PATH:WEIGHT."""
     return (settings.get("lora") or "").split(", ") if settings.get("lora") else []
 
 
@@ -82,21 +83,36 @@ def _other(export: Path, base: Mapping[str, Any], aligned: Mapping[str, Any]) ->
     first, _, rest = read_text(export / "README.md").partition(MARKS[0])
     if MARKS[1] not in rest or MARKS[1] in first:
         return f"the marks '{MARKS[0]}' and '{MARKS[1]}', between which the numbers belong, are not in it"
+    loras = _loras(aligned)
+    mine = next((i for i, lora in enumerate(loras) if _belongs(split_weight(lora)[0], export)), len(loras) - 1)
+    path, weight = split_weight(loras[mine]) if loras else ("", 1.0)
     keys = ("lora_weights", "user_adapter", "pipeline_weights")
-    used = (next(filter(None, map(aligned.get, keys)), None) or "").split(", ")[-1]
-    where = Path((_loras(aligned) or [""])[-1])
-    its_file = where.is_file() and where.parent == export and weights_digest(where) == used
+    used = (next(filter(None, map(aligned.get, keys)), None) or "").split(", ")[mine - len(loras)]
+    its_file = _belongs(path, export) and Path(path).is_file() and weights_digest(Path(path)) == used
     if used != weights_digest(export) and not its_file:
         return "the aligned images were made with other weights than the export's; generate them again"
+    if weight != 1:
+        return f"the aligned images were made with {weight:g} of the export's change; generate them without a weight"
     backbone = yaml.safe_load(read_text(export.parent / "config.yaml")).get("backbone", {})
     began, merged = backbone.get("path"), backbone.get("lora") or []
     alone = f"'{began}'" + (f" with the LoRAs {', '.join(merged)}" if merged else " alone")
     model = base.get("pipeline")
-    if _loras(base) != merged or base.get("user_adapter") or model is None or _place(model) != _place(began):
+    others = _placed(_loras(base)) != _placed(merged)
+    if others or base.get("user_adapter") or model is None or _place(model) != _place(began):
         return f"the base images are not those of {alone}, with which the run began"
-    if aligned.get("lora") and _loras(aligned)[:-1] != merged:
+    if loras and _placed(loras[:mine] + loras[mine + 1 :]) != _placed(merged):
         return f"the aligned images are not those of {alone} and the export"
     return ""
+
+
+def _belongs(lora: str, export: Path) -> bool:
+    """Whether a LoRA's path is an export, or a file in it."""
+    return export.resolve() in (Path(lora).resolve(), Path(lora).resolve().parent)
+
+
+def _placed(loras: Sequence[str]) -> list[tuple[str, float]]:
+    """Paths and weights of LoRAs, in an order that does not depend on theirs: they act at once."""
+    return sorted((_place(path), weight) for path, weight in map(split_weight, loras))
 
 
 def _place(path: str) -> str:

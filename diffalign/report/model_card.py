@@ -124,6 +124,12 @@ def public(value: Any) -> str:
     return re.sub(r"(?<![^\s=,:'\"])~?/(?!/)(?:[^\s,:=]*/)*(?=[^\s,:=])", "", text)
 
 
+def split_weight(lora: str) -> tuple[str, float]:
+    """Path and weight of a LoRA that was given as PATH or PATH:WEIGHT."""
+    path, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", lora, re.DOTALL).groups("1")  # type: ignore[union-attr]
+    return path, float(weight)
+
+
 def is_hub_id(path: str) -> bool:
     """Whether a path, of a model or a data set, is a hub id rather than a file or folder."""
     return bool(re.fullmatch(f"{HUB_ID}(@.+)?", path)) and not Path(path).exists()
@@ -155,7 +161,7 @@ def _usage(about: About, place: str, base: Mapping[str, Any]) -> str:
     else:
         kinds, lines = _base_model(about.folder, place, base)
         for lora in map(public, base.get("lora") or ()):  # merged into the base before the training
-            path, weight = re.fullmatch(r"(.*?)(?::(-?\d*\.?\d+))?", lora).groups("1.0")  # type: ignore[union-attr]
+            path, weight = split_weight(lora)
             lines += [f'pipe.load_lora_weights("{path}")', f"pipe.fuse_lora(lora_scale={weight})"]
             lines += ["pipe.unload_lora_weights()"]
         lines.append(about.loading)
@@ -169,7 +175,7 @@ def _base_model(folder: Path, place: str, base: Mapping[str, Any]) -> tuple[list
     path, config = str(base.get("path", "")), base.get("config")
     settings = f', config="{public(config)}"' if config else ""
     name, _, revision = path.partition("@")
-    if not path.endswith((".safetensors", ".ckpt", ".pt", ".bin")):
+    if not path.endswith((".safetensors", ".ckpt", ".pt", ".pth", ".bin")):
         place = f'"{name}", revision="{revision}"' if revision and is_hub_id(path) else place
         return ["DiffusionPipeline"], [f"pipe = DiffusionPipeline.from_pretrained({place})"]
     index = read_json(folder / "model_index.json")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffalign.data import Dropped, KeyedLoader, Prompts, TargetImages
-from diffalign.data.image_folder import read_targets
+from diffalign.data.image_folder import is_captioned, read_targets
 from diffalign.data.prompts import find_prompts, read_prompts
 from diffalign.draws import Draws
 from diffalign.networks.loading import load_backbone
@@ -78,13 +78,37 @@ def test_image_folder_captions_in_three_layouts(
         TargetImages(backbone, Draws(0), tmp_path / "run", path=str(beside), **settings)
 
 
+def test_captions_in_csv_and_in_caption_files(tmp_path: Path) -> None:
+    """metadata.csv as Hugging Face's image folders have it, .caption as sd-scripts reads by default."""
+    for folder in (tmp_path / "csv", tmp_path / "beside"):
+        picture(folder / "a.png", "red"), picture(folder / "b.png", "blue")
+    (tmp_path / "csv/metadata.csv").write_bytes(b'\xef\xbb\xbffile_name,text\r\nb.png,"blue, or\r\nnot"\r\na.png\r\n')
+    (tmp_path / "beside/a.caption").write_text("red")
+    (tmp_path / "beside/b.txt").write_text("blue")
+    assert is_captioned(tmp_path / "csv") and read_targets(tmp_path / "csv")[0] == Dropped("a.png", "empty caption")
+    assert [r.prompt for r in read_targets(tmp_path / "csv")[1:]] == ["blue, or\r\nnot"]  # type: ignore[union-attr]
+    assert [r.prompt for r in read_targets(tmp_path / "beside")] == ["red", "blue"]  # type: ignore[union-attr]
+    (tmp_path / "csv/metadata.csv").write_text("name,caption\na.png,red\n")
+    assert read_targets(tmp_path / "csv")[0] == Dropped("metadata.csv:2", "bad line: needs file_name and text")
+    (tmp_path / "csv/metadata.csv").write_bytes(b"file_name,text\na.png,caf\xe9\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv' line 2 is not UTF-8"):
+        read_targets(tmp_path / "csv")
+
+
 def test_image_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no folder of images at"):
         read_targets(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="contains no images"):
         read_targets(tmp_path)
+    (tmp_path / "10_dog").mkdir()
+    picture(tmp_path / "10_dog/a.png", "red")
+    assert is_captioned(tmp_path)
+    with pytest.raises(ValueError, match=r"contains no images; there are some in '.*10_dog': give the path of one"):
+        read_targets(tmp_path)
     picture(tmp_path / "a.png", "red")
-    with pytest.raises(ValueError, match=r"needs captions: metadata\.jsonl, a \.txt beside each image, or one"):
+    with pytest.raises(
+        ValueError, match=r"needs captions: metadata\.jsonl or .*a \.txt or \.caption beside each image, or"
+    ):
         read_targets(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file": "a.png"}\n')
     assert read_targets(tmp_path) == [

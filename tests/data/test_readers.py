@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,6 +135,18 @@ def test_jsonl_paths_are_relative_to_the_file_and_prob_becomes_a_flip_probabilit
     assert (b.id, b.prompt, b.flip, b.annotator) == ("pairs.jsonl:3", "b", 0.25, "7")
     assert winner_and_loser(b) == (picture(2), picture(1))
     assert list(read_records(tmp_path)) == [a, b]
+
+
+def test_a_json_list_of_pairs_is_read_as_the_lines_are(tmp_path):
+    lines = [{"prompt": "a", "chosen": "1.png", "rejected": "2.png", "prob": 0.75}, {"chosen": "1"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "pairs.json").write_text(json.dumps([*lines, [1]]))
+    kept, dropped = read_records(tmp_path / "pairs.jsonl")
+    assert [*read_records(tmp_path / "pairs.json")] == [
+        replace(kept, id="pairs.json:0"),
+        dropped._replace(id="pairs.json:1"),
+        Dropped("pairs.json:2", "bad entry: not a JSON object"),
+    ]
 
 
 @pytest.mark.parametrize(

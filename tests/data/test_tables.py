@@ -92,6 +92,11 @@ def test_tables_of_other_layouts_are_one_clear_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["x"], "chosen": [b"x"]}), file)
     with pytest.raises(ValueError, match="has no column rejected; it has prompt, chosen"):
         [*read_records(file)]
+    pq.write_table(pa.table({"image": [b"x"], "text": ["x"]}), file)
+    with pytest.raises(
+        ValueError, match=r"it has image, text\. Pairs have prompt, chosen, rejected, or caption, jpg_0"
+    ):
+        [*read_records(file)]
     saved = as_saved(tmp_path / "saved", rows())
     (saved / "data-00001-of-00002.arrow").write_bytes(b"\xff" * 100)
     with pytest.raises(ValueError, match=r"not a readable arrow file"):

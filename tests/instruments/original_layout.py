@@ -1,6 +1,7 @@
 """Single-file checkpoints in the key layouts in which models are published, made from a diffusers folder.
 
-The layouts are those of CompVis' latent-diffusion (SD), Stability's generative-models (SDXL), SD3, Z-Image and FLUX.1.
+The layouts are those of CompVis' latent-diffusion (SD), Stability's generative-models (SDXL), SD3, Z-Image, FLUX.1,
+FLUX.2 and Sana.
 """
 
 from __future__ import annotations
@@ -50,6 +51,29 @@ FLUX_DOUBLE |= {"attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv"}
 FLUX_SINGLE = {"attn.norm_q.weight": "norm.query_norm.scale", "attn.norm_k.weight": "norm.key_norm.scale"}
 FLUX_SINGLE |= {"norm.linear": "modulation.lin", "proj_out": "linear2", "attn.to_q": "linear1"}
 
+FLUX2 = {
+    f"time_guidance_embed.timestep_embedder.linear_{i}.": f"time_in.{x}_layer." for i, x in ((1, "in"), (2, "out"))
+}
+FLUX2 |= {"context_embedder.": "txt_in.", "x_embedder.": "img_in.", "proj_out.": "final_layer.linear."}
+FLUX2 |= {"norm_out.linear.": "final_layer.adaLN_modulation.1.", "single_transformer_blocks.": "single_blocks."}
+FLUX2 |= {"modulation_img.linear": "modulation_img.lin", "modulation_txt.linear": "modulation_txt.lin"}
+FLUX2 |= {"stream_modulation.linear": "stream_modulation.lin", "attn.to_qkv_mlp_proj": "linear1"}
+FLUX2 |= {"transformer_blocks.": "double_blocks."}
+FLUX2_DOUBLE = {"ff.linear_in": "img_mlp.0", "ff.linear_out": "img_mlp.2", "ff_context.linear_in": "txt_mlp.0"}
+FLUX2_DOUBLE |= {"ff_context.linear_out": "txt_mlp.2"} | FLUX_DOUBLE
+FLUX2_SINGLE = {"attn.to_out": "linear2", **FLUX_SINGLE}
+SANA = {"transformer_blocks.": "blocks.", "patch_embed.proj.": "x_embedder.proj.", "time_embed.linear.": "t_block.1."}
+SANA |= {f"time_embed.emb.timestep_embedder.linear_{i}.": f"t_embedder.mlp.{2 * i - 2}." for i in (1, 2)}
+SANA |= {f"caption_projection.linear_{i}.": f"y_embedder.y_proj.fc{i}." for i in (1, 2)}
+SANA |= {"caption_norm.": "attention_y_norm.", "proj_out.": "final_layer.linear.", "attn2.to_out.0": "cross_attn.proj"}
+SANA |= {
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "ff.conv_inverted": "mlp.inverted_conv.conv",
+}
+SANA |= {"ff.conv_depth": "mlp.depth_conv.conv", "ff.conv_point": "mlp.point_conv.conv"}
+SANA |= {"attn1.to_q": "attn.qkv", "attn2.to_k": "cross_attn.kv_linear"}
+
 
 def renamed(name: str, names: dict[str, str]) -> str:
     for ours, theirs in names.items():
@@ -66,8 +90,10 @@ def original(folder: Path) -> State:
     kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
     if kind == "ZImagePipeline":
         return {f"model.diffusion_model.{k}": v for k, v in z_image(part(folder, "transformer")).items()}
-    if kind == "FluxPipeline":
-        return flux(part(folder, "transformer"))
+    if kind == "QwenImagePipeline":  # the names of diffusers; ComfyUI adds the prefix
+        return {f"model.diffusion_model.{k}": v for k, v in part(folder, "transformer").items()}
+    if whole := {"FluxPipeline": flux, "Flux2KleinPipeline": flux2, "SanaPipeline": sana}.get(kind):
+        return whole(part(folder, "transformer"))
     state = {f"first_stage_model.{k}": v for k, v in vae(part(folder, "vae")).items()}
     if kind == "StableDiffusion3Pipeline":
         return state | {f"model.diffusion_model.{k}": v for k, v in sd3(part(folder, "transformer")).items()}
@@ -182,6 +208,31 @@ def flux(state: State) -> State:
             found[f"single_blocks.{number}.{renamed(leaf, FLUX_SINGLE)}"] = value
         else:
             found[f"double_blocks.{number}.{renamed(leaf, FLUX_DOUBLE)}"] = value
+    return found
+
+
+def flux2(state: State) -> State:
+    found = {}
+    for name, value in state.items():
+        if re.search("to_[kv]|add_[kv]_proj", name):  # beside to_q
+            continue
+        if "to_q." in name or "add_q_proj" in name:
+            value = torch.cat([state[name.replace("_q", f"_{x}")] for x in "qkv"])
+        kind = FLUX2_SINGLE if name.startswith("single") else FLUX2_DOUBLE if name.startswith("transformer") else {}
+        found[renamed(renamed(name, FLUX2), kind)] = swapped(value) if "norm_out" in name else value
+    return found
+
+
+def sana(state: State) -> State:
+    """With the two tensors that diffusers leaves out."""
+    found = {"pos_embed": torch.zeros(1, 4, 16), "y_embedder.y_embedding": torch.zeros(3, 16)}
+    for name, value in state.items():
+        if re.search("attn1.to_[kv]|attn2.to_v", name):  # beside attn1.to_q, attn2.to_k
+            continue
+        if re.search("attn1.to_q|attn2.to_k", name):
+            kinds = "qkv" if "attn1" in name else "kv"
+            value = torch.cat([state[re.sub("to_[qk]", f"to_{x}", name)] for x in kinds])
+        found["final_layer.scale_shift_table" if name == "scale_shift_table" else renamed(name, SANA)] = value
     return found
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import SD3Transformer2DModel, StableDiffusionPipeline
 from lora_layouts import TARGETS, files
-from original_layout import flux, flux_converter, part
+from original_layout import flux, flux_converter, part, sd3
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 from stock import images, stock
@@ -145,12 +145,17 @@ def test_loras_that_do_not_fit(tiny_sd: Path, style: dict[str, Path], tmp_path: 
         for use in ({"lora": (str(bad),)}, {"lora_start": str(bad), "lora_rank": 2, "lora_targets": TARGETS}):
             with pytest.raises(ValueError, match=rf"LoRA '.*{name}\.safetensors' .*{said}"):
                 load_backbone(CPU, path=str(tiny_sd), **use)
+    model = next((tiny_sd / "unet").glob("*.safetensors"))
+    with pytest.raises(ValueError, match=r"safetensors' is no LoRA: it has weights such as"):
+        read_start(backbone, model)
     with pytest.raises(FileNotFoundError, match="LoRA 'nowhere' does not exist"):
         load_backbone(CPU, path=str(tiny_sd), lora=("nowhere:0.5",))
     start = {"path": str(tiny_sd), "lora_start": str(style["kohya"])}
     with pytest.raises(ValueError, match=r"'backbone\.lora_start' has rank 2; set 'backbone\.lora_rank' to 2 or more"):
         load_backbone(CPU, **start, lora_rank=1, lora_targets=TARGETS)
-    with pytest.raises(ValueError, match=r"changes 4 layers that are not in 'backbone\.lora_targets': .*proj_in"):
+    with pytest.raises(
+        ValueError, match=r"changes 4 layers that are not in 'backbone\.lora_targets': .*; add proj_in$"
+    ):
         load_backbone(CPU, **start, lora_rank=2)
     dora = files(tiny_sd, tmp_path / "dora", use_dora=True)["peft"]
     with pytest.raises(ValueError, match="is a DoRA, which cannot start a LoRA"):
@@ -250,7 +255,25 @@ def test_an_sd3_lora_with_alpha(dots: bool, tiny_sd3: Path, tmp_path: Path) -> N
     found = part(base_folder(str(tiny_sd3), None, [str(tmp_path / "lora.safetensors")], torch.float32), "transformer")
     for name, value in (state | changed).items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
-    saved, _ = kohya({"": torch.ones(32, 32)}, lambda _: "lora_unet_joint_blocks_0_x_block_attn_proj")
-    save_file(saved, tmp_path / "original.safetensors")
-    with pytest.raises(ValueError, match=r"original\.safetensors' does not fit this model: it has the layers of SD3's"):
-        load_backbone(CPU, path=str(tiny_sd3), lora_start=str(tmp_path / "original.safetensors"), lora_rank=2)
+
+
+def test_an_sd3_lora_of_sd_scripts(tiny_sd3: Path, tmp_path: Path) -> None:
+    """Every layer of the original blocks, in a stock transformer that diffusers converts from them, and of CLIP."""
+    state = sd3(part(tiny_sd3, "transformer"))
+    layers = {k: v for k, v in state.items() if k.startswith("joint_blocks") and k.endswith(".weight") and v.ndim == 2}
+    assert len(layers) == 17
+    saved, changed = kohya(layers, lambda name: "lora_unet_" + name.replace(".", "_"))
+    text = {k: v for k, v in part(tiny_sd3, "text_encoder").items() if k.endswith("q_proj.weight")}
+    also, changed_text = kohya(text, lambda name: "lora_te1_" + name.replace(".", "_"))
+    save_file(saved | also, tmp_path / "lora.safetensors")
+    made = base_folder(str(tiny_sd3), None, [str(tmp_path / "lora.safetensors")], torch.float32)
+    config = {"config": str(tiny_sd3), "subfolder": "transformer", "local_files_only": True}
+    expected = SD3Transformer2DModel.from_single_file(state | changed, **config).state_dict()
+    for name, value in part(made, "transformer").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+    for name, value in changed_text.items():
+        torch.testing.assert_close(part(made, "text_encoder")[name], value, atol=1e-5, rtol=1e-5)
+    saved, _ = kohya({"": torch.ones(32, 32)}, lambda _: "lora_unet_joint_blocks_0_x_block_attn_ln")
+    save_file(saved, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors' does not fit this model: .*no layer x_block_attn_ln"):
+        load_backbone(CPU, path=str(tiny_sd3), lora_start=str(tmp_path / "other.safetensors"), lora_rank=2)

@@ -19,6 +19,7 @@ from stock import stock
 from diffalign.diffusion.noising import Noising, errors
 from diffalign.draws import Draws
 from diffalign.networks.loading import base_folder, encoder_fingerprint, find_pipeline, load_backbone
+from diffalign.networks.single_file import PREFIX, SCALES
 
 CPU = torch.device("cpu")
 FAMILIES = ["tiny_sd", "tiny_sdxl", "tiny_sd3", "tiny_flux", "tiny_z_image", "tiny_sana", "tiny_flux2_klein"]
@@ -116,12 +117,43 @@ def test_a_single_file_trains_as_the_folder(suffix: str, plain: Path, expected: 
     assert made != find_pipeline(str(file), str(lent)), "a new file at the same path is another model"
 
 
-@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3", "tiny_z_image"])
+@pytest.mark.parametrize("family", ["tiny_sdxl", "tiny_sd3"])
 def test_published_layouts_of_other_families(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Also the second text encoder of SDXL; what a file lacks comes from the folder."""
     folder = request.getfixturevalue(family)
     file = written(original(folder), tmp_path / "model.safetensors")
     assert torch.equal(loss(file, folder), loss(folder))
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+@pytest.mark.parametrize("family", ["tiny_sd3", "tiny_z_image", "tiny_sana", "tiny_flux2_klein", "tiny_qwen_image"])
+def test_transformers_in_their_published_layout(
+    family: str, prefix: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """With and without the prefix of ComfyUI's files; Sana's own are pickles with the suffix .pth."""
+    folder, file = request.getfixturevalue(family), tmp_path / "model.pth"
+    state = {prefix + name.removeprefix(PREFIX): value for name, value in original(folder).items()}
+    torch.save({"state_dict": state}, file)
+    made, expected = part(find_pipeline(str(file), str(folder)), "transformer"), part(folder, "transformer")
+    assert made.keys() == expected.keys() and all(torch.equal(made[k], value) for k, value in expected.items())
+
+
+@pytest.mark.parametrize("end", SCALES)
+def test_a_file_of_scaled_weights_in_8_bits(end: str, tiny_z_image: Path, tmp_path: Path) -> None:
+    """Without its scale a layer would be another one, and no shape or name would tell."""
+    state, expected = original(tiny_z_image), part(tiny_z_image, "transformer")
+    layer = "layers.0.feed_forward.w1"
+    scale = expected[f"{layer}.weight"].abs().max() / 448
+    state[f"{PREFIX}{layer}.weight"] = (expected[f"{layer}.weight"] / scale).to(torch.float8_e4m3fn)
+    state |= {f"{PREFIX}{layer}{end}": scale, f"{PREFIX}{layer}.comfy_quant": torch.zeros(9, dtype=torch.uint8)}
+    file = written(state, tmp_path / "scaled.safetensors")
+    made = part(find_pipeline(str(file), str(tiny_z_image)), "transformer")
+    torch.testing.assert_close(made[f"{layer}.weight"].float(), expected[f"{layer}.weight"], atol=1e-3, rtol=0.07)
+    rest = expected.keys() - {f"{layer}.weight"}
+    assert made.keys() == expected.keys() and all(torch.equal(made[k], expected[k]) for k in rest)
+    state[f"{PREFIX}{layer}{end}"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"blocks\.safetensors' has weights in few bits .*w1\..*; get it in bf16$"):
+        find_pipeline(str(written(state, tmp_path / "blocks.safetensors")), str(tiny_z_image))
 
 
 def test_flux_in_its_original_layout(tiny_flux: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -166,8 +198,11 @@ def test_files_that_are_no_checkpoint(plain: Path, tiny_sdxl: Path, tmp_path: Pa
     with pytest.raises(ValueError, match="does not contain the unet of a StableDiffusionXLPipeline with the settings"):
         find_pipeline(str(file), str(tiny_sdxl))
     lora = written({"lora_unet_a.lora_down.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="does not contain the unet"):
+    with pytest.raises(ValueError, match=r"lora\.safetensors' is a LoRA; .* as 'backbone\.lora' \(or --lora\)"):
         find_pipeline(str(lora), str(plain))
+    for config in (None, str(plain)):
+        with pytest.raises(FileNotFoundError, match=r"^there is no file 'misspelt\.safetensors'$"):
+            find_pipeline("misspelt.safetensors", config)
     state = original(plain)
     del state["model.diffusion_model.out.2.weight"]
     with pytest.raises(ValueError, match=r"cut\.safetensors' lacks weights of the unet of a StableDiffusionPipeline"):

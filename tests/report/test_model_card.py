@@ -226,6 +226,9 @@ def test_images_of_other_weights_or_of_another_base_change_nothing(
     found, said = win_rates(run, base, aligned, capsys)
     assert "stays as it is: the aligned images were made with other weights" in said
     settings = json.loads((aligned / "settings.json").read_text()) | {"lora_weights": weights_digest(run / "export")}
+    weak = settings | {"lora": f"{run / 'export'}:0.8"}
+    (aligned / "settings.json").write_text(json.dumps(weak))
+    assert "the aligned images were made with 0.8 of the export's change" in refresh_card(base, aligned, found)
     (aligned / "settings.json").write_text(json.dumps(settings))
     (base / "settings.json").write_text(json.dumps({"pipeline": "another/model"}))
     assert "the base images are not those of" in refresh_card(base, aligned, found)
@@ -279,7 +282,13 @@ def test_a_card_of_a_run_on_merged_loras(run: Path, drawn: Callable, capsys: pyt
         weights = f"sha256 1, sha256 2, {weights_digest(export)}"
         (folder / "settings.json").write_text(json.dumps(settings | {"lora": lora, "lora_weights": weights}))
     assert refresh_card(base, aligned, found) == f"model card: '{export / 'README.md'}'"
-    settings = json.loads((aligned / "settings.json").read_text()) | {"lora": str(export)}
+    first = {"lora": f"{export}:1, other.safetensors:1.0, style.safetensors:.8"}
+    first["lora_weights"] = f"{weights_digest(export)}, sha256 2, sha256 1"
+    (aligned / "settings.json").write_text(json.dumps(json.loads((aligned / "settings.json").read_text()) | first))
+    (export / "win_rate.json").unlink()
+    assert refresh_card(base, aligned, found).startswith("model card"), "the order of the LoRAs does not matter"
+    settings = json.loads((aligned / "settings.json").read_text())
+    settings |= {"lora": str(export), "lora_weights": weights_digest(export)}
     (aligned / "settings.json").write_text(json.dumps(settings))
     assert "the aligned images are not those of" in refresh_card(base, aligned, found)
 

@@ -20,6 +20,38 @@ from diffalign.networks.families.sdxl import clip_pair
 from diffalign.networks.placement import as_input
 from diffalign.types import Cond, Size, sides
 
+ORIGINAL = "lora_unet_joint_blocks_"
+"""Beginning of the names of layers in LoRAs of sd-scripts, which have the layers of the original code."""
+LAYERS = {
+    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "x_block_attn_proj": ("attn.to_out.0",),
+    "x_block_attn2_proj": ("attn2.to_out.0",),
+    "context_block_attn_proj": ("attn.to_add_out",),
+    "x_block_mlp_fc1": ("ff.net.0.proj",),
+    "x_block_mlp_fc2": ("ff.net.2",),
+    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+    "context_block_mlp_fc2": ("ff_context.net.2",),
+    "x_block_adaLN_modulation_1": ("norm1.linear",),
+    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+}
+"""Layers of a block in the original code -> those of diffusers, which divide its rows."""
+
+
+def original_layer(name: str, up: Tensor, blocks: int) -> dict[str, Tensor]:
+    """A layer of an sd-scripts LoRA in the layers of diffusers: name -> its rows of `up` [out, r].
+
+    blocks: their number in the transformer. Raises ValueError for an unknown layer.
+    """
+    block, _, layer = name.removeprefix(ORIGINAL).partition("_")
+    if layer not in LAYERS:
+        raise ValueError(f"SD3's blocks have no layer {layer} ({name})")
+    if layer == "context_block_adaLN_modulation_1" and int(block) == blocks - 1:
+        up = torch.cat(up.chunk(2)[::-1])  # this one has the shift before the scale
+    rows = up.chunk(len(LAYERS[layer]))
+    return {f"transformer.transformer_blocks.{block}.{x}": y for x, y in zip(LAYERS[layer], rows, strict=True)}
+
 
 class SD3Denoiser(Denoiser):
     """An SD3Transformer2DModel conditioned on `cond.tokens` and `cond.pooled`."""

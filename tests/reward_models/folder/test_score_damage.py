@@ -26,7 +26,7 @@ LINES = {
     "long name": (json.dumps({**FINE, "image": "x" * 300}), "cannot be read: File name too long"),
     "pipe": (json.dumps({**FINE, "image": "pipe.png"}), "cannot be read: a folder, a pipe or a device"),
     "folder": (json.dumps({**FINE, "image": "."}), "cannot be read: a folder, a pipe or a device"),
-    "EXIF": (json.dumps({**FINE, "image": "exif_type_error.jpg"}), "damaged: "),
+    "EXIF": (json.dumps({**FINE, "image": "exif_type_error.jpg"}), "damaged: its EXIF data"),
     "AVIF": (json.dumps({**FINE, "image": "damaged.avif"}), ""),
     "no prompt": ('{"image": "0.png"}', "line 2 needs 'image' and 'prompt'"),
     "no JSON": ('{"image": ', "line 2 is not JSON"),
