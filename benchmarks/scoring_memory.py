@@ -103,7 +103,8 @@ def measure(kind: str, count: int, folder: Path) -> dict[str, Any]:
     source, out = make(kind, folder / "input", count), folder / "scores.csv"
     words = [str(source), "--scorer", str(folder / "scorer"), "--device", "cpu", "--out", str(out)]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", COMMAND, *words], stdout=subprocess.PIPE, text=True, env=env, check=True)
+    command = [sys.executable, "-c", COMMAND, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
     peak, seconds = map(float, done.stdout.splitlines()[-1].split()[1:])
     return {"input": kind, "images": count, "peak_mb": round(peak), "images_per_cpu_second": round(count / seconds)}
 
