@@ -5,9 +5,9 @@
 The network has as many layers as SDXL's, 70 transformer blocks with 560 LoRA layers, but so few channels that kernels
 cost next to nothing. Diffusion-DPO runs with a fresh reference, so that LoRAs are switched off and on. Not ours, and
 listed beside it: the network's forward and backward pass, clipping and the optimizer's step by torch and accelerate,
-once for all micro-batches of a step, and reading the batch, which worker processes do in a real run. Times are of the
-processor. `ours` holds what torch frees when a loss goes out of scope; `ours_in_python` is what the profiler sees,
-itself included. Writes results/host_time.json.
+once for all micro-batches of a step, reading the batch, which worker processes do in a real run, and freeing, by torch,
+of what the backward pass has used. Times are of the processor. `ours_in_python` is what the profiler sees, itself
+included. Writes results/host_time.json.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Parts:
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
-        self.profiler = cProfile.Profile()
+        self.losses: list[Any] = []  # kept until `free`, with their graphs
+        self.profiler = cProfile.Profile(time.process_time)  # of this process, whatever else the machine does
         self.profiling = self._inside = False
 
     def profile(self, on: bool) -> None:
@@ -70,18 +71,36 @@ class Parts:
 
         setattr(owner, method, timed)
 
+    def keep(self, owner: Any, method: str) -> None:
+        """Keep the first argument of a method of a class, the loss, until `free`."""
+        function = getattr(owner, method)
+
+        def keeping(first: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
+            self.losses.append(loss)
+            return function(first, loss, *args, **kwargs)
+
+        setattr(owner, method, keeping)
+
+    def free(self) -> None:
+        """Free the kept losses."""
+        self.losses.clear()
+
 
 def watch(parts: Parts, found: list[Counter[str]], steps: int) -> Iterator[None]:
     """Measures steps between its turns: some by the clock, then as many under the profiler."""
     yield from itertools.repeat(None, 3)
     for _ in range(steps):
+        parts.free()
         parts.seconds.clear()
         started = time.process_time()
         yield
+        parts.free()
         total = time.process_time() - started
         found.append(Counter({**parts.seconds, "ours": total - parts.seconds.total()}))
     parts.profile(True)
-    yield from itertools.repeat(None, steps)
+    for _ in range(steps):
+        yield
+        parts.free()
     parts.profile(False)
 
 
@@ -103,7 +122,9 @@ def measure(scratch: Path, steps: int, more: Sequence[str]) -> tuple[list[Counte
 
     parts, found = Parts(), list[Counter[str]]()
     parts.time(UNet2DConditionModel, "forward", "forward")
+    parts.keep(Accelerator, "backward")
     parts.time(Accelerator, "backward", "backward")
+    parts.time(Parts, "free", "freeing")
     parts.time(Accelerator, "clip_grad_norm_", "clipping")
     parts.time(AcceleratedOptimizer, "step", "optimizer")
     parts.time(AcceleratedOptimizer, "zero_grad", "optimizer")

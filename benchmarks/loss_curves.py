@@ -3,8 +3,8 @@
     python benchmarks/loss_curves.py            # writes benchmarks/results/loss_curves.json
 
 All runs see the same pairs, noise and timesteps, so their losses are compared step by step: `gap` is the mean absolute
-difference from the baseline, `end` the mean loss of the last 20 steps, `baseline_end` that of the baseline. A run must
-keep its tolerance on both (`gap` is left out for other algorithms than AdamW and for another base model; Prodigy, whose
+difference from the baseline, `end` the mean loss of the last 20 steps, `baseline_end` that of the baseline. "norms in
+float32" converts the input of each norm to float32 and gives float32 on, as CUDA's autocast does. A run must keep its tolerance on both (`gap` is left out for other algorithms than AdamW and for another base model; Prodigy, whose
 estimate needs more steps than these, has none).
 """
 
@@ -21,6 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.state import AcceleratorState
 from results_file import RESULTS, ROOT, commit, cpu, write_rows
+from torch import Tensor, nn
+
+from diffalign.networks import placement
+from diffalign.networks.placement import HALF_NORMS
 
 FILE = RESULTS / "loss_curves.json"
 STEPS = 80
@@ -39,6 +43,7 @@ HALF = ["run.mixed_precision=bf16"]
 
 class Case(NamedTuple):
     """settings    of the run
+    norms       classes of norms in half precision; None: those of diffalign
     gap         largest mean difference from the baseline's losses; None: not compared
     end         largest difference of the mean loss of the last steps from the baseline's; None: not compared
     """
@@ -46,6 +51,22 @@ class Case(NamedTuple):
     settings: list[str]
     gap: float | None = None
     end: float | None = 0.0
+    norms: dict[type[nn.Module], type[nn.Module]] | None = None
+
+
+class FloatGroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class FloatLayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+FLOAT_NORMS: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: FloatGroupNorm, nn.LayerNorm: FloatLayerNorm}
 
 
 CASES = {
@@ -69,16 +90,24 @@ CASES = {
         "adamw_8bit, weights in bf16": Case(
             [*FULL, *HALF, "optimizer.kind=adamw_8bit", "backbone.trained_dtype=bf16"], 0.01, 0.01
         ),
+        "norms in float32": Case([*FULL, *HALF], 0.01, 0.01, FLOAT_NORMS),
+        "float32": Case(FULL, 0.01, 0.01),
+    },
+    "LoRA, bf16 autocast": {
+        "adamw": Case([*LORA, *HALF]),
+        "norms in float32": Case([*LORA, *HALF], 0.01, 0.01, FLOAT_NORMS),
+        "float32": Case(LORA, 0.01, 0.01),
     },
 }
 
 
-def losses(settings: list[str]) -> list[float]:
+def losses(case: Case) -> list[float]:
     """Losses of one run by step."""
+    placement.HALF_NORMS = case.norms or HALF_NORMS
     AcceleratorState._reset_state(reset_partial_state=True)  # accelerate keeps one precision a process
     main = runpy.run_path(str(ROOT / "train" / "diffusion_dpo.py"))["main"]
     with tempfile.TemporaryDirectory() as folder:
-        main(["--config=playground", *COMMON, *settings, f"run.folder={folder}/run"])
+        main(["--config=playground", *COMMON, *case.settings, f"run.folder={folder}/run"])
         lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
     return [row["policy/loss"] for row in map(json.loads, lines) if "policy/loss" in row]
 
@@ -98,7 +127,7 @@ def main() -> None:
     for trained, cases in CASES.items():
         baseline: list[float] = []
         for name, case in cases.items():
-            found = losses(case.settings)
+            found = losses(case)
             baseline = baseline or found
             rows.append({"trained": trained, "case": name} | compared(found, baseline, case) | where)
             print(rows[-1], file=sys.stderr)

@@ -1,11 +1,13 @@
 """Peak memory of `reward-score` against the number of images: lists, tar shards and parquet files.
 
-    python benchmarks/scoring_memory.py                    # 200,000 images; a quarter of an hour for each kind of input
+    python benchmarks/scoring_memory.py                    # 200,000 images; minutes for each kind of input
     python benchmarks/scoring_memory.py --images 2000 20000
 
-Images are PNG files of 32 pixels (64 different ones); four share a prompt. Each run is a process of its own that scores
-with the playground's scorer on the CPU. Writes benchmarks/results/scoring_memory.json; peak_mb is the peak of the
-process (resident memory), of which torch and the scorer take most, and scored_per_second counts the whole command.
+Memory is measured, not speed. So images are PNG files of 8 pixels (64 different ones), and the scorer is a CLIP of one
+narrow layer with random weights: all that is held for an image or a prompt is there, the networks take no time. Four
+images share a prompt. Each run is a process of its own on the CPU. Writes benchmarks/results/scoring_memory.json;
+peak_mb is the peak of the process (resident memory), of which torch takes most, and images_per_cpu_second counts the
+whole command.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,24 +30,37 @@ import pyarrow.parquet as pq
 from PIL import Image
 from results_file import RESULTS, ROOT, commit, cpu, write_rows
 
+from reward_models.clip.scorers import CLIPScorer
+from reward_models.playground import PLAYGROUND, hps
+
 SHARD = 10_000
 COMMAND = """
 import resource, sys, time
 from reward_models.folder.cli import main
-started = time.perf_counter()
+started = time.process_time()
 assert main(sys.argv[1:]) == 0
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.perf_counter() - started)
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.process_time() - started)
 """
+SIDE = 8
+"""Pixels of an image."""
 
 
 def pictures() -> list[bytes]:
-    """64 encoded images."""
+    """Some encoded images, all different."""
     random, found = np.random.default_rng(0), []
     for _ in range(64):
         file = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+        Image.fromarray(random.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)).save(file, "PNG")
         found.append(file.getvalue())
     return found
+
+
+def save_scorer(folder: Path) -> None:
+    """Write a scorer of the playground scorer's kind and tokenizer with one layer of each tower."""
+    model = deepcopy(hps().architecture)
+    model["vision_cfg"] |= {"image_size": SIDE, "patch_size": SIDE, "width": 16, "layers": 1}
+    model["text_cfg"] |= {"width": 16, "heads": 1, "layers": 1}
+    CLIPScorer(model, tokenizer=str(PLAYGROUND / "hps")).save(folder)
 
 
 def prompt(i: int) -> str:
@@ -79,6 +96,19 @@ def make(kind: str, folder: Path, count: int) -> Path:
     return folder
 
 
+def measure(kind: str, count: int, folder: Path) -> dict[str, Any]:
+    """A run in a process of its own: peak memory, and images for each second of the processor."""
+    (folder / "input").mkdir()
+    save_scorer(folder / "scorer")
+    source, out = make(kind, folder / "input", count), folder / "scores.csv"
+    words = [str(source), "--scorer", str(folder / "scorer"), "--device", "cpu", "--out", str(out)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COMMAND, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=env, check=True)
+    peak, seconds = map(float, done.stdout.splitlines()[-1].split()[1:])
+    return {"input": kind, "images": count, "peak_mb": round(peak), "images_per_cpu_second": round(count / seconds)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, nargs="+", default=[2_000, 200_000])
@@ -88,18 +118,7 @@ def main() -> None:
     for kind in args.kind:
         for count in args.images:
             with tempfile.TemporaryDirectory() as name:
-                source = make(kind, Path(name), count)
-                out = Path(name).with_name(Path(name).name + ".csv")
-                words = [str(source), "--scorer", "playground_hps", "--device", "cpu", "--out", str(out)]
-                env = {**os.environ, "PYTHONPATH": str(ROOT)}
-                done = subprocess.run(
-                    [sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, env=env, check=True
-                )
-                out.unlink()
-                out.with_name(out.name + ".meta.json").unlink()
-            peak, seconds = map(float, done.stdout.splitlines()[-1].split()[1:])
-            row = {"input": kind, "images": count, "peak_mb": round(peak), "scored_per_second": round(count / seconds)}
-            rows.append({**row, "device": cpu(), "commit": commit()})
+                rows.append({**measure(kind, count, Path(name)), "device": cpu(), "commit": commit()})
             print(json.dumps(rows[-1]), flush=True)
     write_rows(RESULTS / "scoring_memory.json", rows)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from reward_models.images import read_image, to_tensor
+from reward_models.images import read_rgb, to_rgb, to_tensor
 from reward_models.preprocess import ImageRule
 from reward_models.protocol import check_images
 
@@ -57,9 +57,16 @@ class NetworkScorer(nn.Module, ABC):
 
         Raises ImageError for unreadable images.
         """
-        device = next(self.parameters()).device
-        decoded = [to_tensor(x) if isinstance(x, Image.Image) else read_image(x) for x in images]
-        return torch.cat([self.preprocess(x[None].to(device).float() / 255) for x in decoded])
+        device, rule = next(self.parameters()).device, self.pillow_rule
+        decoded = [to_rgb(x) if isinstance(x, Image.Image) else read_rgb(x) for x in images]
+        tensors = [to_tensor(x if rule is None else rule.shrink(x)) for x in decoded]
+        return torch.cat([self.preprocess(x[None].to(device).float() / 255) for x in tensors])
+
+    @property
+    def pillow_rule(self) -> ImageRule | None:
+        """The rule if Pillow can resize and crop an image by it beforehand, with the same preprocessed image."""
+        plain = type(self).preprocess is NetworkScorer.preprocess
+        return self.rule if plain and self.rule.method == "pil" else None
 
     @abstractmethod
     def score_pixels(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -136,7 +136,8 @@ def resize(
             images = tv.resize(images, list(size), mode, antialias=method == "antialias")
         return images[..., top:bottom, left:right]
     height, width = images.shape[-2:]
-    if images.device.type == "cpu" and not images.requires_grad and not images.sum().isnan():
+    plain = images.device.type == "cpu" and images.dtype == torch.float32 and not images.requires_grad
+    if plain and not images.sum().isnan():
         return _by_pillow(images, size, interpolation)[..., top:bottom, left:right] / 255
     x = _straight_through(images * 255, lambda v: v.clamp(0, 255).round())
     for axis in pass_order(height, width, *size, interpolation):
@@ -149,10 +150,22 @@ def resize(
 
 
 def _by_pillow(x: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
-    """[B, C, H, W] in [0, 1] -> grey levels [B, C, h, w] by Pillow itself, which is faster but gives no gradients."""
-    planes = (x * 255).clamp_(0, 255).round_().to(torch.uint8).flatten(0, 1).numpy()
-    resized = [np.asarray(Image.fromarray(p).resize(size[::-1], _PILLOW[interpolation])) for p in planes]
-    return torch.from_numpy(np.stack(resized)).unflatten(0, x.shape[:2]).float()
+    """float32 [B, C, H, W] in [0, 1] -> grey levels [B, C, h, w] by Pillow itself: faster, but without gradients."""
+    pictures = x if x.shape[1] == 3 else x.flatten(0, 1)[:, None]
+    resized = [np.asarray(_picture(p).resize(size[::-1], _PILLOW[interpolation])) for p in pictures.numpy()]
+    levels = np.stack(resized).reshape(len(pictures), *size, -1)
+    return torch.from_numpy(levels).permute(0, 3, 1, 2).reshape(*x.shape[:2], *size).float()
+
+
+def _picture(x: np.ndarray) -> Image.Image:
+    """float32 [3, H, W] or [1, H, W] in [0, 1] -> RGB or grey image. RGB is resized faster than three grey images."""
+
+    def levels(part: np.ndarray) -> np.ndarray:
+        return np.rint(np.clip(part * np.float32(255), 0, 255)).astype(np.uint8)
+
+    if len(x) == 3 and x.strides[0] == x.itemsize:  # channels last, as decoding gives it
+        return Image.fromarray(levels(x.transpose(1, 2, 0)))
+    return Image.merge("RGB" if len(x) == 3 else "L", [Image.fromarray(levels(plane)) for plane in x])
 
 
 def _filter(x: Tensor, blocks: Sequence[Band], axis: int) -> Tensor:

@@ -110,12 +110,8 @@ def common_rule(scorers: Iterable[Scorer]) -> ImageRule | None:
     """The common rule of all scorers for which the decoder can resize with Pillow; None if there is none.
 
     Without it, scorers get the full image."""
-    rules = {
-        x.rule if isinstance(x, NetworkScorer) and type(x).preprocess is NetworkScorer.preprocess else None
-        for x in scorers
-    }
-    rule = rules.pop() if len(rules) == 1 else None
-    return rule if rule is not None and rule.method == "pil" else None
+    rules = {x.pillow_rule if isinstance(x, NetworkScorer) else None for x in scorers}
+    return rules.pop() if len(rules) == 1 else None
 
 
 class _Started(NamedTuple):

@@ -50,10 +50,11 @@ def test_resize_has_the_bytes_of_pillow() -> None:
         h, w = to[k % 3] if to[k % 3][0] * to[k % 3][1] < 10**6 else (224, 224)
         expected = np.asarray(image.resize((w, h), FILTERS[filter])).reshape(h, w, -1)
         array = np.array(image).reshape(height, width, -1)
-        x = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
-        for graph in (False, True):  # with gradients the passes are matrices, else Pillow resizes
-            ours = resize(x.requires_grad_(graph), (h, w), interpolation=filter).detach()  # type: ignore[arg-type]
-            assert np.array_equal(_bytes(ours), expected), f"{image.mode} {height}x{width} to {h}x{w} {filter} {graph}"
+        x = torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255  # channels last, as decoding gives it
+        ways = {"decoded": x, "planes": x.contiguous(), "float64": x.double(), "graph": x.clone().requires_grad_()}
+        for way, given in ways.items():  # with gradients the passes are matrices, for float32 without Pillow resizes
+            ours = resize(given, (h, w), interpolation=filter).detach()  # type: ignore[arg-type]
+            assert np.array_equal(_bytes(ours), expected), f"{image.mode} {height}x{width} to {h}x{w} {filter} {way}"
 
 
 @pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
@@ -158,6 +159,26 @@ def test_shrinking_with_pillow_gives_the_same_input(how: str, height: int, width
     rule = ImageRule(64, resize=how)  # type: ignore[arg-type]
     whole, shrunk = (rule(to_tensor(i)[None].float() / 255) for i in (image, rule.shrink(image)))
     assert rule.shrink(image).size == (64, 64) and torch.equal(whole, shrunk)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_several_images_of_any_number_of_channels_stay_in_their_places(channels: int) -> None:
+    """Three channels are resized as one image, others one by one; values outside of [0, 1] are cut off."""
+    x = torch.rand(2, channels, 11, 7, generator=torch.Generator().manual_seed(0)) * 1.2 - 0.1
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        expected = resize(images.clone().requires_grad_(), (5, 6)).detach()
+        assert torch.equal(resize(images, (5, 6)), expected)
+
+
+def test_images_are_shrunk_before_they_become_tensors() -> None:
+    """`prepare` gives the same bits as `preprocess` of the whole image, for every way to resize and to pass images."""
+    from reward_models import load_scorer
+
+    scorer: Any = load_scorer("playground_hps", "cpu")
+    image = _image(np.random.default_rng(5), 90, 61, "RGBA")
+    for method in ("pil", "antialias"):
+        scorer.rule = replace(scorer.rule, method=method)
+        assert torch.equal(scorer.prepare([image]), scorer.preprocess(to_tensor(image)[None].float() / 255)), method
 
 
 def test_gradients_reach_every_pixel_of_the_crop_and_no_other() -> None:
