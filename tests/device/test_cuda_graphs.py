@@ -123,7 +123,12 @@ def test_two_backward_passes_after_one_forward_pass_are_an_error(smallest_sd: Pa
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_run_has_the_losses_of_one_without_recordings(
-    tmp_path: Path, pairs_file: Path, smallest_sd: Path, recipe: Callable, precision: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    pairs_file: Path,
+    smallest_sd: Path,
+    recipe: Callable,
+    precision: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not REAL:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -133,7 +138,12 @@ def test_a_run_has_the_losses_of_one_without_recordings(
     found = []
     for graphs in ("false", "true"):
         folder = tmp_path / graphs
-        settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={smallest_sd}"]
+        settings = [
+            f"run.folder={folder}",
+            f"data.path={pairs_file}",
+            "data.batch_size=4",
+            f"backbone.path={smallest_sd}",
+        ]
         settings += ["backbone.lora_rank=2", f"backbone.cuda_graphs={graphs}", "data.draws_per_sample=null"]
         settings += [f"run.mixed_precision={precision}", "trainer.steps=6", "optimizer.lr=1e-3", "trainer.grad_accum=2"]
         settings += ["hooks.checkpoint_every=0", "hooks.verify_export=false", "hooks.sample_every=3"]

@@ -122,7 +122,12 @@ def test_a_compiled_run_has_the_losses_of_one_that_is_not(
     found = {}
     for how in ("off", "blocks"):
         folder = tmp_path / how
-        settings = [f"run.folder={folder}", f"data.path={pairs_file}", "data.batch_size=4", f"backbone.path={smallest_sd}"]
+        settings = [
+            f"run.folder={folder}",
+            f"data.path={pairs_file}",
+            "data.batch_size=4",
+            f"backbone.path={smallest_sd}",
+        ]
         settings += [f"backbone.lora_rank={rank}", f"backbone.compile={how}", "data.draws_per_sample=2"]
         settings += ["run.mixed_precision=bf16", "algorithm.beta=5000", "trainer.steps=3", "optimizer.lr=1e-4"]
         settings += ["hooks.checkpoint_every=0", "hooks.verify_export=false", "hooks.sample_every=3"]
