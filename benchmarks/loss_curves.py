@@ -4,8 +4,9 @@
 
 All runs see the same pairs, noise and timesteps, so their losses are compared step by step: `gap` is the mean absolute
 difference from the baseline, `end` the mean loss of the last 20 steps, `baseline_end` that of the baseline. "norms in
-float32" converts the input of each norm to float32 and gives float32 on, as CUDA's autocast does. A run must keep its tolerance on both (`gap` is left out for other algorithms than AdamW and for another base model; Prodigy, whose
-estimate needs more steps than these, has none).
+float32" converts the input of each norm to float32 and gives float32 on, as CUDA's autocast does. A run must keep its
+tolerance on both (`gap` is left out for other algorithms than AdamW and for another base model; Prodigy, whose estimate
+needs more steps than these, has none).
 """
 
 from __future__ import annotations
