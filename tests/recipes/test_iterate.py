@@ -188,7 +188,7 @@ def test_fresh_data_are_checked_and_a_share_that_cannot_be_met_is_said(
         ("", "'fresh.jsonl' is empty"),
         (
             '{"prompt": "a", "path1": "a.png", "path2": "b.png"}',
-            "line 1 needs prompt, chosen, rejected, as 'synthesize.select' = best_worst",
+            "line 1 needs prompt, chosen, rejected, as 'synthesize",
         ),
         ('{"prompt": "a", "chosen": 1, "rejected": "b.png"}', "line 1 needs"),
         ('{"prompt": "a", "images": ["a.png", "b.png"], "ranking": [1, 2]}', "line 1 needs"),
