@@ -165,11 +165,11 @@ def _describe_drift(recent: RecentMetrics) -> str:
     """Relative change of the winners' error, and a warning if it is significantly above MAX_DRIFT."""
     change, error = "policy/winner_error_change", recent.means.get("policy/reference_error")
     if not error or change not in recent.means:
-        return "judge its images with eval/win_rate.py"
+        return "judge its images with `diffalign eval win_rate`"
     drift = recent.means[change] / error
     text = f"winner error {drift:+.1%} of the reference's"
     if change not in recent.errors:
         return f"{text} in the last step; one step is too few to measure drift; judge its images"
     if drift - 2 * recent.errors[change] / error > MAX_DRIFT:
         return f"{text}: over {MAX_DRIFT:.0%} more, a sign that training destroys images; lower the lr or raise beta"
-    return f"{text}; judge its images with eval/win_rate.py, for these numbers also rise on models being destroyed"
+    return f"{text}; judge its images with `diffalign eval win_rate`, for these numbers also rise on models being destroyed"

@@ -183,7 +183,7 @@ class DiffInstructStar(Algorithm):
     def verdict(self, recent: RecentMetrics) -> str:
         reward = f"reward {recent.formatted('generator/reward')}, " if "generator/reward" in recent.means else ""
         gap = recent.formatted("generator/score_gap")
-        return f"verdict: {reward}score gap {gap}; judge its images with eval/win_rate.py"
+        return f"verdict: {reward}score gap {gap}; judge its images with `diffalign eval win_rate`"
 
 
 def _activate(network: nn.Module) -> None:

@@ -81,5 +81,5 @@ class MaPO(Denoising):
         accuracy = "unknown" if found is None else f"{found[0]:.0%} +- {2 * found[1]:.0%}"
         return (
             f"verdict: the winner has the smaller error in {accuracy} of the last {recent.samples} pairs; there is no "
-            "reference to measure drift against; judge its images with eval/win_rate.py"
+            "reference to measure drift against; judge its images with `diffalign eval win_rate`"
         )

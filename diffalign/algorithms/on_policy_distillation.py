@@ -93,5 +93,5 @@ class OnPolicyDistillation(Algorithm):
         now, before = (recent.formatted(f"policy/{name}") for name in ("kl", "kl_at_start"))
         return (
             f"verdict: KL to the teachers {now} a step, and {before} of the model before training on the same samples; "
-            "judge the images: eval/win_rate.py"
+            "judge the images: `diffalign eval win_rate`"
         )

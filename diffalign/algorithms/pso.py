@@ -174,7 +174,7 @@ class PSO(Algorithm):
     def verdict(self, recent: RecentMetrics) -> str:
         return (
             f"verdict: reward {recent.formatted('policy/reward')}; {describe_accuracy(recent, 'the scorer')}; "
-            "judge its images with another scorer: eval/win_rate.py"
+            "judge its images with another scorer: `diffalign eval win_rate`"
         )
 
 

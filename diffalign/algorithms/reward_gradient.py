@@ -80,7 +80,7 @@ class RewardGradient(Algorithm):
             f"verdict: reward {recent.formatted('policy/reward')} over the last {recent.samples} samples, "
             f"{recent.formatted('policy/clamped', '.1%')} of the "
             "pixels clamped (over 5 % above the start is over-saturation); judge its images with another scorer than "
-            "this one: eval/win_rate.py"
+            "this one: `diffalign eval win_rate`"
         )
 
 

@@ -244,5 +244,5 @@ class OnRollouts(Algorithm):
         return (
             f"verdict: reward {recent.formatted('policy/reward')}; {recent.formatted('policy/idle', '.0%')} of the "
             "samples taught nothing because all rewards of their group were equal; judge the images with another "
-            "scorer: eval/win_rate.py"
+            "scorer: `diffalign eval win_rate`"
         )

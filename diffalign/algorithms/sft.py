@@ -42,4 +42,4 @@ class SFT(Denoising):
 
     def verdict(self, recent: RecentMetrics) -> str:
         error = recent.formatted("policy/winner_error", ".4f")
-        return f"verdict: winner error {error}; judge its images with eval/win_rate.py"
+        return f"verdict: winner error {error}; judge its images with `diffalign eval win_rate`"
