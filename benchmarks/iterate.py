@@ -6,8 +6,8 @@
 Arms `rounds`, `fixed` and `once` take the same number of Diffusion-DPO steps on pairs labelled by the shipped learned
 scorer: `rounds` in three rounds on pairs of the last round's model, `fixed` in one round on as many pairs of the
 shipped model from as much noise, `once` in one round on the first round's pairs alone, as iterative DPO is usually
-compared. The one round of the fixed arms has about the length and the pairs of the shipped recipe, 400 steps of 16 on
-2,000 pairs: 3 x 150 steps, 3 x 512 prompts. So `rounds` and `fixed` see each of their pairs 5 times, `once` 14 times.
+compared. 3 x 100 steps of 16 pairs are near the length of the shipped recipe (400 steps), so that a fixed arm has time
+to use up its pairs; `rounds` and `fixed` see each of their 3 x 256 pairs 6 times, `once` its 256 pairs 19 times.
 Arms `curated-<share>` train on winners that are drawn by Luce's choice (arXiv 2407.09499), in four rounds from the last
 one's model, with this share of the base's own images, not chosen by anyone, mixed in.
 
@@ -36,7 +36,7 @@ from reward_models.files import read_json
 
 FILE, WORK = RESULTS / "iterate.json", Path("runs") / "benchmark-iterate"
 EXACT, LEARNED = "diffalign.playground:Judge", "playground_hps"
-ROUNDS, STEPS, PROMPTS, SAMPLES, CURATED = 3, 150, 512, 4, 4
+ROUNDS, STEPS, PROMPTS, SAMPLES, CURATED = 3, 100, 256, 4, 4
 SHARES = (0.0, 0.25, 0.5)
 FIXED = ("fixed", "once")
 ARMS = ("rounds", *FIXED, *(f"curated-{share:g}" for share in SHARES))
