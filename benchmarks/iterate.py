@@ -8,8 +8,8 @@ scorer: `rounds` in three rounds on pairs of the last round's model, `fixed` in 
 shipped model from as much noise, `once` in one round on the first round's pairs alone, as iterative DPO is usually
 compared. 3 x 100 steps of 16 pairs are near the length of the shipped recipe (400 steps), so that a fixed arm has time
 to use up its pairs; `rounds` and `fixed` see each of their 3 x 256 pairs 6 times, `once` its 256 pairs 19 times.
-Arms `curated-<share>` train on winners that are drawn by Luce's choice (arXiv 2407.09499), in four rounds from the last
-one's model, with this share of the base's own images, not chosen by anyone, mixed in.
+Arms `curated-<share>` train on winners that are drawn by Luce's choice (arXiv 2407.09499), as the playground's people
+choose, in four rounds from the last one's model, with this share of the base's own images, not chosen by anyone.
 
 Writes results/iterate.json, one row for each arm, seed and round: the gain by the exact judge, which labels nothing in
 the first three arms, and by the learned scorer, both in standard deviations; prompt match and diversity relative to the
@@ -32,6 +32,7 @@ from results_file import NUMBER, RESULTS, TEXT, WHOLE, commit, cpu, read_rows, w
 from scipy.stats import t
 
 from diffalign.commands import program
+from diffalign.playground import Judge
 from reward_models.files import read_json
 
 FILE, WORK = RESULTS / "iterate.json", Path("runs") / "benchmark-iterate"
@@ -81,6 +82,7 @@ def _run(arm: str, seed: int) -> list[dict[str, Any]]:
             f"loop.rounds={CURATED}",
             "train.recipe=sft",
             "synthesize.select=winner",
+            f"synthesize.options=--temperature {Judge.choice_temperature}",
             f"synthesize.scorers=[{EXACT}]",
         ]
         words += [f"evaluate.scorers=[{LEARNED},{EXACT}]"]
