@@ -3,20 +3,24 @@
     python benchmarks/iterate.py                     # both experiments, three seeds
     python benchmarks/iterate.py --arm rounds --arm fixed --seed 0
 
-Arms `rounds` and `fixed` take the same number of Diffusion-DPO steps on as many pairs, labelled by the shipped learned
-scorer: `rounds` in three rounds on pairs of the last round's model, `fixed` in one round on pairs of the shipped model.
-Arms `curated-<share>` train on winners that are drawn by Luce's choice (arXiv 2407.09499), in four rounds from the last
-one's model, with this share of the base's own images, not chosen by anyone, mixed in.
+Arms `rounds`, `fixed` and `once` take the same number of Diffusion-DPO steps on pairs labelled by the shipped learned
+scorer: `rounds` in three rounds on pairs of the last round's model, `fixed` in one round on as many pairs of the
+shipped model from as much noise, `once` in one round on the first round's pairs alone, as iterative DPO is usually
+compared. 3 x 100 steps of 16 pairs are near the length of the shipped recipe (400 steps), so that a fixed arm has time
+to use up its pairs; `rounds` and `fixed` see each of their 3 x 256 pairs 6 times, `once` its 256 pairs 19 times.
+Arms `curated-<share>` train on winners that are drawn by Luce's choice (arXiv 2407.09499), as the playground's people
+choose, in four rounds from the last one's model, with this share of the base's own images, not chosen by anyone.
 
 Writes results/iterate.json, one row for each arm, seed and round: the gain by the exact judge, which labels nothing in
-the first two arms, and by the learned scorer, both in standard deviations; prompt match and diversity relative to the
-base's. Prints the last round's difference of `rounds` and `fixed` with a 95 % t-interval over seeds. What is in the
-file is not run again; a killed arm goes on.
+the first three arms, and by the learned scorer, both in standard deviations; prompt match and diversity relative to the
+base's. Prints the last round's difference of `rounds` and the fixed arms with 95 % t-intervals over seeds. What is in
+the file is not run again; a killed arm goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,13 +32,15 @@ from results_file import NUMBER, RESULTS, TEXT, WHOLE, commit, cpu, read_rows, w
 from scipy.stats import t
 
 from diffalign.commands import program
+from diffalign.playground import Judge
 from reward_models.files import read_json
 
 FILE, WORK = RESULTS / "iterate.json", Path("runs") / "benchmark-iterate"
 EXACT, LEARNED = "diffalign.playground:Judge", "playground_hps"
-ROUNDS, STEPS, PROMPTS, SAMPLES, CURATED = 3, 50, 256, 4, 4
+ROUNDS, STEPS, PROMPTS, SAMPLES, CURATED = 3, 100, 256, 4, 4
 SHARES = (0.0, 0.25, 0.5)
-ARMS = ("rounds", "fixed", *(f"curated-{share:g}" for share in SHARES))
+FIXED = ("fixed", "once")
+ARMS = ("rounds", *FIXED, *(f"curated-{share:g}" for share in SHARES))
 SAMPLING = "--steps 10 --guidance 1 --size 32 --batch-size 64"
 COLUMNS = {"arm": TEXT, "seed": WHOLE, "round": WHOLE, "exact": NUMBER, "learned": NUMBER, "diversity": NUMBER}
 
@@ -58,22 +64,25 @@ def main() -> None:
 def _run(arm: str, seed: int) -> list[dict[str, Any]]:
     """Rows of an arm. Its seeds of noise do not overlap with those of other seeds."""
     work, first = WORK / f"{arm}-{seed}", 100 * seed
-    prompts, held_out = work / "prompts.jsonl", work / "held_out.jsonl"
+    prompts, held_out = WORK / f"prompts-{seed}.jsonl", WORK / f"held_out-{seed}.jsonl"
     work.mkdir(parents=True, exist_ok=True)
     _call("playground", "prompts", f"--n={PROMPTS}", f"--seed={seed}", f"--out={prompts}")
-    _call("playground", "prompts", "--n=64", "--held-out", f"--seed={seed}", f"--out={held_out}")
+    _call("playground", "prompts", "--n=128", "--held-out", f"--seed={seed}", f"--out={held_out}")
     words = ["iterate", "playground", f"loop.folder={work / 'loop'}", f"loop.seed={first}", "loop.patience=99"]
-    words += [f"generate.prompts={prompts}", f"evaluate.prompts={held_out}"]
-    steps = STEPS
-    if arm == "fixed":
-        steps, fresh = STEPS * ROUNDS, _pairs(work, prompts, first)
-        words += ["loop.rounds=1", f"loop.fresh={fresh}", f"loop.fresh_share={1 - 1 / ROUNDS}"]
+    words += [f"generate.prompts={prompts}", f"evaluate.prompts={held_out}", "evaluate.samples_per_prompt=4"]
+    steps = STEPS * ROUNDS if arm in FIXED else STEPS
+    _share(WORK / f"rounds-{seed}" / "loop", work / "loop")
+    if arm in FIXED:
+        words += ["loop.rounds=1"]
+        if arm == "fixed":
+            words += [f"loop.fresh={_pairs(work, prompts, first)}", f"loop.fresh_share={1 - 1 / ROUNDS}"]
     elif arm.startswith("curated"):
         share = float(arm.partition("-")[2])
         words += [
             f"loop.rounds={CURATED}",
             "train.recipe=sft",
             "synthesize.select=winner",
+            f"synthesize.options=--temperature {Judge.choice_temperature}",
             f"synthesize.scorers=[{EXACT}]",
         ]
         words += [f"evaluate.scorers=[{LEARNED},{EXACT}]"]
@@ -81,6 +90,13 @@ def _run(arm: str, seed: int) -> list[dict[str, Any]]:
     how = f"trainer.steps={steps} optimizer.lr_cosine_steps={steps} hooks.checkpoint_every=50 hooks.sample_every=0"
     _call(*words, f"train.options={how} hooks.verify_export=false")
     return [_row(one) for one in read_json(work / "loop" / "report" / "rounds.json")["rounds"]]
+
+
+def _share(first: Path, loop: Path) -> None:
+    """The shipped model's images are the same in all arms of a seed."""
+    for part in ("base", "round-1/images"):
+        if (first / part / "manifest.jsonl").exists() and not (loop / part).exists():
+            shutil.copytree(first / part, loop / part)
 
 
 def _pairs(work: Path, prompts: Path, first: int) -> Path:
@@ -115,17 +131,21 @@ def _row(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def difference(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The gain of three rounds beyond that of fixed pairs, by both judges, with intervals over seeds."""
+    """The gain of three rounds beyond that of the fixed arms, by both judges, with intervals over seeds."""
     last = {(row["arm"], row["seed"]): row for row in sorted(rows, key=lambda row: row["round"])}
-    seeds = [seed for arm, seed in last if arm == "rounds" and ("fixed", seed) in last]
     said = []
-    for judge in ("exact", "learned"):
-        apart = np.array([last["rounds", seed][judge] - last["fixed", seed][judge] for seed in seeds])
-        if len(apart) < 2:
-            return f"{len(apart)} seeds of rounds and fixed; an interval needs two"
-        half = t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
-        said.append(f"{judge} judge: {apart.mean():+.2f} [{apart.mean() - half:+.2f}, {apart.mean() + half:+.2f}]")
-    return f"rounds minus fixed, standard deviations, {len(seeds)} seeds: " + "; ".join(said)
+    for arm in FIXED:
+        seeds = [seed for name, seed in last if name == "rounds" and (arm, seed) in last]
+        if len(seeds) < 2:
+            said.append(f"{len(seeds)} seeds of rounds and {arm}; an interval needs two")
+            continue
+        parts = []
+        for judge in ("exact", "learned"):
+            apart = np.array([last["rounds", seed][judge] - last[arm, seed][judge] for seed in seeds])
+            half = t.ppf(0.975, len(apart) - 1) * apart.std(ddof=1) / len(apart) ** 0.5
+            parts.append(f"{judge} judge: {apart.mean():+.2f} [{apart.mean() - half:+.2f}, {apart.mean() + half:+.2f}]")
+        said.append(f"rounds minus {arm}, standard deviations, {len(seeds)} seeds: " + "; ".join(parts))
+    return "\n".join(said)
 
 
 if __name__ == "__main__":

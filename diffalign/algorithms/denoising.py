@@ -172,4 +172,5 @@ def _describe_drift(recent: RecentMetrics) -> str:
         return f"{text} in the last step; one step is too few to measure drift; judge its images"
     if drift - 2 * recent.errors[change] / error > MAX_DRIFT:
         return f"{text}: over {MAX_DRIFT:.0%} more, a sign that training destroys images; lower the lr or raise beta"
-    return f"{text}; judge its images with `diffalign eval win_rate`, for these numbers also rise on models being destroyed"
+    judge = "judge its images with `diffalign eval win_rate`"
+    return f"{text}; {judge}, for these numbers also rise on models being destroyed"

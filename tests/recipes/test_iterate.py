@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -299,3 +300,21 @@ def test_settings_are_checked_before_the_first_command(
 def test_a_config_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["iterate", "playgrund"]) == 2
     assert "give a .yaml file or the name of a shipped one (playground)" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_the_last_rounds_of_the_same_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds of `once` stand 0.1 and 0.3 below the last of two rounds: 0.2, and t(1) 12.706 x 0.1 half."""
+    monkeypatch.syspath_prepend(launch.ROOT / "benchmarks")
+    found = runpy.run_path(str(launch.ROOT / "benchmarks" / "iterate.py"))
+    gains = {("rounds", 2): 1.0, ("rounds", 1): 9.0, ("once", 1): 0.8}
+    rows = [
+        {"arm": arm, "seed": seed, "round": number, "exact": gain - seed, "learned": gain}
+        for (arm, number), gain in gains.items()
+        for seed in (0, 1)
+    ]
+    for row in rows:
+        row["exact"] += (0.1, -0.1)[row["seed"]] * (row["arm"] == "once")
+    first, second = found["difference"]([*rows, {**rows[-1], "seed": 2}]).splitlines()
+    assert first == "0 seeds of rounds and fixed; an interval needs two"
+    assert second.startswith("rounds minus once, standard deviations, 2 seeds: exact judge: +0.20 [-1.07, +1.47]; ")
+    assert second.endswith("learned judge: +0.20 [+0.20, +0.20]")
