@@ -80,7 +80,7 @@ def test_invalid_monitor_settings_are_reported() -> None:
 def hacked(folder: Path) -> list[str]:
     settings = ["--config=playground", f"run.folder={folder}", "backbone.path=playground_one_step"]
     settings += ["sampler.steps=1", "sampler.law=scheduler", "algorithm.guidance_weight=0", "data.batch_size=8"]
-    settings += ["reward.scorers=['tests_saturation:Saturation']", "optimizer.lr=3e-3", "optimizer.lr_warmup_steps=0"]
+    settings += ["reward.scorers=['tests_saturation:Saturation']", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0"]
     settings += ["hooks.sample_every=0", "hooks.checkpoint_every=100", "hooks.verify_export=false", "monitor.every=2"]
     settings += ["monitor.prompt_count=8", "monitor.stop=true", "trainer.steps=40", "run.log_every=1"]
     return [*settings, "reward.normalise=start"]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils.launch import prepare_multi_gpu_env
-from diffusers import UNet2DConditionModel
+from few_layers import few_layers
 from safetensors.torch import load_file
 
 from diffalign.algorithms.pso import PSOCustomization
@@ -30,22 +29,8 @@ GRID = ["hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white
 
 @pytest.fixture(scope="module", autouse=True)
 def small(tiny_sd: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny_sd with a U-Net of half as many tensors: the cost of a first operation on shards is that of their number."""
-    model = tmp_path_factory.mktemp("small") / "pipeline"
-    shutil.copytree(tiny_sd, model)
-    torch.manual_seed(0)
-    unet: Any = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("CrossAttnUpBlock2D",),
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=16,
-    )
-    unet.save_pretrained(model / "unet")
+    """The cost of a first operation on shards is that of the number of tensors."""
+    model = few_layers(tiny_sd, tmp_path_factory.mktemp("small") / "pipeline")
     SMALL[:] = [*BARE, f"backbone.path={model}", f"data.path={pairs_file}", "data.batch_size=4"]
     SMALL[:] += ["optimizer.lr=1e-3", "optimizer.lr_warmup_steps=0", "hooks.checkpoint_every=2"]
     return model
@@ -69,7 +54,7 @@ runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 
 
 @pytest.fixture(scope="module")
-def sharded(forks: Any) -> Callable[..., Any]:
+def sharded(forks: Any) -> Iterator[Callable[..., Any]]:
     """Run a recipe sharded over two processes, which stay: torch plans each operation on shards of new shapes once."""
 
     def run(name: str, *words: str, **environment: str) -> Any:
@@ -80,7 +65,8 @@ def sharded(forks: Any) -> Callable[..., Any]:
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
-    return run
+    yield run
+    forks.run("raise SystemExit('the last job')", processes=2, kept=True)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
