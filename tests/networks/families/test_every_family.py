@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pretend
 import pytest
 import torch
+from loaded import loaded
 from stock import images as drawn
 from stock import shared, stock
 from torch.nn.functional import mse_loss
@@ -34,18 +35,12 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def load(path: Path) -> Load:
-    return lambda **settings: load_backbone(CPU, path=str(path), max_sequence_length=8, **settings)
-
-
-@cache
-def _unchanged(path: Path) -> Backbone:
-    return load_backbone(CPU, path=str(path), max_sequence_length=8)
+    return partial(loaded, path, max_sequence_length=8)
 
 
 @pytest.fixture
-def backbone(path: Path) -> Backbone:
-    """Loaded once for all tests that change nothing."""
-    return _unchanged(path)
+def backbone(load: Load) -> Backbone:
+    return load()
 
 
 def noise(backbone: Backbone) -> torch.Tensor:
@@ -137,14 +132,14 @@ def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Loa
     assert (without - same).abs().max() < 1e-4
 
 
-def test_a_whole_pipeline_loads_in_stock_diffusers(path: Path, load: Load, tmp_path: Path) -> None:
-    backbone = moved(load())
+def test_a_whole_pipeline_loads_in_stock_diffusers(path: Path, tmp_path: Path) -> None:
+    backbone = moved(load_backbone(CPU, path=str(path), max_sequence_length=8))
     save(backbone, tmp_path)
     latents = backbone.pipeline_latents(noise(backbone))
     theirs = images(stock(tmp_path), latents)
     assert (theirs - images(backbone.pipeline(backbone.denoiser.network), latents)).abs().max() < 1e-4
     assert (theirs - images(shared(path), latents)).abs().max() > 1e-2
-    again = load_backbone(CPU, path=str(tmp_path), max_sequence_length=8)
+    again = load_backbone(CPU, path=str(tmp_path), max_sequence_length=8)  # also from a file, whose alignment rounds
     x, t, cond = noise(backbone), backbone.grid(3, 32)[1:2], backbone.encode_text([PROMPT])
     with torch.no_grad():
         assert torch.equal(again.denoiser(x, t, cond), backbone.denoiser(x, t, cond))
@@ -223,8 +218,8 @@ def test_training_lowers_the_error(load: Load) -> None:
     assert errors[-1] < errors[0]
 
 
-def test_frozen_parts_load_lazily_and_are_released(load: Load) -> None:
-    backbone = load()
+def test_frozen_parts_load_lazily_and_are_released(path: Path) -> None:
+    backbone = load_backbone(CPU, path=str(path), max_sequence_length=8)
     assert not backbone._parts
     before = backbone.encode_text([PROMPT])
     assert backbone._parts and "vae" not in backbone._parts

@@ -1,0 +1,24 @@
+"""Backbones that tests may train, without loading a pipeline again for each."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffalign.networks.loading import Backbone, load_backbone
+
+
+@cache
+def _loaded(path: Path, **settings: Any) -> Backbone:
+    return load_backbone(torch.device("cpu"), path=str(path), **settings)
+
+
+def loaded(path: Path, **settings: Any) -> Backbone:
+    """`load_backbone` on the CPU. The trainable network is a copy of its own; the frozen parts are shared."""
+    backbone = copy.copy(_loaded(path, **settings))
+    backbone.denoiser = copy.deepcopy(backbone.denoiser)
+    return backbone
