@@ -13,8 +13,16 @@ from diffalign.networks.loading import Backbone, load_backbone
 
 
 @cache
+def _frozen(path: Path, **settings: Any) -> dict[str, Any]:
+    """Text encoders and autoencoder of all backbones with these settings, filled by the first that needs them."""
+    return {}
+
+
+@cache
 def _loaded(path: Path, **settings: Any) -> Backbone:
-    return load_backbone(torch.device("cpu"), path=str(path), **settings)
+    backbone = load_backbone(torch.device("cpu"), path=str(path), **settings)
+    backbone._parts = _frozen(path, **{k: x for k, x in settings.items() if not k.startswith("lora_")})
+    return backbone
 
 
 def loaded(path: Path, **settings: Any) -> Backbone:
