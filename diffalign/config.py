@@ -14,6 +14,7 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,7 @@ def too_small(section: str, cfg: Mapping[str, Any], **least: float) -> list[str]
     ]
 
 
+@cache
 def parameters(factory: Section) -> dict[str, tuple[Any, Any]]:
     """Config keys of a factory: name -> (type, default) of its keyword-only parameters."""
     function = factory.__init__ if inspect.isclass(factory) else factory  # type: ignore[misc]

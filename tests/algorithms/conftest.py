@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded import loaded
 
 from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.schedule import FlowSchedule, Prediction, Schedule, VPSchedule
 from diffalign.draws import Draws
-from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.loading import Backbone
 from diffalign.objectives.rewards import Rewards
 from diffalign.playground.world import captions
 from diffalign.types import Cond, LatentBatch, PromptBatch
@@ -131,4 +132,4 @@ def prompts_of() -> Callable[..., PromptBatch]:
 @pytest.fixture
 def backbone_of(tiny_sd: Path) -> Callable[..., Backbone]:
     """backbone_of(lora_rank=2): tiny_sd with the settings of load_backbone."""
-    return lambda **settings: load_backbone(torch.device("cpu"), path=str(tiny_sd), **settings)
+    return lambda **settings: loaded(tiny_sd, **settings)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loaded import loaded
 
 from diffalign.algorithms.denoising import Remembered
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
 from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.schedule import Prediction
 from diffalign.draws import Draws
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.objectives.preference import PAIR_LOSSES
 from diffalign.types import LatentBatch, RecentMetrics
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("loss", ["dpo", "conservative", "robust", "offset", "aot"])
 def test_step_zero_is_ln_2(tiny_sd: Path, batch_of, rank: int, loss: str) -> None:
     """Policy equals reference: margin 0 exactly, so -log sigmoid(0) = ln 2, for LoRA and for a frozen copy."""
-    backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=rank)
+    backbone = loaded(tiny_sd, lora_rank=rank)
     algorithm = DiffusionDPO(
         backbone.denoiser, reference_for(backbone.denoiser), Noising(backbone.schedule, Draws(0)), 256, loss=loss
     )
@@ -67,7 +67,7 @@ def test_v_prediction_margin_by_hand(constant, noising_of, batch_of) -> None:
 
 
 def test_a_step_lowers_the_winner_error_and_raises_the_loser_error(tiny_sd: Path, batch_of) -> None:
-    backbone = load_backbone(CPU, path=str(tiny_sd))
+    backbone = loaded(tiny_sd)
     algorithm = DiffusionDPO(
         backbone.denoiser, reference_for(backbone.denoiser), Noising(backbone.schedule, Draws(0)), 256, beta=1000.0
     )
@@ -150,7 +150,7 @@ def test_description_and_verdict_text(constant, noising_of) -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_precomputed_reference_errors_give_the_same_loss(tiny_sd: Path, batch_of, rank: int) -> None:
     """After some steps, so that policy and reference differ; the reference is released."""
-    backbone = load_backbone(CPU, path=str(tiny_sd), lora_rank=rank)
+    backbone = loaded(tiny_sd, lora_rank=rank)
     wiring = (Noising(backbone.schedule, Draws(0)), 256)
     algorithm = DiffusionDPO(backbone.denoiser, reference_for(backbone.denoiser), *wiring)
     remembering = DiffusionDPO(backbone.denoiser, algorithm.reference, *wiring)

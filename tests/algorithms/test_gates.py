@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import loaded
 from lora_layouts import files
 from safetensors.torch import load_file
 
@@ -16,7 +17,6 @@ from diffalign.algorithms.gates import GatedDPO
 from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
 from diffalign.networks.gates import check_experts, load_experts, read_gates
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.types import Cond
 
@@ -31,7 +31,7 @@ def experts(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[st
 
 @pytest.fixture(scope="module")
 def gated(tiny_sd: Path, experts: tuple[str, ...]) -> Any:
-    backbone = load_backbone(CPU, path=str(tiny_sd))
+    backbone = loaded(tiny_sd)
     load_experts(backbone, experts=experts, intervals=2)
     return backbone
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loaded import loaded
 
 from diffalign.algorithms.denoising import Remembered
 from diffalign.algorithms.diffusion_dpo import DiffusionDPO
@@ -16,7 +17,6 @@ from diffalign.diffusion.inversion import Inversion
 from diffalign.diffusion.noising import Noising
 from diffalign.diffusion.schedule import Prediction
 from diffalign.draws import Draws
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import FrozenReference, reference_for
 from diffalign.types import Cond
 
@@ -44,7 +44,7 @@ def one(batch, i):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_step_zero_is_ln_2_and_gradients_come_from_the_last_forward_only(tiny_sd: Path, batch_of, rank: int) -> None:
-    backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd), lora_rank=rank)
+    backbone = loaded(tiny_sd, lora_rank=rank)
     noising = Noising(backbone.schedule, Draws(0))
     algorithm = inpo_of(backbone.denoiser, reference_for(backbone.denoiser), noising)
     loss, metrics = algorithm.loss(batch_of([2] * 3))
@@ -56,7 +56,7 @@ def test_step_zero_is_ln_2_and_gradients_come_from_the_last_forward_only(tiny_sd
 
 def test_a_batch_of_eight_pairs_equals_eight_batches_of_one(tiny_sd: Path, batch_of) -> None:
     """After some steps, so that policy and reference differ; every pair has its own timestep."""
-    backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd))
+    backbone = loaded(tiny_sd)
     reference = FrozenReference(backbone.denoiser)
     with torch.no_grad():
         for k, parameter in enumerate(backbone.denoiser.parameters()):
@@ -111,7 +111,7 @@ def test_smpo_weights_the_margin_by_the_score_gap(constant, noising_of, batch_of
 
 
 def test_cached_inversions_give_the_same_loss(tiny_sd: Path, batch_of) -> None:
-    backbone = load_backbone(torch.device("cpu"), path=str(tiny_sd), lora_rank=2)
+    backbone = loaded(tiny_sd, lora_rank=2)
     noising, batch = Noising(backbone.schedule, Draws(0)), batch_of([2] * 3)
     reference = reference_for(backbone.denoiser)
     fresh = inpo_of(backbone.denoiser, reference, noising, invert_by="reference")

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import loaded
 from lora_layouts import files
 from safetensors.torch import load_file
 from stock import stock
 
 from diffalign.algorithms.on_policy_distillation import OnPolicyDistillation
 from diffalign.draws import Draws
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
 from diffalign.networks.teachers import Teachers, check_teachers, load_teachers
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def backbone(tiny_sd: Path) -> Any:
-    return load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
+    return loaded(tiny_sd, lora_rank=2)
 
 
 def constants(backbone: Any, constant: Any, taught: list[float], weights: list[float], **settings: Any) -> Any:
@@ -78,7 +78,7 @@ def test_teachers_lie_beside_the_students_lora(tiny_sd: Path, tmp_path: Path, re
         files(tiny_sd, tmp_path / "a")["peft"],
         files(tiny_sd, tmp_path / "b", 1, target_modules=["to_k"])["kohya"],
     ]
-    student = load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
+    student = loaded(tiny_sd, lora_rank=2)
     teachers = load_teachers(student, paths=tuple(map(str, paths)))
     assert teachers.weights == [0.5, 0.5]
     assert all("default" in name for name, p in student.denoiser.named_parameters() if p.requires_grad)
@@ -108,7 +108,7 @@ def test_teachers_lie_beside_the_students_lora(tiny_sd: Path, tmp_path: Path, re
 
 def test_a_teacher_that_is_a_dora_stays_frozen(tiny_sd: Path, tmp_path: Path) -> None:
     dora = files(tiny_sd, tmp_path, use_dora=True)["peft"]
-    student = load_backbone(CPU, path=str(tiny_sd), lora_rank=2)
+    student = loaded(tiny_sd, lora_rank=2)
     load_teachers(student, paths=(str(dora),))
     parameters = dict(student.denoiser.named_parameters())
     assert any("magnitude" in name for name in parameters)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import loaded
 from torch import Tensor
 
 from diffalign.algorithms.awm import AWM
@@ -21,7 +22,6 @@ from diffalign.algorithms.rollouts import Images, Rollouts
 from diffalign.diffusion.noising import denoising_error
 from diffalign.draws import Draws
 from diffalign.networks.follower import Follower
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
@@ -43,7 +43,7 @@ def made(rewards_of: Callable, tiny_sd: Path, tiny_sd3: Path) -> Callable[..., t
     def make(
         name: str, *, flow: bool = False, rank: int = 2, rewards: Any = None, network: Any = None, **settings: Any
     ) -> tuple[Any, Any]:
-        backbone = load_backbone(CPU, path=str(tiny_sd3 if flow else tiny_sd), lora_rank=rank, max_sequence_length=8)
+        backbone = loaded(tiny_sd3 if flow else tiny_sd, lora_rank=rank, max_sequence_length=8)
         sampler = Sampler(backbone, Draws(0), 32, steps=3, law="deterministic")
         shared = {"group_size": 4} | {k: settings.pop(k) for k in ROLLOUTS & settings.keys()}
         rollouts = Rollouts(sampler, rewards or rewards_of(backbone.decode), 1, **shared)

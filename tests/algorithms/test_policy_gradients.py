@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import loaded
 from torch import Tensor
 
 from diffalign.algorithms.ddpo import DDPO
@@ -16,7 +17,6 @@ from diffalign.algorithms.flow_grpo import FlowGRPO
 from diffalign.algorithms.policy_gradient import PolicyGradient
 from diffalign.algorithms.rollouts import Images, Rollouts
 from diffalign.draws import Draws
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
@@ -33,7 +33,7 @@ def made(rewards_of: Callable, tiny_sd: Path, tiny_sd3: Path) -> Callable[..., t
         law: str, micro_batches: int = 1, rewards: Any = None, network: Any = None, **settings: Any
     ) -> tuple[Any, PolicyGradient]:
         flow = law in ("sde", "cps")
-        backbone = load_backbone(CPU, path=str(tiny_sd3 if flow else tiny_sd), lora_rank=2, max_sequence_length=8)
+        backbone = loaded(tiny_sd3 if flow else tiny_sd, lora_rank=2, max_sequence_length=8)
         sampler = Sampler(backbone, Draws(0), 32, steps=4, law=law)  # type: ignore[arg-type]
         shared = {"group_size": 4} | {k: settings.pop(k) for k in ROLLOUTS & settings.keys()}
         rollouts = Rollouts(sampler, rewards or rewards_of(backbone.decode), micro_batches, **shared)

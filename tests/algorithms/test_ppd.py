@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 
 import torch
+from loaded import loaded
 
 from diffalign.algorithms.ppd import PPD
 from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
-from diffalign.networks.loading import load_backbone
 from diffalign.networks.user_adapter import UserOffReference, add_user_adapter
 from diffalign.types import LatentBatch
 
@@ -19,7 +19,7 @@ NAMES = ["ann", "bob", "ann", "bob"]
 
 
 def ppd_of(path: Path, **settings) -> PPD:
-    backbone = load_backbone(torch.device("cpu"), path=str(path))
+    backbone = loaded(path)
     add_user_adapter(backbone.denoiser.network, 3, torch.float32)
     denoiser = backbone.denoiser
     users_of = {str(i): name for i, name in enumerate(NAMES)}
@@ -83,7 +83,7 @@ def test_a_larger_beta_changes_the_policy_less(tiny_sd: Path, batch_of) -> None:
     moved = []
     for beta in (20.0, 200.0, 2000.0):
         algorithm = ppd_of(tiny_sd, beta=beta)
-        batch, _ = conflict(algorithm, batch_of([2] * 4), 30)
+        batch, _ = conflict(algorithm, batch_of([2] * 4), 12)
         inputs = algorithm.noised(batch).input
         with torch.no_grad():
             moved.append((algorithm.policy(*inputs) - algorithm.reference(*inputs)).norm().item())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded import loaded
 from torch import Tensor
 
 from diffalign.algorithms.draft import DRaFT
@@ -15,7 +16,7 @@ from diffalign.algorithms.r0 import R0
 from diffalign.algorithms.refl import ReFL
 from diffalign.diffusion.noising import Noising
 from diffalign.draws import Draws
-from diffalign.networks.loading import Backbone, load_backbone
+from diffalign.networks.loading import Backbone
 from diffalign.networks.placement import trained_parameters
 from diffalign.networks.reference import reference_for
 from diffalign.networks.sampler import Sampler
@@ -71,7 +72,7 @@ class Toy:
 
 @pytest.fixture
 def backbone(tiny_sd: Path) -> Backbone:
-    return load_backbone(torch.device("cpu"), path=str(tiny_sd))
+    return loaded(tiny_sd)
 
 
 @pytest.mark.parametrize("anchor", [0.0, 0.7])

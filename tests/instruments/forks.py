@@ -44,9 +44,12 @@ class Server:
         theirs.close()
         self.jobs = self.socket.makefile("rw")
 
-    def run(self, code: str, *arguments: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, code: str, *arguments: str, processes: int = 1, kept: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         """Run Python code with sys.argv[1:] in forked processes; several processes form a gloo group.
 
+        kept: in processes that stay for the next job of this kind, with what they have loaded and compiled.
         Returns the first nonzero exit code (negative for a signal) and the output of all processes.
         """
         environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
@@ -58,7 +61,7 @@ class Server:
             environment |= {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with tempfile.TemporaryDirectory() as folder:
             job = {"code": code, "argv": ["-c", *arguments], "env": environment, "n": processes, "folder": folder}
-            self.jobs.write(json.dumps({**job, "cwd": os.getcwd(), "path": sys.path}) + "\n")
+            self.jobs.write(json.dumps({**job, "kept": kept, "cwd": os.getcwd(), "path": sys.path}) + "\n")
             self.jobs.flush()
             codes = json.loads(self.jobs.readline())
             out, err = ("".join(Path(folder, f"{k}.{x}").read_text() for k in range(processes)) for x in ("out", "err"))
@@ -115,11 +118,63 @@ def prepare() -> None:
     gc.freeze()  # a collection would copy the pages of all objects into each process
 
 
+class _Kept:
+    """Processes that run one job after another, until one fails."""
+
+    def __init__(self, processes: int) -> None:
+        self.pids, self.jobs = [], []
+        for rank in range(processes):
+            ours, theirs = socket.socketpair()
+            if not (pid := os.fork()):
+                ours.close()
+                _one_after_another(theirs.makefile("rw"), rank)
+            self.pids.append(pid)
+            self.jobs.append(ours.makefile("rw"))
+            theirs.close()
+            ours.close()
+
+    def run(self, line: str) -> list[int]:
+        for jobs in self.jobs:
+            print(line, file=jobs, end="", flush=True)
+        codes = [jobs.readline() for jobs in self.jobs]
+        if all(code == "0\n" for code in codes):
+            return [0 for _ in codes]
+        return self.close()
+
+    def close(self) -> list[int]:
+        for jobs in self.jobs:
+            jobs.close()
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+
+
+def _one_after_another(jobs: IO[str], rank: int) -> None:
+    state = importlib.import_module("accelerate.state")
+    code = 0
+    for line in jobs:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+        if code := _child(json.loads(line), rank):
+            break
+        gc.collect()  # closes the files of the run, whose folder others may use now
+        print(code, file=jobs, flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _serve(jobs: IO[str]) -> None:
+    kept: dict[int, _Kept] = {}
     for line in jobs:
         prepare()
         sys.modules["torch"].set_num_threads(1)
         job = json.loads(line)
+        if job["kept"]:
+            group = kept.pop(job["n"], None) or _Kept(job["n"])
+            codes = group.run(line)
+            if not any(codes):
+                kept[job["n"]] = group
+            print(json.dumps(codes), file=jobs, flush=True)
+            continue
         children = []
         for rank in range(job["n"]):
             if not (child := os.fork()):
@@ -130,3 +185,5 @@ def _serve(jobs: IO[str]) -> None:
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), file=jobs, flush=True)
+    for group in kept.values():
+        group.close()

@@ -93,7 +93,8 @@ def test_killed_anywhere_a_run_goes_on_bit_for_bit(
         assert len(rows(tmp_path / "broken")) == done
     recipe(name, *broken)
     assert rows(tmp_path / "whole") == rows(tmp_path / "broken")
-    assert all(torch.equal(x, weights(tmp_path / "broken")[key]) for key, x in weights(tmp_path / "whole").items())
+    found = weights(tmp_path / "broken")
+    assert all(torch.equal(x, found[key]) for key, x in weights(tmp_path / "whole").items())
 
 
 @pytest.mark.parametrize("name", RECIPES)

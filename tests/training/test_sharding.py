@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.utils.launch import prepare_multi_gpu_env
+from few_layers import few_layers
 from safetensors.torch import load_file
 
 from diffalign.algorithms.pso import PSOCustomization
@@ -27,24 +28,45 @@ GRID = ["hooks.sample_every=2", "hooks.sample_prompts=[small red circle on white
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small(tiny_sd: Path, pairs_file: Path) -> None:
-    SMALL[:] = [*BARE, f"backbone.path={tiny_sd}", f"data.path={pairs_file}", "data.batch_size=4"]
+def small(tiny_sd: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cost of a first operation on shards is that of the number of tensors."""
+    model = few_layers(tiny_sd, tmp_path_factory.mktemp("small") / "pipeline")
+    SMALL[:] = [*BARE, f"backbone.path={model}", f"data.path={pairs_file}", "data.batch_size=4"]
     SMALL[:] += ["optimizer.lr=1e-3", "optimizer.lr_warmup_steps=0", "hooks.checkpoint_every=2"]
+    return model
+
+
+KEPT = """
+import runpy, sys
+from types import SimpleNamespace
+import forks
+from diffalign.networks import verify
+
+def fresh(command, env, **options):
+    assert not env.keys() & {"RANK", "WORLD_SIZE", "MASTER_PORT"}, "of the launcher"
+    return forks.verifier.run(*command[2:])
+
+if not hasattr(forks, "verifier"):
+    forks.verifier = forks.Server()  # before the first backward pass
+    verify.subprocess = SimpleNamespace(run=fresh)
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+"""
 
 
 @pytest.fixture(scope="module")
-def sharded(two_processes: Callable) -> Callable[..., Any]:
-    """Run a recipe sharded over two processes."""
+def sharded(forks: Any) -> Iterator[Callable[..., Any]]:
+    """Run a recipe sharded over two processes, which stay: torch plans each operation on shards of new shapes once."""
 
     def run(name: str, *words: str, **environment: str) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             for key, value in (FSDP | environment).items():
                 patch.setenv(key, value)
-            done = two_processes(name, *words)
+            done = forks.run(KEPT, str(ROOT / "train" / f"{name}.py"), *words, processes=2, kept=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done
 
-    return run
+    yield run
+    forks.run("raise SystemExit('the last job')", processes=2, kept=True)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
@@ -75,6 +97,7 @@ def same(a: Path, b: Path, *, loss: float = 1e-5, weight: float = 1e-5) -> None:
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_sharded_run_equals_one_that_is_not(tmp_path: Path, recipe: Callable, sharded: Callable, rank: int) -> None:
     settings = [*SMALL, f"backbone.lora_rank={rank}", "trainer.steps=4", "hooks.ema_decay=0.9", "optimizer.eps=1e-4"]
+    settings += ["hooks.checkpoint_every=0"]
     recipe("diffusion_dpo", *settings, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=4")
     verify = f"hooks.verify_export={str(rank > 0).lower()}"
     done = sharded("diffusion_dpo", *settings, f"run.folder={tmp_path / 'two'}", "trainer.grad_accum=2", verify)
@@ -118,11 +141,11 @@ FEW = ["sampler.steps=4", "algorithm.first_step=1", "algorithm.start_weight=1"]
     ids=["two players share a network", "three networks", "steps that differ between processes"],
 )
 def test_online_recipes_sharded(
-    tmp_path: Path, tiny_sd: Path, recipe: Callable, sharded: Callable, name: str, settings: list[str]
+    tmp_path: Path, small: Path, recipe: Callable, sharded: Callable, name: str, settings: list[str]
 ) -> None:
     """Several players; a monitor with an odd number of prompts; equally many forward passes on all processes."""
     paths = ["backbone.path", "teacher.path"] if name == "diff_instruct_star" else ["backbone.path"]
-    words = [*ONLINE, *settings, *(f"{path}={tiny_sd}" for path in paths), "sampler.law=renoise"]
+    words = [*ONLINE, *settings, *(f"{path}={small}" for path in paths), "sampler.law=renoise"]
     recipe(name, *words, f"run.folder={tmp_path / 'one'}", "trainer.grad_accum=2")
     sharded(name, *words, f"run.folder={tmp_path / 'two'}")
     same(tmp_path / "one", tmp_path / "two", loss=1e-4, weight=1e-4)

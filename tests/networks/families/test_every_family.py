@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pretend
 import pytest
 import torch
+from loaded import loaded
 from stock import images as drawn
-from stock import stock
+from stock import shared, stock
 from torch.nn.functional import mse_loss
 
 from diffalign.networks.export import save
@@ -33,7 +35,12 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def load(path: Path) -> Load:
-    return lambda **settings: load_backbone(CPU, path=str(path), max_sequence_length=8, **settings)
+    return partial(loaded, path, max_sequence_length=8)
+
+
+@pytest.fixture
+def backbone(load: Load) -> Backbone:
+    return load()
 
 
 def noise(backbone: Backbone) -> torch.Tensor:
@@ -55,8 +62,8 @@ def moved(backbone: Backbone) -> Backbone:
 
 
 @pytest.mark.parametrize("path", [*UNETS, "tiny_sd3", "tiny_flux", "tiny_z_image"], indirect=True)
-def test_pixels_become_the_stock_autoencoders_latents(path: Path, load: Load) -> None:
-    backbone, pipeline = load(), stock(path)
+def test_pixels_become_the_stock_autoencoders_latents(path: Path, backbone: Backbone) -> None:
+    pipeline = shared(path)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     scale, shift = pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor or 0.0
     with torch.no_grad():
@@ -67,9 +74,9 @@ def test_pixels_become_the_stock_autoencoders_latents(path: Path, load: Load) ->
     assert ours.shape[1:] == backbone.latent_shape(32)
 
 
-def test_latents_become_pixels_as_in_the_stock_pipeline(path: Path, load: Load) -> None:
+def test_latents_become_pixels_as_in_the_stock_pipeline(path: Path, backbone: Backbone) -> None:
     """From the latents at the end of the pipeline's sampling, unpacked by the order of our own packing."""
-    backbone, pipeline = load(), stock(path)
+    pipeline = shared(path)
     clean: dict[str, torch.Tensor] = {}
 
     def keep(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -116,7 +123,7 @@ def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Loa
     save(backbone, tmp_path)
     latents = backbone.pipeline_latents(noise(backbone))
     ours, pipeline = images(backbone.pipeline(backbone.denoiser.network), latents), stock(path)
-    without = images(pipeline, latents)
+    without = images(shared(path), latents)
     pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     assert (images(pipeline, latents) - ours).abs().max() < 1e-4
     assert (without - ours).abs().max() > 1e-2
@@ -125,14 +132,14 @@ def test_a_lora_loads_in_the_stock_pipeline_with_its_alpha(path: Path, load: Loa
     assert (without - same).abs().max() < 1e-4
 
 
-def test_a_whole_pipeline_loads_in_stock_diffusers(path: Path, load: Load, tmp_path: Path) -> None:
-    backbone = moved(load())
+def test_a_whole_pipeline_loads_in_stock_diffusers(path: Path, tmp_path: Path) -> None:
+    backbone = moved(load_backbone(CPU, path=str(path), max_sequence_length=8))
     save(backbone, tmp_path)
     latents = backbone.pipeline_latents(noise(backbone))
     theirs = images(stock(tmp_path), latents)
     assert (theirs - images(backbone.pipeline(backbone.denoiser.network), latents)).abs().max() < 1e-4
-    assert (theirs - images(stock(path), latents)).abs().max() > 1e-2
-    again = load_backbone(CPU, path=str(tmp_path), max_sequence_length=8)
+    assert (theirs - images(shared(path), latents)).abs().max() > 1e-2
+    again = load_backbone(CPU, path=str(tmp_path), max_sequence_length=8)  # also from a file, whose alignment rounds
     x, t, cond = noise(backbone), backbone.grid(3, 32)[1:2], backbone.encode_text([PROMPT])
     with torch.no_grad():
         assert torch.equal(again.denoiser(x, t, cond), backbone.denoiser(x, t, cond))
@@ -145,8 +152,7 @@ def test_lora_targets_image_attention_only(load: Load) -> None:
     assert len(names) == len(lora_layers(backbone.denoiser))
 
 
-def test_the_prediction_depends_on_text_pooled_embedding_and_timestep(load: Load) -> None:
-    backbone = load()
+def test_the_prediction_depends_on_text_pooled_embedding_and_timestep(backbone: Backbone) -> None:
     x, t = noise(backbone), backbone.grid(4, 32)
     red, blue = backbone.encode_text([PROMPT]), backbone.encode_text(["large blue cross on pink"])
     with torch.no_grad():
@@ -158,9 +164,8 @@ def test_the_prediction_depends_on_text_pooled_embedding_and_timestep(load: Load
     assert min((o - out).abs().max() for o in other) > 1e-6
 
 
-def test_a_batch_is_its_samples_one_by_one(load: Load) -> None:
+def test_a_batch_is_its_samples_one_by_one(backbone: Backbone) -> None:
     """Each sample has its own timestep and prompt."""
-    backbone = load()
     x = torch.cat([noise(backbone), -noise(backbone)])
     t, cond = backbone.grid(4, 32)[1:3], backbone.encode_text([PROMPT, ""])
     with torch.no_grad():
@@ -213,8 +218,8 @@ def test_training_lowers_the_error(load: Load) -> None:
     assert errors[-1] < errors[0]
 
 
-def test_frozen_parts_load_lazily_and_are_released(load: Load) -> None:
-    backbone = load()
+def test_frozen_parts_load_lazily_and_are_released(path: Path) -> None:
+    backbone = load_backbone(CPU, path=str(path), max_sequence_length=8)
     assert not backbone._parts
     before = backbone.encode_text([PROMPT])
     assert backbone._parts and "vae" not in backbone._parts
@@ -224,7 +229,7 @@ def test_frozen_parts_load_lazily_and_are_released(load: Load) -> None:
     assert torch.equal(backbone.encode_text([PROMPT]).tokens, before.tokens)
 
 
-def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_path: Path) -> None:
+def test_a_cache_never_mixes_latents_of_two_dtypes(backbone: Backbone, load: Load, tmp_path: Path) -> None:
     """Each dtype has its own cache entries, so a run with another dtype encodes again."""
     from PIL import Image
 
@@ -233,8 +238,9 @@ def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_p
     image = ImageRef(str(tmp_path / "image.png"))
     Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(image.path)
     read, names = {}, set()
+    loaded = {"fp32": backbone} | {dtype: load(dtype=dtype, lora_rank=2) for dtype in ("bf16", "fp16")}
     for dtype in ("fp32", "bf16", "fp16", "fp32"):
-        backbone = load(dtype=dtype, lora_rank=2)
+        backbone = loaded[dtype]
         cache = LatentCache(tmp_path / "cache", backbone, 32)
         (seen,) = cache.add_images([image])
         cache.add_prompts([PROMPT])
@@ -246,9 +252,8 @@ def test_a_cache_never_mixes_latents_of_two_dtypes(path: Path, load: Load, tmp_p
     assert names < {p.name for p in (tmp_path / "cache").iterdir()}
 
 
-def test_many_latents_are_decoded_in_chunks(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_latents_are_decoded_in_chunks(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of pixels decoded at once is bounded for every caller; with gradients there are no chunks."""
-    backbone = load()
     latents = torch.randn(5, *backbone.latent_shape(32), generator=torch.Generator().manual_seed(0))
     sizes: list[int] = []
     decode = backbone.vae.decode
@@ -265,13 +270,13 @@ def test_many_latents_are_decoded_in_chunks(load: Load, monkeypatch: pytest.Monk
     assert latents.grad is not None
 
 
-def test_images_are_sampled_in_chunks(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_sampled_in_chunks(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample grid and monitor: the images do not depend on the chunk size."""
     from diffalign.draws import Draws
     from diffalign.networks.sampler import Sampler
     from diffalign.training.hooks.samples import drawn
 
-    backbone, prompts = load(), [PROMPT, "large blue square on black", "red cross on white"]
+    prompts = [PROMPT, "large blue square on black", "red cross on white"]
     sampler = Sampler(backbone, Draws(0), 32, steps=2, law="deterministic")
     cond = backbone.encode_text(prompts)
     (whole,) = drawn(backbone, sampler, cond, prompts)
