@@ -132,6 +132,8 @@ def test_every_command_of_the_algorithms_page_runs(
     page = (ROOT / "docs" / "algorithms.md").read_text()
     tiny = ["trainer.steps=1", "data.limit=4", "data.batch_size=4", "hooks.sample_every=0", "hooks.verify_export=false"]
     small = {"monitor:": "monitor.prompt_count=2", "group_size:": "rollouts.group_size=2"}
+    small |= {"first_step:": "algorithm.first_step=2"}
+    small |= {f"sampler:\n  steps: {n}\n": f"sampler.steps={few}" for n, few in ((4, 2), (10, 4))}
     for line in (line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()):
         words = shlex.split(line.replace("--n 64", "--n 4").replace("--steps 10", "--steps 2"))
         words += tiny if words[1] == "train" else []

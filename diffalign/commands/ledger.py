@@ -50,6 +50,8 @@ class Ledger(TorchDispatchMode):
         self._known: dict[int, list[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked for at almost every operator
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
         given = [x for x in _leaves((args, kwargs)) if isinstance(x, Tensor | torch.Generator)]

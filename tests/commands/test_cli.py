@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -130,24 +131,34 @@ def test_playground_build_starts_and_resumes(tmp_path: Path, monkeypatch: pytest
 
 TRAIN_AND_GENERATE = """
 import runpy, sys
+for name in [n for n in sys.modules if n.partition(".")[0] in ("diffalign", "reward_models")]:
+    del sys.modules[name]
+sys.path.insert(0, sys.argv[1].removesuffix("/diffalign"))
 train = runpy.run_path(f"{sys.argv[1]}/train/diffusion_dpo.py")["main"]
 generate = runpy.run_path(f"{sys.argv[1]}/tools/generate.py")["main"]
 tiny = ["trainer.steps=1", "data.draws_per_sample=1", "data.limit=16", "hooks.verify_export=false"]
 train(["--config", "playground", "run.folder=run", *tiny])
 words = ["--pipeline=playground", "--lora=run/export", "--prompts=p.txt", "--steps=1", "--out=images"]
 assert not generate(words)
+files = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] in ("diffalign", "reward_models")]
+assert len(files) > 50 and all(file.startswith(sys.path[0]) for file in files), files
 """
 
 
-def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
-    """Unpacked outside the checkout: recipes, configs, weights and pairs are in the wheel."""
+def test_an_installed_wheel_works_in_an_empty_folder(
+    tmp_path: Path, forks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unpacked outside the checkout: recipes, configs, weights and pairs are in the wheel.
+
+    The forked process has imported the libraries only. `.ci/run` builds in an isolated environment.
+    """
     wheels, copy = tmp_path / "wheels", tmp_path / "copy"
     # setuptools leaves a build folder, and would include the files of an older one.
     shutil.copytree(
         ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
     )
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(wheels), str(copy)],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(wheels), str(copy)],
         check=True,
         cwd=tmp_path,
     )
@@ -156,21 +167,12 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path: Path) -> None:
         names = {name.split("/")[0] for name in wheel.namelist()}
     assert {n for n in names if not n.endswith(".dist-info")} == {"diffalign", "reward_models"}
     (tmp_path / "empty").mkdir()
-
-    def run(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=tmp_path / "empty",
-            env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    assert "sd15, sd15_lora" in run("-m", "diffalign.commands.cli", "recipes")
+    monkeypatch.chdir(tmp_path / "empty")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "diffalign.commands.cli", "recipes"]
+    assert "sd15, sd15_lora" in subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
     (tmp_path / "empty" / "p.txt").write_text("red circle on white\n")
-    made = run("-c", TRAIN_AND_GENERATE, str(tmp_path / "site" / "diffalign"))
-    assert "exported" in made and "1 images of 1 prompts in 'images'" in made
+    done = forks.run(TRAIN_AND_GENERATE, str(tmp_path / "site" / "diffalign"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "exported" in done.stdout and "1 images of 1 prompts in 'images'" in done.stdout
     assert (tmp_path / "empty" / "run" / "export" / "pytorch_lora_weights.safetensors").exists()

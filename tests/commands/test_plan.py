@@ -114,7 +114,17 @@ def run(*words: str) -> int:
     return runpy.run_path(str(ROOT / "eval/plan.py"))["main"]([*words])
 
 
-def test_the_command_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str], tiny_sd: Path) -> None:
+def test_the_command_says_whether_it_fits_and_what_would(
+    capsys: pytest.CaptureFixture[str], tiny_sd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: dict[tuple, planning.Plan] = {}
+    plan = planning.plan
+
+    def once(recipe: Path, arguments: list[str]) -> planning.Plan:  # a trace takes seconds
+        key = (recipe, *arguments)
+        return plans[key] if key in plans else plans.setdefault(key, plan(recipe, arguments))
+
+    monkeypatch.setattr(planning, "plan", once)
     words = ["diffusion_dpo", "--config", "playground", f"backbone.path={tiny_sd}", "data.batch_size=256"]
     assert run(*words, "--gpu", "24GB") == 0
     said = capsys.readouterr().out

@@ -63,7 +63,7 @@ def test_parts_have_the_numbers_of_one_process_and_a_resumed_run_keeps_them(
     assert "add --resume to score the other shards" in capsys.readouterr().err
     assert main([*words, "--resume", "--prompt", "x"]) == 1
     assert "has scores of other settings" in capsys.readouterr().err
-    assert main([*words, "--resume", "--actors", "2"]) == 2
+    assert main([*words, "--resume"]) == 2
     assert "3 parts" in (said := capsys.readouterr().out) and "1 of them from before; 2 images have no scores" in said
     assert (out / "0.tar.parquet").stat().st_mtime_ns == kept
 
@@ -81,7 +81,7 @@ def test_parts_have_the_numbers_of_one_process_and_a_resumed_run_keeps_them(
     assert "damaged after 0 entries" in bad[1]["reason"]
 
 
-def test_a_failed_actor_is_named(
+def test_a_failed_actor_is_named_of_as_many_as_are_asked_for(
     cluster: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Broken:
@@ -91,9 +91,15 @@ def test_a_failed_actor_is_named(
         def __call__(self, batch: Any) -> Any:
             raise AssertionError
 
-    _tar(tmp_path / "0.tar", 0, 1)
+    import ray.data
+
+    pools, pool = [], ray.data.ActorPoolStrategy
+    monkeypatch.setattr(ray.data, "ActorPoolStrategy", lambda size: pools.append(size) or pool(size=size))
+    for k in range(2):
+        _tar(tmp_path / f"{k}.tar", k, 1)
     monkeypatch.setattr(on_ray, "Scoring", Broken)
-    assert main(["ray", str(tmp_path), "--out", str(tmp_path / "out"), "--scorer", "playground_hps"]) == 1
+    words = ["ray", str(tmp_path), "--out", str(tmp_path / "out"), "--scorer", "playground_hps", "--actors", "2"]
+    assert main(words) == 1 and pools == [2]
     said = capsys.readouterr().err
     assert "an actor failed: " in said and "no such weights" in said and "go on with --resume" in said
 
