@@ -43,6 +43,11 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pretend.register()  # now, since autograd starts a thread for each device at a process's first backward pass
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a pair of processes come first: one worker runs them all, and none begins late."""
+    items.sort(key=lambda item: item.path.name != "test_sharding.py")
+
+
 def pytest_collection_finish() -> None:
     """What the imports made stays; each full garbage collection would look at its 700,000 objects again."""
     gc.freeze()

@@ -46,7 +46,6 @@ from omegaconf import OmegaConf
 from diffalign import config
 from diffalign.commands import launch, program
 from diffalign.commands.loop import SECTIONS, check_training, read_fresh, shared_prompts
-from diffalign.people.choice_file import exclusive
 from reward_models.files import read_json, read_lines, write_lines, write_whole
 from reward_models.settings import typed
 
@@ -62,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML file, or the name of one in configs/iterate")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(argv)
+    from diffalign.people.choice_file import exclusive  # loads torch, which --help does not need
+
     try:
         content = config.read(args.config, launch.ROOT / "configs" / "iterate")
         cfg = config.resolve(content, args.overrides, SECTIONS)
