@@ -179,8 +179,9 @@ def choices(tmp_path: Path, pairs_file: Path) -> list[str]:
 FEW = ["hooks.sample_every=0", "hooks.checkpoint_every=0", "trainer.steps=2", "data.batch_size=2", "data.limit=4"]
 FEW += ["run.mixed_precision=bf16", "backbone.dtype=bf16", "hooks.verify_export=false", "optimizer.lr_warmup_steps=0"]
 FULL = ["backbone.lora_rank=0"]
-ROLLED = ["monitor.prompts=null", "sampler.steps=2"]
-STUDENT = ["monitor.prompts=null", "algorithm.aux_rounds=1"]
+DRAWN = ["monitor.prompts=null", "sampler.steps=2", "sampler.law=deterministic"]
+RENOISED = ["monitor.prompts=null", "sampler.steps=2", "sampler.law=renoise"]
+STUDENT = ["monitor.prompts=null", "algorithm.aux_rounds=1", "sampler.law=renoise"]
 RECIPES: dict[str, tuple[str, list[str]]] = {
     "diffusion_dpo": ("diffusion_dpo", []),
     "diffusion_dpo full": ("diffusion_dpo", FULL),
@@ -190,27 +191,37 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "rank_dpo": ("rank_dpo", []),
     "mapo": ("mapo", []),
     "sft full": ("sft", FULL),
-    "refl": ("refl", [*ROLLED, "algorithm.first_step=1"]),
-    "refl full": ("refl", [*ROLLED, "algorithm.first_step=1", *FULL]),
-    "draft": ("draft", [*ROLLED, "algorithm.last_steps=1"]),
-    "r0": ("r0", [*ROLLED]),
-    "pso": ("pso", ["monitor.prompts=null"]),
-    "pso_offline full": ("pso_offline", FULL),
-    "diff_instruct_star": ("diff_instruct_star", [*STUDENT]),
-    "diff_instruct_star shared": ("diff_instruct_star", [*STUDENT, "teacher.path=playground_one_step"]),
+    "refl": ("refl", [*DRAWN, "algorithm.first_step=1"]),
+    "refl full": ("refl", [*DRAWN, "algorithm.first_step=1", *FULL]),
+    "draft": ("draft", [*DRAWN, "algorithm.last_steps=1"]),
+    "r0": ("r0", RENOISED),
+    "pso": ("pso", RENOISED),
+    "pso_offline full": ("pso_offline", [*FULL, "sampler.steps=2", "sampler.law=renoise"]),
+    "diff_instruct_star": ("diff_instruct_star", STUDENT),
+    "diff_instruct_star shared": ("diff_instruct_star", STUDENT),
     "diff_instruct_star full": ("diff_instruct_star", [*STUDENT, *FULL, "teacher.lora_rank=0"]),
-    "distill": ("distill", ["algorithm.aux_rounds=1"]),
+    "distill": ("distill", ["algorithm.aux_rounds=1", "sampler.law=renoise"]),
     "ppd": ("ppd", []),
 }
 
 
 @pytest.mark.parametrize("case", RECIPES)
 def test_in_bf16_everything_that_trains_has_a_gradient(
-    tmp_path: Path, request: pytest.FixtureRequest, recipe: Callable, half: None, moved: dict[Tensor, bool], case: str
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    smallest_sd: Path,
+    tiny_sd: Path,
+    recipe: Callable,
+    half: None,
+    moved: dict[Tensor, bool],
+    case: str,
 ) -> None:
     """Two steps, because the A of a LoRA has no gradient in the first. Stock diffusers loads the export."""
     name, more = RECIPES[case]
     settings = [*FEW, f"run.folder={tmp_path / 'run'}", *(request.getfixturevalue("choices") if name == "ppd" else [])]
+    settings += [f"backbone.path={smallest_sd}"]
+    if name in ("diff_instruct_star", "distill"):
+        settings += [f"teacher.path={smallest_sd if case.endswith('shared') else tiny_sd}"]
     recipe(name, "--config=playground", *settings, *more)
     still = [tuple(p.shape) for p, reached in moved.items() if not reached]
     assert moved
@@ -219,12 +230,12 @@ def test_in_bf16_everything_that_trains_has_a_gradient(
     if (folder / "model_index.json").exists():
         assert DiffusionPipeline.from_pretrained(folder).unet.dtype.is_floating_point
     elif name == "ppd":
-        pipeline = DiffusionPipeline.from_pretrained(BASE)
+        pipeline = DiffusionPipeline.from_pretrained(smallest_sd)
         pipeline.load_ip_adapter(
             str(folder), subfolder="", weight_name="user_adapter.safetensors", image_encoder_folder=None
         )
     else:
-        pipeline = shared(BASE)
+        pipeline = shared(smallest_sd)
         pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
         assert pipeline.get_list_adapters()
         pipeline.unload_lora_weights()
