@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,7 +189,8 @@ def test_a_run_holds_one_unet_and_no_encoders(tmp_path: Path, pairs_file: Path, 
 
     def alive() -> list[int]:
         gc.collect()
-        return [sum(isinstance(o, kind) for o in gc.get_objects()) for kind in kinds]
+        found = Counter(map(type, gc.get_objects()))
+        return [found[kind] for kind in kinds]
 
     def count(self, loader) -> None:
         held.append(tuple(now - others for now, others in zip(alive(), before, strict=True)))  # type: ignore[arg-type]
