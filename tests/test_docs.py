@@ -126,7 +126,7 @@ def test_every_command_and_the_code_run(here: Path, recipe: Callable) -> None:
 
 @pytest.mark.usefixtures("started")
 def test_every_command_of_the_algorithms_page_runs(
-    tmp_path: Path, recipe: Callable, smallest_sd: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, recipe: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "algorithms.md").read_text()
@@ -140,9 +140,6 @@ def test_every_command_of_the_algorithms_page_runs(
         if words[1] == "train":
             config = (ROOT / "configs" / words[2] / "playground.yaml").read_text()
             words += [word for key, word in small.items() if key in config]
-            words += (
-                [f"backbone.path={smallest_sd}"] if "path: playground\n" in config and "sampler:" not in config else []
-            )
         words += ["--min-margin", "0"] if "label" in words else []
         assert _run(words, recipe) == 0, line
     assert (tmp_path / "runs/voted/export").exists()
