@@ -210,13 +210,13 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smallest_sd(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`tiny_sd` with attention in its middle block alone: for tests whose time is that of its operators."""
+    """`tiny_sd` with one block down, one up, and attention between them: for tests whose time is that of its layers."""
     from diffusers import UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("smallest_sd") / "pipeline"
     shutil.copytree(tiny_sd, folder)
     config = UNet2DConditionModel.load_config(folder / "unet")
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     UNet2DConditionModel.from_config(config | blocks).save_pretrained(folder / "unet")
     return folder
 
