@@ -202,12 +202,10 @@ def label_probabilities(votes: Tensor) -> Tensor:
     right, other = (weight * p).sum(), (weight * q).sum()
     first, second = right / (right + 1 - other), other / (other + 1 - right)
     found = votes.double().mean(1) * 0 + 0.5  # nan stays nan
-    for x, y, probability in ((1, 1, agreed), (1, 0.5, first), (0.5, 1, second)):
+    decided = {(1, 1): agreed, (1, 0.5): first, (0.5, 1): second}  # the image shown first, then second
+    decided |= {(0, 0): 1 - agreed, (0, 0.5): 1 - second, (0.5, 0): 1 - first}  # the other image
+    for (x, y), probability in decided.items():
         found[(votes[:, 0] == x) & (votes[:, 1] == y)] = probability
-        # The other image: its votes are 1 - y when it is shown first, and 1 - x when second.
-        found[(votes[:, 0] == 1 - x) & (votes[:, 1] == 1 - y)] = 1 - (
-            probability if x == y else first + second - probability
-        )
     return found.float()
 
 
