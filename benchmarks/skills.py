@@ -3,10 +3,11 @@
     python benchmarks/skills.py                    # fifteen minutes on one core; writes results/skills.json
     python benchmarks/skills.py --folder world     # keeps experts and images there, and goes on with them
 
-Four LoRAs are trained by Diffusion-DPO on pairs of the playground base's own samples, each labelled by one aspect of
-the exact judge. `diffalign merge` makes their sum, their average, and a sum with weights chosen on validation prompts.
-A gain is the change of an aspect's mean on test prompts, from the base's noise and without guidance. A share is the
-gain of the merged LoRA over that of the expert; its interval is a bootstrap over prompts.
+Five LoRAs are trained by Diffusion-DPO on pairs of the playground base's own samples, each labelled by one aspect that
+the exact judge measures. Two sets of four are merged: `diffalign merge` makes their sum, their average, and a sum with
+weights chosen on validation prompts. A gain is the change of an aspect's mean on test prompts, from the base's noise
+and without guidance. A share is the gain of the merged LoRA over that of the expert; its interval is a bootstrap over
+prompts.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from leaderboard_rows import BASE
 from leaderboard_world import SAMPLES, World
 from numpy.typing import NDArray
@@ -29,16 +31,21 @@ from torch import Tensor
 from diffalign.commands import launch, program
 from diffalign.playground import Judge
 from diffalign.playground.annotators import load
+from diffalign.playground.judge import look
+from diffalign.playground.world import BACKGROUNDS, parse
 from reward_models.accuracy import interval
 from reward_models.files import write_lines
 
 RESULTS = Path(__file__).parent / "results" / "skills.json"
 SETS = {
-    "compatible": ("colour", "placement", "size"),
+    "compatible": ("colour", "placement", "size", "ground"),
     "conflicting": ("colour", "placement", "size", "cleanliness"),
 }
-"""Skills that are merged: vividness, placement and area of the object, and an image without texture. In this world the
-texture grows with contrast and size of the object, so cleanliness conflicts with colour and size."""
+"""Skills that are merged: vividness, placement and area of the object, the background's colour, and an image without
+texture. In this world the texture grows with contrast and size of the object, so cleanliness conflicts with colour and
+size."""
+NEAR = 0.05
+"""Distance in RGB at which a background is 1 / e as good as one of exactly the colour that the caption names."""
 PAIRS = 1000
 """Pairs of each expert: of the shipped ones, those that differ most in its aspect."""
 STEPS = 200
@@ -69,8 +76,11 @@ def label(world: World, skill: str) -> Path:
 
 def aspects(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Every skill of images [N, 3, 32, 32], in [0, 1], and `points` of the true taste, each [N]."""
-    found = Judge().measure(images, prompts)
-    names = {"colour": "vivid", "placement": "place", "size": "area", "cleanliness": "clean"}
+    found, ground = Judge().measure(images, prompts), look(images)[0].background
+    wanted = ground.new_tensor([BACKGROUNDS[parse(prompt).background] for prompt in prompts])
+    found["ground"] = torch.exp(-(ground - wanted).norm(dim=1) / NEAR)
+    names = {"colour": "vivid", "placement": "place", "size": "area", "ground": "ground"}
+    names["cleanliness"] = "clean"
     return {k: found[name] for k, name in names.items()} | {"points": Judge().score(images, prompts)}
 
 

@@ -48,6 +48,7 @@ class Interruption:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         for each in ENDING:
-            signal.signal(each, signal.SIG_DFL)
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                signal.signal(each, signal.SIG_DFL)
         if self.message:  # unbuffered, because the signal may have interrupted a print()
             os.write(2, f"\n{signal.Signals(signum).name}: {self.message}\n".encode())

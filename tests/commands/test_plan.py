@@ -22,11 +22,11 @@ KB = 1024
 
 
 @pytest.fixture
-def parts(tiny_sd: Path) -> Callable[..., tuple[planning.Plan, dict[str, int]]]:
+def parts(smallest_sd: Path) -> Callable[..., tuple[planning.Plan, dict[str, int]]]:
     """parts("diffusion_dpo", "data.batch_size=2"): plan of a recipe with a small model, and its parts in training."""
 
     def traced(recipe: str, *words: str) -> tuple[planning.Plan, dict[str, int]]:
-        here = ["--config=playground", "hooks.sample_every=0", f"backbone.path={tiny_sd}", *words]
+        here = ["--config=playground", "hooks.sample_every=0", f"backbone.path={smallest_sd}", *words]
         found = planning.plan(launch.find("train", recipe), here)
         return found, found.peaks["training"].parts
 
@@ -61,11 +61,11 @@ def test_draws_and_numbers_of_the_host_are_real_while_imagining() -> None:
         assert torch.zeros(2, 3).nonzero().shape == (6, 2)
 
 
-def test_parts_of_full_fine_tuning_are_exact_and_a_batch_costs_its_activations(parts: Callable, tiny_sd: Path) -> None:
+def test_parts_of_full_fine_tuning_are_exact_and_a_batch_costs_its_activations(parts: Callable, smallest_sd: Path) -> None:
     """Every float32 weight has a gradient, two moments and an average of its size, up to 512 bytes a tensor."""
     words = ["backbone.lora_rank=0", "hooks.ema_decay=0.99"]
     _, found = parts("diffusion_dpo", *words, "data.draws_per_sample=null", "data.batch_size=32")
-    weights = list(load_backbone(torch.device("cpu"), path=str(tiny_sd)).denoiser.parameters())
+    weights = list(load_backbone(torch.device("cpu"), path=str(smallest_sd)).denoiser.parameters())
     size, slack = 4 * sum(p.numel() for p in weights), 512 * len(weights)
     for part, times in (("trained weights", 1), ("reference", 1), ("moving average", 1), ("optimizer", 2)):
         assert times * size <= found[part] <= times * size + 2 * times * slack, part
@@ -74,8 +74,8 @@ def test_parts_of_full_fine_tuning_are_exact_and_a_batch_costs_its_activations(p
     assert 1.9 < kept[REST] / found[REST] < 2.1
 
 
-def test_lora_and_half_precision_store_the_frozen_weights_once(parts: Callable) -> None:
-    half = ["backbone.lora_rank=4", "run.mixed_precision=bf16", "data.batch_size=2"]
+def test_lora_and_half_precision_store_the_frozen_weights_once(parts: Callable, tiny_sd: Path) -> None:
+    half = [f"backbone.path={tiny_sd}", "backbone.lora_rank=4", "run.mixed_precision=bf16", "data.batch_size=2"]
     _, whole = parts("diffusion_dpo", *half, "backbone.dtype=fp32")
     _, found = parts("diffusion_dpo", *half, "backbone.dtype=bf16")
     assert found["weights"] < 0.8 * whole["weights"] and "reference" not in found
@@ -91,9 +91,9 @@ def test_online_methods_are_traced_with_decoder_and_scorers(parts: Callable) -> 
     ("name", "key", "word"),
     [("gates", "gates.experts", "data.limit=4"), ("on_policy_distillation", "teachers.paths", "sampler.steps=2")],
 )
-def test_lora_experts_are_traced(tiny_sd: Path, tmp_path: Path, name: str, key: str, word: str) -> None:
-    expert = files(tiny_sd, tmp_path)["diffusers"]
-    words = ["--config=playground", f"backbone.path={tiny_sd}", f"{key}=[{expert}]", "data.batch_size=2", word]
+def test_lora_experts_are_traced(smallest_sd: Path, tmp_path: Path, name: str, key: str, word: str) -> None:
+    expert = files(smallest_sd, tmp_path)["diffusers"]
+    words = ["--config=playground", f"backbone.path={smallest_sd}", f"{key}=[{expert}]", "data.batch_size=2", word]
     found = planning.plan(launch.find("train", name), words)
     assert found.peaks["training"].parts["weights"] > 0 and found.peaks["training"].parts["trained weights"] > 0
 

@@ -103,15 +103,14 @@ def test_the_blocks_that_cuda_compiles_beside_have_the_same_outputs(
 
 @pytest.mark.skipif(torch.__version__ < "2.14", reason="the C++ code of older ones cannot round as eager mode does")
 def test_the_compiled_reference_equals_the_policy_in_half_precision(smallest_sd: Path) -> None:
-    """With the code that a run compiles. Without `emulate_precision_casts` this fails."""
+    """With the code that a run compiles. Without `emulate_precision_casts` this fails, as it does for whole weights."""
     before = compile_seconds()
-    for rank in (2, 0):
-        (frozen, policy, gradient), (_, plain, plain_gradient) = (
-            next(outputs(smallest_sd, HALF, lora_rank=rank, compile=how)) for how in ("blocks", "off")
-        )
-        assert torch.equal(frozen, policy)
-        torch.testing.assert_close(policy, plain, atol=0.02, rtol=0.02)
-        assert (gradient - plain_gradient).norm() < 0.02 * plain_gradient.norm()
+    (frozen, policy, gradient), (_, plain, plain_gradient) = (
+        next(outputs(smallest_sd, HALF, lora_rank=2, compile=how)) for how in ("blocks", "off")
+    )
+    assert torch.equal(frozen, policy)
+    torch.testing.assert_close(policy, plain, atol=0.02, rtol=0.02)
+    assert (gradient - plain_gradient).norm() < 0.02 * plain_gradient.norm()
     assert compile_seconds() > before
 
 
