@@ -61,7 +61,9 @@ def test_draws_and_numbers_of_the_host_are_real_while_imagining() -> None:
         assert torch.zeros(2, 3).nonzero().shape == (6, 2)
 
 
-def test_parts_of_full_fine_tuning_are_exact_and_a_batch_costs_its_activations(parts: Callable, smallest_sd: Path) -> None:
+def test_parts_of_full_fine_tuning_are_exact_and_a_batch_costs_its_activations(
+    parts: Callable, smallest_sd: Path
+) -> None:
     """Every float32 weight has a gradient, two moments and an average of its size, up to 512 bytes a tensor."""
     words = ["backbone.lora_rank=0", "hooks.ema_decay=0.99"]
     _, found = parts("diffusion_dpo", *words, "data.draws_per_sample=null", "data.batch_size=32")
