@@ -117,6 +117,8 @@ class Rounds:
             print(f"iterate: {self.shared}", file=sys.stderr)
         try:
             self._draw("base", start, self.cfg.evaluate, loop["seed"], base)
+            # Against itself: a scorer that cannot load is told before anything is labelled and trained.
+            self._judge("base, evaluation", base, self.folder / "base.json")
             for number in range(1, loop["rounds"] + 1):
                 here = self.folder / f"round-{number}"
                 start = self._round(number, here, start)
@@ -162,13 +164,17 @@ class Rounds:
         else:
             after = Start(start.path, (export,) if cfg.loop["reference"] == "base" else (*start.loras, export))
         self._draw(f"{name}, held-out images", after, cfg.evaluate, cfg.loop["seed"], here / "held_out")
-        words = [str(self.folder / "base"), str(here / "held_out"), "--out", str(here / "win_rate.json")]
-        words += [word for spec in cfg.evaluate["scorers"] for word in ("--scorer", spec)]
-        if (here / "win_rate.json").exists():
-            by = tuple(one["name"] for one in read_json(here / "win_rate.json")["scorers"])
-            self.done -= {f"{name}, evaluation"} if by != cfg.evaluate["scorers"] else set()
-        self._stage(f"{name}, evaluation", "eval", "win_rate", words, here / "win_rate.json")
+        self._judge(f"{name}, evaluation", here / "held_out", here / "win_rate.json")
         return after
+
+    def _judge(self, stage: str, images: Path, out: Path) -> None:
+        """Images against the base's by all scorers; again where the scorers have changed."""
+        scorers = self.cfg.evaluate["scorers"]
+        words = [str(self.folder / "base"), str(images), "--out", str(out)]
+        words += [word for spec in scorers for word in ("--scorer", spec)]
+        if out.exists() and tuple(one["name"] for one in read_json(out)["scorers"]) != scorers:
+            self.done -= {stage}
+        self._stage(stage, "eval", "win_rate", words, out)
 
     def _draw(self, stage: str, by: Start, section: Mapping[str, Any], seed: int, out: Path) -> None:
         """Images of the prompts of a section by a model."""

@@ -38,6 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+BASE = ["generate", "win_rate"]
 ROUND = ["generate", "synthesize", "diffusion_dpo", "generate", "win_rate"]
 
 
@@ -59,11 +60,11 @@ def test_two_rounds_and_a_kill_in_each_kind_of_stage(
     monkeypatch.setattr(launch, "start", killed)
     assert cli.main(["iterate", "loop.yaml"]) == 137
     assert "round 2, training failed; run the same command again" in capsys.readouterr().err
-    assert [call[0] for call in started] == ["iterate", "generate", *ROUND, *ROUND[:3]]
+    assert [call[0] for call in started] == ["iterate", *BASE, *ROUND, *ROUND[:3]]
     first, second = (call for call in started if call[0] == "diffusion_dpo")
     assert not [word for word in first if word.startswith("backbone.lora=")] and "run.seed=1" in first
     assert "backbone.lora=[loop/round-1/run/export]" in second and "run.seed=2" in second
-    assert started[7][started[7].index("--lora") + 1] == "loop/round-1/run/export"
+    assert started[8][started[8].index("--lora") + 1] == "loop/round-1/run/export"
     started.clear()
     assert cli.main(["iterate", "loop.yaml"]) == 143
     assert [call[0] for call in started] == ["iterate", "diffusion_dpo", "generate"]
@@ -108,7 +109,8 @@ class Imitated:
         if recipe.stem == self.fails:
             return 2
         if recipe.stem == "win_rate":
-            return _say(Path(words[words.index("--out") + 1]), next(self.gains), _after(words, "--scorer"))
+            out = Path(words[words.index("--out") + 1])
+            return _say(out, 0 if out.name == "base.json" else next(self.gains), _after(words, "--scorer"))
         if recipe.stem == "diffusion_dpo":
             given = OmegaConf.from_dotlist([word for word in words if "=" in word])
             (Path(given.run.folder) / "export").mkdir(parents=True)
@@ -152,8 +154,12 @@ def test_the_reference_stays_the_base_and_the_loop_stops(
 
 
 def test_settings_may_change_until_a_stage_uses_them(imitated: Imitated, capsys: pytest.CaptureFixture[str]) -> None:
-    """No image is drawn again after a mistake in what comes later."""
+    """No image is drawn again after a mistake in what comes later. A scorer that fails does so before all else."""
     options, one = "synthesize.options=--min-margin 0.1", "loop.rounds=1"
+    imitated.fails = "win_rate"
+    assert cli.main(["iterate", "loop.yaml", one]) == 2
+    assert [call[0] for call in imitated.calls] == BASE
+    assert "base, evaluation failed; run the same command again" in capsys.readouterr().err
     imitated.fails = "synthesize"
     assert cli.main(["iterate", "loop.yaml", one]) == 2
     assert cli.main(["iterate", "loop.yaml", one, "generate.samples_per_prompt=3"]) == 2
@@ -165,12 +171,12 @@ def test_settings_may_change_until_a_stage_uses_them(imitated: Imitated, capsys:
     imitated.fails = ""
     more = f"train.options={' '.join(TRAIN)} optimizer.lr=1e-5"
     assert cli.main(["iterate", "loop.yaml", one, options, more]) == 0
-    called = ["generate", "generate", "synthesize", "synthesize", "diffusion_dpo", "diffusion_dpo"]
+    called = [*BASE, "win_rate", "generate", "synthesize", "synthesize", "diffusion_dpo", "diffusion_dpo"]
     assert [call[0] for call in imitated.calls] == [*called, "generate", "win_rate"]
     other = "evaluate.scorers=['diffalign.playground:Judge']"
     for _ in range(2):
         assert cli.main(["iterate", "loop.yaml", one, options, more, other]) == 0
-    assert [call[0] for call in imitated.calls[8:]] == ["win_rate"]
+    assert [call[0] for call in imitated.calls[10:]] == ["win_rate", "win_rate"]
     Path("loop/stages.json").write_text('{"a": 1}')
     assert cli.main(["iterate", "loop.yaml", one, options, more, other]) == 2
     assert "'loop/stages.json' is damaged; delete it, and each stage resumes itself" in capsys.readouterr().err
