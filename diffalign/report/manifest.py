@@ -23,7 +23,7 @@ class Pair(NamedTuple):
 
 
 def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """Read the rows of `folder/manifest.jsonl`, which tools/generate.py writes, in order.
+    """Read the rows of `folder/manifest.jsonl`, which tools/generate.py writes, in order. Each prompt_id is a text.
 
     Raises FileNotFoundError if the file is missing. Raises ValueError for a row without one of FIELDS, an image outside
     the folder, or a repeated (prompt_id, sample).
@@ -45,6 +45,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{where} has no {', '.join(missing)}; every row needs {', '.join(FIELDS)}")
         if bad := _wrong(row):
             raise ValueError(f"{where}: {bad}")
+        row["prompt_id"] = str(row["prompt_id"])  # 7 and "7" are one prompt, as in files of prompts
         key = (row["prompt_id"], row["sample"])
         if key in seen:
             raise ValueError(f"{where}: prompt_id {key[0]!r}, sample {key[1]} is listed twice")

@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS
+from diffalign.report.manifest import read_groups, read_pairs
 
 ROOT = Path(__file__).parents[2]
 JUDGE = "diffalign.playground:Judge"
@@ -55,6 +56,14 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         _folder(tmp_path / "base", ("black", "black", "black")),
         _folder(tmp_path / "aligned", ("white", "black", "pink")),
     )
+
+
+def test_an_id_is_the_same_prompt_as_number_and_as_text(folders: tuple[Path, Path]) -> None:
+    manifest = folders[1] / "manifest.jsonl"
+    manifest.write_text(re.sub(r'"prompt_id": "(\d+)"', r'"prompt_id": \1', manifest.read_text()))
+    assert '"prompt_id": 2' in manifest.read_text()
+    assert [pair.prompt_id for pair in read_pairs(*folders)] == ["0", "0", "1", "1", "2", "2"]
+    assert {key: len(rows) for key, rows in read_groups(folders).items()} == {"0": 4, "1": 4, "2": 4}
 
 
 def test_scores_are_the_judges_and_the_line_says_the_result(
