@@ -53,7 +53,10 @@ class Line:
     def __init__(self, row: Row, rows: Rows):
         self.row = row
         self.by_prompt = {(r["labels"], r["seed"]): r for r in _mine(rows["prompts"], row)}
-        self.runs = [r for r in _mine(rows["runs"], row) if (r["labels"], r["seed"]) in self.by_prompt]
+        runs = [r for r in _mine(rows["runs"], row) if (r["labels"], r["seed"]) in self.by_prompt]
+        # Those of another setting wait to be run again: an effect is a difference of runs that differ in labels alone.
+        chosen = [r["settings"] for r in sorted(runs, key=lambda r: r["seed"]) if r["labels"] == "true"][:1]
+        self.runs = [r for r in runs if r["settings"] in chosen]
         self.true = [r for r in self.runs if r["labels"] == "true"]
         self.tried = len(_mine(rows["tuning"], row))
         base = [r for r in rows["runs"] if r["algorithm"] == "base" and r["model"] == row.model]

@@ -68,6 +68,8 @@ def test_effects_are_paired_by_seed_and_caption(modules: Any, tmp_path: Path) ->
     assert tuple(effect) == pytest.approx((1, 1, 1))
     gain = page.pooled(page.Line(row, board.rows).matrix("gain", "true"))
     assert gain.low < 1 < gain.high and gain.high - gain.low < 1
+    next(r for r in board.rows["runs"] if (r["labels"], r["seed"]) == ("random", 0))["settings"] = ["another"]
+    assert page.Line(row, board.rows).seeds("random") == [1], "a run of another setting is no part of an effect"
 
 
 def test_rows_that_lose_diversity_stand_last_beside_what_choosing_loses(modules: Any, tmp_path: Path) -> None:
