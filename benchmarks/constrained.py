@@ -48,7 +48,7 @@ from reward_models.accuracy import interval
 
 FILE = RESULTS / "constrained.json"
 CASES = ("plain sum", "limits", "limits and reference")
-REFERENCE_WEIGHT = 10
+REFERENCE_WEIGHT = 3
 """Of the third case; the others have the recipe's 1. The Lagrangian of the paper has such a term."""
 STEPS, EVERY = 100, 10
 PROMPTS = captions(128, held_out=True)
