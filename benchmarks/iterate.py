@@ -9,9 +9,9 @@ shipped model from as much noise, `once` in one round on the first round's pairs
 compared. 3 x 100 steps of 16 pairs are near the length of the shipped recipe (400 steps), so that a fixed arm has time
 to use up its pairs; `rounds` and `fixed` see each of their 3 x 256 pairs 6 times, `once` its 256 pairs 19 times.
 Arms `curated-<share>` fine-tune on the best of eight images of a prompt by the exact judge, in three rounds of 200
-steps from the last one's model, with this share of the base's own images, not chosen by anyone (curated retraining, arXiv
-2407.09499). A choice has to gain more than a model loses to its training data, which is .5 points for the base itself:
-with winners of four drawn by Luce's choice, as the playground's people choose, the mean fell.
+steps from the last one's model, with this share of the base's own images, not chosen by anyone (curated retraining,
+arXiv 2407.09499). A choice has to gain more than a model loses to its training data, which is .5 points for the base
+itself: with winners of four drawn by Luce's choice, as the playground's people choose, the mean fell.
 
 Writes results/iterate.json, one row for each arm, seed and round: the gain by the exact judge, which labels nothing in
 the first three arms, and by the learned scorer, both in standard deviations; prompt match and diversity relative to the
