@@ -216,6 +216,18 @@ def test_a_signal_to_the_launcher_reaches_the_run_and_its_exit_code_is_returned(
     assert "ended with" not in out and "Traceback" not in err, err
 
 
+def test_a_signal_that_is_ignored_stays_so_after_the_other_one() -> None:
+    """As under nohup, or in the background of a script."""
+    before, caught = signal.signal(signal.SIGINT, signal.SIG_IGN), interruption.Interruption()
+    try:
+        with caught.caught():
+            signal.raise_signal(signal.SIGTERM)
+            assert caught.signum == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_exit_codes_of_killed_commands() -> None:
     assert launch.call([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], os.environ) == 137
     assert launch.call([sys.executable, "-c", "raise SystemExit(3)"], os.environ) == 3
