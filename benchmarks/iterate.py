@@ -73,10 +73,10 @@ def _run(arm: str, seed: int) -> list[dict[str, Any]]:
     words = ["iterate", "playground", f"loop.folder={work / 'loop'}", f"loop.seed={first}", "loop.patience=99"]
     words += [f"generate.prompts={prompts}", f"evaluate.prompts={held_out}", "evaluate.samples_per_prompt=4"]
     steps = STEPS * ROUNDS if arm in FIXED else STEPS
-    alike = ("base",) if arm.startswith("curated") else ("base", "round-1/images")
-    for part in (part for part in alike if (WORK / f"rounds-{seed}" / "loop" / part / "manifest.jsonl").exists()):
-        if not (work / "loop" / part).exists():  # the shipped model's images
-            shutil.copytree(WORK / f"rounds-{seed}" / "loop" / part, work / "loop" / part)
+    shipped = WORK / f"rounds-{seed}" / "loop"
+    for part in ("base",) if arm.startswith("curated") else ("base", "round-1/images"):  # the shipped model's images
+        if (shipped / part / "manifest.jsonl").exists() and not (work / "loop" / part).exists():
+            shutil.copytree(shipped / part, work / "loop" / part)
     if arm in FIXED:
         words += ["loop.rounds=1"]
         if arm == "fixed":

@@ -78,10 +78,10 @@ def aspects(images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """Every skill of images [N, 3, 32, 32], in [0, 1], and `points` of the true taste, each [N]."""
     found, ground = Judge().measure(images, prompts), look(images)[0].background
     wanted = ground.new_tensor([BACKGROUNDS[parse(prompt).background] for prompt in prompts])
-    found["ground"] = torch.exp(-(ground - wanted).norm(dim=1) / NEAR)
-    names = {"colour": "vivid", "placement": "place", "size": "area", "ground": "ground"}
-    names["cleanliness"] = "clean"
-    return {k: found[name] for k, name in names.items()} | {"points": Judge().score(images, prompts)}
+    names = {"colour": "vivid", "placement": "place", "size": "area", "cleanliness": "clean"}
+    skills = {k: found[name] for k, name in names.items()}
+    skills["ground"] = torch.exp(-(ground - wanted).norm(dim=1) / NEAR)
+    return skills | {"points": Judge().score(images, prompts)}
 
 
 def train(world: World, skill: str) -> Path:

@@ -119,7 +119,7 @@ def _check_sizes(pairs: Sequence[Pair]) -> None:
                     width, height = image.size
             except (OSError, ValueError, SyntaxError):  # what Pillow raises; scoring says why
                 continue
-            (w, h), first = found.setdefault(str(pair.prompt_id), ((width, height), file))
+            (w, h), first = found.setdefault(pair.prompt_id, ((width, height), file))
             if (w, h) != (width, height):
                 raise ValueError(
                     f"'{first}' has {w} x {h} pixels and '{file}' {width} x {height}; generate both folders with the "
@@ -143,10 +143,12 @@ def _scores(name: str, scorer: Scorer, pairs: Sequence[Pair], args: argparse.Nam
     from reward_models.folder.scoring import score_files
 
     prompts = [pair.prompt for pair in pairs]
-    return [
-        score_files(scorer, files, prompts, batch_size=args.batch_size, name=name).tolist()
-        for files in ([pair.base for pair in pairs], [pair.aligned for pair in pairs])
-    ]
+    sides = [tuple(pair.base for pair in pairs), tuple(pair.aligned for pair in pairs)]
+    found = {  # a folder against itself is scored once
+        files: score_files(scorer, files, prompts, batch_size=args.batch_size, name=name).tolist()
+        for files in dict.fromkeys(sides)
+    }
+    return [found[files] for files in sides]
 
 
 def _match(

@@ -17,6 +17,7 @@ from PIL import Image
 from diffalign.playground.judge import Judge
 from diffalign.playground.world import BACKGROUNDS
 from diffalign.report.manifest import read_groups, read_pairs
+from reward_models.folder import scoring
 
 ROOT = Path(__file__).parents[2]
 JUDGE = "diffalign.playground:Judge"
@@ -56,6 +57,20 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
         _folder(tmp_path / "base", ("black", "black", "black")),
         _folder(tmp_path / "aligned", ("white", "black", "pink")),
     )
+
+
+def test_a_folder_against_itself_is_scored_once(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for the score and once for the prompt match."""
+    scored, score = list[int](), scoring.score_files
+    monkeypatch.setattr(scoring, "score_files", lambda *args, **how: scored.append(1) or score(*args, **how))
+    for other, calls in ((folders[0], 2), (folders[1], 4)):
+        scored.clear()
+        words = [str(folders[0]), str(other), f"--scorer={JUDGE}", f"--out={tmp_path / 'found.json'}"]
+        assert win_rate.main(words) == 0 and len(scored) == calls
+        found = json.loads((tmp_path / "found.json").read_text())["scorers"][0]
+        assert (found["base_scores"] == found["aligned_scores"]) is (calls == 2)
 
 
 def test_an_id_is_the_same_prompt_as_number_and_as_text(folders: tuple[Path, Path]) -> None:
